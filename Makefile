@@ -1,0 +1,43 @@
+# `make demo` and `make test` need Python >= 3.11 and make, nothing else: they set up .venv and reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    sample a tilt with every method, print the table, draw the figure (tilt.png)"
+	@echo "make test    run the test suite"
+	@echo "make lint    check format, lint and types"
+	@echo "make format  format the sources"
+	@echo "make bench   reproduce the tables of benchmarks/results"
+	@echo "make clean   remove the environment and everything built"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tiltjax needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[plot,transport]" --group dev
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m tiltjax $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/gaussian_tilt.py
+	$(BIN)/python benchmarks/two_modes.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

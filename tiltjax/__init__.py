@@ -1,0 +1,74 @@
+r"""tiltjax: sample from `rho(x) exp(scale * r(x))`, for a flow or diffusion model `rho` and a reward `r`.
+
+    model    = Analytic(mixture) | from_velocity(fn) | from_noise(fn) | from_denoiser(fn)     E[X_1 | X_t = x]
+    reward   = any function of one sample, or tiltjax.rewards
+    guidance = PlugIn(Glass(model), reward, scale=3.)                                        ∇ log E[exp(scale r(X_1)) | X_t = x]
+    points   = sample(key, model, guidance, num=1000).x
+
+Read in this order: models, rewards, what a guidance is made of, the guidances, the verbs. How far each method lands from the
+tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
+"""
+
+from tiltjax import interpolants, problems, rewards
+from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, PlugIn, Unscaled, dps, fmrg
+from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.mixtures import GaussianMixture
+from tiltjax.models import Analytic, Model, Tilted, from_denoiser, from_noise, from_velocity
+from tiltjax.particles import Particles
+from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Tweedie
+from tiltjax.rewards import Reward
+from tiltjax.sampling import sample
+from tiltjax.scales import Constant, Damped, Scale
+from tiltjax.selection import best_of_n, softmax_of_n
+from tiltjax.solvers import Ancestral, Euler, Heun, Solver
+
+__all__ = [
+    # models: what is known of the base law
+    "Model",
+    "Analytic",
+    "GaussianMixture",
+    "from_velocity",
+    "from_noise",
+    "from_denoiser",
+    "Tilted",
+    "Interpolant",
+    "Linear",
+    "interpolants",
+    # rewards: what is wanted
+    "Reward",
+    "rewards",
+    # a guidance's parts: draws of X_1 given X_t, and how strongly they count
+    "Posterior",
+    "Exact",
+    "Glass",
+    "FlowMap",
+    "Tweedie",
+    "Scale",
+    "Constant",
+    "Damped",
+    # guidances: estimates of log h and its gradient
+    "Guidance",
+    "Estimate",
+    "Doob",
+    "PlugIn",
+    "Laplace",
+    "dps",
+    "fmrg",
+    "Clipped",
+    "Unscaled",
+    # verbs
+    "sample",
+    "Solver",
+    "Euler",
+    "Heun",
+    "Ancestral",
+    "best_of_n",
+    "softmax_of_n",
+    "Particles",
+    # leaves: judge and show
+    "metrics",
+    "plotting",
+    "problems",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,240 @@
+r"""Guidance: estimates of `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]` and of its gradient.
+
+Adding `∇ log h` to the score turns a sampler of `rho` into one of the tilt `rho exp(scale * r)` (Doob's h-transform). Every
+method here is a choice along four axes:
+
+| guidance | posterior | draws | scale | gain |
+|---|---|---|---|---|
+| `Doob(model, log_h)` | all of it, in closed form | | | 1 |
+| `PlugIn(posterior, reward, scale, k)` | any | k | any law | 1 |
+| `dps(model, reward, scale)` | `Tweedie` | 1 | any law | 1 |
+| `fmrg(model, reward, scale)` | `FlowMap` | 1 | any law | `2 / g_t^2` |
+| `Laplace(model, reward, scale)` | a Gaussian at the denoiser | | constant | 1 |
+
+and `Clipped` wraps any of them. What they sample is not the tilt, in general: `theory` says by how much.
+
+A guidance is called as `guidance(key, t, x, state) -> (Estimate, state)` for one sample. One call returns everything
+that shares network evaluations and draws. `log_tilt(x1)` is the exact `scale * r(x1)` at the data end.
+
+References: Dandapanthula and Boffi (arXiv 2606.02884); Chung et al. (arXiv 2209.14687, DPS); FMRG is the unscaled
+flow-map guidance analysed in the first.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import inputs, linalg, rewards, scales
+from tiltjax.models import Model
+from tiltjax.posteriors import FlowMap, Posterior, Tweedie
+
+
+class Estimate(NamedTuple):
+    """What one call of a guidance knows of a state `x` at time `t`.
+
+    `denoised`: the *unguided* denoiser, of the shape of `x`. `log_h`: the estimate of `log h_t(x)`, a scalar, or `None`
+    if the guidance only proposes. `score`: the estimate of `∇ log h_t(x)`, of the shape of `x`.
+    """
+
+    denoised: Array
+    log_h: Array | None
+    score: Array
+
+
+class Guidance(eqx.Module):
+    """An estimator of the tilt's h-function. Subclasses define `__call__` and `log_tilt`; `init` if they have memory."""
+
+    def init(self, x: Array) -> Any:
+        """The memory carried along one trajectory, `()` for most."""
+        return ()
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        raise NotImplementedError
+
+    def log_tilt(self, x1: Array) -> Array:
+        """`scale * r(x1)`, exactly: what `log h` is at t = 1."""
+        raise NotImplementedError
+
+
+class Doob(Guidance):
+    """The exact h-function, where it is known: the guided flow samples the tilt itself.
+
+    **Arguments:** `model`; `log_h(t, x) -> scalar`, differentiable in x and valid up to t = 1, such as
+    `theory.log_h(prior, reward, scale)`.
+    """
+
+    model: Model
+    log_h: inputs.Function
+
+    def __init__(self, model: Model, log_h: Callable):
+        self.model = model
+        self.log_h = inputs.Function(log_h)
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        log_h, score = jax.value_and_grad(self.log_h, argnums=1)(t, x)
+        return Estimate(self.model.denoise(t, x), log_h, score), state
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.log_h(jnp.ones((), x1.dtype), x1)
+
+
+class PlugIn(Guidance):
+    """`h^(x) = (1/k) sum_i exp(lambda_t r(X_1^(i)(x)))` with k fresh posterior draws, differentiated through the draws.
+
+    The estimator in common use. Its gradient is that of a softmax over draws, so for small k it follows the reward of
+    typical draws instead of the tilt: it overshoots the reward's maximiser and loses spread (`theory.plug_in_law`), and
+    it cannot choose between modes. Bias of order 1/k; the damped scale removes it at k = 1 for one Gaussian.
+
+    **Arguments:** `posterior`; `reward`, any function of one sample; `scale`, a number or a law; `k >= 1` draws.
+    """
+
+    posterior: Posterior
+    reward: rewards.Reward
+    scale: scales.Scale
+    k: int = eqx.field(static=True)
+
+    def __init__(
+        self, posterior: Posterior, reward: Callable, scale: float | Array | scales.Scale = 1.0, *, k: int = 1
+    ):
+        if not isinstance(posterior, Posterior):
+            raise TypeError(
+                f"PlugIn draws from a posterior, got {type(posterior).__name__}: use Glass(model) or Tweedie(model)"
+            )
+        self.posterior = posterior
+        self.reward = rewards.as_reward(reward)
+        self.scale = scales.as_scale(scale)
+        self.k = inputs.count(k, "k")
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        model = self.posterior.model
+        key_scale, key_draws = jax.random.split(key)
+        scale = jax.lax.stop_gradient(self.scale(key_scale, model.interpolant.snr(t), t, x))
+
+        def log_h(x: Array) -> Array:
+            tilt = jax.vmap(lambda key: scale * self.reward(self.posterior.draw(key, t, x)))
+            return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k)
+
+        value, score = jax.value_and_grad(log_h)(x)
+        return Estimate(model.denoise(t, x), value, score), state
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.scale.final * self.reward(x1)
+
+
+class Laplace(Guidance):
+    r"""Laplace's approximation of h at the denoiser, from the model's own posterior covariance.
+
+    With `m = D_t(x)`, `J = ∂D/∂x`, `P = (sigma^2 / alpha) J` (Tweedie's second identity; symmetrised, as a learned Jacobian is
+    not) and the curvature `H = -∇^2 r(m)`,
+
+        log h = scale r(m) - logdet(I + scale P H) / 2 + scale^2 g^T (I + scale P H)^-1 P g / 2,    g = ∇r(m)
+        score = J^T (I + scale H P)^-1 scale g,
+
+    the score with J and H held fixed: differentiating through them is worse. Exact for a Gaussian prior and a concave
+    quadratic reward, whatever their matrices; on mixtures it beats any scalar damping. Convex directions of the reward
+    are taken as flat (H is projected onto the positive semi-definite cone), without which the integral may diverge.
+
+    Costs one denoiser call and d pullbacks through it for states of size d: for low-dimensional states.
+
+    **Arguments:** `model`; `reward`, twice differentiable; `scale >= 0`.
+    """
+
+    model: Model
+    reward: rewards.Reward
+    scale: Array
+
+    def __init__(self, model: Model, reward: Callable, scale: float | Array = 1.0):
+        self.model = model
+        self.reward = rewards.as_reward(reward)
+        self.scale = inputs.nonnegative(scale, "scale")
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        shape, size = x.shape, x.size
+        denoise = lambda x: self.model.denoise(t, x.reshape(shape)).reshape(size)
+        reward = lambda m: self.scale * self.reward(m.reshape(shape))
+
+        mean, pullback = jax.vjp(denoise, x.reshape(size))
+        jacobian = jax.vmap(lambda row: pullback(row)[0])(jnp.eye(size, dtype=x.dtype))
+        cov = self.model.interpolant.tweedie(t) * (jacobian + jacobian.T) / 2
+
+        value, gradient = jax.value_and_grad(reward)(mean)
+        # root^T root = H: then I + root P root^T is symmetric, which I + H P is not.
+        curvature, axes = jnp.linalg.eigh(-jax.hessian(reward)(mean))
+        root = jnp.sqrt(jnp.maximum(curvature, 0))[:, None] * axes.T
+        factor = linalg.cholesky(jnp.eye(size, dtype=x.dtype) + root @ cov @ root.T)
+        solved = jnp.asarray(linalg.back_solve(factor, linalg.half_solve(factor, root @ cov @ gradient)))
+        damped = gradient - root.T @ solved
+        log_h = value - linalg.half_logdet(factor) + damped @ cov @ gradient / 2
+        return Estimate(mean.reshape(shape), log_h, (jacobian.T @ damped).reshape(shape)), state
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.scale * self.reward(x1)
+
+
+class _Wrapper(Guidance):
+    """A guidance whose score is changed and everything else kept."""
+
+    guidance: eqx.AbstractVar[Guidance]
+
+    def init(self, x: Array) -> Any:
+        return self.guidance.init(x)
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.guidance.log_tilt(x1)
+
+    def change(self, t: Array, estimate: Estimate) -> Array:
+        raise NotImplementedError
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        estimate, state = self.guidance(key, t, x, state)
+        return estimate._replace(score=self.change(t, estimate)), state
+
+
+class Clipped(_Wrapper):
+    """`guidance` with its score shortened to the length `limit` where it is longer. A deviation from the mathematics."""
+
+    guidance: Guidance
+    limit: Array
+
+    def __init__(self, guidance: Guidance, limit: float | Array):
+        self.guidance = guidance
+        self.limit = inputs.positive(limit, "limit")
+
+    def change(self, t: Array, estimate: Estimate) -> Array:
+        norm = jnp.sqrt(jnp.sum(estimate.score**2))
+        return estimate.score * jnp.where(norm > self.limit, self.limit / norm, 1.0)
+
+
+class Unscaled(_Wrapper):
+    """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2` that tilting requires.
+
+    **Arguments:** `guidance`; `interpolant`, the model's.
+    """
+
+    guidance: Guidance
+    interpolant: Any
+
+    def change(self, t: Array, estimate: Estimate) -> Array:
+        return estimate.score * (2 / self.interpolant.diffusion(t))
+
+
+def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0) -> PlugIn:
+    """Diffusion posterior sampling: `log h = scale * r(D_t(x))`, the plug-in at the posterior's mean.
+
+    In the drift form `(g_t^2 / 2) scale ∇ r(D_t(x))`. For one Gaussian and a quadratic reward it has the law of `PlugIn`
+    with k = 1, for anything else it has not.
+    """
+    return PlugIn(Tweedie(model), reward, scale)
+
+
+def fmrg(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0, *, steps: int = 20) -> Unscaled:
+    """Flow-map reward guidance: the drift `b_t + scale ∇ r(X_{t,1}(x))`, `X_{t,1}` the flow's own end-point.
+
+    The gradient is not multiplied by `g_t^2 / 2`, so it is no h-transform; what it samples for one Gaussian is
+    `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `steps` of the inner `FlowMap`.
+    """
+    return Unscaled(PlugIn(FlowMap(model, steps), reward, scale), model.interpolant)

@@ -1,0 +1,147 @@
+"""What a user hands in, checked once: callables, numbers, keys, counts, times.
+
+Two rules decide when a mistake is found. *Structure* (types, shapes, keys, counts) is checked whenever Python
+runs, also while tracing. *Values* (signs, finiteness, order) are checked where they are concrete, which is at
+construction: a value that is traced by the caller's own `jit`, `vmap` or `grad` passes through unread.
+
+Every message says what was got, what was expected, and how to fix it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+# What a constructor takes for an array.
+Numbers = Array | np.ndarray | float | Sequence[Any]
+
+
+class Function(eqx.Module):
+    """A user's callable as a pytree: its arrays are leaves, everything else is static.
+
+    A bare function has no arrays and is told apart by identity (a new function object is a new trace); a Flax NNX
+    or Equinox module contributes its parameters as leaves, so that changing them traces nothing anew. Verbs
+    leave the dtype of these leaves alone (`cast`).
+    """
+
+    arrays: list
+    static: tuple = eqx.field(static=True)
+    treedef: Any = eqx.field(static=True)
+
+    def __init__(self, fn: Callable):
+        if not callable(fn):
+            raise TypeError(f"expected a callable, got {type(fn).__name__}: pass a function or a module")
+        leaves, self.treedef = jax.tree.flatten(fn)
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        self.arrays = [leaf if keep else None for leaf, keep in zip(leaves, is_array, strict=True)]
+        self.static = tuple(None if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True))
+        try:
+            hash(self.static)
+        except TypeError:
+            raise TypeError(
+                f"a callable must be hashable to be compiled, got an unhashable {type(fn).__name__}: "
+                "wrap it in a function, or make it an equinox.Module or a flax.nnx.Module"
+            ) from None
+
+    def __call__(self, *args: Any) -> Any:
+        pairs = zip(self.arrays, self.static, strict=True)
+        leaves = [static if array is None else array for array, static in pairs]
+        return jax.tree.unflatten(self.treedef, leaves)(*args)
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Every floating array of `tree` in `dtype`, except inside `Function`: networks keep their own."""
+
+    def convert(leaf: Any) -> Any:
+        floating = eqx.is_inexact_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Function))
+
+
+def concrete(value: Any) -> bool:
+    """Whether the values can be read now (no leaf is being traced)."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
+    """`value` as a floating array (integers become floats), with its rank checked."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
+            raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+        array = array.astype(jnp.result_type(float))
+    allowed = (ndim,) if isinstance(ndim, int) else ndim
+    if allowed is not None and array.ndim not in allowed:
+        expected = " or ".join(f"{n}-dimensional" for n in allowed)
+        raise ValueError(f"{name} must be {expected}, got shape {array.shape}")
+    return array
+
+
+def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
+    """`floating`, with every entry finite where that can be read."""
+    array = floating(value, name, ndim)
+    if concrete(array) and not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be finite, got {np.asarray(array)}")
+    return array
+
+
+def nonnegative(value: Any, name: str) -> Array:
+    """A finite scalar that is not negative."""
+    array = finite(value, name, 0)
+    if concrete(array) and array < 0:
+        raise ValueError(f"{name} must not be negative, got {float(array):g}")
+    return array
+
+
+def positive(value: Any, name: str) -> Array:
+    """A finite scalar above zero."""
+    array = nonnegative(value, name)
+    if concrete(array) and array == 0:
+        raise ValueError(f"{name} must be positive, got 0")
+    return array
+
+
+def count(value: Any, name: str) -> int:
+    """A whole number of at least one, as a Python int (it decides shapes)."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def typed_key(key: Any) -> Array:
+    """A single typed PRNG key."""
+    how = "pass jax.random.key(seed) as the first argument"
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        legacy = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32
+        got = "an old-style uint32 key" if legacy else f"{type(key).__name__}"
+        raise TypeError(f"expected a typed PRNG key, got {got}: {how}")
+    if key.shape != ():
+        raise ValueError(f"expected one key, got an array of keys of shape {key.shape}: {how}")
+    return key
+
+
+def time_grid(times: Any, steps: int) -> Array:
+    """The times of a run: `linspace(1e-3, 1, steps + 1)` unless given, increasing inside [0, 1]."""
+    if times is None:
+        return jnp.linspace(1e-3, 1.0, count(steps, "steps") + 1)
+    times = finite(times, "times", 1)
+    if len(times) < 2:
+        raise ValueError(f"times must hold at least a start and an end, got {len(times)} entries")
+    if concrete(times):
+        values = np.asarray(times)
+        if values[0] < 0 or values[-1] > 1:
+            raise ValueError(f"times must lie in [0, 1], got [{values.min():g}, {values.max():g}]")
+        if not np.all(np.diff(values) > 0):
+            raise ValueError("times must increase strictly from noise (0) to data (1)")
+    return times

@@ -1,0 +1,82 @@
+"""Positive-definite solves, written out entry by entry when the matrix is small.
+
+Compilers vectorise over particles only what is elementwise: a reduction over an axis of length two costs more than
+the arithmetic in it. So a matrix of up to `UNROLL` rows is a nested list of scalars here, and its factorisation is
+straight-line arithmetic that fuses with whatever surrounds it. Larger matrices go to LAPACK.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+UNROLL = 4
+
+Entries = Any  # an array, or nested lists of scalars where the matrix is small
+
+
+def cholesky(matrix: Array) -> Entries:
+    """The lower factor of a symmetric positive-definite `(d, d)` matrix, to be handed to `half_solve` and `solve`.
+
+    Not positive definite gives NaN, as in `jnp.linalg.cholesky`. For small d the diagonal holds reciprocals.
+    """
+    d = matrix.shape[-1]
+    if d > UNROLL:
+        return jnp.linalg.cholesky(matrix)
+    lower: list = [[None] * d for _ in range(d)]
+    for j in range(d):
+        pivot = matrix[j, j] - sum(lower[j][m] ** 2 for m in range(j))
+        lower[j][j] = jax.lax.rsqrt(pivot)
+        for i in range(j + 1, d):
+            lower[i][j] = (matrix[i, j] - sum(lower[i][m] * lower[j][m] for m in range(j))) * lower[j][j]
+    return lower
+
+
+def half_logdet(lower: Entries) -> Array:
+    """Half the log-determinant of the factored matrix."""
+    if isinstance(lower, list):
+        return -functools.reduce(jnp.add, [jnp.log(row[j]) for j, row in enumerate(lower)])
+    return jnp.sum(jnp.log(jnp.diagonal(lower)))
+
+
+def half_solve(lower: Entries, b: Entries) -> Entries:
+    """`L^-1 b`, whose squared length is `b^T A^-1 b`. Lists in, lists out."""
+    if not isinstance(lower, list):
+        return jax.scipy.linalg.solve_triangular(lower, b, lower=True)
+    y: list = []
+    for i, row in enumerate(lower):
+        y.append((b[i] - sum(row[m] * y[m] for m in range(i))) * row[i])
+    return y
+
+
+def back_solve(lower: Entries, y: Entries) -> Entries:
+    """`L^-T y`."""
+    if not isinstance(lower, list):
+        return jax.scipy.linalg.solve_triangular(lower, y, lower=True, trans=1)
+    d = len(lower)
+    x: list = [None] * d
+    for i in reversed(range(d)):
+        x[i] = (y[i] - sum(lower[m][i] * x[m] for m in range(i + 1, d))) * lower[i][i]
+    return x
+
+
+def square_root(matrix: Array) -> Array:
+    """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite matrices.
+
+    A pivot that is zero to rounding closes its column (the matrix is singular there), so point masses and flat
+    directions are exact, and gradients stay finite where an eigendecomposition's would not.
+    """
+    d = matrix.shape[-1]
+    floor = d * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.diagonal(matrix))
+
+    def column(rest: Array, j: Array) -> tuple[Array, Array]:
+        pivot = rest[j, j]
+        open_ = pivot > floor
+        scaled = rest[:, j] / jnp.sqrt(jnp.where(open_, pivot, 1.0))
+        col = jnp.where(open_ & (jnp.arange(d) >= j), scaled, 0.0)
+        return rest - jnp.outer(col, col), col
+
+    _, columns = jax.lax.scan(column, matrix, jnp.arange(d))
+    return columns.T

@@ -1,0 +1,168 @@
+r"""Gaussian mixtures: the laws for which every quantity in this library is known exactly.
+
+For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy view `x = alpha X_1 + sigma X_0` the posterior of `X_1` is again a mixture.
+With `C_k = alpha^2 S_k + sigma^2 I` and the residual `e_k = x - alpha mu_k`,
+
+    weights      w_k N(x; alpha mu_k, C_k) / p(x)
+    means        mu_k + alpha S_k C_k^-1 e_k
+    covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute).
+
+No difference of large numbers appears at either end of time, and `S_k` may be singular as long as sigma > 0. Everything
+goes through Cholesky factors of `C_k`: an eigendecomposition would be reusable across times, but its gradient is NaN
+where eigenvalues coincide, which is where isotropic priors live.
+"""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import inputs, linalg
+
+_UNROLL_COMPONENTS = 8
+
+
+class GaussianMixture(eqx.Module):
+    """`sum_k w_k N(mu_k, S_k)` on `R^d`.
+
+    **Arguments:**
+
+    - `weights`: `(K,)`, non-negative; proportional to the probabilities, normalised at construction.
+    - `means`: `(K, d)`.
+    - `covs`: `(K, d, d)`, symmetric positive semi-definite; singular ones (point masses) are allowed.
+
+    **Raises:** `ValueError` for negative weights or no mass, shapes that disagree, covariances that are not symmetric
+    or not positive semi-definite.
+    """
+
+    weights: Array
+    means: Array
+    covs: Array
+
+    def __init__(self, weights: inputs.Numbers, means: inputs.Numbers, covs: inputs.Numbers):
+        weights = inputs.finite(weights, "weights", 1)
+        means = inputs.finite(means, "means", 2)
+        covs = inputs.finite(covs, "covs", 3)
+        k, d = means.shape
+        if weights.shape != (k,) or covs.shape != (k, d, d):
+            raise ValueError(
+                f"shapes disagree: means {means.shape} say K = {k} components in d = {d}, so weights must have shape "
+                f"({k},) and covs ({k}, {d}, {d}); got {weights.shape} and {covs.shape}"
+            )
+        if inputs.concrete(weights):
+            if np.any(np.asarray(weights) < 0):
+                raise ValueError(f"weights must not be negative, got {np.asarray(weights)}")
+            if not np.sum(weights) > 0:
+                raise ValueError(f"weights must have positive mass, got {np.asarray(weights)}")
+        if inputs.concrete(covs):
+            _check_covariances(np.asarray(covs))
+        dtype = jnp.result_type(weights, means, covs)
+        self.weights = (weights / jnp.sum(weights)).astype(dtype)
+        self.means = means.astype(dtype)
+        self.covs = covs.astype(dtype)
+
+    @property
+    def dim(self) -> int:
+        """The dimension d."""
+        return self.means.shape[-1]
+
+    def mean(self) -> Array:
+        """`E[X]`, shape `(d,)`."""
+        return self.weights @ self.means
+
+    def cov(self) -> Array:
+        """`Cov(X)`, shape `(d, d)`: within components plus between them."""
+        spread = self.means - self.mean()[None]
+        return jnp.einsum("k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :])
+
+    def sample(self, key: Array, num: int) -> Array:
+        """`num` independent draws, shape `(num, d)`."""
+        key_component, key_normal = jax.random.split(inputs.typed_key(key))
+        num = inputs.count(num, "num")
+        component = jax.random.choice(key_component, len(self.weights), (num,), p=self.weights)
+        normal = jax.random.normal(key_normal, (num, self.dim), self.means.dtype)
+        roots = jax.vmap(linalg.square_root)(self.covs)
+        return self.means[component] + jnp.einsum("nij,nj->ni", roots[component], normal)
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density at one point `x` of shape `(d,)`; the covariances must be positive definite."""
+        return jax.nn.logsumexp(self.component_log_probs(x))
+
+    def component_log_probs(self, x: Array) -> Array:
+        """`log w_k + log N(x; mu_k, S_k)`, shape `(K,)`: their `softmax` is the probability of each component."""
+        return jnp.asarray(self._view(1.0, 0.0, x)[0]) - self.dim / 2 * jnp.log(2 * jnp.pi)
+
+    def condition(self, alpha: Array, sigma: Array, x: Array) -> "GaussianMixture":
+        """The law of `X_1` given `alpha X_1 + sigma X_0 = x`, for scalars `alpha`, `sigma > 0` and `x` of shape `(d,)`."""
+        log_weights, means = self._view(alpha, sigma, x)
+        eye = jnp.eye(self.dim, dtype=self.means.dtype)
+
+        def posterior_cov(cov: Array) -> Array:
+            # sigma^2 S C^-1, symmetric because S and C commute; symmetrised to the last bit.
+            product = sigma**2 * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov)
+            return (product + product.T) / 2
+
+        weights, means = jax.nn.softmax(jnp.asarray(log_weights)), jnp.asarray(means)
+        return _unchecked(weights, means, jax.vmap(posterior_cov)(self.covs))
+
+    def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
+        """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
+        log_weights, means = self._view(alpha, sigma, x)
+        if isinstance(log_weights, list):
+            largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
+            masses = [jnp.exp(w - largest) for w in log_weights]
+            total = sum(masses)
+            mean = [sum(p * m[i] for p, m in zip(masses, means, strict=True)) / total for i in range(self.dim)]
+            return jnp.stack(mean)
+        return jax.nn.softmax(log_weights) @ means
+
+    def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[linalg.Entries, linalg.Entries]:
+        """Log-weights (up to `-d/2 log 2 pi`) and posterior means, as lists when small and static, else as arrays."""
+        k, d = self.means.shape
+        log_prior = jnp.log(self.weights)
+        eye = jnp.eye(d, dtype=self.means.dtype)
+        noisy = alpha**2 * self.covs + (sigma**2 * eye)[None]
+
+        if d > linalg.UNROLL or k > _UNROLL_COMPONENTS:
+
+            def component(log_weight, mean, cov, noisy):
+                factor = linalg.cholesky(noisy)
+                half = linalg.half_solve(factor, x - alpha * mean)
+                log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
+                return log_weight, mean + alpha * cov @ linalg.back_solve(factor, half)
+
+            return jax.vmap(component)(log_prior, self.means, self.covs, noisy)
+
+        log_weights, means = [], []
+        for c in range(k):
+            mean, cov = self.means[c], self.covs[c]
+            factor = linalg.cholesky(noisy[c])
+            half = linalg.half_solve(factor, [x[i] - alpha * mean[i] for i in range(d)])
+            log_weights.append(log_prior[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2)
+            gain = linalg.back_solve(factor, half)
+            means.append([mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)])
+        return log_weights, means
+
+
+def _unchecked(weights: Array, means: Array, covs: Array) -> GaussianMixture:
+    """A mixture from parts that are right by construction: no checks, no renormalisation."""
+    mixture = object.__new__(GaussianMixture)
+    for name, value in zip(("weights", "means", "covs"), (weights, means, covs), strict=True):
+        object.__setattr__(mixture, name, value)
+    return mixture
+
+
+def _check_covariances(covs: np.ndarray) -> None:
+    tolerance = 1e3 * np.finfo(covs.dtype).eps * np.maximum(np.abs(covs).max(axis=(1, 2)), np.finfo(covs.dtype).tiny)
+    for index, (cov, small) in enumerate(zip(covs, tolerance, strict=True)):
+        if np.abs(cov - cov.T).max() > small:
+            raise ValueError(f"covs[{index}] must be symmetric, got {cov.tolist()}: use (S + S.T) / 2")
+        smallest = np.linalg.eigvalsh(cov).min()
+        if smallest < -small:
+            raise ValueError(
+                f"covs[{index}] must be positive semi-definite, got smallest eigenvalue {smallest:g} in {cov.tolist()}"
+            )

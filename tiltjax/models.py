@@ -1,0 +1,316 @@
+r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
+
+| model | denoiser |
+|---|---|
+| `Analytic(mixture)` | closed form of a Gaussian mixture |
+| `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax NNX or an Equinox module |
+| `Tilted(model, reward, scale)` | the model of `rho(x) exp(scale * r(x))`, exactly, for a conjugate reward |
+
+**Conjugate tilts.** If `scale * r(x) = <a, x> - c |x|^2 / 2 + const`, the tilt multiplies the likelihood of a noisy view,
+`exp(<alpha x / sigma^2, X_1> - snr |X_1|^2 / 2)`, by a factor of the same family. So the tilted posterior of `X_1` is
+the *untilted* one given another view, of precision `snr_t + c` and natural parameter `alpha x / sigma^2 + a`, and
+
+    D~_t(x) = D_{t*}(x*),    (t*, x*) = observe(snr_t + c, alpha_t x / sigma_t^2 + a):
+
+one ordinary denoiser call, no derivative, and sampling the plain flow of `D~` samples the tilt, within modes and
+between them. It holds for posterior means only: a denoiser under classifier-free guidance, or a thresholded one, is none.
+(For linear rewards see also Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards*, COLT 2026.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from tiltjax import inputs, rewards
+from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.mixtures import GaussianMixture
+
+
+class Model(eqx.Module):
+    """A denoiser with its `interpolant`, and the `shape` and `dtype` of one state.
+
+    Subclasses define `denoise(t, x)` for one sample.
+    """
+
+    interpolant: eqx.AbstractVar[Interpolant]
+    shape: eqx.AbstractVar[tuple[int, ...]]
+    dtype: eqx.AbstractVar[Any]
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        """`E[X_1 | X_t = x]`, of the shape of `x`; `t` is a scalar in [0, 1)."""
+        raise NotImplementedError
+
+    def velocity(self, t: Array, x: Array) -> Array:
+        """The drift of the probability flow."""
+        return self.interpolant.velocity(t, x, self.denoise(t, x))
+
+    def score(self, t: Array, x: Array) -> Array:
+        """`∇ log p_t(x)`."""
+        return self.interpolant.score(t, x, self.denoise(t, x))
+
+    def noise(self, t: Array, x: Array) -> Array:
+        """`E[X_0 | X_t = x]`."""
+        return self.interpolant.noise(t, x, self.denoise(t, x))
+
+    def initial(self, key: Array, t: Array) -> Array:
+        """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
+        return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+
+class Analytic(Model):
+    """The exact model of a Gaussian mixture.
+
+    **Arguments:** `mixture`; `interpolant`, `Linear()` by default.
+    """
+
+    mixture: GaussianMixture
+    interpolant: Interpolant
+
+    def __init__(self, mixture: GaussianMixture, interpolant: Interpolant | None = None):
+        if not isinstance(mixture, GaussianMixture):
+            raise TypeError(f"Analytic takes a GaussianMixture, got {type(mixture).__name__}")
+        self.mixture = mixture
+        self.interpolant = Linear() if interpolant is None else interpolant
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.mixture.dim,)
+
+    @property
+    def dtype(self) -> Any:
+        return self.mixture.means.dtype
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
+
+    def posterior(self, t: Array, x: Array) -> GaussianMixture:
+        """The law of `X_1` given `X_t = x`."""
+        return self.mixture.condition(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
+
+
+class Network(Model):
+    """A network as a model; built by `from_velocity`, `from_noise` and `from_denoiser`."""
+
+    net: "_Net"
+    interpolant: Interpolant
+    to_denoised: Callable = eqx.field(static=True)
+    batched: bool = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        t = jnp.asarray(t, x.dtype)
+        if self.batched:
+            output = _checked(_call_in_batches(self.net, t[None], x[None]), (1, *x.shape), self.batched)[0]
+        else:
+            output = _checked(self.net(t, x), x.shape, self.batched)
+        return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
+
+
+def from_velocity(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+    """A model from a velocity network `b_t(x)`, such as flow matching trains.
+
+    **Arguments:**
+
+    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: a function, a Flax NNX module or an Equinox module,
+      returning the shape of `x`. Parameters travel as arguments of the compiled program, never as constants.
+    - `shape`: the shape of one state, such as `(2,)` or `(16, 64, 64)`.
+    - `batched`: if true, `fn` takes `t` of shape `(B,)` and `x` of shape `(B, *shape)`, and the particle axis (times the
+      draws of a guidance) becomes its batch axis. Differentiable in x by reverse mode.
+    - `interpolant`: what the network was trained with, `Linear()` by default.
+    - `dtype`: of the states, JAX's default float unless given. The network's own dtype is left alone.
+
+    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
+    """
+    return _network(fn, params, _from_velocity, **options)
+
+
+def from_noise(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+    """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments as in `from_velocity`.
+
+    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows.
+    """
+    return _network(fn, params, _from_noise, **options)
+
+
+def from_denoiser(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+    """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments as in `from_velocity`."""
+    return _network(fn, params, _from_denoiser, **options)
+
+
+class Tilted(Model):
+    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one denoiser call a step.
+
+    The inner model is asked at `snr_t + c`, later than the clock says, for the rewards `-l |x - y|^2` (c = 2 l) and,
+    at the same time, a displaced state for linear rewards (c = 0: at the start, t = eps, the network is asked at
+    `|x*|` about `|a| sigma^2 / eps`, far outside what it was trained on). For c < 0 the denoiser is right wherever
+    `snr_t + c > 0`, but sampling has no closed-form start.
+
+    **Arguments:** `model`; `reward`, `Linear`, `Quadratic` with a scalar weight, or sums and multiples; `scale >= 0`.
+
+    **Raises:** `ValueError` if the reward is not conjugate.
+    """
+
+    model: Model
+    natural: Array
+    precision: Array
+
+    def __init__(self, model: Model, reward: rewards.Reward, scale: float | Array = 1.0):
+        scale = inputs.nonnegative(scale, "scale")
+        natural, precision = rewards.as_reward(reward).conjugate()
+        if natural.shape != model.shape:
+            raise ValueError(f"the reward is one of states of shape {natural.shape}, the model's have {model.shape}")
+        self.model = model
+        self.natural = scale * natural
+        self.precision = scale * precision
+
+    @property
+    def interpolant(self) -> Interpolant:
+        return self.model.interpolant
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.model.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        path = self.interpolant
+        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
+        return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
+
+    def initial(self, key: Array, t: Array) -> Array:
+        if inputs.concrete(self.precision) and self.precision < 0:
+            raise ValueError(
+                f"this reward is convex (c = {float(self.precision):g} < 0): the tilted law has no closed form at the noise "
+                "end, so Tilted cannot start sampling there. Use it as a denoiser where snr_t + c > 0."
+            )
+        return self.model.initial(key, t)
+
+
+class _Net(eqx.Module):
+    """A callable with its parameters, as one pytree."""
+
+    fn: inputs.Function
+    params: PyTree
+
+    def __call__(self, t: Array, x: Array) -> Array:
+        return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
+
+
+def _network(fn, params, to_denoised, *, shape, batched=False, interpolant=None, dtype=None) -> Network:
+    _refuse_training_mode(fn)
+    shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    return Network(
+        net=_Net(inputs.Function(fn), params),
+        interpolant=Linear() if interpolant is None else interpolant,
+        to_denoised=to_denoised,
+        batched=bool(batched),
+        shape=shape,
+        dtype=dtype,
+    )
+
+
+def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_velocity(t, x, output)
+
+
+def _from_noise(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_noise(t, x, output)
+
+
+def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return output
+
+
+def _checked(output: Any, shape: tuple[int, ...], batched: bool) -> Array:
+    got = getattr(output, "shape", None)
+    if got != shape:
+        what = f"a batch of states {shape[1:]}" if batched else f"a state of shape {shape}"
+        hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
+        raise ValueError(
+            f"the network must return the shape of its input: expected {shape} for {what}, got {got}{hint}"
+        )
+    return output
+
+
+def _refuse_training_mode(fn: Any) -> None:
+    if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
+        return
+    from flax import nnx
+
+    for path, module in nnx.iter_modules(fn):
+        if getattr(module, "deterministic", True) is False or getattr(module, "use_running_average", True) is False:
+            name = "/".join(map(str, path)) or "the module itself"
+            raise ValueError(
+                f"{type(module).__name__} ({name}) is in training mode and would change its state while sampling: call "
+                ".eval() on the network first"
+            )
+
+
+# A network that wants a batch, called from code for one sample. `custom_vmap` turns every `vmap` axis around the call
+# into more rows of the batch instead of an axis the network's kernels have never seen; `custom_vjp` does the same for
+# the pullback, because `custom_vmap` alone has no reverse mode.
+
+
+@custom_vmap
+def _forward(net: _Net, t: Array, x: Array) -> Array:
+    return net(t, x)
+
+
+@custom_vmap
+def _pullback(net: _Net, t: Array, x: Array, cotangent: Array) -> tuple[Array, Array]:
+    return jax.vjp(net, t, x)[1](cotangent)
+
+
+def _as_rows(call: Callable) -> Callable:
+    def rule(size, batched, net, *arrays):
+        if any(jax.tree.leaves(batched[0])):
+            raise ValueError(
+                "a batched=True network cannot be vmapped over its parameters: use batched=False for ensembles"
+            )
+
+        def rows(array, is_batched):
+            array = array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        output = call(net, *map(rows, arrays, batched[1:]))
+        split = jax.tree.map(lambda out: out.reshape(size, -1, *out.shape[1:]), output)
+        return split, jax.tree.map(lambda _: True, split)
+
+    return rule
+
+
+_forward.def_vmap(_as_rows(_forward))
+_pullback.def_vmap(_as_rows(_pullback))
+
+
+@jax.custom_vjp
+def _call_in_batches(net: _Net, t: Array, x: Array) -> Array:
+    return _forward(net, t, x)
+
+
+def _call_forward(net, t, x):
+    if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))):
+        raise TypeError("a batched=True network is not differentiable in its parameters here: use batched=False")
+    values = jax.tree.map(lambda leaf: leaf.value, (net, t, x), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    return _forward(*values), values
+
+
+def _call_backward(values, cotangent):
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    return None, *_pullback(*values, cotangent)
+
+
+_call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)

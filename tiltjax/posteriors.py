@@ -1,0 +1,148 @@
+r"""Posterior samplers: one draw of `X_1 | X_t = x`, differentiable in x.
+
+| posterior | a draw | law |
+|---|---|---|
+| `Exact(model)` | closed form of a mixture | exact; the derivative holds the component fixed |
+| `Glass(model, steps)` | a flow with the same network, no retraining | exact as steps grow |
+| `FlowMap(model, steps)` | where the probability flow takes x | a point, not a law |
+| `Tweedie(model)` | the denoiser | a point: the mean |
+
+**Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its own denoiser is the
+model's at another time and state (`Interpolant.observe`, and `tiltjax.models`). Running the flow of that denoiser from
+noise draws from the posterior: Holderrieth et al. (arXiv 2602.05993, GLASS flows). The noise of that inner flow is a free
+choice; it is scaled to the width a posterior of `base_scale` wide data would have, `1 / sqrt(snr_t + base^-2)`, so that
+the same steps resolve it at every time.
+
+Both inner flows use the exponential form of the probability flow, `d(x / sigma) = D d(alpha / sigma)`: exact for a
+constant denoiser, with no singularity at the data end, for any interpolant.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import inputs, linalg
+from tiltjax.models import Analytic, Model
+
+
+class Posterior(eqx.Module):
+    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one sample."""
+
+    model: eqx.AbstractVar[Model]
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        """One draw, of the shape of `x`, reparametrised: differentiable in `x`."""
+        raise NotImplementedError
+
+
+class Tweedie(Posterior):
+    """The posterior's mean `D_t(x)`: the draw of DPS. **Arguments:** `model`."""
+
+    model: Model
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        return self.model.denoise(t, x)
+
+
+class Exact(Posterior):
+    """Draws from a mixture's posterior in closed form. **Arguments:** `model`, an `Analytic` model.
+
+    For one Gaussian the derivative in x is the posterior mean's. For several, a draw picks a component, and the derivative
+    holds that choice fixed: right in law, blind to how x moves the weights. `Glass` sees it.
+
+    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times what it missed of x, so that
+    no posterior covariance is ever factored.
+    """
+
+    model: Analytic
+
+    def __init__(self, model: Analytic):
+        if not isinstance(model, Analytic):
+            raise TypeError(f"Exact needs an Analytic model, got {type(model).__name__}: use Glass for any other")
+        self.model = model
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        mixture, path = self.model.mixture, self.model.interpolant
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        key_component, key_data, key_noise = jax.random.split(key, 3)
+        weights = jax.lax.stop_gradient(self.model.posterior(t, x).weights)
+        component = jax.random.categorical(key_component, jnp.log(weights))
+        mean, cov = mixture.means[component], mixture.covs[component]
+        data = mean + linalg.square_root(cov) @ jax.random.normal(key_data, x.shape, x.dtype)
+        missed = x - alpha * data - sigma * jax.random.normal(key_noise, x.shape, x.dtype)
+        noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
+        return data + alpha * cov @ jnp.linalg.solve(noisy, missed)
+
+
+class Glass(Posterior):
+    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `steps`, denoiser calls a draw.
+
+    Error O(1 / steps) in the draw's spread. The first call is the denoiser at `(t, x)` itself, which a guidance needs
+    anyway and shares.
+    """
+
+    model: Model
+    steps: int = eqx.field(static=True)
+
+    def __init__(self, model: Model, steps: int = 20):
+        self.model = model
+        self.steps = inputs.count(steps, "steps")
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        path = self.model.interpolant
+        precision, natural = path.snr(t), path.alpha(t) / path.sigma(t) ** 2 * x
+        base = path.sigma(jnp.zeros_like(t))
+        width = 1 / jnp.sqrt(precision + base**-2)
+
+        def advance(z: Array, s: Array, denoised: Array) -> Array:
+            # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
+            remaining = (1 - s - 1 / self.steps) / (1 - s)
+            return remaining * z + (1 - remaining) * denoised
+
+        def step(z: Array, s: Array) -> tuple[Array, None]:
+            noise = ((1 - s) * width) ** 2
+            denoised = self.model.denoise(*path.observe(precision + s**2 / noise, natural + s / noise * z))
+            return advance(z, s, denoised), None
+
+        grid = jnp.arange(self.steps, dtype=x.dtype) / self.steps
+        start = width * jax.random.normal(key, x.shape, x.dtype)
+        first = advance(start, grid[0], self.model.denoise(t, x))
+        return jax.lax.scan(step, first, grid[1:])[0]
+
+
+class FlowMap(Posterior):
+    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`; `steps`, of second order.
+
+    Heun steps, uniform in `log sigma` down to `floor` times the noise at t = 0, then one jump to the denoiser: 2 `steps` + 1
+    denoiser calls.
+    """
+
+    model: Model
+    steps: int = eqx.field(static=True)
+    floor: Array
+
+    def __init__(self, model: Model, steps: int = 20, floor: float | Array = 1e-3):
+        self.model = model
+        self.steps = inputs.count(steps, "steps")
+        self.floor = inputs.positive(floor, "floor")
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        path = self.model.interpolant
+        last = path.time((1 / (self.floor * path.sigma(jnp.zeros_like(t)))) ** 2)
+        ratio = jnp.minimum(path.sigma(last) / path.alpha(last) / (path.sigma(t) / path.alpha(t)), 1.0)
+        inverse_root_snr = (
+            path.sigma(t) / path.alpha(t) * ratio ** (jnp.arange(1, self.steps + 1, dtype=x.dtype) / self.steps)
+        )
+        grid = jax.vmap(path.time)(inverse_root_snr**-2)
+
+        def step(carry: tuple[Array, Array], u: Array) -> tuple[tuple[Array, Array], None]:
+            t, x = carry
+            keep = path.sigma(u) / path.sigma(t)
+            gain = path.alpha(u) - path.alpha(t) * keep
+            first = self.model.denoise(t, x)
+            second = self.model.denoise(u, keep * x + gain * first)
+            return (u, keep * x + gain * (first + second) / 2), None
+
+        (t, x), _ = jax.lax.scan(step, (t, x), grid)
+        return self.model.denoise(t, x)

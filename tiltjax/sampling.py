@@ -1,0 +1,129 @@
+r"""`sample`: follow a model, or a guided model, from noise to data.
+
+    key --+-- initial ----> x_0 = model.initial(key_i, t_0)                           one per particle
+          +-- run, step, i -> Streams(guidance, noise, second)                        one split per particle and step
+    x_j --> guidance(key, t, x) -> Estimate --> D~ = D + (sigma^2/alpha) ∇log h --> solver.step --> x_{j+1}
+
+Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more particles, other batches or
+devices leave the first ones as they were.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import inputs
+from tiltjax import progress as progress_bar
+from tiltjax.guidance import Guidance
+from tiltjax.models import Model
+from tiltjax.particles import Particles, Trace, unweighted
+from tiltjax.solvers import Heun, Solver, Streams
+
+
+def sample(
+    key: Array,
+    model: Model,
+    guidance: Guidance | None = None,
+    *,
+    num: int,
+    steps: int = 100,
+    solver: Solver | None = None,
+    times: Array | None = None,
+    batch: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    save_path: bool = False,
+    progress: bool = False,
+) -> Particles:
+    """`num` particles of `model`, tilted as far as `guidance` manages.
+
+    **Arguments:**
+
+    - `key`: a typed key, `jax.random.key(seed)`.
+    - `model`: gives the interpolant, the state's shape and dtype and the starting law; without guidance, the denoiser.
+    - `guidance`: gives the denoiser and `∇ log h`. It should be built on `model`.
+    - `steps`, `times`: a grid of `steps` equal steps on [1e-3, 1], or the increasing `times` themselves. A run that ends at
+      t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided runs start at
+      `alpha_t > 0`.
+    - `solver`: `Heun()` by default.
+    - `batch`: how many particles are evaluated at once, if memory is short; the numbers stay the same to rounding.
+    - `sharding`: a `jax.sharding.Sharding` of the particle axis.
+    - `save_path`: keep the states at all times in `trace.path`. - `progress`: show a bar.
+
+    **Returns:** `Particles` with equal weights and `log_norm=None`.
+
+    **Raises:** `FloatingPointError` naming the first step with a NaN and its culprit (outside of `jit` only; inside,
+    `particles.trace.bad` holds it).
+    """
+    key = inputs.typed_key(key)
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"expected a Model, got {type(model).__name__}: use Analytic, from_velocity, from_noise or from_denoiser"
+        )
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(f"expected a Guidance, got {type(guidance).__name__}: use PlugIn, Laplace, Doob, dps or fmrg")
+    num = inputs.count(num, "num")
+    batch = None if batch is None else min(inputs.count(batch, "batch"), num)
+    times = inputs.time_grid(times, steps)
+    if guidance is not None and inputs.concrete((times, model.interpolant)) and model.interpolant.alpha(times[0]) == 0:
+        raise ValueError(
+            "a guided run must start where alpha_t > 0 (the gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
+        )
+    solver = Heun() if solver is None else solver
+    with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
+        particles = _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save_path)
+        if particles.trace is not None and inputs.concrete(particles):
+            particles.trace.check()
+    return particles
+
+
+@eqx.filter_jit
+def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save_path) -> Particles:
+    model, guidance, solver, times = inputs.cast((model, guidance, solver, times), model.dtype)
+    key_initial, key_run = jax.random.split(key)
+    over_particles = (
+        jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
+    )
+    indices = jnp.arange(num)
+
+    x = over_particles(lambda i: model.initial(jax.random.fold_in(key_initial, i), times[0]))(indices)
+    if sharding is not None:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    memory = jax.vmap(guidance.init)(x) if guidance is not None else ()
+
+    def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
+        memory, bad = state
+        if guidance is None:
+            denoised = model.denoise(t, x)
+            return denoised, (memory, bad.at[0].max(~jnp.all(jnp.isfinite(denoised))))
+        estimate, memory = guidance(key, t, x, memory)
+        estimate = inputs.cast(estimate, x.dtype)
+        flags = [
+            ~jnp.all(jnp.isfinite(estimate.denoised)),
+            jnp.zeros((), bool) if estimate.log_h is None else jnp.isnan(estimate.log_h),
+            ~jnp.all(jnp.isfinite(estimate.score)),
+            jnp.zeros((), bool),
+        ]
+        tilted = estimate.denoised + model.interpolant.tweedie(t) * estimate.score
+        return tilted, (memory, bad | jnp.stack(flags))
+
+    def advance(carry, scanned):
+        x, memory = carry
+        step, key_step, t, u = scanned
+
+        def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
+            keys = Streams(*jax.random.split(jax.random.fold_in(key_step, i), 3))
+            x, (memory, bad) = solver.step(keys, model.interpolant, field, t, u, x, (memory, jnp.zeros(4, bool)))
+            return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+
+        x, memory, bad = over_particles(one)(indices, x, memory)
+        bar.tick(step)
+        return (x, memory), (jnp.any(bad, axis=0), x if save_path else None)
+
+    steps = len(times) - 1
+    scanned = (jnp.arange(steps), jax.random.split(key_run, steps), times[:-1], times[1:])
+    (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
+    path = None if path is None else jnp.concatenate([x[None], path])
+    return unweighted(end, Trace(times, bad, path))

@@ -1,0 +1,65 @@
+r"""Scale laws `lambda_t`: how strongly a guidance listens to the reward at each time.
+
+Guidance wants `∇ log E[exp(scale * r(X_1)) | X_t = x]`, and a one-draw estimate at full scale pulls too hard: it forgets
+that `X_1` is still uncertain. For a Gaussian prior `N(mu, s^2 I)` and `r(x) = -|x - y|^2` the exact remedy is a smaller
+scale,
+
+    lambda_t = scale / (1 + 2 scale v_t),      v_t = Var(X_1 | X_t) = 1 / (1/s^2 + snr_t),
+
+after which one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi (arXiv 2606.02884).
+
+A law is called as `law(key, snr, t, x)` and its value is held constant under differentiation: a derivative through
+an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1, the one the target is defined by.
+"""
+
+import equinox as eqx
+from jaxtyping import Array
+
+from tiltjax import inputs
+
+
+class Scale(eqx.Module):
+    """A scale law; subclasses define `final` and `__call__(key, snr, t, x) -> scalar`."""
+
+    final: eqx.AbstractVar[Array]
+
+    def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
+        raise NotImplementedError
+
+
+class Constant(Scale):
+    """`lambda_t = scale`. **Arguments:** `scale >= 0`, an inverse temperature in units of 1 / reward."""
+
+    final: Array
+
+    def __init__(self, scale: float | Array):
+        self.final = inputs.nonnegative(scale, "scale")
+
+    def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
+        return self.final
+
+
+class Damped(Scale):
+    """`lambda_t = scale / (1 + 2 scale v_t)` with `v_t = sigma^2 / (1 + sigma^2 snr_t)`.
+
+    Exact for a prior `N(mu, sigma^2 I)`, any interpolant, and the reward `-|x - y|^2` (put a weight h on it into
+    `scale`). Elsewhere it is a heuristic with one hyper-parameter.
+
+    **Arguments:** `scale >= 0`; `sigma >= 0`, the prior's standard deviation, in the data's units.
+    """
+
+    final: Array
+    sigma: Array
+
+    def __init__(self, scale: float | Array, sigma: float | Array):
+        self.final = inputs.nonnegative(scale, "scale")
+        self.sigma = inputs.nonnegative(sigma, "sigma")
+
+    def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
+        variance = self.sigma**2 / (1 + self.sigma**2 * snr)
+        return self.final / (1 + 2 * self.final * variance)
+
+
+def as_scale(scale: "float | Array | Scale") -> Scale:
+    """`scale` itself if it is a law, else the constant."""
+    return scale if isinstance(scale, Scale) else Constant(scale)

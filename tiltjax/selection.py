@@ -1,0 +1,53 @@
+r"""Selection: choose among finished samples by their reward.
+
+Particles are taken in consecutive groups of n, one winner a group, so `num` samples give `num / n`. With F the law of the
+reward under the particles' density p, best-of-n has density `n F(r(x))^(n-1) p(x)`: it corrects the weights of modes, which
+gradients cannot, and overshoots the tilt for large n. Softmax-of-n tends to the tilt of p as n grows.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import inputs, rewards
+from tiltjax.particles import Particles, unweighted
+
+
+def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
+    """The particle of largest reward in each consecutive group of `n`.
+
+    **Raises:** `ValueError` if n does not divide the number of particles, or the particles are weighted (a maximum has no
+    meaning among weighted particles: `resample` them first).
+    """
+    return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
+
+
+def softmax_of_n(key: Array, particles: Particles, reward: Callable, n: int, scale: float | Array) -> Particles:
+    """One particle of each consecutive group of `n`, with probability proportional to `exp(scale * r)`.
+
+    **Raises:** as `best_of_n`.
+    """
+    key, scale = inputs.typed_key(key), inputs.nonnegative(scale, "scale")
+    return _select(particles, reward, n, lambda values: jax.random.categorical(key, scale * values, axis=1))
+
+
+def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Array], Array]) -> Particles:
+    n = inputs.count(n, "n")
+    if not isinstance(particles, Particles):
+        raise TypeError(f"expected Particles, as sample returns, got {type(particles).__name__}")
+    if particles.log_norm is not None:
+        raise ValueError(
+            "selection needs unweighted particles, these are weighted: use particles.resample(key, num) first"
+        )
+    num = len(particles)
+    if num % n:
+        raise ValueError(
+            f"groups of n = {n} must divide the {num} particles: sample {num + n - num % n} or {num - num % n}"
+        )
+    values = jax.vmap(rewards.as_reward(reward))(particles.x).reshape(num // n, n)
+    if inputs.concrete(values) and bool(jnp.any(jnp.isnan(values))):
+        raise FloatingPointError(f"the reward is NaN for {int(jnp.sum(jnp.isnan(values)))} of {num} particles")
+    winners = jnp.arange(num // n) * n + choose(values)
+    return unweighted(particles.x[winners])
