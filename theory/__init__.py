@@ -1,1 +1,37 @@
-"""Closed forms and quadrature for reward-tilted Gaussian mixtures: what each sampler should, and will, produce."""
+r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
+
+What a sampler should produce (`tilt`, `log_h`), and what it will (`plug_in_law`, `fmrg_law`, and at any number of steps
+`discrete_law`). Nothing here runs a sampler; laws come back as `tiltjax.GaussianMixture`.
+"""
+
+from theory import quadrature
+from theory.bias import (
+    AffineField,
+    discrete_law,
+    doob_field,
+    dps_field,
+    fmrg_field,
+    fmrg_law,
+    plug_in_field,
+    plug_in_law,
+)
+from theory.doob import log_h, marginal
+from theory.tilts import Tilt, expected_reward, quadratic_form, tilt
+
+__all__ = [
+    "tilt",
+    "Tilt",
+    "expected_reward",
+    "quadratic_form",
+    "log_h",
+    "marginal",
+    "plug_in_law",
+    "fmrg_law",
+    "discrete_law",
+    "AffineField",
+    "plug_in_field",
+    "dps_field",
+    "doob_field",
+    "fmrg_field",
+    "quadrature",
+]

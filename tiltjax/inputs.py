@@ -8,14 +8,16 @@ Every message says what was got, what was expected, and how to fix it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
+
+T = TypeVar("T")
 
 # What a constructor takes for an array.
 Numbers = Array | np.ndarray | float | Sequence[Any]
@@ -54,7 +56,7 @@ class Function(eqx.Module):
         return jax.tree.unflatten(self.treedef, leaves)(*args)
 
 
-def cast(tree: PyTree, dtype: Any) -> PyTree:
+def cast(tree: T, dtype: Any) -> T:
     """Every floating array of `tree` in `dtype`, except inside `Function`: networks keep their own."""
 
     def convert(leaf: Any) -> Any:

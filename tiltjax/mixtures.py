@@ -70,6 +70,10 @@ class GaussianMixture(eqx.Module):
         """The dimension d."""
         return self.means.shape[-1]
 
+    def replace(self, weights: Array, means: Array, covs: Array) -> "GaussianMixture":
+        """Another mixture from parts that are right by construction: nothing is checked or normalised."""
+        return eqx.tree_at(lambda m: (m.weights, m.means, m.covs), self, (weights, means, covs))
+
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
         return self.weights @ self.means
@@ -107,7 +111,7 @@ class GaussianMixture(eqx.Module):
             return (product + product.T) / 2
 
         weights, means = jax.nn.softmax(jnp.asarray(log_weights)), jnp.asarray(means)
-        return _unchecked(weights, means, jax.vmap(posterior_cov)(self.covs))
+        return self.replace(weights, means, jax.vmap(posterior_cov)(self.covs))
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
@@ -146,14 +150,6 @@ class GaussianMixture(eqx.Module):
             gain = linalg.back_solve(factor, half)
             means.append([mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)])
         return log_weights, means
-
-
-def _unchecked(weights: Array, means: Array, covs: Array) -> GaussianMixture:
-    """A mixture from parts that are right by construction: no checks, no renormalisation."""
-    mixture = object.__new__(GaussianMixture)
-    for name, value in zip(("weights", "means", "covs"), (weights, means, covs), strict=True):
-        object.__setattr__(mixture, name, value)
-    return mixture
 
 
 def _check_covariances(covs: np.ndarray) -> None:

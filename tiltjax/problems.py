@@ -88,7 +88,7 @@ def step() -> Problem:
 
 def bump() -> Problem:
     """A bounded reward on the right mode: the tilt keeps 1.528% of its mass on the left."""
-    return Problem("bump", _two_modes(), rewards.Bump([3.0], 1.0), 5.0, 1.0, float("nan"), _LINE)
+    return Problem("bump", _two_modes(), rewards.Bump([3.0], 1.0), 5.0, 1.0, 3.4881, _LINE)
 
 
 def _two_modes() -> GaussianMixture:

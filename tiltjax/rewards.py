@@ -101,8 +101,9 @@ class Quadratic(Reward):
         """H as a `(d, d)` matrix, for vector-valued states."""
         if self.target.ndim != 1:
             raise ValueError(f"the weight is a matrix only for vectors, got a target of shape {self.target.shape}")
-        d = self.target.shape[0]
-        return self.weight if self.weight.ndim == 2 else jnp.eye(d, dtype=self.target.dtype) * self.weight
+        if self.weight.ndim == 2:
+            return self.weight
+        return jnp.diag(jnp.broadcast_to(self.weight, self.target.shape))
 
 
 class Linear(Reward):

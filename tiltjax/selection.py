@@ -7,6 +7,7 @@ gradients cannot, and overshoots the tilt for large n. Softmax-of-n tends to the
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -50,4 +51,7 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
     if inputs.concrete(values) and bool(jnp.any(jnp.isnan(values))):
         raise FloatingPointError(f"the reward is NaN for {int(jnp.sum(jnp.isnan(values)))} of {num} particles")
     winners = jnp.arange(num // n) * n + choose(values)
-    return unweighted(particles.x[winners])
+    trace = particles.trace
+    if trace is not None and trace.path is not None:
+        trace = eqx.tree_at(lambda trace: trace.path, trace, trace.path[:, winners])
+    return unweighted(particles.x[winners], trace)

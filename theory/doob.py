@@ -1,0 +1,74 @@
+r"""Doob's h-function of a mixture: `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly.
+
+Given `X_t = x` the data are again a mixture (`GaussianMixture.condition`), so log h is the log normalising constant of *its* tilt.
+At t = 0 it is log Z for every x (if `alpha_0 = 0`), at t = 1 it is `scale * r(x)`, and `p_t h_t / Z` is the law of the tilt
+noised to time t.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from theory import quadrature, tilts
+from tiltjax import inputs, rewards
+from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.mixtures import GaussianMixture
+
+
+class LogH(eqx.Module):
+    """`log h` as a function of `(t, x)`; built by `log_h`."""
+
+    prior: GaussianMixture
+    reward: rewards.Reward
+    scale: Array
+    interpolant: Interpolant
+
+    def __call__(self, t: Array, x: Array) -> Array:
+        posterior = self.prior.condition(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
+        match self.reward:
+            case rewards.Step():
+                return _log_h_step(posterior, self.reward, self.scale)
+            case rewards.Quadratic() | rewards.Linear() | rewards.Sum() | rewards.Scaled():
+                return tilts.tilt(posterior, self.reward, self.scale).log_norm
+        return quadrature.log_norm(posterior, self.reward, self.scale)
+
+
+def log_h(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
+) -> LogH:
+    """`log h` for a mixture prior, a function `(t, x) -> scalar` to be given to `tiltjax.Doob`.
+
+    Closed form for quadratic rewards and for `Step`; for any other, Gaussian quadrature around each component of the posterior, in
+    one or two dimensions (`theory.quadrature.log_norm`).
+
+    **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
+    """
+    reward = rewards.as_reward(reward)
+    closed = isinstance(reward, rewards.Step | rewards.Quadratic | rewards.Linear | rewards.Sum | rewards.Scaled)
+    if not closed and prior.dim > 2:
+        raise ValueError(
+            f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or two dimensions, not {prior.dim}: "
+            "estimate it with PlugIn and many draws, or Laplace"
+        )
+    scale = inputs.nonnegative(scale, "scale")
+    return LogH(prior, reward, scale, Linear() if interpolant is None else interpolant)
+
+
+def marginal(mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None) -> GaussianMixture:
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted marginal `p_t h_t / Z`."""
+    interpolant = Linear() if interpolant is None else interpolant
+    t = jnp.asarray(t, mixture.means.dtype)
+    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
+    noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
+    return mixture.replace(mixture.weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None])
+
+
+def _log_h_step(posterior: GaussianMixture, reward: rewards.Step, scale: Array) -> Array:
+    # <n, X> is Gaussian in each component: log(P(above) + exp(-scale height) P(below)).
+    mean = posterior.means @ reward.normal - reward.offset
+    std = jnp.sqrt(jnp.einsum("i,kij,j->k", reward.normal, posterior.covs, reward.normal))
+    z = mean / jnp.where(std > 0, std, 1.0)
+    z = jnp.where(std > 0, z, jnp.where(mean >= 0, jnp.inf, -jnp.inf))
+    above, below = jax.scipy.special.log_ndtr(z), jax.scipy.special.log_ndtr(-z) - scale * reward.height
+    return jax.nn.logsumexp(jnp.log(posterior.weights) + jnp.logaddexp(above, below))
