@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/python -m tiltjax $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ Read in this order: models, rewards, what a guidance is made of, the guidances, 
 tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
-from tiltjax import interpolants, problems, rewards
+from tiltjax import interpolants, metrics, plotting, problems, rewards
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture

@@ -50,6 +50,17 @@ def bar(title: str, total: int, *, enabled: bool) -> Iterator[Ticker]:
         _running.pop(number).close()
 
 
+@contextmanager
+def meter(title: str, total: int) -> Iterator["_Bar"]:
+    """A bar for a loop on the host: `update(done, note)` before each of `total` stages."""
+    running = _Bar(title, total)
+    try:
+        yield running
+        running.draw(final=True)
+    finally:
+        running.close()
+
+
 def _advance(number: Array, step: Array) -> None:
     # A bar that was closed by an error may still be ticked by what is left running on the device.
     if (running := _running.get(int(number))) is not None:
@@ -58,12 +69,12 @@ def _advance(number: Array, step: Array) -> None:
 
 class _Bar:
     def __init__(self, title: str, total: int):
-        self.title, self.total, self.done, self.shown = title, total, 0, False
+        self.title, self.total, self.done, self.note, self.shown = title, total, 0, "", False
         self.start = self.last = time.monotonic()
         self.first: tuple[float, int] | None = None  # compilation is over with the first tick
 
-    def update(self, done: int) -> None:
-        self.done = max(self.done, done)
+    def update(self, done: int, note: str = "") -> None:
+        self.done, self.note = max(self.done, done), note
         now = time.monotonic()
         self.first = self.first or (now, done)
         if now - self.start > _DELAY and now - self.last > _INTERVAL:
@@ -81,7 +92,7 @@ class _Bar:
         since, done = self.first or (now, self.done)
         if not final and self.done > done:
             line += f", {(now - since) / (self.done - done) * (self.total - self.done):.0f} s left"
-        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.write(f"\r\x1b[K{line}{self.note and f', {self.note}'}")
         sys.stderr.flush()
         self.shown = True
 

@@ -1,0 +1,89 @@
+"""What every benchmark records: device, versions, commit, and where time goes.
+
+CPU seconds are user and system time of this process, compilation and run apart; a run's figure is the median of repeats.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Timing(NamedTuple):
+    """Seconds: of the first call (mostly compilation) on the wall, and the medians of later ones."""
+
+    first_wall: float
+    run_wall: float
+    run_cpu: float
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
+    """Time `call(seed)`: once for compilation, then `repeats` times with other seeds."""
+    start = time.perf_counter()
+    jax.block_until_ready(call(0))
+    first = time.perf_counter() - start
+    walls, cpus = [], []
+    for seed in range(1, repeats + 1):
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        jax.block_until_ready(call(seed))
+        walls.append(time.perf_counter() - wall)
+        cpus.append(cpu_seconds() - cpu)
+    return Timing(first, statistics.median(walls), statistics.median(cpus))
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "backend": device.platform,
+        "processor": processor(),
+        "cores": _cores(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    """Write `results` with the environment as `results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
+    return path

@@ -1,0 +1,208 @@
+"""The samplers against theory: what `sample` returns is what the closed forms say. Tier: statistical.
+
+Every comparison is of means and covariances against an exact value, in computed standard errors of independent particles; where
+the truth is a limit of small steps, the step-size term is computed by the affine recursion and added.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import theory
+import tiltjax as tj
+
+SIGMAS = 5.0
+
+
+def assert_moments(x, law, slack_mean=0.0, slack_cov=0.0):
+    """Mean and covariance of Gaussian samples within five standard errors (plus a computed slack) of a one-component law."""
+    n, (mean, cov) = len(x), (np.asarray(law.means[0]), np.asarray(law.covs[0]))
+    error_mean = np.sqrt(np.diag(cov) / n)
+    error_cov = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / n)
+    assert np.all(np.abs(np.mean(x, axis=0) - mean) < SIGMAS * error_mean + slack_mean)
+    assert np.all(np.abs(np.cov(x.T).reshape(cov.shape) - cov) < SIGMAS * error_cov + slack_cov)
+
+
+def commuting(d):
+    """An anisotropic prior off the origin, whose axes are not the coordinates', and a reward that commutes with it."""
+    if d == 1:
+        return tj.GaussianMixture([1.0], [[0.7]], [[[0.6]]]), tj.rewards.Quadratic([2.0])
+    rotation = np.linalg.qr(np.random.default_rng(d).normal(size=(d, d)))[0]
+    cov = rotation @ np.diag(np.linspace(0.3, 0.9, d)) @ rotation.T
+    cov = (cov + cov.T) / 2
+    return tj.GaussianMixture([1.0], [np.linspace(-1, 1, d)], [cov]), tj.rewards.Quadratic(np.linspace(2, 0, d))
+
+
+def general(d=2):
+    """Covariance and reward matrices that do not commute, and a linear term."""
+    prior = tj.GaussianMixture([1.0], [[1.0, -0.5]], [[[0.6, 0.3], [0.3, 0.8]]])
+    reward = tj.rewards.Quadratic([0.5, 2.0], weight=[[1.0, 0.2], [0.2, 0.5]]) + tj.rewards.Linear([0.3, 0.0])
+    return prior, reward
+
+
+METHODS = {
+    "plug-in": (lambda m, r, s: tj.PlugIn(tj.Exact(m), r, s), theory.plug_in_field),
+    "damped": (
+        lambda m, r, s: tj.PlugIn(tj.Exact(m), r, tj.Damped(s, 0.8)),
+        lambda p, r, s, path: theory.plug_in_field(p, r, tj.Damped(s, 0.8), path),
+    ),
+    "dps": (tj.dps, theory.dps_field),
+    "Laplace": (tj.Laplace, theory.doob_field),
+    "Doob": (None, theory.doob_field),
+}
+
+
+SOLVERS = (tj.Euler(), tj.Heun(), tj.Heun(share_draw=True), tj.Ancestral(), tj.Ancestral(0.4))
+WIDE = tj.Linear(1.6)
+ROWS = (
+    [("plug-in", solver, path) for solver in SOLVERS for path in (tj.Linear(), WIDE)]
+    + [(method, tj.Heun(), WIDE) for method in METHODS if method != "plug-in"]
+    + [(method, tj.Ancestral(0.4), WIDE) for method in METHODS if method != "plug-in"]
+)
+
+
+@pytest.mark.parametrize(("method", "solver", "path"), ROWS)
+def test_a_guided_sampler_has_its_discrete_law(method, solver, path):
+    prior, reward = general()
+    model, scale, times = tj.Analytic(prior, path), 1.5, jnp.linspace(1e-3, 1, 13)
+    build, field = METHODS[method]
+    if method == "Doob":
+        guidance = tj.Doob(model, theory.log_h(prior, reward, scale, path))
+    else:
+        guidance = build(model, reward, scale)
+    x = tj.sample(jax.random.key(1), model, guidance, num=20_000, times=times, solver=solver).x
+    assert_moments(x, theory.discrete_law(field(prior, reward, scale, path), times=times, solver=solver))
+
+
+@pytest.mark.parametrize("end", [0.8, 0.999])
+def test_runs_that_end_before_one_have_their_discrete_law(end):
+    prior, reward = general()
+    times = jnp.linspace(1e-3, end, 20)
+    x = tj.sample(
+        jax.random.key(2), tj.Analytic(prior), tj.dps(tj.Analytic(prior), reward, 1.0), num=20_000, times=times
+    ).x
+    assert_moments(x, theory.discrete_law(theory.dps_field(prior, reward, 1.0), times=times))
+
+
+@pytest.mark.parametrize(
+    ("d", "scale", "method"), [(1, 2.0, "dps"), (2, 0.3, "plug-in"), (2, 2.0, "plug-in"), (5, 1.0, "plug-in")]
+)
+def test_one_draw_has_dawsons_law(d, scale, method):
+    prior, reward = commuting(d)
+    times = jnp.linspace(1e-3, 1, 101)
+    build, field = METHODS[method]
+    law, steps = theory.plug_in_law(prior, reward, scale), theory.discrete_law(field(prior, reward, scale), times=times)
+    model = tj.Analytic(prior)
+    x = tj.sample(jax.random.key(3), model, build(model, reward, scale), num=10_000, times=times).x
+    assert_moments(x, law, np.abs(law.means[0] - steps.means[0]), np.abs(law.covs[0] - steps.covs[0]))
+
+
+@pytest.mark.parametrize(
+    ("s2", "scale", "y", "mean"), [(0.5, 3.0, 2.5, 0.0), (4.0, 0.2, -3.0, 1.0), (0.1, 2.0, 1.0, -2.0)]
+)
+def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
+    prior = tj.GaussianMixture([1.0], [[mean, 0.5]], [s2 * np.eye(2)])
+    reward, law = tj.rewards.Quadratic([y, 0.0]), tj.Damped(scale, s2**0.5)
+    times = jnp.linspace(1e-3, 1, 101)
+    tilt = theory.tilt(prior, reward, scale).mixture
+    steps = theory.discrete_law(theory.plug_in_field(prior, reward, law), times=times)
+    model = tj.Analytic(prior)
+    # Glass as well as exact draws: its inner steps leave the mean alone and narrow the draws, which the mean guidance ignores.
+    for posterior in (tj.Exact(model), tj.Glass(model)):
+        x = tj.sample(jax.random.key(4), model, tj.PlugIn(posterior, reward, law), num=10_000, times=times).x
+        assert_moments(x, tilt, np.abs(tilt.means[0] - steps.means[0]), np.abs(tilt.covs[0] - steps.covs[0]))
+
+
+@pytest.mark.parametrize(("s2", "scale"), [(0.5, 0.3), (16.0, 0.1)])
+def test_fmrg_has_its_law(s2, scale):
+    prior, reward = tj.GaussianMixture([1.0], [[0.4, -0.2]], [s2 * np.eye(2)]), tj.rewards.Quadratic([2.5, 0.0])
+    times = jnp.linspace(1e-3, 1, 101)
+    law, steps = (
+        theory.fmrg_law(prior, reward, scale),
+        theory.discrete_law(theory.fmrg_field(prior, reward, scale), times=times),
+    )
+    model = tj.Analytic(prior)
+    x = tj.sample(jax.random.key(5), model, tj.fmrg(model, reward, scale, steps=40), num=10_000, times=times).x
+    # The inner flow map's own error, to first order in its Jacobian, by Richardson over its steps.
+    t, y = jnp.asarray(0.01), jnp.array([1.0, 0.5])
+    ends = [tj.FlowMap(model, n).draw(jax.random.key(0), t, y) for n in (40, 80)]
+    inner = float(jnp.max(jnp.abs(ends[0] - ends[1]))) * 4 / 3
+    assert inner < 0.02 * s2**0.5
+    slack = inner + np.abs(law.means[0] - steps.means[0])
+    assert_moments(
+        x, law, slack, np.abs(law.covs[0] - steps.covs[0]) + 2 * inner * np.sqrt(np.asarray(law.covs[0]).max())
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")] + [("noniso", WIDE)],
+)
+def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, path):
+    problem = tj.problems.get(name)
+    truth = theory.tilt(problem.prior, problem.reward, problem.scale)
+    model, num, times = tj.Analytic(problem.prior, path), 20_000, jnp.linspace(1e-4, 1, 101)
+    tilted = tj.Tilted(model, problem.reward, problem.scale)
+    doob = tj.Doob(model, theory.log_h(problem.prior, problem.reward, problem.scale, path))
+    statistics = {
+        "x": lambda x: x,
+        "squares": lambda x: x**2,
+        "product": lambda x: x[:1] * x[1:],
+        "masses": lambda x: jax.nn.softmax(truth.mixture.component_log_probs(x)),
+    }
+    mean = truth.mixture.mean()
+    second = truth.mixture.cov() + jnp.outer(mean, mean)
+    expected = {"x": mean, "squares": jnp.diagonal(second), "product": second[0, 1:], "masses": truth.mixture.weights}
+    for guidance, start in ((None, tilted), (doob, model)):
+        x = tj.sample(jax.random.key(6), start, guidance, num=num, times=times).x
+        # The step-size term: the same flow (same noise) at half the steps, to second order.
+        coarse = tj.sample(jax.random.key(6), start, guidance, num=num, times=times[::2]).x
+        for label, statistic in statistics.items():
+            values, rough = jax.vmap(statistic)(x), jax.vmap(statistic)(coarse)
+            steps = np.abs(np.mean(values, axis=0) - np.mean(rough, axis=0))
+            error = np.std(values, axis=0) / np.sqrt(num)
+            assert np.all(np.abs(np.mean(values, axis=0) - expected[label]) < SIGMAS * error + steps + 1e-12), label
+
+
+def test_best_of_n_chooses_the_mode_that_plug_in_cannot():
+    problem, groups = tj.problems.step(), 4000
+    model = tj.Analytic(problem.prior)
+    for guidance in (None, tj.PlugIn(tj.Glass(model), problem.reward, problem.scale)):
+        particles = tj.sample(jax.random.key(7), model, guidance, num=16 * groups, steps=20)
+        for n in (1, 2, 4, 8, 16):
+            chosen = np.asarray(tj.best_of_n(particles, problem.reward, n).x[:groups, 0]) >= 0
+            expected = 1 - 0.5**n
+            error = np.sqrt(expected * (1 - expected) / groups)
+            # A rounding below 1 / groups is what a finite number of groups can show at n = 16.
+            assert abs(np.mean(chosen) - expected) < SIGMAS * error + 0.5 / groups
+
+
+def test_softmax_of_n_tends_to_the_tilt():
+    problem, n, groups = tj.problems.bump(), 64, 4000
+    particles = tj.sample(jax.random.key(8), tj.Analytic(problem.prior), num=n * groups, steps=20)
+    chosen = tj.softmax_of_n(jax.random.key(9), particles, problem.reward, n, problem.scale)
+    truth = theory.quadrature.tilt(problem.prior, problem.reward, problem.scale)
+    expected = float(truth.expect(lambda x: jnp.where(x[0] >= 0, 1.0, 0.0)))
+    error = np.sqrt(expected * (1 - expected) / groups)
+    # Self-normalised weights of n draws: a bias of order Var(W) / (n E[W]^2), computed on the particles themselves.
+    weights = np.exp(problem.scale * np.asarray(jax.vmap(problem.reward)(particles.x)))
+    right = np.asarray(particles.x[:, 0] >= 0)
+    bias = np.mean(weights**2 * (expected - right)) / (n * np.mean(weights) ** 2)
+    assert abs(np.mean(np.asarray(chosen.x[:, 0]) >= 0) - expected - bias) < SIGMAS * error + bias**2
+
+
+def test_more_draws_come_closer_to_the_recorded_finite_k_laws():
+    # Mean and standard deviation along y on the line, s^2 = .5, scale 3, y = 2.5, to the three digits recorded.
+    prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
+    model, num = tj.Analytic(prior), 4000
+    for k, mean, std in ((2, 2.862, 0.200), (8, 2.463, 0.231)):
+        runs = {}
+        for steps in (100, 200):
+            x = tj.sample(
+                jax.random.key(10), model, tj.PlugIn(tj.Exact(model), reward, 3.0, k=k), num=num, steps=steps
+            ).x
+            runs[steps] = np.array([np.mean(x), np.std(x)])
+        limit = 2 * runs[200] - runs[100]  # the draws' variance is of first order in the step
+        error = 3 * np.array([std, std / np.sqrt(2)]) / np.sqrt(num)
+        assert np.all(np.abs(limit - [mean, std]) < SIGMAS * error + 1e-3)

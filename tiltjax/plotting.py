@@ -1,0 +1,388 @@
+r"""The figures people look at: samples and paths over the law they should follow.
+
+    call                 draws
+    -------------------  --------------------------------------------------------------------------------------------
+    `density_contours`   the density: on the line its curve, in the plane its highest-density regions
+    `panel`              one method: the density, its samples (dots, or a histogram) and a few of its paths
+    `comparison`         a grid of panels over one density with one legend
+    `save`               the file: all of it or nothing
+
+A contour is labelled by mass: level 0.9 encloses the smallest region of the plotted window that holds 90% of the mass in it.
+Log-densities need no normalisation: it is taken from a grid on the window, which should therefore hold nearly all of the law.
+
+Matplotlib is imported when a figure is made, and its global state (`pyplot`, `rcParams`) is neither read for decisions nor
+changed. Colours are those of Okabe and Ito, which readers with any colour vision can tell apart.
+"""
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
+
+from tiltjax import inputs
+from tiltjax.particles import Particles
+
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#007A5E"
+_INK, _MUTED, _RULE = "#222222", "#6B6B6B", "#BDBDBD"
+_LAND = ("#F7F5F0", "#ECE7DB", "#DDD5C2", "#C9BDA2")  # filled regions, from the outermost inwards
+_CONTOUR = "#6E6551"
+LEVELS = (0.3, 0.6, 0.9, 0.99)
+_GRID = {1: 1024, 2: 192}
+_DOTS, _LINES = 4000, 24
+_FORMATS = ("png", "pdf", "svg")
+
+
+class Panel(NamedTuple):
+    """What `comparison` shows of one method.
+
+    `x`: `(n, d)` or `Particles`. `path`: `(steps + 1, n, d)` or `None`. `note`: a short line under the title, such as a distance.
+    `highlight`: set the title in another colour, for the methods that are exact.
+    """
+
+    title: str
+    x: Any
+    path: Any = None
+    note: str = ""
+    highlight: bool = False
+
+
+class _Field(NamedTuple):
+    """A normalised density on the grid of a window: `axes` holds one array of coordinates per dimension."""
+
+    axes: list[np.ndarray]
+    density: np.ndarray
+
+
+def contour_bounds(samples: ArrayLike | Particles, margin: float = 0.15) -> np.ndarray:
+    """A window around the samples, `(d, 2)`: their range, widened on either side by `margin` of it."""
+    x, _ = _samples(samples)
+    low, high = x.min(axis=0), x.max(axis=0)
+    spread = np.where(high > low, high - low, 1.0)
+    return np.stack([low - margin * spread, high + margin * spread], axis=1)
+
+
+def density_contours(ax: Any, log_density: Callable, bounds: ArrayLike, levels: Sequence[float] = LEVELS) -> None:
+    """Draw a density: its curve on the line, its highest-density regions in the plane.
+
+    **Arguments:**
+
+    - `ax`: matplotlib axes.
+    - `log_density`: `x -> scalar` of one point of shape `(d,)`, d = 1 or 2, up to a constant; it is vmapped.
+    - `bounds`: `(d, 2)`, the window; `(low, high)` will do on the line.
+    - `levels`: the masses that the contours enclose, between 0 and 1.
+
+    **Raises:** `ValueError` for bounds that are no window, levels outside (0, 1), a density that is NaN, infinite or zero
+    all over the window.
+    """
+    bounds = _window(bounds)
+    _draw_density(ax, _evaluate(log_density, bounds), levels)
+    _frame(ax, bounds)
+
+
+def panel(
+    ax: Any,
+    x: ArrayLike | Particles,
+    *,
+    log_density: Callable | None = None,
+    path: ArrayLike | None = None,
+    bounds: ArrayLike,
+    title: str,
+    note: str = "",
+    colour: str = BLUE,
+    highlight: bool = False,
+) -> None:
+    """Draw one method: the density it should follow, its samples and a few of its paths.
+
+    In the plane samples are dots over the contours. On the line they are a histogram under the density's curve, and paths run
+    down into it from a strip above, time going downwards. Paths fade in from their start. At most 4000 dots and 24 paths are
+    drawn; weights scale the area of dots and the height of bars. Samples outside of the window are not seen.
+
+    **Arguments:** `x`: `(n, d)` or `Particles`, d = 1 or 2; `path`: `(steps + 1, n, d)`; the others as in `density_contours`
+    and `Panel`.
+
+    **Raises:** `ValueError` for dimensions that disagree, samples that are not finite, and as `density_contours`.
+    """
+    bounds = _window(bounds)
+    field = None if log_density is None else _evaluate(log_density, bounds)
+    _draw_panel(ax, Panel(title, x, path, note, highlight), bounds, field, colour)
+
+
+def comparison(
+    panels: Sequence[Panel],
+    *,
+    log_density: Callable | None = None,
+    bounds: ArrayLike,
+    suptitle: str = "",
+    columns: int | None = None,
+    colour: str = BLUE,
+) -> Any:
+    """A grid of panels over one density, as a `matplotlib.figure.Figure` ten inches wide (1600 pixels as `save` writes it).
+
+    **Arguments:** `panels`: what to show, in reading order; `columns`: four by default, or fewer where that leaves no gaps or
+    there are few panels; the others as in `panel`.
+
+    **Raises:** `ImportError` without matplotlib; `ValueError` for an empty list, and as `panel`.
+    """
+    panels = [Panel(*entry) for entry in panels]
+    if not panels:
+        raise ValueError("panels must hold at least one Panel(title, x), got an empty list")
+    bounds = _window(bounds)
+    field = None if log_density is None else _evaluate(log_density, bounds)
+    figure_class, lines, patches = _matplotlib("figure", "lines", "patches")
+
+    columns = _columns(len(panels)) if columns is None else inputs.count(columns, "columns")
+    rows = -(-len(panels) // columns)
+    width = 10.0
+    aspect = 0.8 if len(bounds) == 1 else float(np.clip(np.ptp(bounds[1]) / np.ptp(bounds[0]), 0.5, 2.0))
+    height = rows * (width / columns * aspect * 0.94 + 0.42) + 0.35 + 0.4 * bool(suptitle)
+    figure = figure_class.Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, hspace=0.03, wspace=0.02)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=len(bounds) == 2, squeeze=False)
+    for index, ax in enumerate(axes.flat):
+        if index >= len(panels):
+            ax.remove()
+            continue
+        _draw_panel(ax, panels[index], bounds, field, colour, any(entry.note for entry in panels))
+        # Ticks where no neighbour below or to the left has them.
+        ax.tick_params(labelbottom=index + columns >= len(panels), labelleft=len(bounds) == 2 and index % columns == 0)
+    if suptitle:
+        figure.suptitle(suptitle, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    handles = []
+    if field is not None:
+        truth = "the tilt" if len(bounds) == 1 else "the tilt: regions of " + _percent(LEVELS) + " mass"
+        patch = patches.Patch(facecolor=_LAND[2], edgecolor=_CONTOUR, linewidth=0.8, label=truth)
+        handles.append(patch if len(bounds) == 2 else lines.Line2D([], [], color=_INK, linewidth=1.4, label=truth))
+    if len(bounds) == 2:
+        handles.append(lines.Line2D([], [], color=colour, marker="o", markersize=4, linestyle="", label="samples"))
+    else:
+        handles.append(patches.Patch(facecolor=colour, alpha=0.5, label="samples"))
+    if any(entry.path is not None for entry in panels):
+        handles.append(lines.Line2D([], [], color=VERMILION, linewidth=1.2, label="paths, fading in from the start"))
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9, labelcolor=_MUTED
+    )
+    return figure
+
+
+def save(figure: Any, path: str | os.PathLike, dpi: int = 160) -> Path:
+    """Write a figure as `.png`, `.pdf` or `.svg`: either the whole file appears, or nothing changes.
+
+    **Returns:** the path. **Raises:** as `target`.
+    """
+    path = target(path)
+    folder = path.parent
+    content = io.BytesIO()  # what cannot be drawn fails here, before any file exists
+    figure.savefig(content, format=path.suffix.lower().removeprefix("."), dpi=dpi)
+    temporary = folder / f".{path.stem}-{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
+    except PermissionError as error:
+        raise PermissionError(f"the folder {str(folder)!r} is not writable: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def target(path: str | os.PathLike) -> Path:
+    """The path, if `save` could write there now: what a long computation asks before it starts.
+
+    **Raises:** `ValueError` for a suffix other than `.png`, `.pdf` and `.svg`; `FileNotFoundError`, `NotADirectoryError`,
+    `IsADirectoryError` or `PermissionError` for a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower().removeprefix(".") not in _FORMATS:
+        raise ValueError(f"cannot write {path.name!r}: the name must end in .png, .pdf or .svg")
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"the folder {str(folder)!r} does not exist: create it first")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} is not a folder")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the folder {str(folder)!r} is not writable")
+    return path
+
+
+def _draw_panel(
+    ax: Any, entry: Panel, bounds: np.ndarray, field: _Field | None, colour: str, noted: bool = False
+) -> None:
+    x, weights = _samples(entry.x, len(bounds))
+    paths = None if entry.path is None else _paths(entry.path, len(bounds))
+    if field is not None:
+        _draw_density(ax, field, LEVELS)
+    if len(bounds) == 2:
+        shown, area = x[:_DOTS], weights[:_DOTS] * len(x)
+        # Fewer dots may be larger and more opaque; from about a thousand on, darkness stands for density.
+        crowd = min(len(shown) / 1000, 4.0)
+        size, alpha = 3.2 / max(crowd, 0.3) ** 0.4, 0.5 / max(crowd, 0.5) ** 0.5
+        ax.scatter(*shown.T, s=size * area, color=colour, alpha=alpha, linewidths=0, zorder=3, rasterized=True)
+        if paths is not None:
+            _draw_paths(ax, paths)
+    else:
+        _draw_histogram(ax, x[:, 0], weights, paths, bounds, colour)
+    _frame(ax, bounds)
+    title_colour = GREEN if entry.highlight else _INK
+    pad = 15 if entry.note or noted else 5
+    ax.set_title(entry.title, loc="left", fontsize=10, fontweight="bold", color=title_colour, pad=pad)
+    if entry.note:
+        offset = {"xytext": (0, 4), "textcoords": "offset points"}
+        ax.annotate(entry.note, (0, 1), xycoords="axes fraction", fontsize=8, color=_MUTED, **offset)
+
+
+def _draw_density(ax: Any, field: _Field, levels: Sequence[float]) -> None:
+    if len(field.axes) == 1:
+        ax.plot(field.axes[0], field.density, color=_INK, linewidth=1.4, zorder=4)
+        return
+    thresholds = _thresholds(field, levels)
+    shades = [_LAND[round(i * (len(_LAND) - 1) / max(len(thresholds) - 1, 1))] for i in range(len(thresholds))]
+    top = max(field.density.max(), thresholds[-1]) * 1.01
+    ax.contourf(*field.axes, field.density.T, levels=[*thresholds, top], colors=shades, zorder=1)
+    edges = [
+        threshold for threshold in thresholds if threshold > field.density.min()
+    ]  # the others hold the whole window
+    if edges:
+        ax.contour(*field.axes, field.density.T, levels=edges, colors=_CONTOUR, linewidths=0.6, alpha=0.9, zorder=4)
+
+
+def _draw_paths(ax: Any, paths: np.ndarray) -> None:
+    """Thin lines that fade in from their starting points."""
+    (collections,) = _matplotlib("collections")
+    steps, num = len(paths) - 1, paths.shape[1]
+    segments = np.stack([paths[:-1], paths[1:]], axis=2)  # (steps, num, 2, 2), later steps drawn over earlier ones
+    shades = np.zeros((steps, num, 4))
+    shades[..., :3] = [int(VERMILION[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    shades[..., 3] = (0.06 + 0.59 * np.linspace(0, 1, steps) ** 1.5)[:, None]
+    segments, shades = segments.reshape(-1, 2, 2), shades.reshape(-1, 4)
+    # Butt ends: overlapping round ones would show as beads where lines are translucent. Below the dots, which matter more.
+    style = {"linewidths": 0.7, "capstyle": "butt", "zorder": 2.5, "rasterized": True}
+    ax.add_collection(collections.LineCollection(list(segments), colors=shades, **style), autolim=False)
+
+
+def _draw_histogram(
+    ax: Any, x: np.ndarray, weights: np.ndarray, paths: np.ndarray | None, bounds: np.ndarray, colour: str
+) -> None:
+    low, high = bounds[0]
+    edges = np.linspace(low, high, 61)
+    heights = np.histogram(x, edges, weights=weights)[0] / np.diff(
+        edges
+    )  # shares of all samples, also of those outside
+    ax.stairs(heights, edges, fill=True, color=colour, alpha=0.5, linewidth=0, zorder=2)
+    peak = max([heights.max(), *(line.get_ydata().max() for line in ax.lines)])
+    peak = peak if peak > 0 else 1.0
+    ax.set_ylim(0, 1.08 * peak if paths is None else 1.75 * peak)
+    if paths is not None:
+        # The strip shares the axes, so that paths end above the bars they belong to.
+        times = np.linspace(1.72 * peak, 1.12 * peak, len(paths))
+        times = np.broadcast_to(times[:, None, None], paths.shape)
+        ax.axhline(1.1 * peak, color=_RULE, linewidth=0.6, zorder=1)
+        _draw_paths(ax, np.concatenate([paths, times], axis=2))
+
+
+def _frame(ax: Any, bounds: np.ndarray) -> None:
+    (ticker,) = _matplotlib("ticker")
+    ax.set_xlim(*bounds[0])
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.tick_params(length=2.5, width=0.6, color=_RULE, labelcolor=_MUTED, labelsize=8)
+    if len(bounds) == 2:
+        ax.set_ylim(*bounds[1])
+        ax.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        ax.yaxis.set_major_locator(ticker.NullLocator())
+    for spine in ax.spines.values():
+        spine.set(color=_RULE, linewidth=0.6)
+
+
+def _columns(num: int) -> int:
+    """At most four columns, three where that fills the rows and four does not."""
+    if num <= 4:
+        return num
+    return 3 if num % 4 and (num % 3 == 0 or num == 5) else 4
+
+
+def _percent(levels: Sequence[float]) -> str:
+    names = [f"{100 * level:g}%" for level in levels]
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _evaluate(log_density: Callable, bounds: np.ndarray) -> _Field:
+    axes = [np.linspace(low, high, _GRID[len(bounds)]) for low, high in bounds]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    values = jax.vmap(log_density)(jnp.asarray(points.reshape(-1, len(bounds))))
+    values = np.asarray(values, np.float64)
+    if values.shape != (points[..., 0].size,):
+        raise ValueError(
+            f"log_density must map one point of shape ({len(bounds)},) to a scalar, got {values.shape[1:]}"
+        )
+    if np.any(np.isnan(values)) or not np.isfinite(values.max()):
+        raise ValueError("log_density must be below infinity, not NaN, and above -inf somewhere inside the bounds")
+    density = np.exp(values - values.max()).reshape(points.shape[:-1])
+    cell = np.prod([axis[1] - axis[0] for axis in axes])
+    return _Field(axes, density / (density.sum() * cell))
+
+
+def _thresholds(field: _Field, levels: Sequence[float]) -> list[float]:
+    """The densities above which the given masses lie, in increasing order."""
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels must be masses between 0 and 1, such as {LEVELS}, got {tuple(levels)}")
+    ordered = np.sort(field.density.ravel())[::-1]
+    share = np.cumsum(ordered) / ordered.sum()
+    found = set()
+    for level in levels:
+        value = ordered[np.searchsorted(share, level)]
+        # Half-way down to the next value: where the density is flat, a contour at its height would have no inside.
+        found.add(float(value + np.max(ordered, where=ordered < value, initial=0.0)) / 2)
+    return sorted(found)  # levels that meet in one flat region share a contour
+
+
+def _window(bounds: ArrayLike) -> np.ndarray:
+    window = np.asarray(bounds, np.float64)
+    window = window[None] if window.ndim == 1 else window
+    if window.shape not in ((1, 2), (2, 2)) or not np.all(np.isfinite(window)) or np.any(window[:, 0] >= window[:, 1]):
+        raise ValueError(
+            f"bounds must be (low, high) or ((low, high), (low, high)) with low < high, got {np.asarray(bounds).tolist()}"
+        )
+    return window
+
+
+def _samples(value: ArrayLike | Particles, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Samples `(n, d)` and their normalised weights."""
+    x = np.asarray(value.x if isinstance(value, Particles) else value, np.float64)
+    if x.ndim != 2 or len(x) == 0 or (dim is not None and x.shape[1] != dim):
+        expected = "d" if dim is None else dim
+        raise ValueError(
+            f"samples must have shape (n, {expected}), as the bounds say, got {x.shape}: "
+            "choose coordinates with x[:, :2], make a column with x[:, None]"
+        )
+    if not np.all(np.isfinite(x)):
+        raise ValueError(f"samples must be finite, {np.sum(~np.isfinite(x).all(axis=1))} of {len(x)} are not")
+    weights = np.asarray(value.weights, np.float64) if isinstance(value, Particles) else np.full(len(x), 1 / len(x))
+    return x, weights
+
+
+def _paths(value: ArrayLike, dim: int) -> np.ndarray:
+    paths = np.asarray(value, np.float64)
+    if paths.ndim != 3 or len(paths) < 2 or paths.shape[2] != dim:
+        raise ValueError(
+            f"path must have shape (steps + 1, n, {dim}), as sample(..., save_path=True) keeps it, got {paths.shape}"
+        )
+    return paths[:, :_LINES]
+
+
+def _matplotlib(*names: str) -> tuple:
+    import importlib
+
+    try:
+        return tuple(importlib.import_module(f"matplotlib.{name}") for name in names)
+    except ImportError as error:
+        raise ImportError(f"figures need matplotlib: pip install tiltjax[plot] ({error})") from None
