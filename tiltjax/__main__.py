@@ -86,6 +86,8 @@ def _demonstrate(options: argparse.Namespace) -> None:
     if options.scale is not None:
         problem = problem._replace(scale=float(tj.Constant(options.scale).final))
     inputs.count(options.steps, "--steps")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must lie between 0 and 2^32 - 1, got {options.seed}")
     if options.num < 10:
         raise ValueError(f"--num must be at least 10 for the statistics to mean anything, got {options.num}")
     output = tj.plotting.target(options.output)

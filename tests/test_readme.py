@@ -1,0 +1,30 @@
+"""README's snippet runs as it stands, and its distances come out as its comments say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def snippet():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if "theory.plug_in_law" in block)
+
+
+def test_the_snippet_runs_in_a_fresh_interpreter(snippet, tmp_path):
+    run = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    naive, damped, better, tilted, best = (float(line) for line in run.stdout.split())
+    assert naive > best > damped > max(better, tilted)
+    assert tilted < 0.12  # the floor is .07 with a standard deviation of .01
+
+
+def test_files_that_readme_names_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"python (benchmarks/\w+\.py)", text):
+        assert (ROOT / name).exists(), name
