@@ -20,7 +20,7 @@ def test_the_snippet_runs_in_a_fresh_interpreter(snippet, tmp_path):
     run = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr
     naive, damped, better, tilted, best = (float(line) for line in run.stdout.split())
-    assert naive > best > damped > max(better, tilted)
+    assert naive > best > max(damped, better, tilted)
     assert tilted < 0.12  # the floor is .07 with a standard deviation of .01
 
 

@@ -25,13 +25,14 @@ class LogH(eqx.Module):
     interpolant: Interpolant
 
     def __call__(self, t: Array, x: Array) -> Array:
-        posterior = self.prior.condition(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
-        match self.reward:
+        law = inputs.cast(self, x.dtype)
+        posterior = law.prior.condition(law.interpolant.alpha(t), law.interpolant.sigma(t), x)
+        match law.reward:
             case rewards.Step():
-                return _log_h_step(posterior, self.reward, self.scale)
+                return _log_h_step(posterior, law.reward, law.scale)
             case rewards.Quadratic() | rewards.Linear() | rewards.Sum() | rewards.Scaled():
-                return tilts.tilt(posterior, self.reward, self.scale).log_norm
-        return quadrature.log_norm(posterior, self.reward, self.scale)
+                return tilts.tilt(posterior, law.reward, law.scale).log_norm
+        return quadrature.log_norm(posterior, law.reward, law.scale)
 
 
 def log_h(

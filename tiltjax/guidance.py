@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg, rewards, scales
+from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model
 from tiltjax.posteriors import FlowMap, Posterior, Tweedie
 
@@ -71,6 +72,7 @@ class Doob(Guidance):
     log_h: inputs.Function
 
     def __init__(self, model: Model, log_h: Callable):
+        inputs.instance(model, Model, "model", "Doob(model, log_h)")
         self.model = model
         self.log_h = inputs.Function(log_h)
 
@@ -100,10 +102,7 @@ class PlugIn(Guidance):
     def __init__(
         self, posterior: Posterior, reward: Callable, scale: float | Array | scales.Scale = 1.0, *, k: int = 1
     ):
-        if not isinstance(posterior, Posterior):
-            raise TypeError(
-                f"PlugIn draws from a posterior, got {type(posterior).__name__}: use Glass(model) or Tweedie(model)"
-            )
+        inputs.instance(posterior, Posterior, "posterior", "use Glass(model), Exact(model) or Tweedie(model)")
         self.posterior = posterior
         self.reward = rewards.as_reward(reward)
         self.scale = scales.as_scale(scale)
@@ -112,10 +111,10 @@ class PlugIn(Guidance):
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         model = self.posterior.model
         key_scale, key_draws = jax.random.split(key)
-        scale = jax.lax.stop_gradient(self.scale(key_scale, model.interpolant.snr(t), t, x))
+        scale = self.scale(key_scale, model.interpolant.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> Array:
-            tilt = jax.vmap(lambda key: scale * self.reward(self.posterior.draw(key, t, x)))
+            tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, self.posterior.draw(key, t, x)))
             return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k)
 
         value, score = jax.value_and_grad(log_h)(x)
@@ -148,6 +147,7 @@ class Laplace(Guidance):
     scale: Array
 
     def __init__(self, model: Model, reward: Callable, scale: float | Array = 1.0):
+        inputs.instance(model, Model, "model", "Laplace(model, reward, scale)")
         self.model = model
         self.reward = rewards.as_reward(reward)
         self.scale = inputs.nonnegative(scale, "scale")
@@ -155,20 +155,19 @@ class Laplace(Guidance):
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         shape, size = x.shape, x.size
         denoise = lambda x: self.model.denoise(t, x.reshape(shape)).reshape(size)
-        reward = lambda m: self.scale * self.reward(m.reshape(shape))
+        reward = lambda m: rewards.value(self.reward, m.reshape(shape))
 
         mean, pullback = jax.vjp(denoise, x.reshape(size))
         jacobian = jax.vmap(lambda row: pullback(row)[0])(jnp.eye(size, dtype=x.dtype))
         cov = self.model.interpolant.tweedie(t) * (jacobian + jacobian.T) / 2
 
         value, gradient = jax.value_and_grad(reward)(mean)
-        # root^T root = H: then I + root P root^T is symmetric, which I + H P is not.
-        curvature, axes = jnp.linalg.eigh(-jax.hessian(reward)(mean))
-        root = jnp.sqrt(jnp.maximum(curvature, 0))[:, None] * axes.T
-        factor = linalg.cholesky(jnp.eye(size, dtype=x.dtype) + root @ cov @ root.T)
-        solved = jnp.asarray(linalg.back_solve(factor, linalg.half_solve(factor, root @ cov @ gradient)))
-        damped = gradient - root.T @ solved
-        log_h = value - linalg.half_logdet(factor) + damped @ cov @ gradient / 2
+        # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
+        root = linalg.square_root(linalg.spectral(jax.nn.relu, -jax.hessian(reward)(mean)))
+        factor = linalg.cholesky(jnp.eye(size, dtype=x.dtype) + self.scale * root.T @ cov @ root)
+        solved = jnp.asarray(linalg.back_solve(factor, linalg.half_solve(factor, root.T @ cov @ gradient)))
+        damped = self.scale * (gradient - self.scale * root @ solved)
+        log_h = self.scale * value - linalg.half_logdet(factor) + self.scale * damped @ cov @ gradient / 2
         return Estimate(mean.reshape(shape), log_h, (jacobian.T @ damped).reshape(shape)), state
 
     def log_tilt(self, x1: Array) -> Array:
@@ -201,6 +200,7 @@ class Clipped(_Wrapper):
     limit: Array
 
     def __init__(self, guidance: Guidance, limit: float | Array):
+        inputs.instance(guidance, Guidance, "guidance", "Clipped(guidance, limit) wraps one, such as PlugIn")
         self.guidance = guidance
         self.limit = inputs.positive(limit, "limit")
 
@@ -216,7 +216,14 @@ class Unscaled(_Wrapper):
     """
 
     guidance: Guidance
-    interpolant: Any
+    interpolant: Interpolant
+
+    def __init__(self, guidance: Guidance, interpolant: Interpolant):
+        inputs.instance(
+            guidance, Guidance, "guidance", "Unscaled(guidance, model.interpolant) wraps one, such as PlugIn"
+        )
+        inputs.instance(interpolant, Interpolant, "interpolant", "pass model.interpolant")
+        self.guidance, self.interpolant = guidance, interpolant
 
     def change(self, t: Array, estimate: Estimate) -> Array:
         return estimate.score * (2 / self.interpolant.diffusion(t))

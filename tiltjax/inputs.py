@@ -23,12 +23,15 @@ T = TypeVar("T")
 Numbers = Array | np.ndarray | float | Sequence[Any]
 
 
-class Function(eqx.Module):
+class Foreign(eqx.Module):
+    """What a user brought along: verbs leave the dtype of its arrays alone (`cast`)."""
+
+
+class Function(Foreign):
     """A user's callable as a pytree: its arrays are leaves, everything else is static.
 
     A bare function has no arrays and is told apart by identity (a new function object is a new trace); a Flax NNX
-    or Equinox module contributes its parameters as leaves, so that changing them traces nothing anew. Verbs
-    leave the dtype of these leaves alone (`cast`).
+    or Equinox module contributes its parameters as leaves, so that changing them traces nothing anew.
     """
 
     arrays: list
@@ -57,17 +60,18 @@ class Function(eqx.Module):
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """Every floating array of `tree` in `dtype`, except inside `Function`: networks keep their own."""
+    """Every floating array of `tree` in `dtype`, except inside `Foreign`: networks keep their own."""
 
     def convert(leaf: Any) -> Any:
         floating = eqx.is_inexact_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
         return leaf.astype(dtype) if floating else leaf
 
-    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Function))
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Foreign))
 
 
 def concrete(value: Any) -> bool:
-    """Whether the values can be read now (no leaf is being traced)."""
+    """Whether the values can be read now (no leaf is being traced). Read them with NumPy: inside someone's `jit`, an operation of
+    JAX on a concrete array is traced all the same."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
@@ -81,6 +85,8 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
             raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
         array = array.astype(jnp.result_type(float))
+    # Python numbers are weakly typed: without this, 3.0 and jnp.asarray(3.0) would be two programs.
+    array = jax.lax.convert_element_type(array, array.dtype)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and array.ndim not in allowed:
         expected = " or ".join(f"{n}-dimensional" for n in allowed)
@@ -99,7 +105,7 @@ def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> 
 def nonnegative(value: Any, name: str) -> Array:
     """A finite scalar that is not negative."""
     array = finite(value, name, 0)
-    if concrete(array) and array < 0:
+    if concrete(array) and np.asarray(array) < 0:
         raise ValueError(f"{name} must not be negative, got {float(array):g}")
     return array
 
@@ -107,9 +113,18 @@ def nonnegative(value: Any, name: str) -> Array:
 def positive(value: Any, name: str) -> Array:
     """A finite scalar above zero."""
     array = nonnegative(value, name)
-    if concrete(array) and array == 0:
+    if concrete(array) and np.asarray(array) == 0:
         raise ValueError(f"{name} must be positive, got 0")
     return array
+
+
+def instance(value: Any, kind: type, name: str, hint: str) -> None:
+    """Refuse what is no `kind`, saying what would be."""
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
+        got = f"{got} {value!r}" if isinstance(value, str | int | float) else got
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {got}: {hint}")
 
 
 def count(value: Any, name: str) -> int:
@@ -145,5 +160,5 @@ def time_grid(times: Any, steps: int) -> Array:
         if values[0] < 0 or values[-1] > 1:
             raise ValueError(f"times must lie in [0, 1], got [{values.min():g}, {values.max():g}]")
         if not np.all(np.diff(values) > 0):
-            raise ValueError("times must increase strictly from noise (0) to data (1)")
+            raise ValueError(f"times must increase strictly from noise (0) to data (1), got {values}")
     return times

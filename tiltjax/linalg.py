@@ -6,6 +6,7 @@ straight-line arithmetic that fuses with whatever surrounds it. Larger matrices 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +61,28 @@ def back_solve(lower: Entries, y: Entries) -> Entries:
     for i in reversed(range(d)):
         x[i] = (y[i] - sum(lower[m][i] * x[m] for m in range(i + 1, d))) * lower[i][i]
     return x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def spectral(fn: Callable[[Array], Array], matrix: Array) -> Array:
+    """`V diag(fn(lambda)) V^T` for a symmetric matrix `V diag(lambda) V^T`.
+
+    Differentiable where eigenvalues coincide, unlike `eigh`: by divided differences of `fn` (Daleckii and Krein).
+    """
+    values, axes = jnp.linalg.eigh(matrix)
+    return (axes * fn(values)[None]) @ axes.T
+
+
+@spectral.defjvp
+def _spectral_jvp(fn, primals, tangents):
+    (matrix,), (tangent,) = primals, tangents
+    values, axes = jnp.linalg.eigh(matrix)
+    image, slope = jax.jvp(fn, (values,), (jnp.ones_like(values),))
+    gap = values[:, None] - values[None, :]
+    close = jnp.abs(gap) <= jnp.sqrt(jnp.finfo(matrix.dtype).eps) * jnp.max(jnp.abs(values))
+    ratio = (image[:, None] - image[None, :]) / jnp.where(close, 1.0, gap)
+    rates = jnp.where(close, (slope[:, None] + slope[None, :]) / 2, ratio)
+    return (axes * image[None]) @ axes.T, axes @ (rates * (axes.T @ tangent @ axes)) @ axes.T
 
 
 def square_root(matrix: Array) -> Array:

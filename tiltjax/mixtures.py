@@ -56,7 +56,7 @@ class GaussianMixture(eqx.Module):
         if inputs.concrete(weights):
             if np.any(np.asarray(weights) < 0):
                 raise ValueError(f"weights must not be negative, got {np.asarray(weights)}")
-            if not np.sum(weights) > 0:
+            if not np.sum(np.asarray(weights)) > 0:
                 raise ValueError(f"weights must have positive mass, got {np.asarray(weights)}")
         if inputs.concrete(covs):
             _check_covariances(np.asarray(covs))
@@ -127,6 +127,8 @@ class GaussianMixture(eqx.Module):
     def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[linalg.Entries, linalg.Entries]:
         """Log-weights (up to `-d/2 log 2 pi`) and posterior means, as lists when small and static, else as arrays."""
         k, d = self.means.shape
+        if x.shape != (d,):
+            raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
         log_prior = jnp.log(self.weights)
         eye = jnp.eye(d, dtype=self.means.dtype)
         noisy = alpha**2 * self.covs + (sigma**2 * eye)[None]
@@ -135,9 +137,9 @@ class GaussianMixture(eqx.Module):
 
             def component(log_weight, mean, cov, noisy):
                 factor = linalg.cholesky(noisy)
-                half = linalg.half_solve(factor, x - alpha * mean)
+                half = jnp.asarray(linalg.half_solve(factor, x - alpha * mean))
                 log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
-                return log_weight, mean + alpha * cov @ linalg.back_solve(factor, half)
+                return log_weight, mean + alpha * cov @ jnp.asarray(linalg.back_solve(factor, half))
 
             return jax.vmap(component)(log_prior, self.means, self.covs, noisy)
 

@@ -23,6 +23,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
@@ -57,6 +58,9 @@ class Model(eqx.Module):
         """`E[X_0 | X_t = x]`."""
         return self.interpolant.noise(t, x, self.denoise(t, x))
 
+    def check_start(self) -> None:
+        """Refuse to start sampling, with a `ValueError`, where this model's law at the noise end is not known."""
+
     def initial(self, key: Array, t: Array) -> Array:
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
@@ -72,10 +76,9 @@ class Analytic(Model):
     interpolant: Interpolant
 
     def __init__(self, mixture: GaussianMixture, interpolant: Interpolant | None = None):
-        if not isinstance(mixture, GaussianMixture):
-            raise TypeError(f"Analytic takes a GaussianMixture, got {type(mixture).__name__}")
+        inputs.instance(mixture, GaussianMixture, "mixture", "Analytic(mixture); use from_velocity for a network")
         self.mixture = mixture
-        self.interpolant = Linear() if interpolant is None else interpolant
+        self.interpolant = _interpolant(interpolant)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,6 +164,7 @@ class Tilted(Model):
     precision: Array
 
     def __init__(self, model: Model, reward: rewards.Reward, scale: float | Array = 1.0):
+        inputs.instance(model, Model, "model", "Tilted(model, reward, scale), with Analytic(mixture) for a mixture")
         scale = inputs.nonnegative(scale, "scale")
         natural, precision = rewards.as_reward(reward).conjugate()
         if natural.shape != model.shape:
@@ -186,16 +190,19 @@ class Tilted(Model):
         natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
         return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
 
-    def initial(self, key: Array, t: Array) -> Array:
-        if inputs.concrete(self.precision) and self.precision < 0:
+    def check_start(self) -> None:
+        self.model.check_start()
+        if inputs.concrete(self.precision) and np.asarray(self.precision) < 0:
             raise ValueError(
                 f"this reward is convex (c = {float(self.precision):g} < 0): the tilted law has no closed form at the noise "
                 "end, so Tilted cannot start sampling there. Use it as a denoiser where snr_t + c > 0."
             )
+
+    def initial(self, key: Array, t: Array) -> Array:
         return self.model.initial(key, t)
 
 
-class _Net(eqx.Module):
+class _Net(inputs.Foreign):
     """A callable with its parameters, as one pytree."""
 
     fn: inputs.Function
@@ -207,18 +214,28 @@ class _Net(eqx.Module):
 
 def _network(fn, params, to_denoised, *, shape, batched=False, interpolant=None, dtype=None) -> Network:
     _refuse_training_mode(fn)
+    _refuse_training_mode(params)
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
     shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
     return Network(
         net=_Net(inputs.Function(fn), params),
-        interpolant=Linear() if interpolant is None else interpolant,
+        interpolant=_interpolant(interpolant),
         to_denoised=to_denoised,
         batched=bool(batched),
         shape=shape,
         dtype=dtype,
     )
+
+
+def _interpolant(interpolant: Interpolant | None) -> Interpolant:
+    if interpolant is None:
+        return Linear()
+    inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
+    return interpolant
 
 
 def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
@@ -301,9 +318,11 @@ def _call_in_batches(net: _Net, t: Array, x: Array) -> Array:
 
 
 def _call_forward(net, t, x):
-    if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))):
+    # By type: a Flax variable forwards unknown attributes to its array, so it would pass for anything.
+    primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+    if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=primal) if primal(leaf)):
         raise TypeError("a batched=True network is not differentiable in its parameters here: use batched=False")
-    values = jax.tree.map(lambda leaf: leaf.value, (net, t, x), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    values = jax.tree.map(lambda leaf: leaf.value if primal(leaf) else leaf, (net, t, x), is_leaf=primal)
     return _forward(*values), values
 
 

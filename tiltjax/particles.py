@@ -1,4 +1,4 @@
-"""Particles: the one currency. Every verb returns or takes a weighted population.
+"""Particles: a weighted population, which every verb returns or takes.
 
 Weights are log-weights: added, never multiplied, unnormalised. A population that nothing has weighed has equal ones and
 no normalising constant.

@@ -41,6 +41,10 @@ class Tweedie(Posterior):
 
     model: Model
 
+    def __init__(self, model: Model):
+        inputs.instance(model, Model, "model", "Tweedie(model), with Analytic(mixture) for a mixture")
+        self.model = model
+
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         return self.model.denoise(t, x)
 
@@ -58,8 +62,7 @@ class Exact(Posterior):
     model: Analytic
 
     def __init__(self, model: Analytic):
-        if not isinstance(model, Analytic):
-            raise TypeError(f"Exact needs an Analytic model, got {type(model).__name__}: use Glass for any other")
+        inputs.instance(model, Analytic, "model", "Exact(Analytic(mixture)); use Glass for any other model")
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
@@ -86,6 +89,7 @@ class Glass(Posterior):
     steps: int = eqx.field(static=True)
 
     def __init__(self, model: Model, steps: int = 20):
+        inputs.instance(model, Model, "model", "Glass(model), with Analytic(mixture) for a mixture")
         self.model = model
         self.steps = inputs.count(steps, "steps")
 
@@ -120,12 +124,15 @@ class FlowMap(Posterior):
 
     model: Model
     steps: int = eqx.field(static=True)
-    floor: Array
+    floor: float = eqx.field(static=True)
 
-    def __init__(self, model: Model, steps: int = 20, floor: float | Array = 1e-3):
+    def __init__(self, model: Model, steps: int = 20, floor: float = 1e-3):
+        inputs.instance(model, Model, "model", "FlowMap(model), with Analytic(mixture) for a mixture")
         self.model = model
         self.steps = inputs.count(steps, "steps")
-        self.floor = inputs.positive(floor, "floor")
+        self.floor = float(floor)
+        if not 0 < self.floor < 1:
+            raise ValueError(f"floor must lie between 0 and 1, got {floor}")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         path = self.model.interpolant

@@ -203,18 +203,23 @@ class Custom(Reward):
     fn: inputs.Function
 
     def __call__(self, x: Array) -> Array:
-        value = jnp.asarray(self.fn(x))
-        if value.shape != ():
-            raise ValueError(
-                f"a reward must return one scalar for one sample: got shape {value.shape} for a sample of shape {x.shape}. "
-                "Reduce it (jnp.sum, jnp.mean); batching over samples is done for you."
-            )
-        return value.astype(jnp.promote_types(value.dtype, x.dtype))
+        return jnp.asarray(self.fn(x)).astype(x.dtype)
 
 
 def as_reward(reward: Callable) -> Reward:
     """`reward` itself if it is one, else the callable wrapped so that it can be traced, summed and scaled."""
     return reward if isinstance(reward, Reward) else Custom(inputs.Function(reward))
+
+
+def value(reward: Reward, x: Array) -> Array:
+    """`reward(x)`, refused with a `ValueError` if it is not one scalar."""
+    result = reward(x)
+    if result.shape != ():
+        raise ValueError(
+            f"a reward must return one scalar for one sample: got shape {result.shape} for a sample of shape {x.shape}. "
+            "Reduce it (jnp.sum, jnp.mean); batching over samples is done for you."
+        )
+    return result
 
 
 def _same_shape(x: Array, other: Array, name: str) -> None:

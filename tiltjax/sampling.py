@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
@@ -58,20 +59,17 @@ def sample(
     `particles.trace.bad` holds it).
     """
     key = inputs.typed_key(key)
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"expected a Model, got {type(model).__name__}: use Analytic, from_velocity, from_noise or from_denoiser"
-        )
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise TypeError(f"expected a Guidance, got {type(guidance).__name__}: use PlugIn, Laplace, Doob, dps or fmrg")
+    inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
+    model.check_start()
+    if guidance is not None:
+        inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
+    solver = Heun() if solver is None else solver
+    inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     times = inputs.time_grid(times, steps)
-    if guidance is not None and inputs.concrete((times, model.interpolant)) and model.interpolant.alpha(times[0]) == 0:
-        raise ValueError(
-            "a guided run must start where alpha_t > 0 (the gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
-        )
-    solver = Heun() if solver is None else solver
+    if guidance is not None and inputs.concrete(times) and np.asarray(times)[0] == 0:
+        raise ValueError("a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3")
     with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
         particles = _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save_path)
         if particles.trace is not None and inputs.concrete(particles):
@@ -97,8 +95,13 @@ def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save
         memory, bad = state
         if guidance is None:
             denoised = model.denoise(t, x)
-            return denoised, (memory, bad.at[0].max(~jnp.all(jnp.isfinite(denoised))))
+            return denoised, (memory, bad.at[0].max(~jnp.all(jnp.isfinite(denoised)) & ~jnp.any(bad)))
         estimate, memory = guidance(key, t, x, memory)
+        if estimate.denoised.shape != x.shape or estimate.score.shape != x.shape:
+            raise ValueError(
+                f"the guidance answers with shapes {estimate.denoised.shape} and {estimate.score.shape} for a state of shape "
+                f"{x.shape}: it must be built on the model that is sampled"
+            )
         estimate = inputs.cast(estimate, x.dtype)
         flags = [
             ~jnp.all(jnp.isfinite(estimate.denoised)),
@@ -107,7 +110,8 @@ def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save
             jnp.zeros((), bool),
         ]
         tilted = estimate.denoised + model.interpolant.tweedie(t) * estimate.score
-        return tilted, (memory, bad | jnp.stack(flags))
+        # What follows a first failure in the same step is its consequence.
+        return tilted, (memory, bad | (jnp.stack(flags) & ~jnp.any(bad)))
 
     def advance(carry, scanned):
         x, memory = carry

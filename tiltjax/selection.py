@@ -10,6 +10,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, rewards
@@ -44,12 +45,12 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
         )
     num = len(particles)
     if num % n:
-        raise ValueError(
-            f"groups of n = {n} must divide the {num} particles: sample {num + n - num % n} or {num - num % n}"
-        )
-    values = jax.vmap(rewards.as_reward(reward))(particles.x).reshape(num // n, n)
-    if inputs.concrete(values) and bool(jnp.any(jnp.isnan(values))):
-        raise FloatingPointError(f"the reward is NaN for {int(jnp.sum(jnp.isnan(values)))} of {num} particles")
+        fitting = " or ".join(str(total) for total in (num - num % n, num - num % n + n) if total)
+        raise ValueError(f"groups of n = {n} must divide the {num} particles: sample {fitting} of them")
+    reward = rewards.as_reward(reward)
+    values = jax.vmap(lambda x: rewards.value(reward, x))(particles.x).reshape(num // n, n)
+    if inputs.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
+        raise FloatingPointError(f"the reward is NaN for {missing} of {num} particles")
     winners = jnp.arange(num // n) * n + choose(values)
     trace = particles.trace
     if trace is not None and trace.path is not None:

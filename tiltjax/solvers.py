@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
@@ -99,7 +100,7 @@ class Ancestral(Solver):
 
     def __init__(self, eta: float | Array = 1.0):
         self.eta = inputs.nonnegative(eta, "eta")
-        if inputs.concrete(self.eta) and self.eta > 1:
+        if inputs.concrete(self.eta) and np.asarray(self.eta) > 1:
             raise ValueError(f"eta must lie in [0, 1], got {float(self.eta):g}")
 
     def step(self, keys, interpolant, field, t, u, x, state):

@@ -1,0 +1,97 @@
+"""Who may import whom, what is documented, how long a file may be.
+
+Tier: exact (read from the syntax trees). The layers are those of the design: a module imports only from layers above its own.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (
+    {"inputs", "linalg"},
+    {"interpolants", "mixtures", "rewards", "progress"},
+    {"models"},
+    {"posteriors", "solvers", "particles", "scales"},
+    {"guidance"},
+    {"sampling", "selection"},
+    {"problems", "metrics", "plotting"},
+)
+LEAVES = LAYERS[-1]
+SURFACE = {"__init__", "__main__"}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+THEORY_MAY_IMPORT = {"interpolants", "mixtures", "rewards", "scales", "solvers", "inputs", "linalg"}
+LONGEST = 450
+
+TILTJAX = sorted((ROOT / "tiltjax").rglob("*.py"))
+THEORY = sorted((ROOT / "theory").rglob("*.py"))
+NAMED = {"argvalues": TILTJAX + THEORY, "ids": lambda path: str(path.relative_to(ROOT))}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """The modules of `package` that `source` imports, at the top or inside functions; the package itself is `""`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                head, _, rest = alias.name.partition(".")
+                if head == package:
+                    found.add(rest.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                found.add("relative import")
+                continue
+            head, _, rest = node.module.partition(".")
+            if head == package:
+                found |= {rest.partition(".")[0]} if rest else {alias.name for alias in node.names}
+    return found
+
+
+def test_the_reader_of_imports_sees_every_form():
+    source = "import tiltjax\nimport tiltjax.models as m\nfrom tiltjax import rewards\ndef f():\n  from tiltjax.solvers import Heun"
+    assert imported(source, "tiltjax") == {"", "models", "rewards", "solvers"}
+    assert imported("from . import models", "tiltjax") == {"relative import"}
+
+
+@pytest.mark.parametrize("path", TILTJAX, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_layers_above_its_own(path):
+    name = path.stem
+    if name in SURFACE:
+        return
+    assert name in LEVEL, f"{name}.py has no place in the design: add it to LAYERS here"
+    for other in imported(path.read_text(), "tiltjax"):
+        assert other in LEVEL, f"{name} imports {other or 'the package itself'}"
+        assert other not in LEAVES, f"{name} imports the leaf {other}"
+        assert LEVEL[other] < LEVEL[name], f"{name} (layer {LEVEL[name]}) imports {other} (layer {LEVEL[other]})"
+
+
+@pytest.mark.parametrize("path", TILTJAX, ids=lambda path: path.stem)
+def test_only_the_demo_imports_theory(path):
+    assert path.stem == "__main__" or not imported(path.read_text(), "theory")
+
+
+@pytest.mark.parametrize("path", THEORY, ids=lambda path: path.stem)
+def test_theory_uses_laws_and_steps_never_what_it_judges(path):
+    assert imported(path.read_text(), "tiltjax") <= THEORY_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", **NAMED)
+def test_everything_public_is_documented(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path.name} has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", **NAMED)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_the_surface_holds_what_it_lists():
+    import tiltjax
+
+    missing = [name for name in tiltjax.__all__ if not hasattr(tiltjax, name)]
+    assert not missing

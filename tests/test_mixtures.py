@@ -1,0 +1,215 @@
+"""Gaussian mixtures against dense NumPy and quadrature. Tiers: exact (float64, 1e-10; float32 by the condition number of
+the map itself), statistical (5 standard errors)."""
+
+import chex
+import contracts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import tiltjax as tj
+from tiltjax import linalg
+
+TOLERANCE = 1e-10
+CASES = {(k, d): contracts.random_mixture(k, d, seed=10 * k + d) for k, d in [(1, 1), (3, 2), (2, 4), (2, 5), (9, 2)]}
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "K={}, d={}".format(*case))
+def mixture(request):
+    return CASES[request.param]
+
+
+def point(d, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=d))
+
+
+def test_condition_and_denoise_against_dense_algebra(mixture):
+    x, both = point(mixture.dim), jax.jit(lambda m, t, x: (m.condition(t, 1 - t, x), m.denoise(t, 1 - t, x)))
+    for t in (1e-3, 0.5, 0.999):
+        expected = contracts.np_condition(mixture, t, 1 - t, np.asarray(x))
+        got, denoised = both(mixture, t, x)
+        chex.assert_trees_all_close((got.weights, got.means, got.covs), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        chex.assert_trees_all_close(denoised, expected[0] @ expected[1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_log_prob_against_scipy(mixture):
+    x = point(mixture.dim, 1)
+    weights, means, covs = contracts.np_fields(mixture)
+    parts = [stats.multivariate_normal(m, s).logpdf(np.asarray(x)) for m, s in zip(means, covs, strict=True)]
+    chex.assert_trees_all_close(mixture.component_log_probs(x), np.log(weights) + np.array(parts), rtol=TOLERANCE)
+    chex.assert_trees_all_close(mixture.log_prob(x), np.logaddexp.reduce(np.log(weights) + parts), rtol=TOLERANCE)
+
+
+def test_against_quadrature_on_the_line():
+    """The witness knows no linear algebra: Bayes' rule on a grid (a trapezoid is spectrally accurate here)."""
+    mixture = tj.GaussianMixture([0.2, 0.5, 0.3], [[-2.0], [0.5], [3.0]], [[[0.3]], [[1.0]], [[0.05]]])
+    alpha, sigma, x = 0.6, 0.5, 0.4
+    z = np.linspace(-12.0, 14.0, 26001)
+    prior = sum(
+        w * stats.norm(m[0], s[0, 0] ** 0.5).pdf(z) for w, m, s in zip(*contracts.np_fields(mixture), strict=True)
+    )
+    joint = prior * stats.norm(alpha * z, sigma).pdf(x)
+    mass = np.trapezoid(joint, z)
+    mean = np.trapezoid(z * joint, z) / mass
+    post = mixture.condition(alpha, sigma, jnp.asarray([x]))
+    chex.assert_trees_all_close(mixture.denoise(alpha, sigma, jnp.asarray([x]))[0], mean, rtol=TOLERANCE)
+    chex.assert_trees_all_close(post.mean()[0], mean, rtol=TOLERANCE)
+    chex.assert_trees_all_close(post.cov()[0, 0], np.trapezoid((z - mean) ** 2 * joint, z) / mass, rtol=TOLERANCE)
+    for at in (-2.1, 0.0, 3.1):
+        expected = np.log(np.interp(at, z, prior))  # the points lie on the grid
+        chex.assert_trees_all_close(mixture.log_prob(jnp.asarray([at])), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_the_unrolled_path_equals_lapack(d, monkeypatch):
+    mixture, x = contracts.random_mixture(3, d, seed=d), point(d, 2)
+
+    def everything(mixture, x):
+        post = mixture.condition(0.7, 0.4, x)
+        values = post.weights, post.means, post.covs, mixture.log_prob(x)
+        denoised = lambda m, x: m.denoise(0.7, 0.4, x)
+        of_mixture, of_x = jax.jacobian(denoised, argnums=(0, 1))(mixture, x)
+        # A symmetric matrix moves symmetrically: only this part of its derivative has a meaning.
+        of_covs = of_mixture.covs + jnp.swapaxes(of_mixture.covs, -1, -2)
+        return values, denoised(mixture, x), of_mixture.weights, of_mixture.means, of_covs, of_x
+
+    small = jax.jit(lambda *args: everything(*args))(mixture, x)
+    monkeypatch.setattr(linalg, "UNROLL", 0)
+    chex.assert_trees_all_close(small, jax.jit(lambda *args: everything(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE)
+
+
+def test_embedding_in_a_higher_dimension_changes_nothing():
+    """A plane inside six dimensions, the rest a point mass at zero: LAPACK's path, singular covariances, same numbers."""
+    mixture, d = contracts.planar(), 6
+    means = jnp.zeros((2, d)).at[:, :2].set(mixture.means)
+    covs = jnp.zeros((2, d, d)).at[:, :2, :2].set(mixture.covs)
+    large, x = tj.GaussianMixture(mixture.weights, means, covs), point(2)
+    padded = jnp.concatenate([x, jnp.zeros(d - 2)])
+    small_post, large_post = mixture.condition(0.6, 0.3, x), large.condition(0.6, 0.3, padded)
+    chex.assert_trees_all_close(large_post.weights, small_post.weights, atol=TOLERANCE)
+    chex.assert_trees_all_close(large_post.means, means.at[:, :2].set(small_post.means), atol=TOLERANCE)
+    chex.assert_trees_all_close(large_post.covs, covs.at[:, :2, :2].set(small_post.covs), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_point_masses(d):
+    means = np.random.default_rng(4).normal(size=(3, d))
+    mixture = tj.GaussianMixture([0.2, 0.3, 0.5], means, np.zeros((3, d, d)))
+    x, alpha, sigma = point(d, 5), 0.7, 0.3
+    distance = np.sum((np.asarray(x) - alpha * means) ** 2, axis=1) / (2 * sigma**2)
+    weights = contracts.np_softmax(np.log([0.2, 0.3, 0.5]) - distance)
+    post = mixture.condition(alpha, sigma, x)
+    chex.assert_trees_all_close((post.weights, post.means), (weights, means), atol=TOLERANCE)
+    chex.assert_trees_all_equal(post.covs, jnp.zeros((3, d, d)))
+    draws = np.asarray(mixture.sample(jax.random.key(0), 50))
+    assert all(any(np.array_equal(draw, mean) for mean in means) for draw in draws)
+    assert np.all(np.isfinite(jax.jit(jax.jacobian(lambda x: mixture.denoise(alpha, sigma, x)))(x)))
+
+
+def test_a_component_without_weight_takes_no_part():
+    mixture = tj.GaussianMixture([0.0, 1.0], [[0.0, 0.0], [1.0, 2.0]], np.stack([np.eye(2)] * 2))
+    alone = contracts.gaussian([1.0, 2.0], np.eye(2))
+    x = point(2)
+    chex.assert_trees_all_close(mixture.denoise(0.4, 0.6, x), alone.denoise(0.4, 0.6, x), atol=TOLERANCE)
+    gradient = jax.jacobian(lambda x: mixture.denoise(0.4, 0.6, x))(x)
+    chex.assert_trees_all_close(gradient, jax.jacobian(lambda x: alone.denoise(0.4, 0.6, x))(x), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_single_precision_loses_only_what_the_map_itself_magnifies(d):
+    single = contracts.random_mixture(3, d, seed=d, dtype=jnp.float32)
+    double = jax.tree.map(lambda a: a.astype(jnp.float64), single)
+    with_derivatives = jax.jit(
+        lambda m, *at: (m.denoise(*at), jax.jacobian(lambda *at: m.denoise(*at), argnums=(0, 1, 2))(*at))
+    )
+    for t in (1e-3, 0.5, 0.999):
+        alpha, sigma = jnp.float32(t), jnp.float32(1 - t)
+        x = (alpha * single.means[0] + sigma * point(d).astype(jnp.float32)).astype(jnp.float32)
+        got = single.denoise(alpha, sigma, x)
+        assert got.dtype == jnp.float32
+        at = tuple(jnp.asarray(a, jnp.float64) for a in (alpha, sigma, x))
+        exact, jacobians = with_derivatives(double, *at)
+        # What one rounding of each input does to the output; the algorithm may take d^2 of them.
+        magnified = sum(
+            np.abs(np.asarray(j).reshape(d, -1)) @ np.abs(np.asarray(a)).reshape(-1)
+            for j, a in zip(jacobians, at, strict=True)
+        )
+        allowed = 4 * d**2 * np.finfo(np.float32).eps * (np.abs(np.asarray(exact)) + magnified)
+        assert np.all(np.abs(np.asarray(got, np.float64) - np.asarray(exact)) < allowed)
+
+
+def test_every_method_keeps_single_precision():
+    mixture = contracts.planar(jnp.float32)
+    x = jnp.zeros(2, jnp.float32)
+    results = (
+        mixture.condition(jnp.float32(0.5), jnp.float32(0.5), x),
+        mixture.denoise(0.5, 0.5, x),
+        mixture.log_prob(x),
+        mixture.component_log_probs(x),
+        mixture.mean(),
+        mixture.cov(),
+        mixture.sample(jax.random.key(0), 3),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_gradients_are_finite_for_isotropic_covariances(d):
+    """Where an eigendecomposition's derivative is NaN: equal eigenvalues."""
+    x = point(d)
+
+    def loss(covs, t):
+        mixture = tj.GaussianMixture(jnp.asarray([0.5, 0.5]), jnp.ones((2, d)).at[0].set(-1.0), covs)
+        post = mixture.condition(t, 1 - t, x)
+        return jnp.sum(mixture.denoise(t, 1 - t, x)) + mixture.log_prob(x) + jnp.sum(post.covs) + jnp.sum(post.cov())
+
+    covs, half, loss = 0.5 * jnp.stack([jnp.eye(d)] * 2), jnp.asarray(0.5), jax.jit(loss)
+    gradients = jax.grad(loss, argnums=(0, 1))(covs, half)
+    assert all(np.all(np.isfinite(g)) for g in gradients)
+    step = 1e-6 * jnp.eye(d)[None]
+    numeric = (loss(covs + step, half) - loss(covs - step, half)) / 2e-6
+    chex.assert_trees_all_close(jnp.einsum("kii->", gradients[0]), numeric, rtol=1e-8)
+
+
+def test_moments(mixture):
+    chex.assert_trees_all_close(
+        (mixture.mean(), mixture.cov()), contracts.np_moments(*contracts.np_fields(mixture)), atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("case", [(3, 2), (2, 5)], ids=str)
+def test_samples_have_the_mixtures_moments(case):
+    mixture = CASES[case]
+    draws = mixture.sample(jax.random.key(1), 20_000)
+    assert draws.shape == (20_000, mixture.dim)
+    contracts.assert_moments(draws, *contracts.np_moments(*contracts.np_fields(mixture)))
+
+
+def test_samples_of_a_singular_covariance_stay_on_its_plane():
+    direction = np.array([1.0, 2.0, -1.0])
+    mixture = tj.GaussianMixture([1.0], [[1.0, 0.0, 0.0]], np.outer(direction, direction)[None])
+    draws = np.asarray(mixture.sample(jax.random.key(2), 5000))
+    along = (draws - [1.0, 0.0, 0.0]) @ direction / (direction @ direction)
+    np.testing.assert_allclose(draws, np.array([1.0, 0.0, 0.0]) + along[:, None] * direction, atol=TOLERANCE)
+    contracts.assert_mean(along[:, None] ** 2, 1.0)
+
+
+def test_under_jit_and_vmap_over_its_fields():
+    scales, x = jnp.asarray([0.5, 1.0, 2.0]), point(2)
+    base = contracts.planar()
+
+    def denoise(scale):
+        return tj.GaussianMixture(base.weights, base.means, scale * base.covs).denoise(0.3, 0.7, x)
+
+    together = jax.jit(jax.vmap(denoise))(scales)
+    chex.assert_trees_all_close(together, jnp.stack([denoise(s) for s in scales]), atol=TOLERANCE)
+    stacked = jax.vmap(lambda s: tj.GaussianMixture(base.weights, base.means, s * base.covs))(scales)
+    chex.assert_trees_all_close(jax.vmap(lambda m: m.denoise(0.3, 0.7, x))(stacked), together, atol=TOLERANCE)
+
+
+def test_weights_are_proportional_and_integers_are_numbers():
+    mixture = tj.GaussianMixture([1, 3], [[0], [1]], [[[1]], [[2]]])
+    chex.assert_trees_all_close(mixture.weights, jnp.asarray([0.25, 0.75]), rtol=1e-15)
+    assert mixture.means.dtype == jnp.float64

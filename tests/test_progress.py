@@ -1,0 +1,103 @@
+"""The progress bar: silent when off, complete when on, under every transformation. Tier: exact."""
+
+import contracts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiltjax as tj
+from tiltjax import progress
+
+MODEL = tj.Analytic(contracts.planar())
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+
+
+def scan(ticker, steps):
+    def body(carry, step):
+        ticker.tick(step)
+        return carry + 1, None
+
+    return jax.lax.scan(body, 0, jnp.arange(steps))[0]
+
+
+TRANSFORMS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x] * 3)),
+    "jit of vmap": lambda f: jax.jit(lambda x: jax.vmap(f)(jnp.stack([x] * 3))),
+    "grad": lambda f: jax.grad(lambda x: jnp.sum(f(x))),
+    "remat": lambda f: jax.grad(lambda x: jnp.sum(jax.checkpoint(f)(x))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_bar_reaches_its_total(name, at_once, capfd):
+    with progress.bar("working", 5, enabled=True) as ticker:
+        TRANSFORMS[name](lambda x: x * scan(ticker, 5))(jnp.asarray(1.0))
+    err = capfd.readouterr().err
+    lines = err.split("\r\x1b[K")[1:]
+    done = [int(line.split("| ")[1].split("/")[0]) for line in lines]
+    assert done[-1] == 5
+    assert done == sorted(done)
+    assert "working" in lines[-1]
+    assert err.endswith("\n")
+    assert not progress._running
+
+
+def test_nothing_is_printed_when_off_or_quick(capfd):
+    with progress.bar("working", 5, enabled=False) as ticker:
+        scan(ticker, 5)
+    with progress.bar("working", 5, enabled=True) as ticker:  # over before the delay
+        scan(ticker, 5)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_off_costs_no_callback():
+    with progress.bar("working", 5, enabled=False) as ticker:
+        assert "callback" not in str(jax.make_jaxpr(lambda: scan(ticker, 5))())
+    with progress.bar("working", 5, enabled=True) as ticker:
+        assert "callback" in str(jax.make_jaxpr(lambda: scan(ticker, 5))())
+
+
+def test_an_error_inside_closes_the_bar(at_once, capfd):
+    def fail():
+        with progress.bar("working", 5, enabled=True) as ticker:
+            jax.block_until_ready(scan(ticker, 3))
+            jax.effects_barrier()
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail()
+    assert not progress._running
+    err = capfd.readouterr().err
+    assert "3/5" in err
+    assert err.endswith("\n")
+    progress._advance(np.asarray(10**6), np.asarray(1))  # a tick after the end is ignored
+
+
+def test_two_bars_keep_apart(at_once, capfd):
+    with progress.bar("first", 2, enabled=True) as a, progress.bar("second", 3, enabled=True) as b:
+        scan(a, 2)
+        scan(b, 3)
+    err = capfd.readouterr().err
+    assert "2/2" in err
+    assert "3/3" in err
+
+
+def test_the_verb_shows_it_and_does_not_change_its_numbers(at_once, capfd):
+    run = lambda progress, seed=0: tj.sample(jax.random.key(seed), MODEL, num=3, steps=4, progress=progress).x
+    quiet = run(False)
+    assert capfd.readouterr().err == ""
+    np.testing.assert_array_equal(run(True), quiet)
+    err = capfd.readouterr().err
+    assert "sampling" in err
+    assert "4/4" in err
+    run(True, seed=1)  # a second bar, the same compiled loop
+    assert "4/4" in capfd.readouterr().err
