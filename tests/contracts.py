@@ -116,7 +116,7 @@ def all_guidances():
         "fmrg": lambda model, reward, scale: tj.fmrg(model, reward, scale, steps=4),
         "laplace": tj.Laplace,
         "clipped": lambda model, reward, scale: tj.Clipped(tj.Laplace(model, reward, scale), 0.5),
-        "unscaled": lambda model, reward, scale: tj.Unscaled(tj.dps(model, reward, scale), model.interpolant),
+        "unscaled": lambda model, reward, scale: tj.Unscaled(tj.dps(model, reward, scale)),
     }
 
 

@@ -36,6 +36,9 @@ def close(a, b, tolerance=TOLERANCE):
     chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+LINE = tj.Linear()
+
+
 # The contract.
 
 
@@ -52,7 +55,7 @@ def compiled(name, dtype):
 def test_shapes_dtypes_and_the_unguided_denoiser(name, dtype):
     (estimate, after), tilt, denoised = compiled(name, dtype)(T.astype(dtype), X.astype(dtype))
     assert jax.tree.structure(after) == jax.tree.structure(build(name, dtype)[0].init(X))
-    for leaf, shape in ((estimate.denoised, (2,)), (estimate.score, (2,)), (estimate.log_h, ()), (tilt, ())):
+    for leaf, shape in ((estimate.tilted, (2,)), (estimate.denoised, (2,)), (estimate.log_h, ()), (tilt, ())):
         assert leaf.shape == shape
         assert leaf.dtype == dtype
         assert np.all(np.isfinite(leaf))
@@ -76,7 +79,7 @@ def test_the_score_is_the_derivative_of_log_h_at_a_fixed_key(name):
     step = 1e-5
     numeric = [(call(X + step * e).log_h - call(X - step * e).log_h) / (2 * step) for e in jnp.eye(2)]
     # Central differences err by step^2 times a third derivative and by eps / step.
-    chex.assert_trees_all_close(call(X).score, jnp.stack(numeric), rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(call(X).score(LINE, T), jnp.stack(numeric), rtol=1e-6, atol=1e-7)
 
 
 def test_one_key_one_estimate():
@@ -112,7 +115,8 @@ def test_laplace_is_exact_for_a_gaussian_with_matrices_that_do_not_commute(t, ba
     model = tj.Analytic(contracts.gaussian(MEAN, COV), tj.Linear(base))
     guidance = tj.Laplace(model, rewards.Quadratic(Y, WEIGHT), 3.0)
     estimate, _ = jax.jit(lambda x: guidance(KEY, jnp.asarray(t), x, ()))(jnp.asarray(POINT))
-    close((estimate.log_h, estimate.score), gaussian_h(MEAN, COV, t, base, POINT, Y, WEIGHT, 3.0))
+    log_h, score = gaussian_h(MEAN, COV, t, base, POINT, Y, WEIGHT, 3.0)
+    close((estimate.log_h, estimate.tilted - estimate.denoised), (log_h, (base * (1 - t)) ** 2 / t * score))
 
 
 def test_laplace_is_exact_for_a_linear_reward_and_a_singular_prior():
@@ -130,7 +134,7 @@ def test_laplace_of_an_image_is_laplace_of_its_pixels():
     reward = lambda x: -jnp.sum((x.reshape(-1) - 1.0) ** 4)
     a, _ = tj.Laplace(flat, reward)(KEY, T, x, ())
     b, _ = tj.Laplace(image, reward)(KEY, T, x.reshape(2, 2), ())
-    close((a.denoised, a.log_h, a.score), (b.denoised.reshape(4), b.log_h, b.score.reshape(4)))
+    close((a.denoised, a.log_h, a.tilted), (b.denoised.reshape(4), b.log_h, b.tilted.reshape(4)))
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.2, 0.9])
@@ -143,17 +147,16 @@ def test_laplace_takes_convex_directions_as_flat(t):
     jacobian = 0.5 * t / (0.5 * t**2 + (1 - t) ** 2)
     m = jacobian * x[0]
     assert np.isfinite(estimate.log_h)
-    close(estimate.score[0], jacobian * 3.0 * 80.0 * (m - 0.2))
-    close(
-        estimate.score[1], gaussian_h(np.zeros(2), cov, t, 1.0, x, np.array([0.2, 1.0]), np.diag([0.0, 1.0]), 3.0)[1][1]
-    )
+    pull = (estimate.tilted - estimate.denoised) * t / (1 - t) ** 2
+    close(pull[0], jacobian * 3.0 * 80.0 * (m - 0.2), 1e-9)
+    close(pull[1], gaussian_h(np.zeros(2), cov, t, 1.0, x, np.array([0.2, 1.0]), np.diag([0.0, 1.0]), 3.0)[1][1], 1e-9)
 
 
 def test_doob_takes_a_function_and_differentiates_it():
     model = tj.Analytic(contracts.gaussian(MEAN, COV), tj.Linear(1.3))
     log_h = contracts.log_h(model.mixture, Y, WEIGHT, 3.0, model.interpolant)
     estimate, _ = jax.jit(lambda x: tj.Doob(model, log_h)(KEY, T, x, ()))(jnp.asarray(POINT))
-    close((estimate.log_h, estimate.score), gaussian_h(MEAN, COV, 0.4, 1.3, POINT, Y, WEIGHT, 3.0))
+    close((estimate.log_h, estimate.score(tj.Linear(1.3), T)), gaussian_h(MEAN, COV, 0.4, 1.3, POINT, Y, WEIGHT, 3.0))
 
 
 # Plug-ins.
@@ -194,9 +197,11 @@ def test_the_plug_in_converges_to_the_h_function():
     assert abs(np.exp(float(estimate.log_h)) - np.exp(log_h)) < contracts.SIGMAS * np.sqrt(variance / k)
     # The score is a ratio of means; its standard error from repeated runs of k / 40 draws.
     small = tj.PlugIn(tj.Exact(model), rewards.Quadratic(Y[:2]), scale, k=1000)
-    runs = jax.jit(jax.vmap(lambda key: small(key, T, X, ())[0].score))(jax.random.split(jax.random.key(1), 40))
+    runs = jax.jit(jax.vmap(lambda key: small(key, T, X, ())[0].score(LINE, T)))(
+        jax.random.split(jax.random.key(1), 40)
+    )
     standard = np.std(np.asarray(runs), axis=0, ddof=1) / np.sqrt(40)
-    assert np.all(np.abs(np.asarray(estimate.score) - score) < contracts.SIGMAS * standard)
+    assert np.all(np.abs(np.asarray(estimate.score(LINE, T)) - score) < contracts.SIGMAS * standard)
 
 
 def test_the_bias_of_the_plug_in_falls_like_one_over_k():
@@ -222,7 +227,7 @@ def test_dps_is_the_reward_of_the_denoiser():
     guidance, model = build("dps")
     value = lambda x: SCALE * quadratic()(model.denoise(T, x))
     estimate, _ = guidance(KEY, T, X, ())
-    close((estimate.log_h, estimate.score), jax.value_and_grad(value)(X))
+    close((estimate.log_h, estimate.score(LINE, T)), jax.value_and_grad(value)(X))
 
 
 def test_fmrg_enters_the_drift_without_its_gain():
@@ -230,17 +235,17 @@ def test_fmrg_enters_the_drift_without_its_gain():
     path, flow = model.interpolant, tj.FlowMap(model, 4)
     estimate, _ = guidance(KEY, T, X, ())
     gradient = jax.grad(lambda x: SCALE * quadratic()(flow.draw(KEY, T, x)))(X)
-    drift = path.velocity(T, X, estimate.denoised + path.tweedie(T) * estimate.score)
+    drift = path.velocity(T, X, estimate.tilted)
     close(drift, model.velocity(T, X) + gradient, 1e-9)
-    close(path.diffusion(T) / 2 * estimate.score, gradient, 1e-9)
+    close(path.diffusion(T) / 2 * estimate.score(path, T), gradient, 1e-9)
 
 
 def test_a_guided_denoiser_has_the_drift_that_tilting_requires():
     guidance, model = build("doob", path=tj.Linear(1.4))
     path = model.interpolant
     estimate, _ = guidance(KEY, T, X, ())
-    drift = path.velocity(T, X, estimate.denoised + path.tweedie(T) * estimate.score)
-    close(drift, model.velocity(T, X) + path.diffusion(T) / 2 * estimate.score, 1e-9)
+    drift = path.velocity(T, X, estimate.tilted)
+    close(drift, model.velocity(T, X) + path.diffusion(T) / 2 * estimate.score(path, T), 1e-9)
 
 
 def test_a_scale_law_is_held_constant_under_differentiation():
@@ -253,7 +258,7 @@ def test_a_scale_law_is_held_constant_under_differentiation():
     model = tj.Analytic(contracts.planar())
     bent = tj.PlugIn(tj.Tweedie(model), quadratic(), Bending(jnp.asarray(SCALE)))(KEY, T, X, ())[0]
     straight = tj.dps(model, quadratic(), SCALE * jnp.sum(X**2))(KEY, T, X, ())[0]
-    close((bent.log_h, bent.score), (straight.log_h, straight.score))
+    close((bent.log_h, bent.score(LINE, T)), (straight.log_h, straight.score(LINE, T)))
 
 
 # Wrappers.
@@ -263,33 +268,35 @@ def test_a_scale_law_is_held_constant_under_differentiation():
 def test_clipped_shortens_long_scores_and_leaves_short_ones(limit):
     inner, _ = build("laplace")
     plain, clipped = inner(KEY, T, X, ())[0], tj.Clipped(inner, limit)(KEY, T, X, ())[0]
-    norm = float(jnp.linalg.norm(plain.score))
+    norm = float(jnp.linalg.norm(plain.score(LINE, T)))
     if norm > limit:
-        close(jnp.linalg.norm(clipped.score), limit)
-        close(clipped.score / limit, plain.score / norm)
+        close(jnp.linalg.norm(clipped.score(LINE, T)), limit)
+        close(clipped.score(LINE, T) / limit, plain.score(LINE, T) / norm)
     else:
-        chex.assert_trees_all_equal(clipped.score, plain.score)
+        close(clipped.score(LINE, T), plain.score(LINE, T))
     chex.assert_trees_all_equal((clipped.denoised, clipped.log_h), (plain.denoised, plain.log_h))
 
 
 def test_clipping_zero_is_zero_with_a_finite_derivative():
     model = tj.Analytic(contracts.planar())
     flat = tj.Clipped(tj.dps(model, lambda x: 0.0 * jnp.sum(x)), 1.0)
-    chex.assert_trees_all_equal(flat(KEY, T, X, ())[0].score, jnp.zeros(2))
+    chex.assert_trees_all_equal(flat(KEY, T, X, ())[0].score(LINE, T), jnp.zeros(2))
 
 
 def test_wrappers_carry_the_memory_of_what_they_wrap():
     class Counting(tj.Guidance):
+        interpolant: tj.Interpolant = tj.Linear()
+
         def init(self, x):
             return jnp.zeros((), jnp.int32)
 
         def __call__(self, key, t, x, state):
-            return tj.Estimate(x, None, x), state + 1
+            return tj.Estimate(2 * x, x), state + 1
 
         def log_tilt(self, x1):
             return jnp.sum(x1)
 
-    guidance = tj.Clipped(tj.Unscaled(Counting(), tj.Linear()), 1.0)
+    guidance = tj.Clipped(tj.Unscaled(Counting()), 1.0)
     estimate, state = guidance(KEY, T, X, guidance.init(X))
     assert int(state) == 1
     assert estimate.log_h is None
@@ -300,7 +307,7 @@ def test_wrappers_carry_the_memory_of_what_they_wrap():
 def test_guidances_are_pytrees_that_vmap_over_the_scale(name):
     def score(scale):
         model = tj.Analytic(contracts.planar())
-        return GUIDANCES[name](model, quadratic(), scale)(KEY, T, X, ())[0].score
+        return GUIDANCES[name](model, quadratic(), scale)(KEY, T, X, ())[0].score(LINE, T)
 
     scales = jnp.asarray([0.5, 2.0])
     together, alone = jax.jit(lambda s: (jax.vmap(score)(s), score(s[1])))(scales)

@@ -322,7 +322,7 @@ FAILURES = {
     "network": (4, 0, "denoiser is not finite"),
     "network, guided": (4, 0, "denoiser is not finite"),
     "reward": (0, 1, "log_h is NaN: look at the reward's value"),
-    "gradient": (0, 2, "score is not finite: look at the reward's gradient"),
+    "gradient": (0, 2, "pull is not finite: look at the reward's gradient"),
 }
 GRID = jnp.linspace(0.1, 1.0, 10)
 

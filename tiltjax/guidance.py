@@ -14,7 +14,11 @@ method here is a choice along four axes:
 and `Clipped` wraps any of them. What they sample is not the tilt, in general: `theory` says by how much.
 
 A guidance is called as `guidance(key, t, x, state) -> (Estimate, state)` for one sample. One call returns everything
-that shares network evaluations and draws. `log_tilt(x1)` is the exact `scale * r(x1)` at the data end.
+that shares network evaluations and draws; what moves a sampler is the tilted denoiser
+
+    D~_t(x) = E[X_1 | X_t = x] under the tilt = D_t(x) + (sigma_t^2 / alpha_t) ∇ log h_t(x).
+
+`log_tilt(x1)` is the exact `scale * r(x1)` at the data end.
 
 References: Dandapanthula and Boffi (arXiv 2606.02884); Chung et al. (arXiv 2209.14687, DPS); FMRG is the unscaled
 flow-map guidance analysed in the first.
@@ -37,17 +41,40 @@ from tiltjax.posteriors import FlowMap, Posterior, Tweedie
 class Estimate(NamedTuple):
     """What one call of a guidance knows of a state `x` at time `t`.
 
-    `denoised`: the *unguided* denoiser, of the shape of `x`. `log_h`: the estimate of `log h_t(x)`, a scalar, or `None`
-    if the guidance only proposes. `score`: the estimate of `∇ log h_t(x)`, of the shape of `x`.
+    - `tilted`: the estimate of the tilted denoiser `D~_t(x)`, of the shape of `x`.
+    - `denoised`: the unguided `D_t(x)`, or `None` if the guidance has no need of it (it would cost one more network call).
+    - `log_h`: the estimate of `log h_t(x)`, a scalar, or `None` if the guidance only proposes.
     """
 
-    denoised: Array
-    log_h: Array | None
-    score: Array
+    tilted: Array
+    denoised: Array | None = None
+    log_h: Array | None = None
+
+    @classmethod
+    def from_score(
+        cls, interpolant: Interpolant, t: Array, denoised: Array, log_h: Array | None, score: Array
+    ) -> "Estimate":
+        """An estimate from `score`, that of `∇ log h_t(x)`; `t > 0`."""
+        return cls(denoised + interpolant.tweedie(t) * score, denoised, log_h)
+
+    def score(self, interpolant: Interpolant, t: Array) -> Array:
+        """`∇ log h_t(x)`. **Raises:** as `pull`."""
+        return self.pull() / interpolant.tweedie(t)
+
+    def pull(self) -> Array:
+        """`D~ - D`. **Raises:** `ValueError` where the unguided denoiser is not known."""
+        if self.denoised is None:
+            raise ValueError("this guidance gives the tilted denoiser alone: the unguided one is needed for a score")
+        return self.tilted - self.denoised
 
 
 class Guidance(eqx.Module):
-    """An estimator of the tilt's h-function. Subclasses define `__call__` and `log_tilt`; `init` if they have memory."""
+    """An estimator of the tilt's h-function.
+
+    Subclasses define `__call__`, `log_tilt` and `interpolant` (that of their model); `init` if they have memory.
+    """
+
+    interpolant: eqx.AbstractVar[Interpolant]
 
     def init(self, x: Array) -> Any:
         """The memory carried along one trajectory, `()` for most."""
@@ -76,9 +103,13 @@ class Doob(Guidance):
         self.model = model
         self.log_h = inputs.Function(log_h)
 
+    @property
+    def interpolant(self) -> Interpolant:
+        return self.model.interpolant
+
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         log_h, score = jax.value_and_grad(self.log_h, argnums=1)(t, x)
-        return Estimate(self.model.denoise(t, x), log_h, score), state
+        return Estimate.from_score(self.interpolant, t, self.model.denoise(t, x), log_h, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.log_h(jnp.ones((), x1.dtype), x1)
@@ -108,17 +139,21 @@ class PlugIn(Guidance):
         self.scale = scales.as_scale(scale)
         self.k = inputs.count(k, "k")
 
+    @property
+    def interpolant(self) -> Interpolant:
+        return self.posterior.model.interpolant
+
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         model = self.posterior.model
         key_scale, key_draws = jax.random.split(key)
-        scale = self.scale(key_scale, model.interpolant.snr(t), t, jax.lax.stop_gradient(x))
+        scale = self.scale(key_scale, self.interpolant.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> Array:
             tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, self.posterior.draw(key, t, x)))
             return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k)
 
         value, score = jax.value_and_grad(log_h)(x)
-        return Estimate(model.denoise(t, x), value, score), state
+        return Estimate.from_score(self.interpolant, t, model.denoise(t, x), value, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale.final * self.reward(x1)
@@ -152,6 +187,10 @@ class Laplace(Guidance):
         self.reward = rewards.as_reward(reward)
         self.scale = inputs.nonnegative(scale, "scale")
 
+    @property
+    def interpolant(self) -> Interpolant:
+        return self.model.interpolant
+
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         shape, size = x.shape, x.size
         denoise = lambda x: self.model.denoise(t, x.reshape(shape)).reshape(size)
@@ -159,7 +198,8 @@ class Laplace(Guidance):
 
         mean, pullback = jax.vjp(denoise, x.reshape(size))
         jacobian = jax.vmap(lambda row: pullback(row)[0])(jnp.eye(size, dtype=x.dtype))
-        cov = self.model.interpolant.tweedie(t) * (jacobian + jacobian.T) / 2
+        tweedie = self.interpolant.tweedie(t)
+        cov = tweedie * (jacobian + jacobian.T) / 2
 
         value, gradient = jax.value_and_grad(reward)(mean)
         # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
@@ -168,16 +208,21 @@ class Laplace(Guidance):
         solved = jnp.asarray(linalg.back_solve(factor, linalg.half_solve(factor, root.T @ cov @ gradient)))
         damped = self.scale * (gradient - self.scale * root @ solved)
         log_h = self.scale * value - linalg.half_logdet(factor) + self.scale * damped @ cov @ gradient / 2
-        return Estimate(mean.reshape(shape), log_h, (jacobian.T @ damped).reshape(shape)), state
+        # tweedie * J^T damped, with the symmetrised Jacobian already in cov.
+        return Estimate((mean + tweedie * jacobian.T @ damped).reshape(shape), mean.reshape(shape), log_h), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * self.reward(x1)
 
 
 class _Wrapper(Guidance):
-    """A guidance whose score is changed and everything else kept."""
+    """A guidance whose score is multiplied by a factor and everything else kept."""
 
     guidance: eqx.AbstractVar[Guidance]
+
+    @property
+    def interpolant(self) -> Interpolant:
+        return self.guidance.interpolant
 
     def init(self, x: Array) -> Any:
         return self.guidance.init(x)
@@ -185,12 +230,13 @@ class _Wrapper(Guidance):
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
 
-    def change(self, t: Array, estimate: Estimate) -> Array:
+    def factor(self, t: Array, estimate: Estimate) -> Array:
         raise NotImplementedError
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         estimate, state = self.guidance(key, t, x, state)
-        return estimate._replace(score=self.change(t, estimate)), state
+        extra = (self.factor(t, estimate) - 1) * estimate.pull()
+        return estimate._replace(tilted=estimate.tilted + extra), state
 
 
 class Clipped(_Wrapper):
@@ -204,29 +250,25 @@ class Clipped(_Wrapper):
         self.guidance = guidance
         self.limit = inputs.positive(limit, "limit")
 
-    def change(self, t: Array, estimate: Estimate) -> Array:
-        norm = jnp.sqrt(jnp.sum(estimate.score**2))
-        return estimate.score * jnp.where(norm > self.limit, self.limit / norm, 1.0)
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        norm = jnp.sqrt(jnp.sum(estimate.score(self.interpolant, t) ** 2))
+        return jnp.where(norm > self.limit, self.limit / norm, 1.0)
 
 
 class Unscaled(_Wrapper):
     """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2` that tilting requires.
 
-    **Arguments:** `guidance`; `interpolant`, the model's.
+    **Arguments:** `guidance`, any that knows its unguided denoiser.
     """
 
     guidance: Guidance
-    interpolant: Interpolant
 
-    def __init__(self, guidance: Guidance, interpolant: Interpolant):
-        inputs.instance(
-            guidance, Guidance, "guidance", "Unscaled(guidance, model.interpolant) wraps one, such as PlugIn"
-        )
-        inputs.instance(interpolant, Interpolant, "interpolant", "pass model.interpolant")
-        self.guidance, self.interpolant = guidance, interpolant
+    def __init__(self, guidance: Guidance):
+        inputs.instance(guidance, Guidance, "guidance", "Unscaled(guidance) wraps one, such as PlugIn")
+        self.guidance = guidance
 
-    def change(self, t: Array, estimate: Estimate) -> Array:
-        return estimate.score * (2 / self.interpolant.diffusion(t))
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        return 2 / self.interpolant.diffusion(t)
 
 
 def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0) -> PlugIn:
@@ -244,4 +286,4 @@ def fmrg(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1
     The gradient is not multiplied by `g_t^2 / 2`, so it is no h-transform; what it samples for one Gaussian is
     `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `steps` of the inner `FlowMap`.
     """
-    return Unscaled(PlugIn(FlowMap(model, steps), reward, scale), model.interpolant)
+    return Unscaled(PlugIn(FlowMap(model, steps), reward, scale))

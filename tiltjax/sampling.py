@@ -2,7 +2,7 @@ r"""`sample`: follow a model, or a guided model, from noise to data.
 
     key --+-- initial ----> x_0 = model.initial(key_i, t_0)                           one per particle
           +-- run, step, i -> Streams(guidance, noise, second)                        one split per particle and step
-    x_j --> guidance(key, t, x) -> Estimate --> D~ = D + (sigma^2/alpha) ∇log h --> solver.step --> x_{j+1}
+    x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
 
 Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more particles, other batches or
 devices leave the first ones as they were.
@@ -18,9 +18,9 @@ from jaxtyping import Array
 
 from tiltjax import inputs
 from tiltjax import progress as progress_bar
-from tiltjax.guidance import Guidance
+from tiltjax.guidance import Estimate, Guidance
 from tiltjax.models import Model
-from tiltjax.particles import Particles, Trace, unweighted
+from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
 
 
@@ -51,7 +51,8 @@ def sample(
     - `solver`: `Heun()` by default.
     - `batch`: how many particles are evaluated at once, if memory is short; the numbers stay the same to rounding.
     - `sharding`: a `jax.sharding.Sharding` of the particle axis.
-    - `save_path`: keep the states at all times in `trace.path`. - `progress`: show a bar.
+    - `save_path`: keep the states at all times in `trace.path`.
+    - `progress`: show a bar.
 
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
@@ -94,24 +95,17 @@ def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save
     def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
         memory, bad = state
         if guidance is None:
-            denoised = model.denoise(t, x)
-            return denoised, (memory, bad.at[0].max(~jnp.all(jnp.isfinite(denoised)) & ~jnp.any(bad)))
-        estimate, memory = guidance(key, t, x, memory)
-        if estimate.denoised.shape != x.shape or estimate.score.shape != x.shape:
+            estimate = Estimate(tilted=model.denoise(t, x))
+        else:
+            estimate, memory = guidance(key, t, x, memory)
+        if estimate.tilted.shape != x.shape:
             raise ValueError(
-                f"the guidance answers with shapes {estimate.denoised.shape} and {estimate.score.shape} for a state of shape "
-                f"{x.shape}: it must be built on the model that is sampled"
+                f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}: it must be built on "
+                "the model that is sampled"
             )
         estimate = inputs.cast(estimate, x.dtype)
-        flags = [
-            ~jnp.all(jnp.isfinite(estimate.denoised)),
-            jnp.zeros((), bool) if estimate.log_h is None else jnp.isnan(estimate.log_h),
-            ~jnp.all(jnp.isfinite(estimate.score)),
-            jnp.zeros((), bool),
-        ]
-        tilted = estimate.denoised + model.interpolant.tweedie(t) * estimate.score
         # What follows a first failure in the same step is its consequence.
-        return tilted, (memory, bad | (jnp.stack(flags) & ~jnp.any(bad)))
+        return estimate.tilted, (memory, bad | (failures(estimate) & ~jnp.any(bad)))
 
     def advance(carry, scanned):
         x, memory = carry
@@ -119,8 +113,10 @@ def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save
 
         def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
             keys = Streams(*jax.random.split(jax.random.fold_in(key_step, i), 3))
-            x, (memory, bad) = solver.step(keys, model.interpolant, field, t, u, x, (memory, jnp.zeros(4, bool)))
-            return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+            x, (memory, bad) = solver.step(
+                keys, model.interpolant, field, t, u, x, (memory, jnp.zeros(len(CULPRITS), bool))
+            )
+            return x, memory, bad.at[-1].set(~jnp.all(jnp.isfinite(x)))
 
         x, memory, bad = over_particles(one)(indices, x, memory)
         bar.tick(step)
@@ -131,3 +127,17 @@ def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save
     (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
     path = None if path is None else jnp.concatenate([x[None], path])
     return unweighted(end, Trace(times, bad, path))
+
+
+def failures(estimate: Estimate) -> Array:
+    """Which of `CULPRITS` an estimate shows: `(4,)`, the last one left to the solver's state."""
+    unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
+    no = jnp.zeros((), bool)
+    return jnp.stack(
+        [
+            ~jnp.all(jnp.isfinite(unguided)),
+            no if estimate.log_h is None else jnp.isnan(estimate.log_h),
+            ~jnp.all(jnp.isfinite(estimate.tilted)),
+            no,
+        ]
+    )
