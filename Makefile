@@ -37,7 +37,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/gaussian_tilt.py
+	$(BIN)/python benchmarks/cost_to_floor.py
 	$(BIN)/python benchmarks/two_modes.py
+	$(BIN)/python benchmarks/many_particles.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

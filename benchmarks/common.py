@@ -49,7 +49,11 @@ def environment() -> dict[str, Any]:
     """Device, versions and commit."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     device = jax.devices()[0]
     return {

@@ -79,9 +79,13 @@ def main() -> None:
             w2 = mean_and_error([tj.metrics.wasserstein(samples[seed], exact[seed]) for seed in range(seeds)])
             cell = {"w2": w2, "over_floor": w2[0] / floor[0], **timing._asdict()}
             cell["published"] = PUBLISHED.get(method, (None,) * 5)[column]
+            if cell["published"]:
+                # The published value is one run: its own standard error is the spread between runs.
+                cell["sigmas"] = (w2[0] - cell["published"]) / (w2[1] * (1 + seeds) ** 0.5)
             table.setdefault(method, {})[name] = cell
             print(
-                f"{name:11s} {method:13s} W2 {w2[0]:.3f} ± {w2[1]:.3f} (published {cell['published'] or '-'}), "
+                f"{name:11s} {method:13s} W2 {w2[0]:.3f} ± {w2[1]:.3f} (published {cell['published'] or '-'}, {cell.get('sigmas', 0):+.1f} "
+                f"standard errors), "
                 f"{cell['over_floor']:5.2f} x floor; run {timing.run_wall:.3f} s, {timing.run_cpu:.3f} CPU-s; "
                 f"first call {timing.first_wall:.1f} s",
                 flush=True,

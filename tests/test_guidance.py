@@ -285,7 +285,7 @@ def test_clipping_zero_is_zero_with_a_finite_derivative():
 
 def test_wrappers_carry_the_memory_of_what_they_wrap():
     class Counting(tj.Guidance):
-        interpolant: tj.Interpolant = tj.Linear()
+        model: tj.Model
 
         def init(self, x):
             return jnp.zeros((), jnp.int32)
@@ -296,7 +296,7 @@ def test_wrappers_carry_the_memory_of_what_they_wrap():
         def log_tilt(self, x1):
             return jnp.sum(x1)
 
-    guidance = tj.Clipped(tj.Unscaled(Counting()), 1.0)
+    guidance = tj.Clipped(tj.Unscaled(Counting(tj.Analytic(contracts.planar()))), 1.0)
     estimate, state = guidance(KEY, T, X, guidance.init(X))
     assert int(state) == 1
     assert estimate.log_h is None
@@ -312,3 +312,29 @@ def test_guidances_are_pytrees_that_vmap_over_the_scale(name):
     scales = jnp.asarray([0.5, 2.0])
     together, alone = jax.jit(lambda s: (jax.vmap(score)(s), score(s[1])))(scales)
     close(together[1], alone)
+
+
+def test_the_derivative_of_a_clipped_zero_is_finite():
+    flat = tj.Clipped(tj.dps(tj.Analytic(contracts.planar()), lambda x: 0.0 * jnp.sum(x)), 1.0)
+    assert np.all(np.isfinite(jax.jacobian(lambda x: flat(KEY, T, x, ())[0].tilted)(X)))
+
+
+def test_laplace_survives_a_network_whose_jacobian_is_negative():
+    model = tj.from_denoiser(lambda t, x: -0.01 * x, shape=(2,))
+    estimate, _ = tj.Laplace(model, rewards.Quadratic([0.0, 1.0]), 3.0)(KEY, jnp.asarray(1e-3), X, ())
+    # P is closed where it is negative: nothing is damped, and log h is the reward of the denoiser.
+    close(estimate.log_h, 3.0 * rewards.Quadratic([0.0, 1.0])(-0.01 * X))
+    assert np.all(np.isfinite(estimate.tilted))
+
+
+def test_doob_refuses_a_log_h_of_another_path():
+    class Other(tj.Reward):
+        interpolant: tj.Interpolant
+
+        def __call__(self, t, x):
+            return jnp.sum(x)
+
+    model = tj.Analytic(contracts.planar(), tj.Linear(1.7))
+    with pytest.raises(ValueError, match="give both the same one"):
+        tj.Doob(model, Other(tj.Linear()))
+    tj.Doob(model, Other(tj.Linear(1.7)))

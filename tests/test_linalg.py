@@ -82,3 +82,24 @@ def test_square_root_equals_cholesky_with_its_gradient_where_both_exist():
     direction = jnp.asarray(positive(3, 5))
     pushed = lambda fn: jax.jvp(fn, (matrix,), (direction,))[1]
     chex.assert_trees_all_close(pushed(linalg.square_root), pushed(jnp.linalg.cholesky), rtol=1e-9, atol=1e-10)
+
+
+def test_square_root_keeps_small_directions_in_single_precision():
+    matrix = jnp.diag(jnp.asarray([1.0, 1e-7], jnp.float32))
+    np.testing.assert_allclose(linalg.square_root(matrix), jnp.sqrt(matrix), rtol=1e-6)
+
+
+def test_square_root_closes_negative_directions():
+    np.testing.assert_allclose(linalg.square_root(jnp.diag(jnp.asarray([-2.0, 4.0]))), np.diag([0.0, 2.0]))
+
+
+@pytest.mark.parametrize("d", [2, 6])
+def test_spectral_functions_and_their_derivatives_where_eigenvalues_coincide(d):
+    tangent = np.random.default_rng(0).normal(size=(d, d))
+    tangent = jnp.asarray(tangent + tangent.T)
+    for matrix in (jnp.eye(d), jnp.diag(jnp.arange(1.0, d + 1)), jnp.eye(d).at[0, 0].set(-1.0)):
+        value, slope = jax.jvp(lambda a: linalg.spectral(jnp.exp, a), (matrix,), (tangent,))
+        np.testing.assert_allclose(value, jax.scipy.linalg.expm(matrix), rtol=1e-10, atol=1e-12)
+        step = 1e-5
+        up, down = (jax.scipy.linalg.expm(matrix + sign * step * tangent) for sign in (1, -1))
+        np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-6, atol=1e-6)

@@ -224,8 +224,9 @@ def test_nested_maps_are_rows():
 def test_particles_times_draws_are_the_rows_of_one_call():
     """8 particles x 3 draws: every call of the network has 8 rows (the denoiser) or 24 (the draws), never an axis more."""
     recorder, num, k = Recorder(), 8, 3
-    guidance = tj.PlugIn(tj.Glass(batched(recorder), steps=2), rewards.Quadratic([0.0, 1.0]), k=k)
-    tj.sample(jax.random.key(0), batched(recorder), guidance, num=num, steps=2, solver=tj.Euler())
+    model = batched(recorder)
+    guidance = tj.PlugIn(tj.Glass(model, steps=2), rewards.Quadratic([0.0, 1.0]), k=k)
+    tj.sample(jax.random.key(0), model, guidance, num=num, steps=2, solver=tj.Euler())
     jax.effects_barrier()
     assert set(recorder.shapes) == {((num,), (num, 2)), ((num * k,), (num * k, 2))}
 

@@ -264,8 +264,8 @@ def test_sweeping_numbers_traces_nothing_anew():
         {"scale": 2.5},
         {"sigma": 0.2},
         {"target": 1.0},
-        {"times": (0.2, 0.6, 1.0)},
-        {"times": jnp.asarray([0.2, 0.6, 1.0])},
+        {"times": (0.05, 0.6, 1.0)},
+        {"times": jnp.asarray([0.05, 0.6, 1.0])},
         {"means": prior.means + 1.0},
         {"base": 2.0},
     ):
@@ -356,3 +356,34 @@ def test_minus_infinity_is_a_reward():
     reward = lambda x: jnp.where(x[0] > 1e6, 0.0, -jnp.inf)
     particles = tj.sample(KEY, ONE, tj.dps(ONE, reward), num=3, steps=2, solver=tj.Euler())
     assert not np.any(particles.trace.bad[:, 1])
+
+
+# Starts.
+
+
+def test_a_run_continues_from_given_states():
+    times = jnp.linspace(1e-3, 1, 11)
+    whole = tj.sample(KEY, MODEL, num=4, times=times, save_path=True)
+    rest = tj.sample(KEY, MODEL, num=4, times=times[4:], start=whole.trace.path[4])
+    chex.assert_trees_all_close(
+        rest.x, whole.x, rtol=1e-12, atol=1e-12
+    )  # the unguided flow has no randomness of its own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"times": [0.3, 0.6, 1.0]}, r"cannot start at t = 0\.3.*start="),
+        ({"start": jnp.zeros((3, 2))}, r"shape \(4, 2\), got \(3, 2\)"),
+        ({"start": jnp.full((4, 2), jnp.nan)}, "start must be finite"),
+    ],
+)
+def test_starts_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        tj.sample(KEY, MODEL, num=4, **options)
+
+
+def test_a_guidance_of_another_model_is_refused():
+    tilted = tj.Tilted(MODEL, rewards.Quadratic([0.5, 1.0]), 1.0)
+    with pytest.raises(ValueError, match=r"another model \(Analytic\) than the one to sample \(Tilted\)"):
+        tj.sample(KEY, tilted, tj.dps(MODEL, rewards.Linear([1.0, 0.0])), num=4)

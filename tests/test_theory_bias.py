@@ -45,9 +45,10 @@ def test_damping_of_the_right_width_is_the_tilt(a):
     np.testing.assert_allclose(law.covs, tilt.covs, rtol=1e-9)
 
 
-def test_damping_of_width_zero_is_no_damping():
-    damped = theory.plug_in_law(line(0.5), tj.rewards.Quadratic([2.5]), tj.Damped(3.0, 0.0))
-    plain = theory.plug_in_law(line(0.5), tj.rewards.Quadratic([2.5]), 3.0)
+@pytest.mark.parametrize("s2", [0.0, 0.5, 16.0])
+def test_damping_of_width_zero_is_no_damping(s2):
+    damped = theory.plug_in_law(line(s2), tj.rewards.Quadratic([2.5]), tj.Damped(3.0, 0.0))
+    plain = theory.plug_in_law(line(s2), tj.rewards.Quadratic([2.5]), 3.0)
     np.testing.assert_allclose(damped.means, plain.means, rtol=1e-10)
     np.testing.assert_allclose(damped.covs, plain.covs, rtol=1e-10)
 
@@ -170,6 +171,15 @@ def test_damping_and_doob_have_no_error_of_the_mean_at_any_number_of_steps():
         doob = theory.discrete_law(theory.doob_field(prior, reward, 3.0), times=times)
         np.testing.assert_allclose(damped.means, tilt.means, atol=1e-7)
         np.testing.assert_allclose(doob.means, tilt.means, atol=1e-7)
+
+
+def test_the_recursion_is_the_same_inside_a_program():
+    field = theory.plug_in_field(line(0.5), tj.rewards.Quadratic([2.5]), 1.0)
+    grid = jnp.linspace(1e-3, 1, 9)
+    inside = jax.jit(lambda field, times: theory.discrete_law(field, times=times))(field, grid)
+    outside = theory.discrete_law(field, times=grid)
+    np.testing.assert_allclose(inside.means, outside.means, rtol=1e-12)
+    np.testing.assert_allclose(inside.covs, outside.covs, rtol=1e-12)
 
 
 def test_laws_compile_map_and_differentiate():

@@ -64,3 +64,26 @@ def test_the_gradient_of_log_h_moves_the_denoiser_to_the_tilted_one(path):
         moved = model.denoise(t, x) + path.tweedie(t) * jax.grad(log_h, argnums=1)(t, x)
         np.testing.assert_allclose(moved, tilted.denoise(t, x), atol=1e-10)
         np.testing.assert_allclose(conjugate.denoise(t, x), tilted.denoise(t, x), atol=1e-10)
+
+
+@pytest.mark.parametrize("separation", [3.0, 20.0])
+def test_far_and_narrow_modes_have_finite_gradients(separation):
+    covs = jnp.stack([jnp.eye(2) / 16] * 2)
+    prior = tj.GaussianMixture([0.5, 0.5], [[-separation, 0.0], [separation, 0.0]], covs)
+    for dtype in (jnp.float32, jnp.float64):
+        log_h = theory.log_h(prior, tj.rewards.Quadratic([0.0, 1.0]), 3.0)
+        value, score = jax.value_and_grad(log_h, argnums=1)(
+            jnp.asarray(0.9, dtype), jnp.asarray([separation, 0.2], dtype)
+        )
+        assert np.isfinite(value)
+        assert np.all(np.isfinite(score))
+
+
+def test_multiples_and_sums_of_rewards_without_closed_form_go_to_quadrature():
+    problem = tj.problems.bump()
+    doubled = theory.log_h(problem.prior, 2 * problem.reward, problem.scale / 2)
+    plain = theory.log_h(problem.prior, problem.reward, problem.scale)
+    t, x = jnp.asarray(0.4), jnp.asarray([0.7])
+    np.testing.assert_allclose(doubled(t, x), plain(t, x), rtol=1e-12)
+    assert not theory.is_quadratic(2 * problem.reward + tj.rewards.Linear([1.0]))
+    assert theory.is_quadratic(2 * tj.rewards.Quadratic([1.0]) + tj.rewards.Linear([1.0]))

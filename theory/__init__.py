@@ -16,12 +16,13 @@ from theory.bias import (
     plug_in_law,
 )
 from theory.doob import log_h, marginal
-from theory.tilts import Tilt, expected_reward, quadratic_form, tilt
+from theory.tilts import Tilt, expected_reward, is_quadratic, quadratic_form, tilt
 
 __all__ = [
     "tilt",
     "Tilt",
     "expected_reward",
+    "is_quadratic",
     "quadratic_form",
     "log_h",
     "marginal",

@@ -19,7 +19,6 @@ gives `du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))` for any interpolant. S
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -46,7 +45,7 @@ def plug_in_law(
 
     For a mixture the law of each component is exact and the prior's weights are kept: what happens if the draws of `X_1` stay in
     one component as x moves, or in the limit of far modes at a fixed number of steps. It ignores the push that draws receive where
-    two modes compete, so real masses lie between the prior's and the tilt's, or beyond.
+    two modes compete, so it says nothing of masses between near modes.
 
     **Raises:** `ValueError` for k > 1, a reward that is not quadratic, one that is convex along a direction, or covariances that
     do not commute with the reward's matrix.
@@ -64,7 +63,7 @@ def plug_in_law(
         elif isinstance(law, scales.Damped):
             # The damping's own variance is v / (1 + beta v) with beta = 1/sigma^2 - 1/s^2. With gamma = beta + 2 scale the law is
             # scale (1 + beta v) / (1 + gamma v), whose integral needs (z - log(1 + z)) / z^2 at z = gamma v.
-            width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).tiny)
+            width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
             beta_v = (s2 / width - 1) * fraction
             local = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
             spent = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
@@ -115,12 +114,14 @@ def _per_direction(
         axes = jnp.linalg.eigh(cov / size(cov) + form.matrix / size(form.matrix) / jnp.pi)[1]
         s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
         h = jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
-        response, shrink = jax.vmap(direction)(s2, h)
+        # A direction without spread stays where it is; the formulas would divide by it.
+        response, shrink = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
+        response = jnp.where(s2 > 0, response, 0.0)
         pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
         return mean + axes @ (response * pull), (axes * (s2 * shrink**2)[None]) @ axes.T
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
-    return prior.replace(prior.weights, means, covs)
+    return prior.replace(prior.log_weights, means, covs)
 
 
 def _check_commuting(prior: GaussianMixture, form: QuadraticForm) -> None:
@@ -149,13 +150,26 @@ def _log_remainder(z: Array) -> Array:
 class AffineField(eqx.Module):
     """A guided denoiser that is affine in x and Gaussian in its draw: `D~ = A_t x + c_t + N_t z`, `z ~ N(0, I)`.
 
-    `at(t) -> (A, c, N)`, each with rows of dimension d. Built by `plug_in_field`, `dps_field`, `doob_field`, `fmrg_field`.
+    Built by `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field`, for one Gaussian and a quadratic reward with any H.
     """
 
-    at: Callable[[Array], tuple[Array, Array, Array]]
+    prior: GaussianMixture
+    form: QuadraticForm
+    law: scales.Scale
     interpolant: Interpolant
-    dim: int = eqx.field(static=True)
-    dtype: Any = eqx.field(static=True)
+    pull: Callable = eqx.field(static=True)
+
+    def at(self, t: Array) -> tuple[Array, Array, Array]:
+        """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
+        path, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        eye = jnp.eye(len(mean), dtype=mean.dtype)
+        gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
+        # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise, corrected for what the view shows.
+        draw = jnp.concatenate([(eye - alpha * gain) @ linalg.square_root(cov), -sigma * gain], axis=1)
+        strength = self.law(jax.random.key(0), path.snr(t), t, mean)
+        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, mean - alpha * gain @ mean, draw)
+        return gain + matrix, mean - alpha * gain @ mean + move, noise
 
 
 def plug_in_field(
@@ -164,7 +178,7 @@ def plug_in_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Plug-in guidance with one exact posterior draw: `D~ = D + lambda_t P ∇r(D + P^(1/2) z)`, for one Gaussian, any H."""
+    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_draw)
 
 
@@ -174,43 +188,35 @@ def dps_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`, for one Gaussian, any H."""
+    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_mean)
 
 
 def doob_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """The exact guidance, which is also Laplace's: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`, for one Gaussian, any H."""
-    return _affine(prior, reward, scale, interpolant, _pull_exactly)
+    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`."""
+    return _affine(prior, reward, inputs.nonnegative(scale, "scale"), interpolant, _pull_exactly)
 
 
 def fmrg_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`, for one Gaussian, any H."""
+    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_end)
 
 
 def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
-    if len(prior.weights) != 1:
-        raise ValueError(f"a guided flow is affine for one Gaussian only, got a mixture of {len(prior.weights)}")
-    interpolant = inputs.cast(Linear() if interpolant is None else interpolant, prior.means.dtype)
-    law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
-    form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
-    mean, cov = prior.means[0], prior.covs[0]
-    eye = jnp.eye(prior.dim, dtype=mean.dtype)
-
-    def at(t: Array) -> tuple[Array, Array, Array]:
-        alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
-        gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
-        posterior = prior.condition(alpha, sigma, alpha * mean).covs[0]
-        strength = law(jax.random.key(0), interpolant.snr(t), t, mean)
-        offset = mean - alpha * gain @ mean
-        matrix, move, noise = pull(interpolant, t, form, strength, mean, cov, gain, offset, posterior)
-        return gain + matrix, offset + move, noise
-
-    return AffineField(at, interpolant, prior.dim, mean.dtype)
+    if len(prior.log_weights) != 1:
+        raise ValueError(f"a guided flow is affine for one Gaussian only, got a mixture of {len(prior.log_weights)}")
+    law = scales.as_scale(scale)
+    if not isinstance(law, scales.Constant | scales.Damped):
+        raise ValueError(
+            f"no recursion for the scale law {type(law).__name__}: Constant and Damped depend on time alone"
+        )
+    interpolant = Linear() if interpolant is None else interpolant
+    form = quadratic_form(rewards.as_reward(reward), prior.dim)
+    return inputs.cast(AffineField(prior, form, law, interpolant, pull), prior.means.dtype)
 
 
 def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array, Array]:
@@ -218,30 +224,31 @@ def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array,
     return -2 * form.matrix @ matrix, form.gradient - 2 * form.matrix @ (offset - form.center)
 
 
-def _pull_at_mean(interpolant, t, form, strength, mean, cov, gain, offset, posterior):
+def _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw):
     slope, constant = _gradient(form, gain, offset)
-    return strength * posterior @ slope, strength * posterior @ constant, jnp.zeros_like(cov)
+    posterior = draw @ draw.T
+    return strength * posterior @ slope, strength * posterior @ constant, jnp.zeros_like(draw)
 
 
-def _pull_at_draw(interpolant, t, form, strength, mean, cov, gain, offset, posterior):
-    matrix, move, _ = _pull_at_mean(interpolant, t, form, strength, mean, cov, gain, offset, posterior)
-    return matrix, move, -2 * strength * posterior @ form.matrix @ linalg.square_root(posterior)
+def _pull_at_draw(path, t, form, strength, mean, cov, gain, offset, draw):
+    matrix, move, _ = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
+    return matrix, move, -2 * strength * (draw @ draw.T) @ form.matrix @ draw
 
 
-def _pull_exactly(interpolant, t, form, strength, mean, cov, gain, offset, posterior):
-    matrix, move, noise = _pull_at_mean(interpolant, t, form, strength, mean, cov, gain, offset, posterior)
-    damp = jnp.linalg.inv(jnp.eye(len(mean), dtype=mean.dtype) + 2 * strength * posterior @ form.matrix)
+def _pull_exactly(path, t, form, strength, mean, cov, gain, offset, draw):
+    matrix, move, noise = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
+    damp = jnp.linalg.inv(jnp.eye(len(mean), dtype=mean.dtype) + 2 * strength * draw @ draw.T @ form.matrix)
     return damp @ matrix, damp @ move, noise
 
 
-def _pull_at_end(interpolant, t, form, strength, mean, cov, gain, offset, posterior):
-    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
+def _pull_at_end(path, t, form, strength, mean, cov, gain, offset, draw):
+    alpha, sigma = path.alpha(t), path.sigma(t)
     s2, axes = jnp.linalg.eigh(cov)
     flow = (axes * jnp.sqrt(jnp.maximum(s2, 0) / (alpha**2 * s2 + sigma**2))[None]) @ axes.T
     slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
     # The drift is b + strength * flow^T ∇r: as a move of the denoiser, that is tweedie * 2 / g^2.
-    factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
-    return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(cov)
+    factor = strength * path.tweedie(t) * 2 / path.diffusion(t)
+    return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
 
 
 def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | None = None) -> GaussianMixture:
@@ -254,8 +261,9 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     `Ancestral(eta)`.
     """
     solver = solvers.Heun() if solver is None else solver
-    times = inputs.time_grid(times, 1).astype(field.dtype)
-    path, eye, zero = field.interpolant, jnp.eye(field.dim, dtype=field.dtype), jnp.zeros(field.dim, field.dtype)
+    times = inputs.time_grid(times, 1).astype(field.prior.means.dtype)
+    path, d = field.interpolant, field.prior.dim
+    eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 
     def velocity(t: Array) -> tuple[Array, Array, Array]:
         matrix, move, noise = field.at(t)
@@ -265,40 +273,51 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
             path.velocity(t, jnp.zeros_like(noise), noise),
         )
 
-    def transition(t: Array, u: Array) -> tuple[Array, Array, Array]:
+    def euler(t: Array, u: Array) -> tuple[Array, Array, Array]:
+        slope, move, noise = velocity(t)
+        return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
+
+    def heun(t: Array, u: Array) -> tuple[Array, Array, Array]:
         dt = u - t
-        if isinstance(solver, solvers.Ancestral):
-            matrix, move, noise = field.at(t)
-            rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
-            variance = solver.eta.astype(field.dtype) ** 2 * path.sigma(u) ** 2 * (1 - rho**2)
-            keep = jnp.sqrt(path.sigma(u) ** 2 - variance) / path.sigma(t)
-            gain = path.alpha(u) - keep * path.alpha(t)
-            spread = jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1)
-            return keep * eye + gain * matrix, gain * move, spread
         first, move, noise = velocity(t)
-        if isinstance(solver, solvers.Euler):
-            return eye + dt * first, dt * move, dt * noise
-        if isinstance(solver, solvers.Heun):
-            second, move_u, noise_u = velocity(u)
-            carried = noise + dt * second @ noise
-            if solver.share_draw:
-                spread = dt / 2 * (carried + noise_u)
-            else:
-                spread = dt / 2 * jnp.concatenate([carried, noise_u], axis=1)
-            matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
-            return matrix, dt / 2 * (move + move_u + dt * second @ move), spread
-        raise ValueError(f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one")
+        second, move_u, noise_u = velocity(u)
+        carried = noise + dt * second @ noise
+        together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
+        matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
+        return matrix, dt / 2 * (move + move_u + dt * second @ move), dt / 2 * jnp.concatenate(together, axis=1)
+
+    def ancestral(t: Array, u: Array) -> tuple[Array, Array, Array]:
+        matrix, move, noise = field.at(t)
+        rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
+        variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
+        keep = jnp.sqrt(path.sigma(u) ** 2 - variance) / path.sigma(t)
+        gain = path.alpha(u) - keep * path.alpha(t)
+        return (
+            keep * eye + gain * matrix,
+            gain * move,
+            jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
+        )
+
+    match solver:
+        case solvers.Euler():
+            regular = euler
+        case solvers.Heun(share_draw=share_draw):
+            regular = heun
+        case solvers.Ancestral():
+            regular, eta = ancestral, solver.eta.astype(times.dtype)
+        case _:
+            raise ValueError(f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one")
+
+    def moved(moments: tuple[Array, Array], transition: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        (mean, cov), (matrix, move, spread) = moments, transition
+        return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
 
     def advance(moments: tuple[Array, Array], interval: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        mean, cov = moments
-        matrix, move, spread = transition(*interval)
-        return (matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T), None
+        t, u = interval
+        # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any more.
+        step = lambda: moved(moments, regular(t, u))
+        return jax.lax.cond(u < 1, step, lambda: moved(moments, field.at(t))), None
 
-    jumps = inputs.concrete(times) and times[-1] == 1
-    regular = len(times) - 1 - int(jumps)
     moments = zero, path.sigma(times[0]) ** 2 * eye
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:regular], times[1 : regular + 1]))
-    if jumps:
-        matrix, move, noise = field.at(times[-2])
-        mean, cov = matrix @ mean + move, matrix @ cov @ matrix.T + noise @ noise.T
-    return GaussianMixture(jnp.ones(1, field.dtype), mean[None], ((cov + cov.T) / 2)[None])
+    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:]))
+    return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])

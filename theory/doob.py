@@ -27,11 +27,10 @@ class LogH(eqx.Module):
     def __call__(self, t: Array, x: Array) -> Array:
         law = inputs.cast(self, x.dtype)
         posterior = law.prior.condition(law.interpolant.alpha(t), law.interpolant.sigma(t), x)
-        match law.reward:
-            case rewards.Step():
-                return _log_h_step(posterior, law.reward, law.scale)
-            case rewards.Quadratic() | rewards.Linear() | rewards.Sum() | rewards.Scaled():
-                return tilts.tilt(posterior, law.reward, law.scale).log_norm
+        if tilts.is_quadratic(law.reward):
+            return tilts.tilt(posterior, law.reward, law.scale).log_norm
+        if isinstance(law.reward, rewards.Step):
+            return _log_h_step(posterior, law.reward, law.scale)
         return quadrature.log_norm(posterior, law.reward, law.scale)
 
 
@@ -46,7 +45,7 @@ def log_h(
     **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
     """
     reward = rewards.as_reward(reward)
-    closed = isinstance(reward, rewards.Step | rewards.Quadratic | rewards.Linear | rewards.Sum | rewards.Scaled)
+    closed = tilts.is_quadratic(reward) or isinstance(reward, rewards.Step)
     if not closed and prior.dim > 2:
         raise ValueError(
             f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or two dimensions, not {prior.dim}: "
@@ -62,7 +61,7 @@ def marginal(mixture: GaussianMixture, t: float | Array, interpolant: Interpolan
     t = jnp.asarray(t, mixture.means.dtype)
     alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
     noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
-    return mixture.replace(mixture.weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None])
+    return mixture.replace(mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None])
 
 
 def _log_h_step(posterior: GaussianMixture, reward: rewards.Step, scale: Array) -> Array:
@@ -72,4 +71,4 @@ def _log_h_step(posterior: GaussianMixture, reward: rewards.Step, scale: Array) 
     z = mean / jnp.where(std > 0, std, 1.0)
     z = jnp.where(std > 0, z, jnp.where(mean >= 0, jnp.inf, -jnp.inf))
     above, below = jax.scipy.special.log_ndtr(z), jax.scipy.special.log_ndtr(-z) - scale * reward.height
-    return jax.nn.logsumexp(jnp.log(posterior.weights) + jnp.logaddexp(above, below))
+    return jax.nn.logsumexp(posterior.log_weights + jnp.logaddexp(above, below))

@@ -1,8 +1,9 @@
 r"""Brute force in one and two dimensions: the independent witness of every closed form.
 
-Three rules, each exponentially accurate for what it is used on:
+Three rules, for three kinds of integrand:
 
-- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward, smooth or not (a jump costs O(cell)).
+- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward: exponentially accurate for smooth
+  ones, O(cell) at a jump.
 - `log_norm`: the trapezoidal rule in each component's own standard coordinates on [-8, 8]^d, for `log E[exp(scale * r(X))]` of
   a mixture whose components may be arbitrarily narrow. Spectrally accurate while `exp(scale * r)` is resolved by the nodes.
 - `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands have scales of all sizes at the
@@ -112,7 +113,7 @@ def log_norm(
         states = mean[None] + points @ linalg.square_root(cov).T
         return jax.nn.logsumexp(weights + scale * jax.vmap(reward)(states))
 
-    return jax.nn.logsumexp(jnp.log(mixture.weights) + jax.vmap(component)(mixture.means, mixture.covs))
+    return jax.nn.logsumexp(mixture.log_weights + jax.vmap(component)(mixture.means, mixture.covs))
 
 
 def unit_interval(levels: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

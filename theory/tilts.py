@@ -7,8 +7,8 @@ For `r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` an
     log-weight  log w + l r_0 - logdet(M)/2 - l (mu - y)^T H M^-1 (mu - y) + l <g, M^-1 (mu - y)> + l^2 g^T S~ g / 2
 
 and `log Z = log E[exp(l r(X))]` is the log-sum-exp of the log-weights. `S` may be singular and H indefinite, as long as the
-eigenvalues of M, which are real, are positive; otherwise the tilt has no finite mass. Nothing large cancels: the quadratic part is
-centred at its own maximiser, and what is linear comes after it.
+eigenvalues of M, which are real, are positive; otherwise the tilt has no finite mass. For one `Quadratic` nothing large cancels
+(y is its own maximiser and g = 0); for a sum, y is the first term's.
 """
 
 import functools
@@ -44,6 +44,16 @@ def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
         raise ValueError(f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}")
     value, gradient = jax.value_and_grad(reward)(center)
     return QuadraticForm(matrix, center, gradient, value)
+
+
+def is_quadratic(reward: rewards.Reward) -> bool:
+    """Whether `tilt` has a closed form for this reward."""
+    match reward:
+        case rewards.Sum():
+            return all(is_quadratic(term) for term in reward.terms)
+        case rewards.Scaled():
+            return is_quadratic(reward.reward)
+    return isinstance(reward, rewards.Quadratic | rewards.Linear)
 
 
 def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
@@ -113,8 +123,8 @@ def _tilt(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
         log_weight = log_weight + scale * form.gradient @ (moved + scale * tilted @ form.gradient / 2)
         return log_weight, form.center + moved + scale * tilted @ form.gradient, tilted
 
-    log_weights, means, covs = jax.vmap(component)(jnp.log(prior.weights), prior.means, prior.covs)
-    mixture = prior.replace(jax.nn.softmax(log_weights), means, covs)
+    log_weights, means, covs = jax.vmap(component)(prior.log_weights, prior.means, prior.covs)
+    mixture = prior.replace(log_weights, means, covs)
     return Tilt(mixture, jax.nn.logsumexp(log_weights) + scale * form.value)
 
 

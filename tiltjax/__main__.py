@@ -97,7 +97,7 @@ def _demonstrate(options: argparse.Namespace) -> None:
     exact = truth.sample(keys[0], options.num)
     methods = _methods(problem, options)
 
-    rows, floor = [], float("nan")
+    rows = []
     stages = 2 * len(methods) + 1
     with progress.meter("tilting", stages) as meter:
         floor = _floor(truth, keys[1], exact, options.num)
@@ -140,11 +140,10 @@ def _demonstrate(options: argparse.Namespace) -> None:
 
 def _truth(problem: tj.problems.Problem) -> tuple[Any, tj.GaussianMixture]:
     """The exact tilt, and the mixture by whose responsibilities modes are told apart."""
-    try:
+    if theory.is_quadratic(problem.reward):
         truth = theory.tilt(problem.prior, problem.reward, problem.scale)
         return truth, truth.mixture
-    except ValueError:
-        return theory.quadrature.tilt(problem.prior, problem.reward, problem.scale), problem.prior
+    return theory.quadrature.tilt(problem.prior, problem.reward, problem.scale), problem.prior
 
 
 def _methods(problem: tj.problems.Problem, options: argparse.Namespace) -> list[Method]:
@@ -161,10 +160,8 @@ def _methods(problem: tj.problems.Problem, options: argparse.Namespace) -> list[
         return lambda key: tj.best_of_n(_pool([one(k) for k in jax.random.split(key, GROUP)]), reward, GROUP)
 
     def law(predict: Callable[..., tj.GaussianMixture], *arguments: Any) -> tj.GaussianMixture | None:
-        try:
-            return predict(prior, reward, *arguments)
-        except ValueError:  # no closed form for this problem: the table says so with a dash
-            return None
+        # Without a closed form the table shows a dash.
+        return predict(prior, reward, *arguments) if theory.is_quadratic(reward) else None
 
     glass = tj.Glass(model)
     tilted = law(lambda *arguments: theory.tilt(*arguments).mixture, scale)
@@ -239,10 +236,9 @@ def _print(problem, truth, weights, rows, floor, options, key) -> None:
 
 
 def _mean_reward(law: tj.GaussianMixture, reward: tj.Reward, drawn: Array) -> float:
-    try:
+    if theory.is_quadratic(reward):
         return float(theory.expected_reward(law, reward))
-    except ValueError:  # not a quadratic reward: average it over draws of the law
-        return float(jnp.mean(jax.vmap(reward)(drawn)))
+    return float(jnp.mean(jax.vmap(reward)(drawn)))
 
 
 def _true_masses(truth: Any, weights: tj.GaussianMixture) -> np.ndarray:

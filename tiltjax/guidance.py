@@ -71,10 +71,10 @@ class Estimate(NamedTuple):
 class Guidance(eqx.Module):
     """An estimator of the tilt's h-function.
 
-    Subclasses define `__call__`, `log_tilt` and `interpolant` (that of their model); `init` if they have memory.
+    Subclasses define `__call__`, `log_tilt` and `model`, the one they guide; `init` if they have memory.
     """
 
-    interpolant: eqx.AbstractVar[Interpolant]
+    model: eqx.AbstractVar[Model]
 
     def init(self, x: Array) -> Any:
         """The memory carried along one trajectory, `()` for most."""
@@ -100,16 +100,17 @@ class Doob(Guidance):
 
     def __init__(self, model: Model, log_h: Callable):
         inputs.instance(model, Model, "model", "Doob(model, log_h)")
+        path = getattr(log_h, "interpolant", model.interpolant)
+        if inputs.concrete((path, model.interpolant)) and not inputs.same(path, model.interpolant):
+            raise ValueError(
+                f"log_h belongs to the path {path}, the model to {model.interpolant}: give both the same one"
+            )
         self.model = model
         self.log_h = inputs.Function(log_h)
 
-    @property
-    def interpolant(self) -> Interpolant:
-        return self.model.interpolant
-
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         log_h, score = jax.value_and_grad(self.log_h, argnums=1)(t, x)
-        return Estimate.from_score(self.interpolant, t, self.model.denoise(t, x), log_h, score), state
+        return Estimate.from_score(self.model.interpolant, t, self.model.denoise(t, x), log_h, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.log_h(jnp.ones((), x1.dtype), x1)
@@ -140,20 +141,20 @@ class PlugIn(Guidance):
         self.k = inputs.count(k, "k")
 
     @property
-    def interpolant(self) -> Interpolant:
-        return self.posterior.model.interpolant
+    def model(self) -> Model:
+        return self.posterior.model
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
-        model = self.posterior.model
+        path = self.model.interpolant
         key_scale, key_draws = jax.random.split(key)
-        scale = self.scale(key_scale, self.interpolant.snr(t), t, jax.lax.stop_gradient(x))
+        scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> Array:
             tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, self.posterior.draw(key, t, x)))
             return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k)
 
         value, score = jax.value_and_grad(log_h)(x)
-        return Estimate.from_score(self.interpolant, t, model.denoise(t, x), value, score), state
+        return Estimate.from_score(path, t, self.model.denoise(t, x), value, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale.final * self.reward(x1)
@@ -170,7 +171,8 @@ class Laplace(Guidance):
 
     the score with J and H held fixed: differentiating through them is worse. Exact for a Gaussian prior and a concave
     quadratic reward, whatever their matrices; on mixtures it beats any scalar damping. Convex directions of the reward
-    are taken as flat (H is projected onto the positive semi-definite cone), without which the integral may diverge.
+    are taken as flat (H is projected onto the positive semi-definite cone), without which the integral may diverge; directions
+    in which a learned Jacobian says that P is negative are taken as known (`linalg.square_root`).
 
     Costs one denoiser call and d pullbacks through it for states of size d: for low-dimensional states.
 
@@ -187,10 +189,6 @@ class Laplace(Guidance):
         self.reward = rewards.as_reward(reward)
         self.scale = inputs.nonnegative(scale, "scale")
 
-    @property
-    def interpolant(self) -> Interpolant:
-        return self.model.interpolant
-
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         shape, size = x.shape, x.size
         denoise = lambda x: self.model.denoise(t, x.reshape(shape)).reshape(size)
@@ -198,8 +196,9 @@ class Laplace(Guidance):
 
         mean, pullback = jax.vjp(denoise, x.reshape(size))
         jacobian = jax.vmap(lambda row: pullback(row)[0])(jnp.eye(size, dtype=x.dtype))
-        tweedie = self.interpolant.tweedie(t)
-        cov = tweedie * (jacobian + jacobian.T) / 2
+        tweedie = self.model.interpolant.tweedie(t)
+        root_cov = linalg.square_root(tweedie * (jacobian + jacobian.T) / 2)
+        cov = root_cov @ root_cov.T
 
         value, gradient = jax.value_and_grad(reward)(mean)
         # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
@@ -221,8 +220,8 @@ class _Wrapper(Guidance):
     guidance: eqx.AbstractVar[Guidance]
 
     @property
-    def interpolant(self) -> Interpolant:
-        return self.guidance.interpolant
+    def model(self) -> Model:
+        return self.guidance.model
 
     def init(self, x: Array) -> Any:
         return self.guidance.init(x)
@@ -251,8 +250,10 @@ class Clipped(_Wrapper):
         self.limit = inputs.positive(limit, "limit")
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
-        norm = jnp.sqrt(jnp.sum(estimate.score(self.interpolant, t) ** 2))
-        return jnp.where(norm > self.limit, self.limit / norm, 1.0)
+        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
+        long = square > self.limit**2
+        # A square root of the branch that is not taken would have an infinite derivative at zero.
+        return jnp.where(long, self.limit * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 1.0)
 
 
 class Unscaled(_Wrapper):
@@ -268,7 +269,7 @@ class Unscaled(_Wrapper):
         self.guidance = guidance
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
-        return 2 / self.interpolant.diffusion(t)
+        return 2 / self.model.interpolant.diffusion(t)
 
 
 def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0) -> PlugIn:

@@ -75,6 +75,16 @@ def concrete(value: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two pytrees have one structure and, where they can be read, equal arrays (to single precision)."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    if not concrete((a, b)):
+        return True
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6) for x, y in pairs)
+
+
 def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
     """`value` as a floating array (integers become floats), with its rank checked."""
     try:

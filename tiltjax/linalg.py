@@ -19,7 +19,7 @@ Entries = Any  # an array, or nested lists of scalars where the matrix is small
 
 
 def cholesky(matrix: Array) -> Entries:
-    """The lower factor of a symmetric positive-definite `(d, d)` matrix, to be handed to `half_solve` and `solve`.
+    """The lower factor of a symmetric positive-definite `(d, d)` matrix, to be handed to `half_solve` and `back_solve`.
 
     Not positive definite gives NaN, as in `jnp.linalg.cholesky`. For small d the diagonal holds reciprocals.
     """
@@ -88,18 +88,23 @@ def _spectral_jvp(fn, primals, tangents):
 def square_root(matrix: Array) -> Array:
     """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite matrices.
 
-    A pivot that is zero to rounding closes its column (the matrix is singular there), so point masses and flat
-    directions are exact, and gradients stay finite where an eigendecomposition's would not.
+    A pivot that is zero to the rounding of its own entry, or negative, closes its column: point masses and flat directions are
+    exact, gradients stay finite where an eigendecomposition's would not, and `L L^T` is positive semi-definite whatever came in.
     """
     d = matrix.shape[-1]
-    floor = d * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.diagonal(matrix))
+    floor = d * jnp.finfo(matrix.dtype).eps * jnp.abs(jnp.diagonal(matrix))
 
-    def column(rest: Array, j: Array) -> tuple[Array, Array]:
+    def column(rest: Array, j: Array | int) -> tuple[Array, Array]:
         pivot = rest[j, j]
-        open_ = pivot > floor
-        scaled = rest[:, j] / jnp.sqrt(jnp.where(open_, pivot, 1.0))
-        col = jnp.where(open_ & (jnp.arange(d) >= j), scaled, 0.0)
-        return rest - jnp.outer(col, col), col
+        positive = pivot > floor[j]
+        scaled = rest[:, j] * jax.lax.rsqrt(jnp.where(positive, pivot, 1.0))
+        col = jnp.where(positive & (jnp.arange(d) >= j), scaled, 0.0)
+        return rest - col[:, None] * col[None, :], col
 
-    _, columns = jax.lax.scan(column, matrix, jnp.arange(d))
-    return columns.T
+    if d > UNROLL:
+        return jax.lax.scan(column, matrix, jnp.arange(d))[1].T
+    columns = []
+    for j in range(d):
+        matrix, col = column(matrix, j)
+        columns.append(col)
+    return jnp.stack(columns, axis=1)

@@ -39,7 +39,7 @@ class GaussianMixture(eqx.Module):
     or not positive semi-definite.
     """
 
-    weights: Array
+    log_weights: Array
     means: Array
     covs: Array
 
@@ -61,7 +61,7 @@ class GaussianMixture(eqx.Module):
         if inputs.concrete(covs):
             _check_covariances(np.asarray(covs))
         dtype = jnp.result_type(weights, means, covs)
-        self.weights = (weights / jnp.sum(weights)).astype(dtype)
+        self.log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
 
@@ -70,9 +70,15 @@ class GaussianMixture(eqx.Module):
         """The dimension d."""
         return self.means.shape[-1]
 
-    def replace(self, weights: Array, means: Array, covs: Array) -> "GaussianMixture":
-        """Another mixture from parts that are right by construction: nothing is checked or normalised."""
-        return eqx.tree_at(lambda m: (m.weights, m.means, m.covs), self, (weights, means, covs))
+    @property
+    def weights(self) -> Array:
+        """The probabilities of the components, `(K,)`."""
+        return jnp.exp(self.log_weights)
+
+    def replace(self, log_weights: Array, means: Array, covs: Array) -> "GaussianMixture":
+        """Another mixture from parts that are right by construction: log-weights are normalised, nothing is checked."""
+        parts = jax.nn.log_softmax(log_weights), means, covs
+        return eqx.tree_at(lambda m: (m.log_weights, m.means, m.covs), self, parts)
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -87,7 +93,7 @@ class GaussianMixture(eqx.Module):
         """`num` independent draws, shape `(num, d)`."""
         key_component, key_normal = jax.random.split(inputs.typed_key(key))
         num = inputs.count(num, "num")
-        component = jax.random.choice(key_component, len(self.weights), (num,), p=self.weights)
+        component = jax.random.categorical(key_component, self.log_weights, shape=(num,))
         normal = jax.random.normal(key_normal, (num, self.dim), self.means.dtype)
         roots = jax.vmap(linalg.square_root)(self.covs)
         return self.means[component] + jnp.einsum("nij,nj->ni", roots[component], normal)
@@ -110,8 +116,7 @@ class GaussianMixture(eqx.Module):
             product = sigma**2 * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov)
             return (product + product.T) / 2
 
-        weights, means = jax.nn.softmax(jnp.asarray(log_weights)), jnp.asarray(means)
-        return self.replace(weights, means, jax.vmap(posterior_cov)(self.covs))
+        return self.replace(jnp.asarray(log_weights), jnp.asarray(means), jax.vmap(posterior_cov)(self.covs))
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
@@ -129,7 +134,6 @@ class GaussianMixture(eqx.Module):
         k, d = self.means.shape
         if x.shape != (d,):
             raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
-        log_prior = jnp.log(self.weights)
         eye = jnp.eye(d, dtype=self.means.dtype)
         noisy = alpha**2 * self.covs + (sigma**2 * eye)[None]
 
@@ -141,14 +145,14 @@ class GaussianMixture(eqx.Module):
                 log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
                 return log_weight, mean + alpha * cov @ jnp.asarray(linalg.back_solve(factor, half))
 
-            return jax.vmap(component)(log_prior, self.means, self.covs, noisy)
+            return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
         log_weights, means = [], []
         for c in range(k):
             mean, cov = self.means[c], self.covs[c]
             factor = linalg.cholesky(noisy[c])
             half = linalg.half_solve(factor, [x[i] - alpha * mean[i] for i in range(d)])
-            log_weights.append(log_prior[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2)
+            log_weights.append(self.log_weights[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2)
             gain = linalg.back_solve(factor, half)
             means.append([mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)])
         return log_weights, means

@@ -58,8 +58,21 @@ class Model(eqx.Module):
         """`E[X_0 | X_t = x]`."""
         return self.interpolant.noise(t, x, self.denoise(t, x))
 
-    def check_start(self) -> None:
-        """Refuse to start sampling, with a `ValueError`, where this model's law at the noise end is not known."""
+    def check_start(self, t: Array) -> None:
+        """Refuse to start sampling at t, with a `ValueError`, where the law of `X_t` is not known well enough for `initial`.
+
+        `sigma_t X_0` is that law where the noise outweighs the data: `snr_t` times the noise's own variance below 2%.
+        """
+        if not inputs.concrete((t, self.interpolant)):
+            return
+        with jax.ensure_compile_time_eval():
+            t = jnp.asarray(t)
+            share = float(self.interpolant.snr(t) * self.interpolant.sigma(jnp.zeros_like(t)) ** 2)
+        if share > 0.02:
+            raise ValueError(
+                f"a run from noise cannot start at t = {float(t):g}, where a share of {share:.2g} of the state is data: start "
+                "earlier, at 1e-3 say, or pass the states at that time as start="
+            )
 
     def initial(self, key: Array, t: Array) -> Array:
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
@@ -115,7 +128,15 @@ class Network(Model):
         return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
 
 
-def from_velocity(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+def from_velocity(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
     """A model from a velocity network `b_t(x)`, such as flow matching trains.
 
     **Arguments:**
@@ -130,31 +151,47 @@ def from_velocity(fn: Callable, params: PyTree = None, **options: Any) -> Networ
 
     **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
     """
-    return _network(fn, params, _from_velocity, **options)
+    return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
 
 
-def from_noise(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+def from_noise(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
     """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments as in `from_velocity`.
 
     At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows.
     """
-    return _network(fn, params, _from_noise, **options)
+    return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
 
 
-def from_denoiser(fn: Callable, params: PyTree = None, **options: Any) -> Network:
+def from_denoiser(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
     """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments as in `from_velocity`."""
-    return _network(fn, params, _from_denoiser, **options)
+    return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
 
 
 class Tilted(Model):
-    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one denoiser call a step.
+    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one call of the inner denoiser.
 
-    The inner model is asked at `snr_t + c`, later than the clock says, for the rewards `-l |x - y|^2` (c = 2 l) and,
-    at the same time, a displaced state for linear rewards (c = 0: at the start, t = eps, the network is asked at
-    `|x*|` about `|a| sigma^2 / eps`, far outside what it was trained on). For c < 0 the denoiser is right wherever
+    For `-l |x - y|^2` (c = 2 l) the inner model is asked at `snr_t + c`, later than the clock says. For linear rewards (c = 0) it is
+    asked at the same time at a displaced state: at the start, t = eps, at `|x*|` about `scale |a| sigma^2 / eps`, far outside what
+    a network was trained on, so that there "exact" is a statement about exact denoisers. For c < 0 the denoiser is right wherever
     `snr_t + c > 0`, but sampling has no closed-form start.
 
-    **Arguments:** `model`; `reward`, `Linear`, `Quadratic` with a scalar weight, or sums and multiples; `scale >= 0`.
+    **Arguments:** `model`; `reward`, `rewards.Linear`, `rewards.Quadratic` with a scalar weight, sums and multiples; `scale >= 0`.
 
     **Raises:** `ValueError` if the reward is not conjugate.
     """
@@ -190,8 +227,8 @@ class Tilted(Model):
         natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
         return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
 
-    def check_start(self) -> None:
-        self.model.check_start()
+    def check_start(self, t: Array) -> None:
+        self.model.check_start(t)
         if inputs.concrete(self.precision) and np.asarray(self.precision) < 0:
             raise ValueError(
                 f"this reward is convex (c = {float(self.precision):g} < 0): the tilted law has no closed form at the noise "
@@ -212,7 +249,7 @@ class _Net(inputs.Foreign):
         return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
 
 
-def _network(fn, params, to_denoised, *, shape, batched=False, interpolant=None, dtype=None) -> Network:
+def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
     _refuse_training_mode(fn)
     _refuse_training_mode(params)
     if not isinstance(shape, tuple | list):

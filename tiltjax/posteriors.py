@@ -69,8 +69,8 @@ class Exact(Posterior):
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
-        weights = jax.lax.stop_gradient(self.model.posterior(t, x).weights)
-        component = jax.random.categorical(key_component, jnp.log(weights))
+        log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
+        component = jax.random.categorical(key_component, log_weights)
         mean, cov = mixture.means[component], mixture.covs[component]
         data = mean + linalg.square_root(cov) @ jax.random.normal(key_data, x.shape, x.dtype)
         missed = x - alpha * data - sigma * jax.random.normal(key_noise, x.shape, x.dtype)
@@ -118,8 +118,8 @@ class Glass(Posterior):
 class FlowMap(Posterior):
     """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`; `steps`, of second order.
 
-    Heun steps, uniform in `log sigma` down to `floor` times the noise at t = 0, then one jump to the denoiser: 2 `steps` + 1
-    denoiser calls.
+    Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale, then one jump to the denoiser:
+    2 `steps` + 1 denoiser calls. For t > 0, where that logarithm is finite.
     """
 
     model: Model

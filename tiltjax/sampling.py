@@ -35,6 +35,7 @@ def sample(
     times: Array | None = None,
     batch: int | None = None,
     sharding: jax.sharding.Sharding | None = None,
+    start: Array | None = None,
     save_path: bool = False,
     progress: bool = False,
 ) -> Particles:
@@ -44,10 +45,11 @@ def sample(
 
     - `key`: a typed key, `jax.random.key(seed)`.
     - `model`: gives the interpolant, the state's shape and dtype and the starting law; without guidance, the denoiser.
-    - `guidance`: gives the denoiser and `∇ log h`. It should be built on `model`.
+    - `guidance`: gives the tilted denoiser. It must be built on the same model.
     - `steps`, `times`: a grid of `steps` equal steps on [1e-3, 1], or the increasing `times` themselves. A run that ends at
-      t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided runs start at
-      `alpha_t > 0`.
+      t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
+    - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from noise, and has to start
+      where the state is all but noise.
     - `solver`: `Heun()` by default.
     - `batch`: how many particles are evaluated at once, if memory is short; the numbers stay the same to rounding.
     - `sharding`: a `jax.sharding.Sharding` of the particle axis.
@@ -61,33 +63,44 @@ def sample(
     """
     key = inputs.typed_key(key)
     inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
-    model.check_start()
     if guidance is not None:
         inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
+        if jax.tree.structure(guidance.model) != jax.tree.structure(model):
+            raise ValueError(
+                f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
+                f"({type(model).__name__}): build it on the same model object"
+            )
     solver = Heun() if solver is None else solver
     inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     times = inputs.time_grid(times, steps)
+    if start is None:
+        model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
+    else:
+        start = inputs.finite(start, "start")
+        if start.shape != (num, *model.shape):
+            raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
     if guidance is not None and inputs.concrete(times) and np.asarray(times)[0] == 0:
         raise ValueError("a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3")
     with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
-        particles = _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save_path)
+        particles = _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path)
         if particles.trace is not None and inputs.concrete(particles):
             particles.trace.check()
     return particles
 
 
 @eqx.filter_jit
-def _sample(key, model, guidance, solver, times, bar, num, batch, sharding, save_path) -> Particles:
-    model, guidance, solver, times = inputs.cast((model, guidance, solver, times), model.dtype)
+def _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path) -> Particles:
+    model, guidance, solver, times, start = inputs.cast((model, guidance, solver, times, start), model.dtype)
     key_initial, key_run = jax.random.split(key)
     over_particles = (
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )
     indices = jnp.arange(num)
 
-    x = over_particles(lambda i: model.initial(jax.random.fold_in(key_initial, i), times[0]))(indices)
+    initial = over_particles(lambda i: model.initial(jax.random.fold_in(key_initial, i), times[0]))
+    x = initial(indices) if start is None else start
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
     memory = jax.vmap(guidance.init)(x) if guidance is not None else ()

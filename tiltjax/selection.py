@@ -1,8 +1,10 @@
 r"""Selection: choose among finished samples by their reward.
 
-Particles are taken in consecutive groups of n, one winner a group, so `num` samples give `num / n`. With F the law of the
-reward under the particles' density p, best-of-n has density `n F(r(x))^(n-1) p(x)`: it corrects the weights of modes, which
-gradients cannot, and overshoots the tilt for large n. Softmax-of-n tends to the tilt of p as n grows.
+Particles are taken in consecutive groups of n, one winner a group, so `num` samples give `num / n`. With p the law of the particles
+and F that of their reward, best-of-n has the density `n F(r(x))^(n-1) p(x)` where F is continuous, and
+`p(x) (F(r)^n - F(r-)^n) / (F(r) - F(r-))` at an atom `r = r(x)`: it corrects the weights of modes, which gradients cannot, and
+overshoots the tilt for large n. Softmax-of-n tends to the tilt *of p* as n grows: of unguided particles that is the tilt, of guided
+ones it is tilted twice.
 """
 
 from collections.abc import Callable
