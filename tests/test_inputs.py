@@ -41,7 +41,8 @@ def mixture(weights=(1.0,), means=((0.0, 0.0),), covs=(EYE,)):
 
 
 def run(*args, **options):
-    return lambda: tj.sample(*args, **({"num": 3, "steps": 2} | options))
+    grid = {} if "times" in options else {"steps": 2}
+    return lambda: tj.sample(*args, **({"num": 3} | grid | options))
 
 
 def guided(reward):
@@ -234,7 +235,7 @@ TABLE = {
     "guidance of another shape": (
         run(KEY, MODEL, tj.dps(LINE, rewards.Quadratic([0.0]))),
         ValueError,
-        r"\(1,\).*\(2,\)|\(2,\).*\(1,\)",
+        r"built on another model.*same model object",
     ),
     "state of another shape": (lambda: LINE.denoise(0.5, jnp.zeros(2)), ValueError, r"\(1,\).*\(2,\)|\(2,\).*\(1,\)"),
     "class for a solver": (run(KEY, MODEL, solver=tj.Heun), TypeError, r"Solver, got"),
@@ -256,7 +257,7 @@ TABLE = {
     "dtype of integers": (
         lambda: tj.from_velocity(lambda t, x: x, shape=(2,), dtype=int),
         ValueError,
-        r"floating dtype, got int",
+        r"floating dtype of at least 32 bits, got int",
     ),
     # the rest
     "unknown problem": (lambda: problems.get("banana"), ValueError, r"unknown problem 'banana'.*gaussian, quadratic"),

@@ -73,7 +73,7 @@ def plug_in_law(
         response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
         return response, jnp.exp(-h * total)
 
-    return _per_direction(prior, reward, direction)
+    return _per_direction(prior, reward, final, direction)
 
 
 def fmrg_law(
@@ -98,15 +98,18 @@ def fmrg_law(
         safe = jnp.where(exponent == 0, 1.0, exponent)
         return 2 * scale * clock * jnp.where(exponent == 0, 1.0, -jnp.expm1(-safe) / safe), jnp.exp(-exponent)
 
-    return _per_direction(prior, reward, direction)
+    return _per_direction(prior, reward, scale, direction)
 
 
 def _per_direction(
-    prior: GaussianMixture, reward: rewards.Reward, direction: Callable[[Array, Array], tuple[Array, Array]]
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    final: Array,
+    direction: Callable[[Array, Array], tuple[Array, Array]],
 ) -> GaussianMixture:
     """Assemble a law from its action in each common eigen-direction: (mean per unit of `h (y - mu) + g / 2`, spread / s)."""
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
-    _check_commuting(prior, form)
+    _check_domain(prior, form, final)
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         # A basis that diagonalises both: eigenvectors of a generic combination of two commuting matrices.
@@ -124,13 +127,18 @@ def _per_direction(
     return prior.replace(prior.log_weights, means, covs)
 
 
-def _check_commuting(prior: GaussianMixture, form: QuadraticForm) -> None:
-    if not inputs.concrete((prior, form)):
+def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
+    if not inputs.concrete((prior, form, final)):
         return
     covs, matrix = np.asarray(prior.covs, np.float64), np.asarray(form.matrix, np.float64)
     lowest = np.linalg.eigvalsh(matrix).min()
     if lowest < -1e-6 * np.abs(matrix).max():
         raise ValueError(f"this law needs a concave reward: H has the eigenvalue {lowest:g}. Use discrete_law instead.")
+    strength = np.abs(covs).max() * np.abs(matrix).max() * float(np.asarray(final))
+    if not strength < 1e8:
+        raise ValueError(
+            f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e8): the law is a point there"
+        )
     excess = np.abs(covs @ matrix - matrix @ covs).max(axis=(1, 2))
     if np.any(excess > 1e-5 * np.abs(covs).max() * np.abs(matrix).max()):
         raise ValueError(
@@ -261,7 +269,7 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     `Ancestral(eta)`.
     """
     solver = solvers.Heun() if solver is None else solver
-    times = inputs.time_grid(times, 1).astype(field.prior.means.dtype)
+    times = inputs.time_grid(times, None).astype(field.prior.means.dtype)
     path, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 

@@ -8,6 +8,7 @@ noised to time t.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from theory import quadrature, tilts
@@ -52,13 +53,29 @@ def log_h(
             "estimate it with PlugIn and many draws, or Laplace"
         )
     scale = inputs.nonnegative(scale, "scale")
+    if not closed and inputs.concrete((prior, reward, scale)):
+        _check_resolution(prior, reward, scale)
     return LogH(prior, reward, scale, Linear() if interpolant is None else interpolant)
+
+
+def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
+    # The prior is the widest posterior there is: nodes that are enough for it are enough at every time.
+    r, scale = inputs.cast((reward, scale), prior.means.dtype)
+    nodes = (401, 41)[prior.dim - 1]
+    usual, fine = (float(quadrature.log_norm(prior, r, scale, nodes=n)) for n in (nodes, 2 * nodes - 1))
+    if not abs(usual - fine) < 1e-3:
+        raise ValueError(
+            f"quadrature does not resolve this reward at scale {float(scale):g}: log h changes from {usual:.6g} to {fine:.6g} with twice the "
+            "nodes. Lower the scale."
+        )
 
 
 def marginal(mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None) -> GaussianMixture:
     """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted marginal `p_t h_t / Z`."""
     interpolant = Linear() if interpolant is None else interpolant
-    t = jnp.asarray(t, mixture.means.dtype)
+    t = inputs.finite(t, "t", 0).astype(mixture.means.dtype)
+    if inputs.concrete(t) and not 0 <= float(np.asarray(t)) <= 1:
+        raise ValueError(f"t must lie in [0, 1], got {float(t):g}")
     alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
     noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
     return mixture.replace(mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None])

@@ -36,7 +36,8 @@ class GridTilt(eqx.Module):
     def expect(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(X)]` under the tilt, for `fn` of one point."""
         values = jax.vmap(fn)(self.centers)
-        return jnp.tensordot(jnp.exp(self.log_masses), values.astype(self.log_masses.dtype), axes=1)
+        masses = jnp.exp(self.log_masses)  # which single precision does not sum to one by itself
+        return jnp.tensordot(masses / jnp.sum(masses), values.astype(masses.dtype), axes=1)
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -88,7 +89,15 @@ def tilt(
     centers = jnp.stack([grid.reshape(-1) for grid in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
     log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(jnp.log(cell))
     log_norm = jax.nn.logsumexp(log_masses)
-    return GridTilt(prior, r, scale, centers, log_masses - log_norm, cell, log_norm)
+    log_masses = jax.nn.log_softmax(log_masses)
+    if inputs.concrete(log_masses):
+        effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(log_masses, np.float64))))
+        if not effective > 100:
+            raise ValueError(
+                f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of {cells}^{d}. Lower the scale (got "
+                f"{float(scale):g}), or raise cells."
+            )
+    return GridTilt(prior, r, scale, centers, log_masses, cell, log_norm)
 
 
 def log_norm(

@@ -97,7 +97,7 @@ def _demonstrate(options: argparse.Namespace) -> None:
     exact = truth.sample(keys[0], options.num)
     methods = _methods(problem, options)
 
-    rows = []
+    rows, failed = [], []
     stages = 2 * len(methods) + 1
     with progress.meter("tilting", stages) as meter:
         floor = _floor(truth, keys[1], exact, options.num)
@@ -105,7 +105,11 @@ def _demonstrate(options: argparse.Namespace) -> None:
         for index, method in enumerate(methods):
             meter.update(2 * index + 1, f"{method.name}: compiling and sampling")
             start = time.perf_counter()
-            jax.block_until_ready(method.run(keys[2]).x)
+            try:
+                jax.block_until_ready(method.run(keys[2]).x)
+            except FloatingPointError as error:  # one method diverging says something about that method alone
+                failed.append(f"{method.name:22s} {error}")
+                continue
             first = time.perf_counter() - start
             meter.update(2 * index + 2, f"{method.name}: sampling again, measuring")
             start = time.perf_counter()
@@ -119,6 +123,8 @@ def _demonstrate(options: argparse.Namespace) -> None:
         meter.update(stages, "done")
 
     _print(problem, truth, weights, rows, floor, options, keys[1])
+    if failed:
+        print("\n" + "\n".join(failed))
     figure = tj.plotting.comparison(
         [tj.plotting.Panel("exact tilt", exact, note=f"W2 floor {floor:.2f}", highlight=True)]
         + [
@@ -229,7 +235,7 @@ def _print(problem, truth, weights, rows, floor, options, key) -> None:
             f"{row.method.name:22s}{f'{reward:.3f} ± {error:.3f}':>17s}{predicted[0]:>10s}{row.distance:9.3f}{predicted[1]:>9s}"
             f"{_masses(row.masses):>13s}{predicted[2]:>13s}{max(row.first - row.again, 0.0):9.2f}{row.again:8.3f}"
         )
-    if len(rows[0].method.law.weights) > 1:
+    if len(problem.prior.log_weights) > 1:
         print(
             "\nFor several modes, theory's laws of plug-in, damping and FMRG treat each mode alone and keep the prior's weights."
         )

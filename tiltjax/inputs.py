@@ -7,6 +7,8 @@ construction: a value that is traced by the caller's own `jit`, `vmap` or `grad`
 Every message says what was got, what was expected, and how to fix it.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -41,7 +43,10 @@ class Function(Foreign):
     def __init__(self, fn: Callable):
         if not callable(fn):
             raise TypeError(f"expected a callable, got {type(fn).__name__}: pass a function or a module")
-        leaves, self.treedef = jax.tree.flatten(fn)
+        _refuse_captured_modules(fn)
+        # A method brings its object along: the arrays of a module are arguments also through module.method.
+        parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (fn,)
+        leaves, self.treedef = jax.tree.flatten(parts)
         is_array = [eqx.is_array(leaf) for leaf in leaves]
         self.arrays = [leaf if keep else None for leaf, keep in zip(leaves, is_array, strict=True)]
         self.static = tuple(None if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True))
@@ -56,7 +61,22 @@ class Function(Foreign):
     def __call__(self, *args: Any) -> Any:
         pairs = zip(self.arrays, self.static, strict=True)
         leaves = [static if array is None else array for array, static in pairs]
-        return jax.tree.unflatten(self.treedef, leaves)(*args)
+        fn, *bound = jax.tree.unflatten(self.treedef, leaves)
+        return fn(*bound, *args)
+
+
+def _refuse_captured_modules(fn: Callable) -> None:
+    """A Flax module that a function merely closes over would be compiled in as it is now, and stay so after training."""
+    if not inspect.isfunction(fn) or "flax.nnx" not in sys.modules:
+        return
+    captured = inspect.getclosurevars(fn)
+    for name, value in {**captured.nonlocals, **captured.globals}.items():
+        if isinstance(value, sys.modules["flax.nnx"].Module):
+            raise TypeError(
+                f"the function uses the Flax module {name!r} from outside, and would not see its weights change: pass the module "
+                f"itself, or as an argument, jax.tree_util.Partial(lambda {name}, *args: ..., {name}); models also take "
+                f"from_velocity(lambda {name}, t, x: ..., {name}, shape=...)"
+            )
 
 
 def cast(tree: T, dtype: Any) -> T:
@@ -82,7 +102,8 @@ def same(a: Any, b: Any) -> bool:
     if not concrete((a, b)):
         return True
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6) for x, y in pairs)
+    equal = lambda x, y: np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
+    return all(x is y or equal(x, y) for x, y in pairs)
 
 
 def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
@@ -158,10 +179,14 @@ def typed_key(key: Any) -> Array:
     return key
 
 
-def time_grid(times: Any, steps: int) -> Array:
-    """The times of a run: `linspace(1e-3, 1, steps + 1)` unless given, increasing inside [0, 1]."""
+def time_grid(times: Any, steps: int | None) -> Array:
+    """The times of a run, increasing inside [0, 1]: the given ones, or `linspace(1e-3, 1, steps + 1)` with 100 steps by default."""
     if times is None:
-        return jnp.linspace(1e-3, 1.0, count(steps, "steps") + 1)
+        return jnp.linspace(1e-3, 1.0, count(100 if steps is None else steps, "steps") + 1)
+    if steps is not None:
+        raise ValueError(
+            f"give steps or times, not both, got steps = {steps} and times: the times say how many steps there are"
+        )
     times = finite(times, "times", 1)
     if len(times) < 2:
         raise ValueError(f"times must hold at least a start and an end, got {len(times)} entries")

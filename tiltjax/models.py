@@ -17,6 +17,7 @@ between them. It holds for posterior means only: a denoiser under classifier-fre
 (For linear rewards see also Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards*, COLT 2026.)
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -256,16 +257,34 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
     shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"dtype, that of the states, must be a floating dtype of at least 32 bits, got {dtype}: steps near t = 1 are lost in fewer. "
+            "The network may compute in any precision of its own."
+        )
+    net = _Net(inputs.Function(fn), params)
+    _check_signature(fn, params)
     return Network(
-        net=_Net(inputs.Function(fn), params),
+        net=net,
         interpolant=_interpolant(interpolant),
         to_denoised=to_denoised,
         batched=bool(batched),
         shape=shape,
         dtype=dtype,
     )
+
+
+def _check_signature(fn: Callable, params: PyTree) -> None:
+    names = ("t", "x") if params is None else ("params", "t", "x")
+    try:
+        inspect.signature(fn).bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"the network is called as fn({', '.join(names)}), which {type(fn).__name__} does not accept ({error}): wrap it, as in "
+            "from_velocity(lambda net, t, x: net(...), net, shape=...)"
+        ) from None
+    except ValueError:  # a callable without a signature to read
+        return
 
 
 def _interpolant(interpolant: Interpolant | None) -> Interpolant:

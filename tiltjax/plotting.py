@@ -201,7 +201,7 @@ def target(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     if path.suffix.lower().removeprefix(".") not in _FORMATS:
-        raise ValueError(f"cannot write {path.name!r}: the name must end in .png, .pdf or .svg")
+        raise ValueError(f"cannot write {str(path)!r}: the name must end in .png, .pdf or .svg")
     folder = path.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {str(folder)!r} does not exist: create it first")
@@ -209,8 +209,12 @@ def target(path: str | os.PathLike) -> Path:
         raise NotADirectoryError(f"{str(folder)!r} is not a folder")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"the folder {str(folder)!r} is not writable")
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(f"the folder {str(folder)!r} is not writable: {error.strerror}") from error
     return path
 
 

@@ -17,9 +17,10 @@ of the sample, and `tiltjax.Tilted` samples the tilt exactly, for any model.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -43,8 +44,11 @@ class Reward(eqx.Module):
             "their sums and multiples are. Use a guidance (PlugIn, Laplace) for this reward."
         )
 
-    def __add__(self, other: Callable) -> "Reward":
-        return Sum((self, as_reward(other)))
+    def __add__(self, other: Any) -> "Reward":
+        if isinstance(other, int) and other == 0:  # where the built-in sum starts
+            return self
+        terms = lambda reward: reward.terms if isinstance(reward, Sum) else (reward,)
+        return Sum((*terms(self), *terms(as_reward(cast(Callable, other)))))
 
     __radd__ = __add__
 
@@ -58,6 +62,12 @@ class Reward(eqx.Module):
 
     def __sub__(self, other: Callable) -> "Reward":
         return self + -as_reward(other)
+
+    def __rsub__(self, other: Callable) -> "Reward":
+        return -self + other
+
+    def __truediv__(self, divisor: Any) -> "Reward":
+        return Scaled(self, 1 / inputs.finite(divisor, "a reward's divisor", 0))
 
 
 class Quadratic(Reward):
@@ -203,7 +213,16 @@ class Custom(Reward):
     fn: inputs.Function
 
     def __call__(self, x: Array) -> Array:
-        return jnp.asarray(self.fn(x)).astype(x.dtype)
+        result = self.fn(x)
+        if not isinstance(result, jax.Array | np.ndarray | float):
+            raise TypeError(f"a reward must return one scalar for one sample, got {type(result).__name__}")
+        result = jnp.asarray(result)
+        if not jnp.issubdtype(result.dtype, jnp.floating):
+            raise TypeError(
+                f"a reward must return a floating number, got {result.dtype}: cast it (whole numbers have no gradient to guide by, but "
+                "best_of_n and softmax_of_n can choose by them)"
+            )
+        return result.astype(x.dtype)
 
 
 def as_reward(reward: Callable) -> Reward:

@@ -30,7 +30,7 @@ def sample(
     guidance: Guidance | None = None,
     *,
     num: int,
-    steps: int = 100,
+    steps: int | None = None,
     solver: Solver | None = None,
     times: Array | None = None,
     batch: int | None = None,
@@ -46,7 +46,7 @@ def sample(
     - `key`: a typed key, `jax.random.key(seed)`.
     - `model`: gives the interpolant, the state's shape and dtype and the starting law; without guidance, the denoiser.
     - `guidance`: gives the tilted denoiser. It must be built on the same model.
-    - `steps`, `times`: a grid of `steps` equal steps on [1e-3, 1], or the increasing `times` themselves. A run that ends at
+    - `steps` or `times`: a grid of equal steps on [1e-3, 1], 100 by default, or the increasing times themselves. A run that ends at
       t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from noise, and has to start
       where the state is all but noise.
@@ -65,7 +65,7 @@ def sample(
     inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
     if guidance is not None:
         inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
-        if jax.tree.structure(guidance.model) != jax.tree.structure(model):
+        if not inputs.same(guidance.model, model):
             raise ValueError(
                 f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
                 f"({type(model).__name__}): build it on the same model object"
@@ -74,11 +74,17 @@ def sample(
     inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
-    times = inputs.time_grid(times, steps)
+    given, times = times, inputs.time_grid(times, steps)
     if start is None:
         model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     else:
-        start = inputs.finite(start, "start")
+        if isinstance(start, Particles):
+            raise TypeError("start takes states, an array, got Particles: pass particles.x")
+        if given is None:
+            raise ValueError("start needs times=, the first of which says when these states are")
+        start = inputs.floating(start, "start")
+        if inputs.concrete(start) and not np.all(np.isfinite(start)):
+            raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):
             raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
     if guidance is not None and inputs.concrete(times) and np.asarray(times)[0] == 0:
@@ -118,7 +124,7 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
             )
         estimate = inputs.cast(estimate, x.dtype)
         # What follows a first failure in the same step is its consequence.
-        return estimate.tilted, (memory, bad | (failures(estimate) & ~jnp.any(bad)))
+        return estimate.tilted, (memory, bad | (failures(x, estimate) & ~jnp.any(bad)))
 
     def advance(carry, scanned):
         x, memory = carry
@@ -142,15 +148,12 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
     return unweighted(end, Trace(times, bad, path))
 
 
-def failures(estimate: Estimate) -> Array:
-    """Which of `CULPRITS` an estimate shows: `(4,)`, the last one left to the solver's state."""
+def failures(x: Array, estimate: Estimate) -> Array:
+    """Which of `CULPRITS` an estimate at a state shows, `(4,)`: a state that is not finite explains everything after it."""
     unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
-    no = jnp.zeros((), bool)
+    finite = lambda value: jnp.all(jnp.isfinite(value))
+    # -inf is a value like any other: a constraint that is violated.
+    log_h = jnp.ones((), bool) if estimate.log_h is None else estimate.log_h < jnp.inf
     return jnp.stack(
-        [
-            ~jnp.all(jnp.isfinite(unguided)),
-            no if estimate.log_h is None else jnp.isnan(estimate.log_h),
-            ~jnp.all(jnp.isfinite(estimate.tilted)),
-            no,
-        ]
+        [finite(x) & ~finite(unguided), finite(x) & ~log_h, finite(x) & ~finite(estimate.tilted), ~finite(x)]
     )

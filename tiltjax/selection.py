@@ -34,7 +34,18 @@ def softmax_of_n(key: Array, particles: Particles, reward: Callable, n: int, sca
     **Raises:** as `best_of_n`.
     """
     key, scale = inputs.typed_key(key), inputs.nonnegative(scale, "scale")
-    return _select(particles, reward, n, lambda values: jax.random.categorical(key, scale * values, axis=1))
+
+    def choose(values: Array) -> Array:
+        best = jnp.max(values, axis=1, keepdims=True)
+        if inputs.concrete(best) and (hopeless := int(np.sum(np.asarray(best) == -np.inf))):
+            raise FloatingPointError(
+                f"in {hopeless} groups every candidate has the reward -inf: there is nothing to choose"
+            )
+        # Relative to the best of the group: neither 0 * inf at scale 0 nor an overflow at large ones.
+        logits = jnp.where(values == -jnp.inf, -jnp.inf, scale.astype(values.dtype) * (values - best))
+        return jax.random.categorical(key, logits, axis=1)
+
+    return _select(particles, reward, n, choose)
 
 
 def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Array], Array]) -> Particles:
