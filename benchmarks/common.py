@@ -48,13 +48,9 @@ def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
 def environment() -> dict[str, Any]:
     """Device, versions and commit."""
     root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    changed = git("diff", "--quiet", "HEAD", "--", "tiltjax", "theory").returncode != 0
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -63,7 +59,7 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit + (" with changes" if changed else ""),
     }
 
 

@@ -361,3 +361,38 @@ def test_a_convex_tilt_refuses_to_start(transform):
     tilted = tj.Tilted(tj.Analytic(MIXTURE), *CONJUGATE["convex"])
     with pytest.raises(ValueError, match=r"convex.*cannot start sampling"):
         transform(lambda key: tj.sample(key, tilted, num=2, steps=2).x)(jax.random.key(0))
+
+
+def test_a_module_in_a_closure_is_refused_and_a_method_brings_its_weights():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.asarray(0.5))
+
+        def field(self, t, x):
+            return self.w[...] * x
+
+    net = Net()
+    with pytest.raises(TypeError, match=r"module .net. from outside.*from_velocity"):
+        tj.from_velocity(lambda t, x: net.field(t, x), shape=(2,))
+    with pytest.raises(TypeError, match="module 'net' from outside"):
+        tj.rewards.as_reward(lambda x: jnp.sum(net.field(0.0, x)))
+    x = jnp.ones(2)
+    denoise = jax.jit(lambda model: model.denoise(jnp.asarray(0.5), x))
+    before = denoise(tj.from_denoiser(net.field, shape=(2,)))
+    net.w[...] = jnp.asarray(2.0)
+    after = denoise(tj.from_denoiser(net.field, shape=(2,)))
+    np.testing.assert_allclose((before, after), ([0.5, 0.5], [2.0, 2.0]))
+
+
+def test_a_module_of_another_signature_is_refused_with_the_way_to_wrap_it():
+    mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"called as fn\(t, x\).*lambda net, t, x"):
+        tj.from_velocity(mlp, shape=(2,))
+    model = tj.from_velocity(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp, shape=(2,))
+    assert model.denoise(jnp.asarray(0.5), jnp.ones(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_states_below_single_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match="at least 32 bits"):
+        tj.from_velocity(lambda t, x: x, shape=(2,), dtype=dtype)

@@ -113,3 +113,20 @@ def test_parameters_are_leaves_that_can_be_swept():
     chex.assert_trees_all_close(values, -np.sum((POINTS - POINTS[2]) ** 2, axis=1), atol=TOLERANCE)
     for factor in (2, 2.0, jnp.asarray(2)):
         assert eqx.is_inexact_array((factor * rewards.Quadratic([0.0, 0.0])).factor)
+
+
+def test_rewards_divide_subtract_and_sum():
+    a, b, x = rewards.Quadratic([1.0, 0.0]), rewards.Linear([0.5, 2.0]), jnp.array([0.3, -0.7])
+    fn = lambda x: jnp.sum(x)
+    np.testing.assert_allclose((a / 2)(x), a(x) / 2)
+    np.testing.assert_allclose(sum([a, b, b])(x), a(x) + 2 * b(x))
+    np.testing.assert_allclose((fn - a)(x), jnp.sum(x) - a(x))
+    np.testing.assert_allclose((a - fn)(x), a(x) - jnp.sum(x))
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"), [(lambda x: None, "got NoneType"), (lambda x: x[0] > 0, "floating number, got bool")]
+)
+def test_rewards_that_are_no_floating_number_are_refused(fn, message):
+    with pytest.raises(TypeError, match=message):
+        rewards.as_reward(fn)(jnp.ones(2))

@@ -321,7 +321,7 @@ def failing(case):
 FAILURES = {
     "network": (4, 0, "denoiser is not finite"),
     "network, guided": (4, 0, "denoiser is not finite"),
-    "reward": (0, 1, "log_h is NaN or \+inf: look at the reward's value"),
+    "reward": (0, 1, r"log_h is NaN or \+inf: look at the reward's value"),
     "gradient": (0, 2, "pull is not finite: look at the reward's gradient"),
 }
 GRID = jnp.linspace(0.1, 1.0, 10)
@@ -341,7 +341,7 @@ def test_a_nan_is_reported_with_its_first_step_and_culprit(case):
 def test_the_culprit_is_the_first_also_when_a_second_stage_follows():
     """Heun's second stage sees the NaN that the first one made: the blame stays with the reward."""
     model, guidance = failing("reward")
-    with pytest.raises(FloatingPointError, match="log_h is NaN or \+inf: look at the reward's value"):
+    with pytest.raises(FloatingPointError, match=r"log_h is NaN or \+inf: look at the reward's value"):
         tj.sample(KEY, model, guidance, num=3, times=GRID, solver=tj.Heun())
 
 

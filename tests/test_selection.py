@@ -88,3 +88,22 @@ def test_infinite_rewards_are_ordered_and_nan_is_refused():
     chex.assert_trees_all_equal(tj.best_of_n(unweighted(x), lambda x: x[0], 2).x, x[1:])
     with pytest.raises(FloatingPointError, match="the reward is NaN for 1 of 2 particles"):
         tj.best_of_n(unweighted(x.at[0, 0].set(jnp.nan)), lambda x: x[0], 2)
+
+
+def test_softmax_never_chooses_what_is_forbidden():
+    x = jax.random.normal(jax.random.key(0), (400, 1))
+    particles = tj.Particles(x, jnp.zeros(400))
+    wall = lambda x: jnp.where(x[0] > 0, 0.0, -jnp.inf)
+    groups = np.asarray(x[:, 0]).reshape(-1, 8).max(axis=1) > 0
+    assert groups.all()
+    for scale in (0.0, 1.0, 1e36):
+        assert np.all(np.asarray(tj.softmax_of_n(jax.random.key(1), particles, wall, 8, scale).x) > 0)
+    with pytest.raises(FloatingPointError, match="every candidate has the reward -inf"):
+        tj.softmax_of_n(jax.random.key(1), particles, lambda x: -jnp.inf * jnp.ones(()), 8, 1.0)
+
+
+def test_softmax_at_overwhelming_scales_is_the_best():
+    particles = tj.Particles(jax.random.normal(jax.random.key(0), (64, 1)), jnp.zeros(64))
+    reward = lambda x: 1e3 * jnp.abs(x[0]) + 1e3
+    a, b = tj.softmax_of_n(jax.random.key(1), particles, reward, 4, 1e300), tj.best_of_n(particles, reward, 4)
+    np.testing.assert_array_equal(a.x, b.x)

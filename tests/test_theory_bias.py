@@ -208,3 +208,11 @@ def test_refusals_say_why_and_what_to_use():
         theory.plug_in_law(prior, tj.rewards.DoubleWell(), 1.0)
     with pytest.raises(ValueError, match="mixture of 2"):
         theory.plug_in_field(tj.problems.quadratic().prior, isotropic, 1.0)
+
+
+def test_laws_beyond_the_quadratures_reach_are_refused():
+    np.testing.assert_allclose(
+        theory.plug_in_law(line(1.0), tj.rewards.Quadratic([2.5]), 1e7).means[0, 0], 2.5 + 2.5 / 2e7, rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="beyond what the quadrature resolves"):
+        theory.plug_in_law(line(1.0), tj.rewards.Quadratic([2.5]), 1e9)

@@ -87,3 +87,13 @@ def test_multiples_and_sums_of_rewards_without_closed_form_go_to_quadrature():
     np.testing.assert_allclose(doubled(t, x), plain(t, x), rtol=1e-12)
     assert not theory.is_quadratic(2 * problem.reward + tj.rewards.Linear([1.0]))
     assert theory.is_quadratic(2 * tj.rewards.Quadratic([1.0]) + tj.rewards.Linear([1.0]))
+
+
+def test_quadrature_says_where_it_does_not_resolve():
+    problem, narrow = tj.problems.quadratic(), tj.rewards.Bump([2.5, 0.0])
+    with pytest.raises(ValueError, match="does not resolve this reward at scale 1000"):
+        theory.log_h(problem.prior, narrow, 1000.0)
+    with pytest.raises(ValueError, match="does not resolve this tilt"):
+        theory.quadrature.tilt(problem.prior, problem.reward, 1e6)
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\], got 2"):
+        theory.marginal(problem.prior, 2.0)

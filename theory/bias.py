@@ -135,9 +135,9 @@ def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> 
     if lowest < -1e-6 * np.abs(matrix).max():
         raise ValueError(f"this law needs a concave reward: H has the eigenvalue {lowest:g}. Use discrete_law instead.")
     strength = np.abs(covs).max() * np.abs(matrix).max() * float(np.asarray(final))
-    if not strength < 1e8:
+    if not strength < 1e6:
         raise ValueError(
-            f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e8): the law is a point there"
+            f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e6): the law is a point there"
         )
     excess = np.abs(covs @ matrix - matrix @ covs).max(axis=(1, 2))
     if np.any(excess > 1e-5 * np.abs(covs).max() * np.abs(matrix).max()):
