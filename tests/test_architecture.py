@@ -13,9 +13,10 @@ LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress"},
     {"models"},
-    {"posteriors", "solvers", "particles", "scales"},
+    {"posteriors", "solvers", "particles", "scales", "checkerboard"},
     {"guidance"},
     {"sampling", "selection"},
+    {"conjugate"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

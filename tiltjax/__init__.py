@@ -10,6 +10,8 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
 from tiltjax import interpolants, metrics, plotting, problems, rewards
+from tiltjax.checkerboard import Checkerboard
+from tiltjax.conjugate import Conjugate, calibrate, toward
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
@@ -27,6 +29,7 @@ __all__ = [
     "Model",
     "Analytic",
     "GaussianMixture",
+    "Checkerboard",
     "from_velocity",
     "from_noise",
     "from_denoiser",
@@ -54,6 +57,9 @@ __all__ = [
     "Laplace",
     "dps",
     "fmrg",
+    "Conjugate",
+    "calibrate",
+    "toward",
     "Clipped",
     "Unscaled",
     # verbs

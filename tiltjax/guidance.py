@@ -10,6 +10,7 @@ method here is a choice along four axes:
 | `dps(model, reward, scale)` | `Tweedie` | 1 | any law | 1 |
 | `fmrg(model, reward, scale)` | `FlowMap` | 1 | any law | `2 / g_t^2` |
 | `Laplace(model, reward, scale)` | a Gaussian at the denoiser | | constant | 1 |
+| `Conjugate(model, reward, scale)` | see `tiltjax.conjugate` | | constant | 1 |
 
 and `Clipped` wraps any of them. What they sample is not the tilt, in general: `theory` says by how much.
 

@@ -1,0 +1,122 @@
+"""Variational conjugate tilting: exact where it must be, calibrated, and better than the plug-in. Tiers: exact, statistical."""
+
+import contracts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiltjax as tj
+from tiltjax.conjugate import Variance
+
+MODEL = tj.Analytic(contracts.planar(), tj.Linear(1.3))
+KEY, T, X = jax.random.key(0), jnp.asarray(0.4), jnp.asarray([0.3, -0.8])
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        tj.rewards.Quadratic([0.5, 1.0], 0.7),
+        tj.rewards.Linear([0.4, -1.0]),
+        2 * tj.rewards.Quadratic([0.5, 1.0]) + tj.rewards.Linear([1.0, 0.0]),
+    ],
+)
+def test_conjugate_rewards_are_tilted_exactly_at_once(reward):
+    guidance = tj.Conjugate(MODEL, reward, 1.5)
+    estimate, state = guidance(KEY, T, X, guidance.init(X))
+    np.testing.assert_allclose(estimate.tilted, tj.Tilted(MODEL, reward, 1.5).denoise(T, X), rtol=1e-12)
+    assert guidance.variance is None  # nothing to calibrate
+    np.testing.assert_array_equal(state[0], 0)
+
+
+def test_only_the_terms_without_conjugate_form_are_fitted():
+    quadratic, bump = tj.rewards.Quadratic([0.5, 1.0]), tj.rewards.Bump([0.0, 1.0])
+    guidance = tj.Conjugate(MODEL, quadratic + bump, 1.5, variance=lambda snr: 1 / (1 + snr))
+    assert guidance.rest is bump
+    np.testing.assert_allclose(guidance.precision, 2.0)
+    np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * (quadratic(X) + bump(X)), rtol=1e-12)
+
+
+def test_steins_identity_gives_gradient_and_curvature_of_a_quadratic_in_the_mean():
+    """Hidden from the exact route, a quadratic is fitted: with many draws `(a, c)` tends to `(2 l h y, 2 l h)`."""
+    h, y, draws = 0.7, jnp.asarray([0.5, 1.0]), 20_000
+    guidance = tj.Conjugate(
+        MODEL, lambda x: -h * jnp.sum((x - y) ** 2), 1.5, draws=draws, variance=lambda snr: 1 / (1 + snr)
+    )
+    _, (a, c) = guidance(KEY, T, X, guidance.init(X))
+    # c = 2 l h |eps|^2 / (draws d) over draws / 2 independent vectors of d = 2: its standard error.
+    error = 2 * 1.5 * h * np.sqrt(2 / draws)
+    assert abs(float(c) - 2 * 1.5 * h) < 5 * error
+    assert np.all(np.abs(a - 2 * 1.5 * h * y) < 5 * error * (1 + np.abs(a)))
+
+
+def test_calibration_measures_the_posterior_variance():
+    s2, num = 0.6, 4096
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)), tj.Linear(1.4))
+    data = model.mixture.sample(jax.random.key(1), num)
+    table = tj.calibrate(model, jax.random.key(2), data=data)
+    snr = jnp.exp(table.log_snr)
+    ratio = jnp.exp(table.log_variance) / (s2 / (1 + s2 * snr))
+    assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (2 * num)))
+    between = jnp.sqrt(snr[10] * snr[11])
+    np.testing.assert_allclose(
+        table(between), np.exp((table.log_variance[10] + table.log_variance[11]) / 2), rtol=1e-10
+    )
+    assert table(snr[0]) == jnp.exp(table.log_variance[0])
+
+
+def test_a_table_that_does_not_reach_is_reported():
+    short = Variance(jnp.log(jnp.asarray([1.0, 10.0])), jnp.zeros(2))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        tj.sample(KEY, MODEL, tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), 2.0, variance=short), num=3, steps=4)
+
+
+def test_a_bump_on_far_modes_is_tilted_better_than_by_the_plug_in():
+    problem, num = tj.problems.bump(), 4000
+    model, truth = tj.Analytic(problem.prior), 0.98472
+    share = {}
+    for name, guidance in {
+        "conjugate": tj.Conjugate(model, problem.reward, problem.scale, iterations=8),
+        "plug-in": tj.PlugIn(tj.Glass(model), problem.reward, problem.scale),
+    }.items():
+        share[name] = float(np.mean(np.asarray(tj.sample(KEY, model, guidance, num=num, steps=50).x[:, 0]) >= 0))
+    error = np.sqrt(truth * (1 - truth) / num)
+    assert abs(share["conjugate"] - truth) + 5 * error < abs(share["plug-in"] - truth)
+
+
+def test_toward_a_tilted_model_is_that_model():
+    reward = tj.rewards.Quadratic([0.5, 1.0])
+    tilted = tj.Tilted(MODEL, reward, 1.5)
+    guidance = tj.toward(MODEL, tilted, reward, 1.5)
+    a = tj.sample(KEY, MODEL, guidance, num=5, steps=6).x
+    np.testing.assert_allclose(a, tj.sample(KEY, tilted, num=5, steps=6).x, rtol=1e-10)
+    np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * reward(X), rtol=1e-12)
+
+
+def test_batches_and_single_precision():
+    reward = tj.rewards.Bump([0.0, 1.0])
+    guidance = tj.Conjugate(MODEL, reward, 2.0, variance=lambda snr: 1 / (1 + snr))
+    whole = tj.sample(KEY, MODEL, guidance, num=7, steps=5).x
+    np.testing.assert_allclose(tj.sample(KEY, MODEL, guidance, num=7, steps=5, batch=3).x, whole, rtol=1e-9, atol=1e-9)
+    single = tj.Analytic(contracts.planar(jnp.float32))
+    x = tj.sample(KEY, single, tj.Conjugate(single, reward, 2.0), num=5, steps=5).x
+    assert x.dtype == jnp.float32
+    assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), draws=3), "must be even, got 3"),
+        (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), keep=1.0), r"keep must lie in \[0, 1\), got 1"),
+        (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), iterations=0), "iterations must be at least 1"),
+        (lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((10, 3))), r"shape \(2,\), got an array of shape \(10, 3\)"),
+        (
+            lambda: tj.toward(MODEL, tj.Analytic(contracts.planar()), tj.rewards.Linear([1.0, 0.0])),
+            "states and the path",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
