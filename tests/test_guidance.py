@@ -338,3 +338,21 @@ def test_doob_refuses_a_log_h_of_another_path():
     with pytest.raises(ValueError, match="give both the same one"):
         tj.Doob(model, Other(tj.Linear()))
     tj.Doob(model, Other(tj.Linear(1.7)))
+
+
+def test_normalized_scores_have_one_length_and_the_same_direction():
+    inner, _ = build("laplace")
+    plain, unit = inner(KEY, T, X, ())[0].score(LINE, T), tj.Normalized(inner, 2.5)(KEY, T, X, ())[0].score(LINE, T)
+    close(jnp.linalg.norm(unit), 2.5)
+    close(unit / 2.5, plain / jnp.linalg.norm(plain))
+    flat = tj.Normalized(tj.dps(tj.Analytic(contracts.planar()), lambda x: 0.0 * jnp.sum(x)), 1.0)
+    close(flat(KEY, T, X, ())[0].score(LINE, T), jnp.zeros(2))
+
+
+def test_self_damping_is_damping_of_the_right_width_on_one_gaussian():
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], 0.6 * np.eye(2)), tj.Linear(1.4))
+    for t in (1e-3, 0.4, 0.95):
+        t = jnp.asarray(t)
+        right, own = tj.Damped(3.0, 0.6**0.5), tj.SelfDamped(3.0, model)
+        snr = model.interpolant.snr(t)
+        close(own(KEY, snr, t, X), right(KEY, snr, t, X))

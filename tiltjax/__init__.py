@@ -12,15 +12,15 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 from tiltjax import interpolants, metrics, plotting, problems, rewards
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, calibrate, toward
-from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, PlugIn, Unscaled, dps, fmrg
+from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.models import Analytic, Model, Tilted, from_denoiser, from_noise, from_velocity
 from tiltjax.particles import Particles
-from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Tweedie
+from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Renoise, Tweedie
 from tiltjax.rewards import Reward
 from tiltjax.sampling import sample
-from tiltjax.scales import Constant, Damped, Scale
+from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
 from tiltjax.solvers import Ancestral, Euler, Heun, Solver
 
@@ -45,10 +45,12 @@ __all__ = [
     "Exact",
     "Glass",
     "FlowMap",
+    "Renoise",
     "Tweedie",
     "Scale",
     "Constant",
     "Damped",
+    "SelfDamped",
     # guidances: estimates of log h and its gradient
     "Guidance",
     "Estimate",
@@ -61,6 +63,7 @@ __all__ = [
     "calibrate",
     "toward",
     "Clipped",
+    "Normalized",
     "Unscaled",
     # verbs
     "sample",

@@ -8,11 +8,10 @@ under a Gaussian `N(z, v I)` that stands for the tilted posterior of `X_1`:
 
 Then `z` is the tilted denoiser of `(a, c)`, one ordinary denoiser call, and `v = v(snr_t + c)` its mean squared error by coordinate.
 By Stein's identity `E[tr ∇^2 r] = E[<eps, ∇r(z + sqrt(v) eps)>] / sqrt(v)`, so a few antithetic draws give both expectations with one
-gradient of the reward each, at the data end. The fixed point is that of minimising the Kullback-Leibler divergence from a Gaussian of
-this family (Stein's identity is the stationarity of the mean and variance); `(a, c)` is carried from step to step, so that one
-iteration a step follows it.
+gradient of the reward each, at the data end. `(a, c)` is carried from step to step, so that one iteration a step follows its fixed
+point; being drawn at random, it has a Monte Carlo error, which the steps average.
 
-The pair is drawn at random, so `a` has a Monte Carlo error that the steps average out, of order one in the step size.
+The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity in place of a reward's form.
 
 What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `Step` has none and is not seen), far modes that the
 Gaussian `N(z, v I)` does not reach, and strongly anisotropic rewards, whose curvature is averaged over directions.

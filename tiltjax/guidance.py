@@ -12,7 +12,7 @@ method here is a choice along four axes:
 | `Laplace(model, reward, scale)` | a Gaussian at the denoiser | | constant | 1 |
 | `Conjugate(model, reward, scale)` | see `tiltjax.conjugate` | | constant | 1 |
 
-and `Clipped` wraps any of them. What they sample is not the tilt, in general: `theory` says by how much.
+and `Clipped` and `Normalized` wrap any of them. What they sample is not the tilt, in general: `theory` says by how much.
 
 A guidance is called as `guidance(key, t, x, state) -> (Estimate, state)` for one sample. One call returns everything
 that shares network evaluations and draws; what moves a sampler is the tilted denoiser
@@ -255,6 +255,25 @@ class Clipped(_Wrapper):
         long = square > self.limit**2
         # A square root of the branch that is not taken would have an infinite derivative at zero.
         return jnp.where(long, self.limit * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 1.0)
+
+
+class Normalized(_Wrapper):
+    """`guidance` with its score brought to the length `length`, whatever it was. A deviation from the mathematics.
+
+    What published pipelines do to make a reward's scale inert: the estimate of `∇ log h` keeps its direction only. A zero stays zero.
+    """
+
+    guidance: Guidance
+    length: Array
+
+    def __init__(self, guidance: Guidance, length: float | Array):
+        inputs.instance(guidance, Guidance, "guidance", "Normalized(guidance, length) wraps one, such as PlugIn")
+        self.guidance = guidance
+        self.length = inputs.positive(length, "length")
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
+        return jnp.where(square > 0, self.length * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
 
 class Unscaled(_Wrapper):

@@ -5,6 +5,7 @@ r"""Posterior samplers: one draw of `X_1 | X_t = x`, differentiable in x.
 | `Exact(model)` | closed form of a mixture | exact; the derivative holds the component fixed |
 | `Glass(model, steps)` | a flow with the same network, no retraining | exact as steps grow |
 | `FlowMap(model, steps)` | where the probability flow takes x | a point, not a law |
+| `Renoise(model, snr_factor, steps)` | the flow from a noisier state | between the point and the posterior's spread |
 | `Tweedie(model)` | the denoiser | a point: the mean |
 
 **Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its own denoiser is the
@@ -20,6 +21,7 @@ constant denoiser, with no singularity at the data end, for any interpolant.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg
@@ -153,3 +155,36 @@ class FlowMap(Posterior):
 
         (t, x), _ = jax.lax.scan(step, (t, x), grid)
         return self.model.denoise(t, x)
+
+
+class Renoise(Posterior):
+    """Where the flow takes a state after some of what is known of it is forgotten: noise is added until the snr has fallen by
+    `snr_factor`, and `FlowMap` runs from there.
+
+    `x_s = (alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) xi` at the time s with `snr_s = snr_t / snr_factor`,
+    the forward noising of `X_t`. A factor of 1 is `FlowMap`; in the limit it forgets x. Not the posterior: see Holderrieth et al. (arXiv
+    2602.05993, weighted diamond maps).
+
+    **Arguments:** `model`; `snr_factor >= 1`; `steps` of the inner `FlowMap`.
+    """
+
+    model: Model
+    snr_factor: Array
+    steps: int = eqx.field(static=True)
+
+    def __init__(self, model: Model, snr_factor: float | Array, steps: int = 20):
+        inputs.instance(model, Model, "model", "Renoise(model, snr_factor), with Analytic(mixture) for a mixture")
+        self.model = model
+        self.snr_factor = inputs.positive(snr_factor, "snr_factor")
+        if inputs.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
+            raise ValueError(f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be added")
+        self.steps = inputs.count(steps, "steps")
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        path = self.model.interpolant
+        s = path.time(path.snr(t) / self.snr_factor)
+        keep = path.alpha(s) / path.alpha(t)
+        # sigma_s^2 - keep^2 sigma_t^2, without subtracting.
+        spread = path.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
+        noisy = keep * x + spread * jax.random.normal(key, x.shape, x.dtype)
+        return FlowMap(self.model, self.steps).draw(key, s, noisy)
