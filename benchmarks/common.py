@@ -45,12 +45,18 @@ def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
     return Timing(first, statistics.median(walls), statistics.median(cpus))
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+def _commit() -> str:
     root = Path(__file__).parent.parent
     git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
     changed = git("diff", "--quiet", "HEAD", "--", "tiltjax", "theory").returncode != 0
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + (" with changes" if changed else "")
+
+
+COMMIT = _commit()  # of the code that was imported, whatever happens to the checkout during a long run
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -59,7 +65,7 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "commit": commit + (" with changes" if changed else ""),
+        "commit": COMMIT,
     }
 
 

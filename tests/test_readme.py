@@ -1,5 +1,6 @@
 """README's snippet runs as it stands, and its distances come out as its comments say."""
 
+import json
 import re
 import subprocess
 import sys
@@ -28,3 +29,15 @@ def test_files_that_readme_names_exist():
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tables_are_those_of_the_results():
+    text, results = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    tilt = json.loads((results / "gaussian_tilt.json").read_text())["table"]
+    for method, row in tilt.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {method} | ") and line.count("|") == 8)
+        for cell in row.values():
+            assert "{:.3f} ± {:.3f}".format(*cell["w2"]) in line
+    costs = json.loads((results / "cost_to_floor.json").read_text())["methods"]
+    for row in costs.values():
+        assert f"| {row['over_floor']:.2f} ± {row['error']:.2f} | {row['run_cpu']:.4f} | {row['forward']:,} |" in text
