@@ -396,3 +396,19 @@ def test_a_module_of_another_signature_is_refused_with_the_way_to_wrap_it():
 def test_states_below_single_precision_are_refused(dtype):
     with pytest.raises(ValueError, match="at least 32 bits"):
         tj.from_velocity(lambda t, x: x, shape=(2,), dtype=dtype)
+
+
+def test_a_network_with_random_streams_in_evaluation_mode_is_a_model_like_any_other():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(3))
+            self.w = nnx.Param(jnp.asarray(0.5))
+
+        def __call__(self, t, x):
+            return self.dropout(self.w[...] * x)
+
+    net = Net()
+    net.eval()
+    first, second = (tj.from_denoiser(net, shape=(2,)) for _ in range(2))
+    x = tj.sample(jax.random.key(0), first, tj.dps(second, rewards.Linear([1.0, 0.0])), num=3, steps=3).x
+    assert np.all(np.isfinite(x))

@@ -101,8 +101,13 @@ def same(a: Any, b: Any) -> bool:
         return False
     if not concrete((a, b)):
         return True
+
+    def equal(x: Any, y: Any) -> bool:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # such as the streams of a Flax module
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        return np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
+
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    equal = lambda x, y: np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
     return all(x is y or equal(x, y) for x, y in pairs)
 
 
