@@ -14,7 +14,7 @@ LAYERS = (
     {"interpolants", "mixtures", "rewards", "progress"},
     {"models"},
     {"posteriors", "solvers", "particles", "scales", "checkerboard"},
-    {"guidance"},
+    {"guidance", "anisotropic"},
     {"sampling", "selection"},
     {"conjugate"},
     {"problems", "metrics", "plotting"},

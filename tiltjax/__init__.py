@@ -10,6 +10,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
 from tiltjax import interpolants, metrics, plotting, problems, rewards
+from tiltjax.anisotropic import gibbs
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, calibrate, toward
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
@@ -67,6 +68,7 @@ __all__ = [
     "Unscaled",
     # verbs
     "sample",
+    "gibbs",
     "Solver",
     "Euler",
     "Heun",

@@ -218,18 +218,20 @@ def _print(problem, truth, weights, rows, floor, options, key) -> None:
     )
     print(header + f"{'compile':>9s}{'run':>8s}")
     exact = truth.sample(jax.random.fold_in(key, 3), options.num)
+    closed = isinstance(truth, theory.Tilt)
+    true_reward = theory.expected_reward(truth.mixture, problem.reward) if closed else truth.expect(problem.reward)
     for row in rows:
         law = row.method.law
         predicted = "-", "-", "-"
-        if law is not None:
+        if row.method.exact:
+            predicted = f"{true_reward:.3f}", f"{floor:.3f}", _masses(tilt_masses)
+        elif law is not None:
             drawn = law.sample(jax.random.fold_in(key, 4), options.num)
             predicted = (
                 f"{_mean_reward(law, problem.reward, drawn):.3f}",
                 f"{tj.metrics.wasserstein(drawn, exact):.3f}",
-                _masses(tj.metrics.mode_weights(drawn, weights)),
+                _masses(law.weights),
             )
-        elif row.method.exact:
-            predicted = f"{float(truth.expect(problem.reward)):.3f}", f"{floor:.3f}", _masses(tilt_masses)
         reward, error = row.reward
         print(
             f"{row.method.name:22s}{f'{reward:.3f} ± {error:.3f}':>17s}{predicted[0]:>10s}{row.distance:9.3f}{predicted[1]:>9s}"
