@@ -32,7 +32,7 @@ def build(name, dtype=jnp.float64, path=None):
     return tj.inputs.cast(GUIDANCES[name](model, quadratic(dtype), jnp.asarray(SCALE, dtype)), dtype), model
 
 
-def close(a, b, tolerance=TOLERANCE):
+def assert_close(a, b, tolerance=TOLERANCE):
     chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -66,7 +66,7 @@ def test_shapes_dtypes_and_the_unguided_denoiser(name, dtype):
 def test_the_tilt_at_the_data_end_is_exact(name):
     guidance, _ = build(name)
     for x in (X, jnp.asarray([2.0, 1.5])):
-        close(guidance.log_tilt(x), -SCALE * np.sum((np.asarray(x) - contracts.TARGET) ** 2))
+        assert_close(guidance.log_tilt(x), -SCALE * np.sum((np.asarray(x) - contracts.TARGET) ** 2))
 
 
 GRADIENTS = [name for name in GUIDANCES if name not in ("laplace", "clipped", "unscaled", "fmrg")]
@@ -116,7 +116,7 @@ def test_laplace_is_exact_for_a_gaussian_with_matrices_that_do_not_commute(t, ba
     guidance = tj.Laplace(model, rewards.Quadratic(Y, WEIGHT), 3.0)
     estimate, _ = jax.jit(lambda x: guidance(KEY, jnp.asarray(t), x, ()))(jnp.asarray(POINT))
     log_h, score = gaussian_h(MEAN, COV, t, base, POINT, Y, WEIGHT, 3.0)
-    close((estimate.log_h, estimate.tilted - estimate.denoised), (log_h, (base * (1 - t)) ** 2 / t * score))
+    assert_close((estimate.log_h, estimate.tilted - estimate.denoised), (log_h, (base * (1 - t)) ** 2 / t * score))
 
 
 def test_laplace_is_exact_for_a_linear_reward_and_a_singular_prior():
@@ -124,7 +124,7 @@ def test_laplace_is_exact_for_a_linear_reward_and_a_singular_prior():
     model, a = tj.Analytic(contracts.gaussian(MEAN, cov)), np.array([0.5, -1.0, 2.0])
     estimate, _ = tj.Laplace(model, rewards.Linear(a), 2.0)(KEY, T, jnp.asarray(POINT), ())
     _, means, covs = contracts.np_condition(contracts.gaussian(MEAN, cov), 0.4, 0.6, POINT)
-    close(estimate.log_h, 2.0 * a @ means[0] + 2.0 * a @ covs[0] @ a)
+    assert_close(estimate.log_h, 2.0 * a @ means[0] + 2.0 * a @ covs[0] @ a)
 
 
 def test_laplace_of_an_image_is_laplace_of_its_pixels():
@@ -134,7 +134,7 @@ def test_laplace_of_an_image_is_laplace_of_its_pixels():
     reward = lambda x: -jnp.sum((x.reshape(-1) - 1.0) ** 4)
     a, _ = tj.Laplace(flat, reward)(KEY, T, x, ())
     b, _ = tj.Laplace(image, reward)(KEY, T, x.reshape(2, 2), ())
-    close((a.denoised, a.log_h, a.tilted), (b.denoised.reshape(4), b.log_h, b.tilted.reshape(4)))
+    assert_close((a.denoised, a.log_h, a.tilted), (b.denoised.reshape(4), b.log_h, b.tilted.reshape(4)))
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.2, 0.9])
@@ -148,15 +148,19 @@ def test_laplace_takes_convex_directions_as_flat(t):
     m = jacobian * x[0]
     assert np.isfinite(estimate.log_h)
     pull = (estimate.tilted - estimate.denoised) * t / (1 - t) ** 2
-    close(pull[0], jacobian * 3.0 * 80.0 * (m - 0.2), 1e-9)
-    close(pull[1], gaussian_h(np.zeros(2), cov, t, 1.0, x, np.array([0.2, 1.0]), np.diag([0.0, 1.0]), 3.0)[1][1], 1e-9)
+    assert_close(pull[0], jacobian * 3.0 * 80.0 * (m - 0.2), 1e-9)
+    assert_close(
+        pull[1], gaussian_h(np.zeros(2), cov, t, 1.0, x, np.array([0.2, 1.0]), np.diag([0.0, 1.0]), 3.0)[1][1], 1e-9
+    )
 
 
 def test_doob_takes_a_function_and_differentiates_it():
     model = tj.Analytic(contracts.gaussian(MEAN, COV), tj.Linear(1.3))
     log_h = contracts.log_h(model.mixture, Y, WEIGHT, 3.0, model.interpolant)
     estimate, _ = jax.jit(lambda x: tj.Doob(model, log_h)(KEY, T, x, ()))(jnp.asarray(POINT))
-    close((estimate.log_h, estimate.score(tj.Linear(1.3), T)), gaussian_h(MEAN, COV, 0.4, 1.3, POINT, Y, WEIGHT, 3.0))
+    assert_close(
+        (estimate.log_h, estimate.score(tj.Linear(1.3), T)), gaussian_h(MEAN, COV, 0.4, 1.3, POINT, Y, WEIGHT, 3.0)
+    )
 
 
 # Plug-ins.
@@ -182,7 +186,7 @@ def test_the_plug_in_is_the_log_mean_of_the_draws_it_says(name):
     jax.effects_barrier()
     assert len(drawn) == (3 if name in ("exact", "glass") else 1)  # a point is the same point for every key
     r = -np.sum((np.stack(drawn) - contracts.TARGET) ** 2, axis=1)
-    close(value, np.log(np.mean(np.exp(SCALE * r))))
+    assert_close(value, np.log(np.mean(np.exp(SCALE * r))))
 
 
 def test_the_plug_in_converges_to_the_h_function():
@@ -227,7 +231,7 @@ def test_dps_is_the_reward_of_the_denoiser():
     guidance, model = build("dps")
     value = lambda x: SCALE * quadratic()(model.denoise(T, x))
     estimate, _ = guidance(KEY, T, X, ())
-    close((estimate.log_h, estimate.score(LINE, T)), jax.value_and_grad(value)(X))
+    assert_close((estimate.log_h, estimate.score(LINE, T)), jax.value_and_grad(value)(X))
 
 
 def test_fmrg_enters_the_drift_without_its_gain():
@@ -236,8 +240,8 @@ def test_fmrg_enters_the_drift_without_its_gain():
     estimate, _ = guidance(KEY, T, X, ())
     gradient = jax.grad(lambda x: SCALE * quadratic()(flow.draw(KEY, T, x)))(X)
     drift = path.velocity(T, X, estimate.tilted)
-    close(drift, model.velocity(T, X) + gradient, 1e-9)
-    close(path.diffusion(T) / 2 * estimate.score(path, T), gradient, 1e-9)
+    assert_close(drift, model.velocity(T, X) + gradient, 1e-9)
+    assert_close(path.diffusion(T) / 2 * estimate.score(path, T), gradient, 1e-9)
 
 
 def test_a_guided_denoiser_has_the_drift_that_tilting_requires():
@@ -245,7 +249,7 @@ def test_a_guided_denoiser_has_the_drift_that_tilting_requires():
     path = model.interpolant
     estimate, _ = guidance(KEY, T, X, ())
     drift = path.velocity(T, X, estimate.tilted)
-    close(drift, model.velocity(T, X) + path.diffusion(T) / 2 * estimate.score(path, T), 1e-9)
+    assert_close(drift, model.velocity(T, X) + path.diffusion(T) / 2 * estimate.score(path, T), 1e-9)
 
 
 def test_a_scale_law_is_held_constant_under_differentiation():
@@ -258,7 +262,7 @@ def test_a_scale_law_is_held_constant_under_differentiation():
     model = tj.Analytic(contracts.planar())
     bent = tj.PlugIn(tj.Tweedie(model), quadratic(), Bending(jnp.asarray(SCALE)))(KEY, T, X, ())[0]
     straight = tj.dps(model, quadratic(), SCALE * jnp.sum(X**2))(KEY, T, X, ())[0]
-    close((bent.log_h, bent.score(LINE, T)), (straight.log_h, straight.score(LINE, T)))
+    assert_close((bent.log_h, bent.score(LINE, T)), (straight.log_h, straight.score(LINE, T)))
 
 
 # Wrappers.
@@ -270,10 +274,10 @@ def test_clipped_shortens_long_scores_and_leaves_short_ones(limit):
     plain, clipped = inner(KEY, T, X, ())[0], tj.Clipped(inner, limit)(KEY, T, X, ())[0]
     norm = float(jnp.linalg.norm(plain.score(LINE, T)))
     if norm > limit:
-        close(jnp.linalg.norm(clipped.score(LINE, T)), limit)
-        close(clipped.score(LINE, T) / limit, plain.score(LINE, T) / norm)
+        assert_close(jnp.linalg.norm(clipped.score(LINE, T)), limit)
+        assert_close(clipped.score(LINE, T) / limit, plain.score(LINE, T) / norm)
     else:
-        close(clipped.score(LINE, T), plain.score(LINE, T))
+        assert_close(clipped.score(LINE, T), plain.score(LINE, T))
     chex.assert_trees_all_equal((clipped.denoised, clipped.log_h), (plain.denoised, plain.log_h))
 
 
@@ -300,7 +304,7 @@ def test_wrappers_carry_the_memory_of_what_they_wrap():
     estimate, state = guidance(KEY, T, X, guidance.init(X))
     assert int(state) == 1
     assert estimate.log_h is None
-    close(guidance.log_tilt(X), jnp.sum(X))
+    assert_close(guidance.log_tilt(X), jnp.sum(X))
 
 
 @pytest.mark.parametrize("name", ["doob", "damped", "laplace", "clipped", "unscaled"])
@@ -311,7 +315,7 @@ def test_guidances_are_pytrees_that_vmap_over_the_scale(name):
 
     scales = jnp.asarray([0.5, 2.0])
     together, alone = jax.jit(lambda s: (jax.vmap(score)(s), score(s[1])))(scales)
-    close(together[1], alone)
+    assert_close(together[1], alone)
 
 
 def test_the_derivative_of_a_clipped_zero_is_finite():
@@ -323,7 +327,7 @@ def test_laplace_survives_a_network_whose_jacobian_is_negative():
     model = tj.from_denoiser(lambda t, x: -0.01 * x, shape=(2,))
     estimate, _ = tj.Laplace(model, rewards.Quadratic([0.0, 1.0]), 3.0)(KEY, jnp.asarray(1e-3), X, ())
     # P is closed where it is negative: nothing is damped, and log h is the reward of the denoiser.
-    close(estimate.log_h, 3.0 * rewards.Quadratic([0.0, 1.0])(-0.01 * X))
+    assert_close(estimate.log_h, 3.0 * rewards.Quadratic([0.0, 1.0])(-0.01 * X))
     assert np.all(np.isfinite(estimate.tilted))
 
 
@@ -343,10 +347,10 @@ def test_doob_refuses_a_log_h_of_another_path():
 def test_normalized_scores_have_one_length_and_the_same_direction():
     inner, _ = build("laplace")
     plain, unit = inner(KEY, T, X, ())[0].score(LINE, T), tj.Normalized(inner, 2.5)(KEY, T, X, ())[0].score(LINE, T)
-    close(jnp.linalg.norm(unit), 2.5)
-    close(unit / 2.5, plain / jnp.linalg.norm(plain))
+    assert_close(jnp.linalg.norm(unit), 2.5)
+    assert_close(unit / 2.5, plain / jnp.linalg.norm(plain))
     flat = tj.Normalized(tj.dps(tj.Analytic(contracts.planar()), lambda x: 0.0 * jnp.sum(x)), 1.0)
-    close(flat(KEY, T, X, ())[0].score(LINE, T), jnp.zeros(2))
+    assert_close(flat(KEY, T, X, ())[0].score(LINE, T), jnp.zeros(2))
 
 
 def test_self_damping_is_damping_of_the_right_width_on_one_gaussian():
@@ -355,4 +359,4 @@ def test_self_damping_is_damping_of_the_right_width_on_one_gaussian():
         t = jnp.asarray(t)
         right, own = tj.Damped(3.0, 0.6**0.5), tj.SelfDamped(3.0, model)
         snr = model.interpolant.snr(t)
-        close(own(KEY, snr, t, X), right(KEY, snr, t, X))
+        assert_close(own(KEY, snr, t, X), right(KEY, snr, t, X))

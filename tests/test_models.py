@@ -21,7 +21,7 @@ PATHS = contracts.paths()
 MIXTURE = contracts.planar()
 
 
-def close(a, b, tolerance=TOLERANCE):
+def assert_close(a, b, tolerance=TOLERANCE):
     chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -53,8 +53,8 @@ def test_every_parametrisation_is_the_same_model(name):
 def test_the_analytic_denoiser_is_the_posterior_mean():
     model = tj.Analytic(MIXTURE, tj.Linear(1.7))
     weights, means, _ = contracts.np_condition(MIXTURE, 0.4, 0.6 * 1.7, np.asarray(X))
-    close(model.denoise(jnp.asarray(0.4), X), weights @ means)
-    close(model.posterior(jnp.asarray(0.4), X).mean(), weights @ means)
+    assert_close(model.denoise(jnp.asarray(0.4), X), weights @ means)
+    assert_close(model.posterior(jnp.asarray(0.4), X).mean(), weights @ means)
     assert model.shape == (2,)
     assert model.dtype == jnp.float64
 
@@ -63,7 +63,7 @@ def test_the_analytic_denoiser_is_the_posterior_mean():
 def test_the_start_is_the_noise_of_the_interpolant(name):
     model, t = tj.Analytic(MIXTURE, PATHS[name]), jnp.asarray(0.1)
     normal = jax.random.normal(jax.random.key(0), (2,), jnp.float64)
-    close(model.initial(jax.random.key(0), t), PATHS[name].sigma(t) * normal)
+    assert_close(model.initial(jax.random.key(0), t), PATHS[name].sigma(t) * normal)
 
 
 # Networks: functions with parameters, Equinox, Flax.
@@ -110,10 +110,10 @@ def test_networks_of_every_kind_travel_through_jit_and_give_their_own_output(nam
     fn, params = NETS[name]
     model, t = tj.from_denoiser(fn, params, shape=(2,)), jnp.asarray(0.4)
     expected = fn(t, X) if params is None else fn(params, t, X)
-    close(model.denoise(t, X), expected)
+    assert_close(model.denoise(t, X), expected)
     # The model is an argument, of plain `jax.jit` too.
-    close(jax.jit(lambda model, x: model.denoise(t, x))(model, X), expected)
-    close(jax.jit(jax.vmap(lambda x: model.denoise(t, x)))(X[None]), expected[None])
+    assert_close(jax.jit(lambda model, x: model.denoise(t, x))(model, X), expected)
+    assert_close(jax.jit(jax.vmap(lambda x: model.denoise(t, x)))(X[None]), expected[None])
     if name != "closure":
         assert sum(leaf.size for leaf in jax.tree.leaves(model) if eqx.is_inexact_array(leaf)) > 1
 
@@ -124,7 +124,7 @@ def test_new_parameters_trace_nothing_anew():
     for factor in (1.0, 2.0, 3.0):
         params = jax.tree.map(lambda leaf, factor=factor: factor * leaf, PARAMS)
         got = denoise(tj.from_denoiser(fn, params, shape=(2,)), jnp.asarray(0.4), X)
-        close(got, affine(params, 0.4, X))
+        assert_close(got, affine(params, 0.4, X))
     assert len(calls) == 1
 
 
@@ -145,7 +145,7 @@ def test_new_weights_of_an_equinox_module_trace_nothing_anew():
 def test_parameters_are_differentiable_without_batching():
     loss = lambda params: jnp.sum(tj.from_denoiser(affine, params, shape=(2,)).denoise(jnp.asarray(0.4), X))
     expected = {"w": jnp.broadcast_to(X, (2, 2)), "b": jnp.full(2, 0.4)}
-    close(jax.grad(loss)(PARAMS), expected)
+    assert_close(jax.grad(loss)(PARAMS), expected)
 
 
 def test_verbs_leave_the_networks_dtype_alone():
@@ -208,7 +208,7 @@ def test_a_batched_network_is_the_same_model():
             jax.grad(lambda t: jnp.sum(model.denoise(t, X)))(T),
         )
 
-    close(*jax.jit(lambda: (values(batched()), values(SINGLE)))())
+    assert_close(*jax.jit(lambda: (values(batched()), values(SINGLE)))())
 
 
 def test_nested_maps_are_rows():
@@ -216,7 +216,7 @@ def test_nested_maps_are_rows():
     over_draws = jax.vmap(lambda x, e: batched(recorder).denoise(T, x + e), (None, 0))
     got = jax.vmap(over_draws, (0, None))(POINTS, POINTS[:3])
     expected = jax.vmap(jax.vmap(lambda x, e: SINGLE.denoise(T, x + e), (None, 0)), (0, None))(POINTS, POINTS[:3])
-    close(got, expected)
+    assert_close(got, expected)
     jax.effects_barrier()
     assert recorder.shapes == [((15,), (15, 2))]
 
@@ -243,14 +243,14 @@ def test_particles_times_draws_are_the_rows_of_one_call():
 def test_guidances_work_through_batched_networks(guided):
     keys = jax.random.split(jax.random.key(0), 5)
     estimate = lambda m: jax.vmap(lambda k, x: guided(m)(k, T, x, ())[0])(keys, POINTS)
-    close(*jax.jit(lambda: (estimate(batched()), estimate(SINGLE)))())
+    assert_close(*jax.jit(lambda: (estimate(batched()), estimate(SINGLE)))())
 
 
 def test_a_batched_network_with_parameters_and_modules():
     fn = lambda params, t, x: x @ params["w"].T + t[:, None] * params["b"][None]
     model = tj.from_denoiser(fn, PARAMS, shape=(2,), batched=True)
     expected = jax.vmap(lambda x: affine(PARAMS, T, x))(POINTS)
-    close(jax.vmap(lambda x: model.denoise(T, x))(POINTS), expected)
+    assert_close(jax.vmap(lambda x: model.denoise(T, x))(POINTS), expected)
 
 
 @pytest.mark.parametrize("place", ["module", "parameters"])
@@ -262,8 +262,8 @@ def test_a_batched_flax_module_differentiates_in_x(place):
     net, rows = FlaxNet(nnx.Rngs(1)), Rows(nnx.Rngs(1))
     apply = (rows, None) if place == "module" else (lambda net, t, x: net(t, x), rows)
     model = tj.from_denoiser(*apply, shape=(2,), batched=True)
-    close(jax.vmap(lambda x: model.denoise(T, x))(POINTS), jax.vmap(lambda x: net(T, x))(POINTS))
-    close(jax.jacrev(lambda x: model.denoise(T, x))(X), jax.jacrev(lambda x: net(T, x))(X))
+    assert_close(jax.vmap(lambda x: model.denoise(T, x))(POINTS), jax.vmap(lambda x: net(T, x))(POINTS))
+    assert_close(jax.jacrev(lambda x: model.denoise(T, x))(X), jax.jacrev(lambda x: net(T, x))(X))
 
 
 def test_a_batched_networks_parameters_cannot_be_differentiated_or_mapped_and_it_says_so():
@@ -330,13 +330,13 @@ def test_a_tilted_model_is_the_model_of_the_tilted_mixture(name, path):
     times = jnp.asarray([0.5, 0.9, 0.999]) if name == "convex" else jnp.asarray([1e-3, 0.5, 0.999])
     denoise = lambda model: jax.vmap(lambda t: model.denoise(t, X))(times)
     # At t = 1e-3 a linear reward asks the network at |x*| of order |a| / t: that much of the precision is gone.
-    close(*jax.jit(lambda: (denoise(tilted), denoise(truth)))(), tolerance=1e-9)
+    assert_close(*jax.jit(lambda: (denoise(tilted), denoise(truth)))(), tolerance=1e-9)
 
 
 def test_tilts_of_tilts_add_up():
     model = tj.Analytic(MIXTURE, tj.Linear(1.3))
     nested = tj.Tilted(tj.Tilted(model, QUADRATIC, 2.0), LINEAR, 0.5)
-    close(nested.denoise(T, X), tj.Tilted(model, 2 * QUADRATIC + 0.5 * LINEAR).denoise(T, X))
+    assert_close(nested.denoise(T, X), tj.Tilted(model, 2 * QUADRATIC + 0.5 * LINEAR).denoise(T, X))
 
 
 def test_a_tilted_network_and_states_of_any_shape():
