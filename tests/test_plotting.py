@@ -234,7 +234,8 @@ plotting.comparison([("a", np.zeros((2, 2)))], bounds=((-1, 1), (-1, 1))).draw_w
 assert "matplotlib.pyplot" not in sys.modules
 assert matplotlib.rcParams.copy() == before
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_without_matplotlib_says_what_to_install(monkeypatch):

@@ -175,9 +175,10 @@ class AffineField(eqx.Module):
         gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
         # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise, corrected for what the view shows.
         draw = jnp.concatenate([(eye - alpha * gain) @ linalg.square_root(cov), -sigma * gain], axis=1)
+        offset = mean - alpha * gain @ mean
         strength = self.law(jax.random.key(0), path.snr(t), t, mean)
-        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, mean - alpha * gain @ mean, draw)
-        return gain + matrix, mean - alpha * gain @ mean + move, noise
+        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, offset, draw)
+        return gain + matrix, offset + move, noise
 
 
 def plug_in_field(

@@ -233,6 +233,11 @@ class _Wrapper(Guidance):
     def factor(self, t: Array, estimate: Estimate) -> Array:
         raise NotImplementedError
 
+    def to_length(self, t: Array, estimate: Estimate, length: Array) -> Array:
+        """The factor that brings the score to a length; 1 where it is zero, with a finite derivative there."""
+        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
+        return jnp.where(square > 0, length * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         estimate, state = self.guidance(key, t, x, state)
         extra = (self.factor(t, estimate) - 1) * estimate.pull()
@@ -251,10 +256,7 @@ class Clipped(_Wrapper):
         self.limit = inputs.positive(limit, "limit")
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
-        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
-        long = square > self.limit**2
-        # A square root of the branch that is not taken would have an infinite derivative at zero.
-        return jnp.where(long, self.limit * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 1.0)
+        return jnp.minimum(self.to_length(t, estimate, self.limit), 1.0)
 
 
 class Normalized(_Wrapper):
@@ -272,8 +274,7 @@ class Normalized(_Wrapper):
         self.length = inputs.positive(length, "length")
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
-        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
-        return jnp.where(square > 0, self.length * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+        return self.to_length(t, estimate, self.length)
 
 
 class Unscaled(_Wrapper):
