@@ -129,6 +129,7 @@ def all_solvers():
         "ancestral": solvers.Ancestral(),
         "ancestral, eta=.5": solvers.Ancestral(0.5),
         "ddim": solvers.Ancestral(0.0),
+        "adaptive": solvers.Adaptive(),
     }
 
 

@@ -15,7 +15,7 @@ LAYERS = (
     {"models"},
     {"posteriors", "solvers", "particles", "scales", "checkerboard"},
     {"guidance", "anisotropic"},
-    {"sampling", "selection"},
+    {"sampling", "selection", "flows"},
     {"conjugate"},
     {"problems", "metrics", "plotting"},
 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import tiltjax as tj
 
@@ -78,7 +79,7 @@ def test_ddim_is_euler_on_the_straight_path():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "adaptive"])
 def test_the_last_step_jumps_to_the_denoiser(name, path):
     gaussian, x = model(PATHS[path]), jnp.asarray([0.4])
     end, _ = jax.jit(lambda: SOLVERS[name].step(KEYS, gaussian.interpolant, field(gaussian), 0.8, 1.0, x, ()))()
@@ -150,5 +151,90 @@ def test_state_is_threaded_through_every_stage():
 
 
 def test_what_the_classes_promise():
-    assert (tj.Euler.order, tj.Heun.order, tj.Ancestral.order) == (1, 2, 1)
-    assert (tj.Euler.stochastic, tj.Heun.stochastic, tj.Ancestral.stochastic) == (False, False, True)
+    kinds = (tj.Euler, tj.Heun, tj.Ancestral, tj.Adaptive)
+    assert [kind.order for kind in kinds] == [1, 2, 1, 5]
+    assert [kind.stochastic for kind in kinds] == [False, False, True, False]
+
+
+# To a tolerance.
+
+LINE = tj.GaussianMixture([0.3, 0.7], [[-1.5], [1.0]], [[[0.2]], [[0.05]]])
+
+
+def distribution(path, t, x):
+    """The distribution function and density of `X_t`, on the line: the flow of one dimension carries quantiles to quantiles."""
+    weights, means, covs = contracts.np_fields(LINE)
+    alpha, sigma = float(path.alpha(jnp.asarray(t))), float(path.sigma(jnp.asarray(t)))
+    laws = scipy.stats.norm(alpha * means[:, 0], np.hypot(alpha * np.sqrt(covs[:, 0, 0]), sigma))
+    return laws.cdf(x[:, None]) @ weights, laws.pdf(x[:, None]) @ weights
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_adaptive_follows_the_flow_of_a_mixture_to_its_tolerance(path):
+    """One program for all tolerances; through an inner time and up to t = 1, where the floor's own error is of second order."""
+    mixture, start = tj.Analytic(LINE, PATHS[path]), jnp.linspace(-1.4, 1.7, 8)[:, None]
+    sample = lambda solver: tj.sample(
+        jax.random.key(0), mixture, num=8, times=[0.2, 0.7, 1.0], start=start, solver=solver, save_path=True
+    ).trace.path[1:, :, 0]
+    before, _ = distribution(PATHS[path], 0.2, np.asarray(start[:, 0]))
+    for tolerance in (1e-4, 1e-6, 1e-8):
+        for t, x in zip((0.7, 1.0), sample(tj.Adaptive(tolerance, tolerance, floor=1e-5)), strict=True):
+            after, density = distribution(PATHS[path], t, np.asarray(x))
+            # Between the modes a flow spreads errors by the ratio of the densities.
+            error = np.abs(after - before) / np.maximum(density, 0.05)
+            assert error.max() < 50 * tolerance, (tolerance, t)
+    coarse, _ = distribution(PATHS[path], 1.0, np.asarray(sample(tj.Adaptive(1e-2, 1e-2, floor=1e-5)))[1])
+    assert np.abs(coarse - before).max() > 1e-6  # the tolerance is what decides
+
+
+def constant(key, t, x, state):
+    """A field that is one random point, and counts what of its memory is kept."""
+    return jax.random.normal(key, x.shape, x.dtype), state + 1
+
+
+@pytest.mark.parametrize("u", [0.8, 1.0])
+def test_adaptive_holds_the_draw_over_a_step_and_updates_the_memory_once(u):
+    path, x, point = tj.Linear(1.7), jnp.asarray([0.4]), jax.random.normal(KEYS.guidance, (1,))
+    step = lambda t, u: tj.Adaptive(1e-9, 1e-9).step(KEYS, path, constant, t, u, x, jnp.zeros((), jnp.int32))
+    end, memory = step(jnp.asarray(0.3), jnp.asarray(u))
+    keep = (1 - u) / (1 - 0.3)  # of a constant denoiser x / sigma is linear in alpha / sigma
+    chex.assert_trees_all_close(end, keep * x + (u - 0.3 * keep) * point, rtol=1e-7)
+    assert int(memory) == 1
+
+
+def test_adaptive_says_what_failed():
+    """One program: a network that is NaN past a time, and a tolerance that three steps cannot meet."""
+    network = lambda limit: tj.from_denoiser(
+        lambda limit, t, x: jnp.where(t > limit, jnp.nan, jnp.sin(5 * x)), jnp.asarray(limit), shape=(2,)
+    )
+    run = lambda limit, steps: tj.sample(
+        jax.random.key(0), network(limit), num=3, times=[1e-3, 0.5, 1.0], solver=tj.Adaptive(1e-9, max_steps=steps)
+    )
+    with pytest.raises(FloatingPointError, match=r"step 0 of 2.* solver's step: .*Adaptive's tolerance and max_steps"):
+        run(2.0, 3)
+    with pytest.raises(FloatingPointError, match=r"step 1 of 2.*denoiser is not finite"):
+        run(0.6, 400)
+
+
+def test_adaptive_differentiates_in_reverse():
+    """The flow of one Gaussian is affine, with the slope `width(u) / width(t)`."""
+    gaussian = model(tj.Linear(1.7))
+    run = lambda x: tj.Adaptive(1e-8, 1e-8).step(
+        KEYS, gaussian.interpolant, field(gaussian), jnp.asarray(0.1), jnp.asarray(0.9), x, ()
+    )[0]
+    slope = flow(tj.Linear(1.7), 0.1, 0.9, 1.0) - flow(tj.Linear(1.7), 0.1, 0.9, 0.0)
+    chex.assert_trees_all_close(jax.jacrev(run)(jnp.asarray([0.4])), jnp.asarray([[slope]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": 0.0}, "rtol must be positive, got 0"),
+        ({"atol": -1.0}, "atol must not be negative"),
+        ({"floor": 1.0}, "floor must lie between 0 and 1, got 1"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+    ],
+)
+def test_adaptive_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        tj.Adaptive(**options)

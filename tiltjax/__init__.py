@@ -13,6 +13,7 @@ from tiltjax import interpolants, metrics, plotting, problems, rewards
 from tiltjax.anisotropic import gibbs
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, calibrate, toward
+from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
@@ -23,7 +24,7 @@ from tiltjax.rewards import Reward
 from tiltjax.sampling import sample
 from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
-from tiltjax.solvers import Ancestral, Euler, Heun, Solver
+from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver
 
 __all__ = [
     # models: what is known of the base law
@@ -69,10 +70,13 @@ __all__ = [
     # verbs
     "sample",
     "gibbs",
+    "flow",
+    "Flow",
     "Solver",
     "Euler",
     "Heun",
     "Ancestral",
+    "Adaptive",
     "best_of_n",
     "softmax_of_n",
     "Particles",

@@ -89,6 +89,16 @@ class Guidance(eqx.Module):
         raise NotImplementedError
 
 
+def check(guidance: Guidance, model: Model) -> None:
+    """Refuse what is no guidance of this model."""
+    inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
+    if not inputs.same(guidance.model, model):
+        raise ValueError(
+            f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
+            f"({type(model).__name__}): build it on the same model object"
+        )
+
+
 class Doob(Guidance):
     """The exact h-function, where it is known: the guided flow samples the tilt itself.
 

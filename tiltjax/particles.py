@@ -16,7 +16,7 @@ CULPRITS = (
     "the model's denoiser is not finite",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's pull is not finite: look at the reward's gradient",
-    "the state left the finite numbers in the solver's step: look at the times and the scale",
+    "the state left the finite numbers in the solver's step: look at the times, the scale, and Adaptive's tolerance and max_steps",
 )
 
 

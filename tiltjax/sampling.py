@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from tiltjax import inputs
 from tiltjax import progress as progress_bar
-from tiltjax.guidance import Estimate, Guidance
+from tiltjax.guidance import Estimate, Guidance, check
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -46,8 +46,9 @@ def sample(
     - `key`: a typed key, `jax.random.key(seed)`.
     - `model`: gives the interpolant, the state's shape and dtype and the starting law; without guidance, the denoiser.
     - `guidance`: gives the tilted denoiser. It must be built on the same model.
-    - `steps` or `times`: a grid of equal steps on [1e-3, 1], 100 by default, or the increasing times themselves. A run that ends at
-      t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
+    - `steps` or `times`: a grid of equal steps on [1e-3, 1], by default as many as the solver names (100), or the increasing times
+      themselves. A run that ends at t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided
+      runs start at t > 0.
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from noise, and has to start
       where the state is all but noise.
     - `solver`: `Heun()` by default.
@@ -64,17 +65,12 @@ def sample(
     key = inputs.typed_key(key)
     inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
     if guidance is not None:
-        inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
-        if not inputs.same(guidance.model, model):
-            raise ValueError(
-                f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
-                f"({type(model).__name__}): build it on the same model object"
-            )
+        check(guidance, model)
     solver = Heun() if solver is None else solver
     inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
-    given, times = times, inputs.time_grid(times, steps)
+    given, times = times, inputs.time_grid(times, solver.steps if times is None and steps is None else steps)
     if start is None:
         model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     else:

@@ -8,14 +8,17 @@ All of them move a *field*: the denoiser `D~` of the law that is sampled, which 
 | `Euler()` | `x + (u - t) b~_t(x)` | 1 |
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sqrt(sigma_u^2 - S2) E~ + sqrt(S2) xi` | 1 |
+| `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
 
 with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`, `rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1
-is the ancestral (DDPM) kernel of the reversed process, eta = 0 DDIM. A step to t = 1 jumps to `D~` whatever the solver.
+is the ancestral (DDPM) kernel of the reversed process, eta = 0 DDIM. A step to t = 1 jumps to `D~`: the whole of it with a fixed
+step, with `Adaptive` the last thousandth.
 """
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -39,10 +42,14 @@ Field = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 class Solver(eqx.Module):
-    """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their mean."""
+    """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their mean.
+
+    `steps` is how many a run takes by default.
+    """
 
     stochastic: ClassVar[bool]
     order: ClassVar[int]
+    steps: ClassVar[int] = 100
 
     def step(
         self, keys: Streams, interpolant: Interpolant, field: Field, t: Array, u: Array, x: Array, state: Any
@@ -110,3 +117,125 @@ class Ancestral(Solver):
         variance = self.eta**2 * sigma_u**2 * (1 - rho**2)
         mean = interpolant.alpha(u) * denoised + jnp.sqrt(sigma_u**2 - variance) * interpolant.noise(t, x, denoised)
         return mean + jnp.sqrt(variance) * jax.random.normal(keys.noise, x.shape, x.dtype), state
+
+
+class Adaptive(Solver):
+    r"""The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size control (Diffrax).
+
+    Solved on a circle, where all paths look the same: with `c = sigma_0`, `r = hypot(sigma, c alpha)` and the angle
+    `phi = arctan(sigma / (c alpha))`, which falls from pi / 2 (noise) to 0 (data),
+
+        y = x / r = sin(phi) X_0 + cos(phi) X_1 / c,      dy/dphi = cos(phi) E~ - sin(phi) D~ / c,
+
+    of unit size and without singularity at either end. A step to t = 1 is solved until `tan(phi) = floor` and jumps to `D~` from there,
+    which leaves an error of second order in `floor`.
+
+    The tolerance is that of a deterministic field. The *draws* of a random guidance are therefore held fixed over a step, which the
+    solver divides as it likes: more steps are more draws. A guidance's *memory* is held, too, and updated once, where the step ends.
+
+    Reverse-mode gradients are those of the numbers computed (checkpointed: memory grows with the logarithm of `max_steps`);
+    there are no forward-mode ones. A step that fails, or takes more than `max_steps` of its own, ends in NaN, which a run reports.
+
+    **Arguments:** `rtol`, `atol`, the error allowed in each step of the solver's own, relative and in units of c; `max_steps`; `floor`.
+    """
+
+    rtol: Array
+    atol: Array
+    floor: Array
+    max_steps: int = eqx.field(static=True)
+
+    stochastic = False
+    order = 5
+    steps = 20
+
+    def __init__(
+        self,
+        rtol: float | Array = 1e-5,
+        atol: float | Array = 1e-6,
+        *,
+        max_steps: int = 500,
+        floor: float | Array = 1e-3,
+    ):
+        self.rtol = inputs.positive(rtol, "rtol")
+        self.atol = inputs.positive(atol, "atol")
+        self.floor = inputs.positive(floor, "floor")
+        if inputs.concrete(self.floor) and np.asarray(self.floor) >= 1:
+            raise ValueError(f"floor must lie between 0 and 1, got {float(self.floor):g}")
+        self.max_steps = inputs.count(max_steps, "max_steps")
+
+    def last(self, interpolant: Interpolant) -> Array:
+        """The time from which a step to t = 1 jumps."""
+        return interpolant.time((self.floor * interpolant.sigma(jnp.zeros_like(self.floor))) ** -2)
+
+    def solve(
+        self, interpolant: Interpolant, denoise: Callable, t: Array, u: Array, x: Array, *, dense: bool = False
+    ) -> "Arc":
+        """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1. Only a `dense` one can be called."""
+        circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
+
+        def turn(phi: Any, y: Any, args: Any) -> Array:
+            s = circle.time(phi)
+            r = circle.radius(s)
+            denoised = denoise(s, r * y)
+            noise = interpolant.noise(s, r * y, denoised)
+            return circle.base * interpolant.alpha(s) / r * noise - interpolant.sigma(s) / (r * circle.base) * denoised
+
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(turn),
+            diffrax.Tsit5(),
+            t0=circle.angle(t),
+            t1=circle.angle(u),
+            dt0=None,
+            y0=x / circle.radius(t),
+            saveat=diffrax.SaveAt(t1=True, dense=dense),
+            # No step can be smaller than the rounding of the angle: where the field is NaN, that ends the search.
+            stepsize_controller=diffrax.PIDController(
+                self.rtol, self.atol, dtmin=float(jnp.finfo(x.dtype).eps), force_dtmin=False
+            ),
+            max_steps=self.max_steps,
+            throw=False,
+        )
+        ys: Any = solution.ys
+        success = solution.result == diffrax.RESULTS.successful
+        return Arc(circle, circle.radius(u) * ys[0], success, solution.interpolation)
+
+    def step(self, keys, interpolant, field, t, u, x, state):
+        end = jnp.where(u < 1, u, jnp.maximum(t, self.last(interpolant)))
+        held = lambda s, x: field(keys.guidance, s, x, state)[0]
+        arc = self.solve(interpolant, held, t, end, x)
+        # Where the solver failed the field is asked at the state it had, so that it can say what is wrong with it.
+        denoised, state = field(keys.guidance, end, jnp.where(arc.success, arc.end, x), state)
+        return jnp.where(arc.success, jnp.where(u < 1, arc.end, denoised), jnp.nan), state
+
+
+class _Circle(eqx.Module):
+    """The coordinates in which `Adaptive` solves; `base` is c."""
+
+    interpolant: Interpolant
+    base: Array
+
+    def angle(self, t: Array) -> Array:
+        return jnp.arctan2(self.interpolant.sigma(t), self.base * self.interpolant.alpha(t))
+
+    def radius(self, t: Array) -> Array:
+        return jnp.hypot(self.interpolant.sigma(t), self.base * self.interpolant.alpha(t))
+
+    def time(self, phi: Array) -> Array:
+        return self.interpolant.time((self.base * jnp.tan(phi)) ** -2)
+
+
+class Arc(eqx.Module):
+    """A piece of the probability flow: the state `end` at its end and, if it is dense, at any time `t -> x`.
+
+    What a failed piece says, `success` being false, is no solution: `end` is arbitrary, the states are NaN.
+    """
+
+    circle: _Circle
+    end: Array
+    success: Array
+    interpolation: Any
+
+    def __call__(self, t: Array) -> Array:
+        """The state at time t of the piece."""
+        y = self.interpolation.evaluate(self.circle.angle(t))
+        return jnp.where(self.success, self.circle.radius(t) * y, jnp.nan)
