@@ -15,6 +15,7 @@ coordinates, their squares and the reward, is within the noise of what independe
 Reference: Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards* (COLT 2026), for the decomposition.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ def gibbs(
 ) -> tuple[Particles, Mixing]:
     """`num` particles of the tilt by a quadratic reward with any concave matrix, and how they mixed.
 
-    **Arguments:** `key`; `model`, of vectors `(d,)`; `reward`, quadratic (`rewards.Quadratic` with any weight, `rewards.Linear`, sums, or
+    **Arguments:** `key`; `model`, whose states have d entries, for a matrix of d x d; `reward`, quadratic (`rewards.Quadratic` with any weight, `rewards.Linear`, sums, or
     a function whose Hessian is constant); `steps` of the inner `Glass` flow; `max_sweeps`, where to give up.
 
     **Raises:** `ValueError` for a reward that is not quadratic, or not concave in any direction; `RuntimeError` if the chains still
@@ -86,20 +87,20 @@ def gibbs(
 
 def _decompose(model: Model, reward: Callable, scale: float | Array, steps: int):
     """`(glass, reward, a, C, M^(1/2))`."""
-    if len(model.shape) != 1:
-        raise ValueError(f"gibbs takes vectors, states of shape (d,), got states of shape {model.shape}")
     scale = inputs.nonnegative(scale, "scale").astype(model.dtype)
     reward = inputs.cast(rewards.as_reward(reward), model.dtype)
-    origin, elsewhere = jnp.zeros(model.shape, model.dtype), jnp.linspace(0.5, 1.5, model.shape[0], dtype=model.dtype)
-    hessian = jax.hessian(lambda x: rewards.value(reward, x))
+    size = math.prod(model.shape)
+    value = lambda entries: rewards.value(reward, entries.reshape(model.shape))
+    origin, elsewhere = jnp.zeros(size, model.dtype), jnp.linspace(0.5, 1.5, size, dtype=model.dtype)
+    hessian = jax.jit(jax.hessian(value))
     if not np.allclose(hessian(origin), hessian(elsewhere), rtol=1e-4, atol=1e-6):
         raise ValueError("gibbs takes quadratic rewards, got one whose Hessian is not constant: use Conjugate")
     curvature = -scale * hessian(origin)
     precision = jnp.max(jnp.linalg.eigvalsh(curvature))
     if not float(precision) > 0:
         raise ValueError("the reward is not concave in any direction: use Tilted for a linear one")
-    natural = scale * jax.grad(lambda x: rewards.value(reward, x))(origin)
-    rest = precision * jnp.eye(len(origin), dtype=model.dtype) - curvature
+    natural = scale * jax.grad(value)(origin).reshape(model.shape)
+    rest = precision * jnp.eye(size, dtype=model.dtype) - curvature
     root = linalg.spectral(lambda values: jnp.sqrt(jnp.maximum(values, 0)), rest)
     return Glass(inputs.cast(model, model.dtype), steps), reward, natural, precision, root
 
@@ -107,11 +108,12 @@ def _decompose(model: Model, reward: Callable, scale: float | Array, steps: int)
 @eqx.filter_jit
 def _run(key: Array, glass: Glass, natural: Array, precision: Array, root: Array, x: Array, sweeps: int) -> Array:
     path = glass.model.interpolant
+    spread = lambda x: (root @ x.reshape(-1)).reshape(x.shape)
 
     def sweep(key: Array, x: Array) -> Array:
         key_xi, key_draw = jax.random.split(key)
-        xi = root @ x + jax.random.normal(key_xi, x.shape, x.dtype)
-        return glass.draw(key_draw, *path.observe(precision, natural + root @ xi))
+        xi = spread(x) + jax.random.normal(key_xi, x.shape, x.dtype)
+        return glass.draw(key_draw, *path.observe(precision, natural + spread(xi)))
 
     def advance(x: Array, key: Array) -> tuple[Array, None]:
         return jax.vmap(sweep)(jax.random.split(key, len(x)), x), None
@@ -123,8 +125,9 @@ def _memory(reward: rewards.Reward, before: Array, after: Array) -> float:
     """The largest correlation across particles between two sweeps, over coordinates, their squares and the reward."""
 
     def standardised(x: Array) -> np.ndarray:
-        values = np.concatenate([x, x**2, jax.vmap(reward)(x)[:, None]], axis=1)
-        spread = values - values.mean(axis=0)
-        return spread / np.maximum(spread.std(axis=0), np.finfo(values.dtype).tiny)
+        entries = np.asarray(x).reshape(len(x), -1)
+        values = np.concatenate([entries, entries**2, jax.vmap(reward)(x)[:, None]], axis=1)
+        centred = values - values.mean(axis=0)
+        return centred / np.maximum(centred.std(axis=0), np.finfo(values.dtype).tiny)
 
     return float(np.abs(np.mean(standardised(before) * standardised(after), axis=0)).max())

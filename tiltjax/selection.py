@@ -60,7 +60,7 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
     if num % n:
         fitting = " or ".join(str(total) for total in (num - num % n, num - num % n + n) if total)
         raise ValueError(f"groups of n = {n} must divide the {num} particles: sample {fitting} of them")
-    reward = rewards.as_reward(reward)
+    reward = inputs.cast(rewards.as_reward(reward), particles.x.dtype)
     values = jax.vmap(lambda x: rewards.value(reward, x))(particles.x).reshape(num // n, n)
     if inputs.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
         raise FloatingPointError(f"the reward is NaN for {missing} of {num} particles")
