@@ -275,6 +275,84 @@ def test_sweeping_numbers_traces_nothing_anew():
     assert len(calls) > first  # the counter does count
 
 
+@functools.cache  # shared, so that the sweeps over one noun share a compilation
+def counted_network():
+    network, calls = contracts.traced(lambda t, x: jnp.tanh(x) * (1 - t))
+    return tj.from_denoiser(network, shape=(2,)), calls
+
+
+def table(variance):
+    return tj.conjugate.Variance(jnp.log(jnp.asarray([1e-8, 1e8])), jnp.log(jnp.asarray([variance, 1e-9])))
+
+
+def fitted(m, *, target=1.0, scale=1.0, keep=0.1, variance=1.0):
+    return tj.Conjugate(m, rewards.Bump([target, 0.0]), scale, keep=keep, variance=table(variance))
+
+
+# What may be swept, as functions `(model, value) -> (guidance, solver)`; the sweep is over two floats.
+SWEEPS = {
+    "conjugate, target": (lambda m, v: (fitted(m, target=v), tj.Euler()), (0.5, 1.0)),
+    "conjugate, scale": (lambda m, v: (fitted(m, scale=v), tj.Euler()), (0.5, 1)),
+    "conjugate, keep": (lambda m, v: (fitted(m, keep=v), tj.Euler()), (0.0, 0.5)),
+    "conjugate, variance": (lambda m, v: (fitted(m, variance=v), tj.Euler()), (0.5, 1.0)),
+    "renoise": (lambda m, v: (tj.PlugIn(tj.Renoise(m, v, 2), REWARD), tj.Euler()), (1.5, 3)),
+    "self-damped": (lambda m, v: (tj.dps(m, REWARD, tj.SelfDamped(v, m)), tj.Euler()), (0.5, 1)),
+    "normalized": (lambda m, v: (tj.Normalized(tj.dps(m, REWARD), v), tj.Euler()), (0.5, 1)),
+    "clipped": (lambda m, v: (tj.Clipped(tj.dps(m, REWARD), v), tj.Euler()), (0.05, 0.1)),
+    "toward": (lambda m, v: (tj.toward(m, tj.Tilted(m, REWARD, v), REWARD, v), tj.Euler()), (0.5, 1)),
+    "eta": (lambda m, v: (None, tj.Ancestral(v)), (0.5, 1)),
+    "rtol": (lambda m, v: (None, tj.Adaptive(v, 1e-3)), (1e-2, 1e-4)),
+    "atol": (lambda m, v: (None, tj.Adaptive(1e-3, v)), (1e-1, 1e-4)),
+    "floor": (lambda m, v: (None, tj.Adaptive(floor=v)), (0.3, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_one_trace_a_sweep(name):
+    model, calls = counted_network()
+    build, (first, second) = SWEEPS[name]
+
+    def run(value):
+        guidance, solver = build(model, value)
+        return np.asarray(tj.sample(KEY, model, guidance, num=2, times=[0.01, 0.5, 1.0], solver=solver).x)
+
+    once, traces = run(first), len(calls)
+    for value in (second, jnp.asarray(float(second))):  # as a Python number, whole or not, and as an array
+        assert not np.array_equal(run(value), once), "what is swept changes nothing"
+        assert len(calls) == traces > 0, f"{name} traced again"
+
+
+def test_one_trace_a_sweep_of_the_checkerboards_path():
+    calls = []
+
+    class Counted(tj.Linear):
+        def alpha(self, t):
+            calls.append(1)
+            return super().alpha(t)
+
+    def run(base):
+        start, times = jnp.asarray([[0.3, -0.8]]), [0.1, 0.5]
+        model = tj.Checkerboard(Counted(base))
+        return np.asarray(tj.sample(KEY, model, num=1, times=times, start=start, solver=tj.Euler()).x)
+
+    once, traces = run(1.5), len(calls)
+    assert not np.array_equal(run(2.0), once)
+    assert len(calls) == traces > 0
+
+
+def test_one_trace_a_sweep_of_gibbs():
+    model, calls = counted_network()
+
+    def run(target, scale):
+        reward = rewards.Quadratic([target, 0.0], [1.0, 0.8])
+        return np.asarray(tj.gibbs(KEY, model, reward, scale, num=200, steps=2)[0].x)
+
+    once, traces = run(0.5, 1.0), len(calls)
+    for target, scale in ((1.0, 1.0), (0.5, 2), (0.5, jnp.asarray(0.7))):
+        assert not np.array_equal(run(target, scale), once)
+        assert len(calls) == traces > 0
+
+
 SCALED = {
     "constant": lambda scale: tj.dps(ONE, REWARD, scale),
     "damped": lambda scale: tj.PlugIn(tj.Tweedie(ONE), REWARD, tj.Damped(scale, 0.7)),
