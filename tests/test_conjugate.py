@@ -26,7 +26,7 @@ def test_conjugate_rewards_are_tilted_exactly_at_once(reward):
     estimate, state = guidance(KEY, T, X, guidance.init(X))
     np.testing.assert_allclose(estimate.tilted, tj.Tilted(MODEL, reward, 1.5).denoise(T, X), rtol=1e-12)
     assert guidance.variance is None  # nothing to calibrate
-    np.testing.assert_array_equal(state[0], 0)
+    np.testing.assert_array_equal(state.natural, 0)
 
 
 def test_only_the_terms_without_conjugate_form_are_fitted():
@@ -43,7 +43,8 @@ def test_steins_identity_gives_gradient_and_curvature_of_a_quadratic_in_the_mean
     guidance = tj.Conjugate(
         MODEL, lambda x: -h * jnp.sum((x - y) ** 2), 1.5, draws=draws, variance=lambda snr: 1 / (1 + snr)
     )
-    _, (a, c) = guidance(KEY, T, X, guidance.init(X))
+    _, fit = guidance(KEY, T, X, guidance.init(X))
+    a, c = fit.natural, fit.precision
     # c = 2 l h |eps|^2 / (draws d) over draws / 2 independent vectors of d = 2: its standard error.
     error = 2 * 1.5 * h * np.sqrt(2 / draws)
     assert abs(float(c) - 2 * 1.5 * h) < 5 * error

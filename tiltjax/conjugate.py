@@ -8,17 +8,27 @@ under a Gaussian `N(z, v I)` that stands for the tilted posterior of `X_1`:
 
 Then `z` is the tilted denoiser of `(a, c)`, one ordinary denoiser call, and `v = v(snr_t + c)` its mean squared error by coordinate.
 By Stein's identity `E[tr ∇^2 r] = E[<eps, ∇r(z + sqrt(v) eps)>] / sqrt(v)`, so a few antithetic draws give both expectations with one
-gradient of the reward each, at the data end. `(a, c)` is carried from step to step, so that one iteration a step follows its fixed
+gradient of the reward each, at the data end. The fit is carried from step to step, so that one iteration a step follows its fixed
 point; being drawn at random, it has a Monte Carlo error, which the steps average.
+
+**Anisotropic.** A view of other precisions in other directions is no state of the model, so `c` stays a number; but which number? The
+conjugate reward nearest to a quadratic one of curvature `C`, by mean square under a posterior of covariance `P`, has
+`c = tr(P C P) / tr(P P)`: the curvature where the posterior is wide, such as between modes. `P` is the denoiser's response to the
+natural parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance `P P / v`, give it as
+`-scale E<w, ∇r(z + w)> / E|w|^2`, at one more denoiser call each and still without a derivative.
+
+**Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by more than `1 / v` this loop would
+oscillate and grow. The power method keeps track of the stiffest direction, and the fit moves by the share that stops it.
 
 The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity in place of a reward's form.
 
-What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `Step` has none and is not seen), far modes that the
-Gaussian `N(z, v I)` does not reach, and strongly anisotropic rewards, whose curvature is averaged over directions.
+What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `Step` has none and is not seen); far modes that the
+draws do not reach; rewards that are flat between modes and stiff across (the fit settles on one mode and then sees only what is
+across: `tiltjax.gibbs` is exact for quadratic ones).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,7 +38,7 @@ from jaxtyping import Array
 
 from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
-from tiltjax.models import Model
+from tiltjax.models import Analytic, Model
 from tiltjax.sampling import sample
 
 
@@ -86,21 +96,54 @@ def _calibrate(model: Model, key: Array, data: Array, levels: int, batch: int) -
     return Variance(log_snr, jnp.log(jax.lax.map(level, log_snr)))
 
 
+class Fit(NamedTuple):
+    """The conjugate reward that a step starts from: `c = fitted / spread`, `a = slope + c point`.
+
+    - `point`, `slope`: where the reward was expanded, and its expected gradient there.
+    - `fitted`, `spread`: running sums of `-<w, gradient>` and of `|w|^2` over the draws, in units of the variance.
+    - `stiff`: a unit vector that turns toward the reward's most concave direction.
+    """
+
+    point: Array
+    slope: Array
+    fitted: Array
+    spread: Array
+    stiff: Array
+
+    @property
+    def precision(self) -> Array:
+        """`c`, not negative: a convex reward is fitted by a linear one."""
+        return jnp.where(self.spread > 0, jnp.maximum(self.fitted / jnp.where(self.spread > 0, self.spread, 1), 0), 0)
+
+    @property
+    def natural(self) -> Array:
+        """`a`."""
+        return self.slope + self.precision * self.point
+
+
 class Conjugate(Guidance):
     """Variational conjugate tilting: guidance by the conjugate reward that fits `scale * r` at each state.
 
-    The conjugate terms of a sum enter exactly, only the rest is fitted: a conjugate reward is tilted exactly. Costs `iterations + 1` denoiser calls and `iterations * draws` gradients of the
-    reward an evaluation, and no derivative of the network.
+    The conjugate terms of a sum enter exactly, only the rest is fitted: a conjugate reward is tilted exactly.
+
+    | an evaluation costs | denoiser calls | gradients of the reward |
+    |---|---|---|
+    | isotropic draws | `iterations + 1` | `iterations * (draws + 2)` |
+    | `anisotropic=True` | `iterations * (1 + draws / 2) + 1` | `iterations * (draws + 2)` |
+
+    and no derivative of the network. DOC_MEASURED
 
     **Arguments:**
 
     - `model`; `reward`, differentiable almost everywhere and without jumps; `scale >= 0`.
-    - `iterations`: refinements of `(a, c)` an evaluation, from the previous step's.
+    - `iterations`: refinements of the fit an evaluation, from the previous step's.
     - `draws`: an even number, antithetic pairs.
-    - `keep`: the share of the previous `(a, c)` kept in each iteration, in [0, 1).
+    - `keep`: the share of the previous curvature kept in each iteration, in [0, 1): averages the draws' noise over steps.
     - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by default.
+    - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of different widths in different directions.
 
-    `log_h` is not estimated: to weigh particles, use this as a proposal beside another twist.
+    `log_h` is exact for a conjugate reward on an `Analytic` model, and otherwise `None`: to weigh particles, use this as a proposal
+    beside another twist.
     """
 
     model: Model
@@ -113,6 +156,7 @@ class Conjugate(Guidance):
     keep: Array
     iterations: int = eqx.field(static=True)
     draws: int = eqx.field(static=True)
+    anisotropic: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -122,8 +166,9 @@ class Conjugate(Guidance):
         *,
         iterations: int = 1,
         draws: int = 4,
-        keep: float | Array = 0.0,
+        keep: float | Array = 0.3,
         variance: Callable | None = None,
+        anisotropic: bool = False,
     ):
         inputs.instance(model, Model, "model", "Conjugate(model, reward, scale)")
         self.model = model
@@ -136,46 +181,73 @@ class Conjugate(Guidance):
         self.keep = inputs.nonnegative(keep, "keep")
         if inputs.concrete(self.keep) and np.asarray(self.keep) >= 1:
             raise ValueError(f"keep must lie in [0, 1), got {float(self.keep):g}")
+        self.anisotropic = bool(anisotropic)
         zero = jnp.zeros((), model.dtype)
         self.natural, self.precision, self.rest = _split(self.reward, (jnp.zeros(model.shape, model.dtype), zero))
         if self.rest is not None and variance is None:
             variance = calibrate(model, jax.random.key(0))
         self.variance = variance if variance is None or isinstance(variance, eqx.Module) else inputs.Function(variance)
 
-    def init(self, x: Array) -> tuple[Array, Array]:
-        """`(a, c) = 0`: no tilt."""
-        return jnp.zeros_like(x), jnp.zeros((), x.dtype)
+    def init(self, x: Array) -> Fit:
+        """No tilt; the stiffest direction is looked for from that of `x`."""
+        zero = jnp.zeros((), x.dtype)
+        return Fit(jnp.zeros_like(x), jnp.zeros_like(x), zero, zero, _unit(x, jnp.ones_like(x) / x.size**0.5))
 
-    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+    def __call__(self, key: Array, t: Array, x: Array, state: Fit) -> tuple[Estimate, Fit]:
         path = self.model.interpolant
         snr = path.snr(t) + self.scale * self.precision
         natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.scale * self.natural
 
-        def denoised(state: tuple[Array, Array]) -> Array:
-            a, c = state
+        def denoised(a: Array, c: Array) -> Array:
             return self.model.denoise(*path.observe(snr + c, natural + a))
 
         rest = self.rest
         if rest is None:
-            return Estimate(tilted=denoised(state)), state
-        gradient = jax.grad(lambda x1: rewards.value(rest, x1))
+            log_h = None
+            if isinstance(self.model, Analytic):
+                posterior = self.model.posterior(t, x)
+                log_h = posterior.log_mean_exp(self.scale * self.natural, self.scale * self.precision)
+                log_h = log_h + self.log_tilt(jnp.zeros_like(x))  # the reward's constant
+            return Estimate(denoised(state.natural, state.precision), log_h=log_h), state
+        gradient = jax.grad(lambda x1: self.scale * rewards.value(rest, x1))
 
-        def refine(state: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], None]:
-            z, spread = denoised(state), jnp.sqrt(self.variance(snr + state[1]))
-            half = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
-            eps = jnp.concatenate([half, -half])
-            slopes = jax.vmap(lambda e: gradient(z + spread * e))(eps)
-            slope = jnp.mean(slopes, axis=0)
-            curvature = -jnp.sum(eps * slopes) / (eps.size * spread)
-            c = jnp.maximum(self.scale * curvature, 0)
-            fresh = self.scale * slope + c * z, c
-            return jax.tree.map(lambda old, new: self.keep * old + (1 - self.keep) * new, state, fresh), None
+        def refine(fit: Fit, key: Array) -> tuple[Fit, None]:
+            a, c = fit.natural, fit.precision
+            z, variance = denoised(a, c), self.variance(snr + c)
+            width = jnp.sqrt(variance)
+            draws = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
+            if self.anisotropic:
+                w = jax.vmap(lambda e: denoised(a + e / width, c) - z)(draws)
+                spread = jnp.sum(w**2) / (variance * len(w))
+            else:
+                w, spread = width * draws, jnp.asarray(x.size, x.dtype)
+            ahead, behind = (jax.vmap(lambda w, sign=sign: gradient(z + sign * w))(w) for sign in (1, -1))
+            fitted = jnp.sum(w * (behind - ahead)) / (2 * variance * len(w))
+            turned = (gradient(z - width * fit.stiff) - gradient(z + width * fit.stiff)) / (2 * width)
+
+            mix = lambda old, new: self.keep * old + (1 - self.keep) * new
+            fresh = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
+            # z answers to `a` with the gain v, and `a` to z with c - lambda, lambda the curvature in the stiffest direction. Where
+            # v (lambda - c) > 1 that loop oscillates and grows: move by the share that would end it in one step if it were linear.
+            excess = self.variance(snr + fresh.precision) * (jnp.sum(fit.stiff * turned) - fresh.precision)
+            share = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
+            slope = jnp.mean(ahead + behind, axis=0) / 2
+            # One step of the power method; the shift makes the most concave direction the dominant one, not the most convex.
+            stiff = _unit(turned + jnp.sqrt(jnp.sum(turned**2)) * fit.stiff, fit.stiff)
+            point, slope = fit.point + share * (z - fit.point), fit.slope + share * (slope - fit.slope)
+            return fresh._replace(point=point, slope=slope, stiff=stiff), None
 
         state, _ = jax.lax.scan(refine, state, jax.random.split(key, self.iterations))
-        return Estimate(tilted=denoised(state)), state
+        return Estimate(denoised(state.natural, state.precision)), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * rewards.value(self.reward, x1)
+
+
+def _unit(x: Array, otherwise: Array) -> Array:
+    """`x / |x|`, or `otherwise` where x vanishes."""
+    length = jnp.sqrt(jnp.sum(x**2))
+    return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), otherwise)
 
 
 def _split(reward: rewards.Reward, zero: tuple[Array, Array]) -> tuple[Array, Array, rewards.Reward | None]:

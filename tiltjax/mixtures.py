@@ -129,6 +129,21 @@ class GaussianMixture(eqx.Module):
             return jnp.stack(mean)
         return jax.nn.softmax(log_weights) @ means
 
+    def log_mean_exp(self, natural: Array, precision: Array) -> Array:
+        """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a scalar `precision`; NaN where infinite.
+
+        With `b = natural - precision mu`, a component gives `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`,
+        where `K^-1 = I + precision S`.
+        """
+
+        def component(mean: Array, cov: Array) -> Array:
+            factor = jnp.linalg.cholesky(jnp.eye(self.dim, dtype=cov.dtype) + precision * cov)
+            pull = natural - precision * mean
+            gain = pull @ jax.scipy.linalg.cho_solve((factor, True), cov @ pull)
+            return natural @ mean - precision * jnp.sum(mean**2) / 2 + gain / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
+
+        return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
+
     def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[linalg.Entries, linalg.Entries]:
         """Log-weights (up to `-d/2 log 2 pi`) and posterior means, as lists when small and static, else as arrays."""
         k, d = self.means.shape
