@@ -1,0 +1,182 @@
+"""Which methods choose the right squares of a checkerboard, and at what cost?
+
+The exact model of the checkerboard, a bump of width 1.5 as reward, scale 10. Mean reward and covariance trace of the samples against
+those of the tilt, by quadrature; denoiser calls and pullbacks for each sample that is kept, best-of-n's discarded ones included.
+
+The plug-in rows are in the published setting (200 Euler steps from t = 0, 50 GLASS steps), once with the noise's scale sqrt(3)
+respected, and once as published: there the posterior draws and the gain of guidance take the noise to have unit scale. Published numbers:
+Dandapanthula and Boffi (arXiv 2606.02884), with a learned network.
+
+    python benchmarks/checkerboard.py [--quick]
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import common
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tiltjax as tj
+
+REWARD, SCALE = tj.rewards.Bump([0.5, 0.5], 1.5), 10.0
+WITHIN = 0.01, 0.04  # what counts as the tilt: of its mean reward, of its trace
+
+
+class UnitNoise(tj.Model):
+    """The checkerboard's denoiser and starting law on a path that takes the noise to have unit scale."""
+
+    board: tj.Checkerboard
+    interpolant: tj.Interpolant
+    shape: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(self, board: tj.Checkerboard):
+        self.board, self.interpolant = board, tj.Linear(1.0)
+        self.shape, self.dtype = board.shape, board.dtype
+
+    def denoise(self, t, x):
+        return self.board.denoise(t, x)
+
+    def initial(self, key, t):
+        return self.board.initial(key, t)
+
+
+class Row(NamedTuple):
+    """A method: `samples(seed, num)` keeps about `num`; calls and pullbacks of the denoiser for each that is kept."""
+
+    name: str
+    samples: Callable
+    calls: int
+    pullbacks: int
+    published: tuple[float, float] | None = None
+
+
+def exact() -> tuple[float, float, float]:
+    """Mean reward, covariance trace and log Z of the tilt, by Gauss-Legendre on each square."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    u, w = (nodes + 1) / 2, weights / 2
+    corners = [(i, j) for i in range(-3, 3) for j in range(-3, 3) if (i + j) % 2 == 0]
+    points = np.concatenate([np.stack(np.meshgrid(i + u, j + u, indexing="ij"), -1).reshape(-1, 2) for i, j in corners])
+    rewards = np.exp(-np.sum((points - 0.5) ** 2, axis=1) / (2 * 1.5**2))
+    mass = np.tile(np.outer(w, w).ravel(), len(corners)) / len(corners) * np.exp(SCALE * rewards)
+    norm = mass.sum()
+    mean = mass @ points / norm
+    return mass @ rewards / norm, mass @ np.sum((points - mean) ** 2, axis=1) / norm, float(np.log(norm))
+
+
+def summary(x) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Mean reward and covariance trace, each with its standard error."""
+    x = np.asarray(x, np.float64)
+    rewards = np.exp(-np.sum((x - 0.5) ** 2, axis=1) / (2 * 1.5**2))
+    squares = np.sum((x - x.mean(axis=0)) ** 2, axis=1)
+    error = lambda values: values.std(ddof=1) / np.sqrt(len(values))
+    return (rewards.mean(), error(rewards)), (squares.mean() * len(x) / (len(x) - 1), error(squares))
+
+
+def plug_in_rows(board: tj.Checkerboard, model: tj.Model, label: str) -> list[Row]:
+    steps, inner = 200, 50
+    # The first step is at t = 0 there; its guidance is asked at the second time, where this run begins.
+    times = jnp.linspace(0.0, 1.0, steps + 1)[1:]
+
+    def row(name, scale, k=1, n=1, published=None):
+        guidance = tj.PlugIn(tj.Glass(model, steps=inner), REWARD, scale, k=k)
+
+        def samples(seed, num):
+            run = tj.sample(
+                jax.random.key(seed), model, guidance, num=n * num, times=times, solver=tj.Euler(), batch=1000
+            )
+            return tj.best_of_n(run, REWARD, n).x
+
+        cost = n * k * inner * (steps - 1)
+        return Row(f"{name}, {label}", samples, cost, cost, published)
+
+    return [
+        row("plug-in k = 1", SCALE, published=(0.764, 1.930)),
+        row("plug-in k = 8", SCALE, k=8, published=(0.804, 1.397)),
+        row("best-of-2 of it", SCALE, n=2, published=(0.914, 0.520)),
+        row("best-of-4 of it", SCALE, n=4, published=(0.978, 0.107)),
+        row("damped (.2), best-of-4", tj.Damped(SCALE, 0.2), n=4, published=(0.920, 0.429)),
+    ]
+
+
+def guided_row(board: tj.Checkerboard, name: str, guidance: tj.Guidance | None, steps: int, calls: int, pulls: int):
+    def samples(seed, num):
+        return tj.sample(jax.random.key(seed), board, guidance, num=num, steps=steps).x
+
+    evaluations = 2 * steps - 1
+    return Row(f"{name}, {steps} Heun steps", samples, calls * evaluations, pulls * evaluations)
+
+
+def softmax_row(board: tj.Checkerboard, n: int) -> Row:
+    def samples(seed, num):
+        run = tj.sample(jax.random.key(seed), board, num=n * num, steps=20, batch=20_000)
+        return tj.softmax_of_n(jax.random.key(seed + 1), run, REWARD, n, SCALE).x
+
+    return Row(f"softmax-of-{n}, unguided, 20 Heun steps", samples, 39 * n, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without the plug-in rows, 2,000 samples")
+    args = parser.parse_args()
+    board = tj.Checkerboard()
+    reward, trace, log_norm = exact()
+    print(f"the tilt: mean reward {reward:.4f}, covariance trace {trace:.4f}, log Z {log_norm:.4f}\n", flush=True)
+
+    variance = tj.calibrate(board, jax.random.key(1))
+    conjugate = lambda **settings: tj.Conjugate(board, REWARD, SCALE, variance=variance, **settings)
+    many, few = (2000, 0) if args.quick else (20_000, 1000)
+    rows = [(many, Row("exact samples of the base", lambda seed, num: board.sample(jax.random.key(seed), num), 0, 0))]
+    for steps in (8, 10, 15, 20, 30, 60):
+        rows.append((many, guided_row(board, "Conjugate, 2 draws", conjugate(draws=2), steps, 2, 0)))
+    for steps in (10, 15, 30, 60):
+        rows.append((many, guided_row(board, "Conjugate, 4 draws", conjugate(), steps, 2, 0)))
+    rows.append((many, guided_row(board, "Conjugate, 4 anisotropic draws", conjugate(anisotropic=True), 60, 4, 0)))
+    rows.append((many, guided_row(board, "Laplace", tj.Laplace(board, REWARD, SCALE), 60, 1, 2)))
+    rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
+    rows += [(many, softmax_row(board, n)) for n in (4, 16)]
+    if few:
+        rows += [(few, row) for row in plug_in_rows(board, board, "base scale respected")]
+        rows += [(few, row) for row in plug_in_rows(board, UnitNoise(board), "as published")]
+
+    table = []
+    for num, row in rows:
+        x = row.samples(7, num)
+        lost = int(np.sum(~np.all(np.isfinite(np.asarray(x)), axis=1)))
+        (mean, mean_error), (spread, spread_error) = summary(x)
+        off = mean / reward - 1, spread / trace - 1
+        result = {"num": len(x), "calls": row.calls, "pullbacks": row.pullbacks, "published": row.published}
+        result |= {"mean_reward": (mean, mean_error), "trace": (spread, spread_error), "not_finite": lost}
+        result["is_tilt"] = bool(abs(off[0]) < WITHIN[0] and abs(off[1]) < WITHIN[1])
+        table.append({"method": row.name, **result})
+        print(
+            f"{row.name:52s} {mean:.4f} ± {mean_error:.4f} ({off[0]:+6.2%})  {spread:.4f} ± {spread_error:.4f} ({off[1]:+7.2%})  "
+            f"{row.calls:6d} calls, {row.pullbacks:6d} pullbacks{'  within' if result['is_tilt'] else ''}",
+            flush=True,
+        )
+
+    cost = lambda row: row["calls"] + row["pullbacks"]
+    hits = sorted((row for row in table if row["is_tilt"]), key=cost)
+    print(
+        f"\n| method | mean reward ({reward:.4f}) | covariance trace ({trace:.4f}) | denoiser calls | pullbacks | published |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in table:
+        published = "" if row["published"] is None else "{:.3f} / {:.3f}".format(*row["published"])
+        print(
+            f"| {row['method']} | {row['mean_reward'][0]:.3f} ± {row['mean_reward'][1]:.3f} | {row['trace'][0]:.3f} ± "
+            f"{row['trace'][1]:.3f} | {row['calls']:,} | {row['pullbacks']:,} | {published} |"
+        )
+    if hits:
+        print(f"\nThe cheapest within 1% and 4%: {hits[0]['method']}, {cost(hits[0])} calls and pullbacks a sample.")
+    if not args.quick:
+        truth = {"mean_reward": reward, "trace": trace, "log_norm": log_norm}
+        print(f"\nwritten: {common.write('checkerboard', {'truth': truth, 'rows': table})}")
+
+
+if __name__ == "__main__":
+    main()
