@@ -22,7 +22,7 @@ from traitlets import default
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-_COLOURS = 96  # of a figure: dots over four shades need no more, and the file stays small
+_COLOURS = 256  # of a figure: a palette keeps the file small
 
 
 class _Kernel(AsyncKernelManager):
