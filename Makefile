@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench notebooks clean
 
 help:
-	@echo "make demo    sample a tilt with every method, print the table, draw the figure (tilt.png)"
-	@echo "make test    run the test suite"
-	@echo "make lint    check format, lint and types"
-	@echo "make format  format the sources"
-	@echo "make bench   reproduce the tables of benchmarks/results"
-	@echo "make clean   remove the environment and everything built"
+	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
+	@echo "make test       run the test suite"
+	@echo "make lint       check format, lint and types"
+	@echo "make format     format the sources"
+	@echo "make bench      reproduce the tables of benchmarks/results"
+	@echo "make notebooks  run the notebooks and write their outputs into them"
+	@echo "make clean      remove the environment and everything built"
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tiltjax needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
@@ -40,6 +41,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/cost_to_floor.py
 	$(BIN)/python benchmarks/two_modes.py
 	$(BIN)/python benchmarks/many_particles.py
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
