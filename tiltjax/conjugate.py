@@ -18,7 +18,7 @@ natural parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance
 `-scale E<w, ∇r(z + w)> / E|w|^2`, at one more denoiser call each and still without a derivative.
 
 **Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by more than `1 / v` this loop would
-oscillate and grow. The power method keeps track of the stiffest direction, and the fit moves by the share that stops it.
+oscillate and grow. The draws and the power method find the stiffest direction, and the fit moves by the share that stops it.
 
 The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity in place of a reward's form.
 
@@ -222,14 +222,16 @@ class Conjugate(Guidance):
             else:
                 w, spread = width * draws, jnp.asarray(x.size, x.dtype)
             ahead, behind = (jax.vmap(lambda w, sign=sign: gradient(z + sign * w))(w) for sign in (1, -1))
-            fitted = jnp.sum(w * (behind - ahead)) / (2 * variance * len(w))
+            bent = (behind - ahead) / 2
+            fitted = jnp.sum(w * bent) / (variance * len(w))
             turned = (gradient(z - width * fit.stiff) - gradient(z + width * fit.stiff)) / (2 * width)
 
             mix = lambda old, new: self.keep * old + (1 - self.keep) * new
             fresh = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
-            # z answers to `a` with the gain v, and `a` to z with c - lambda, lambda the curvature in the stiffest direction. Where
-            # v (lambda - c) > 1 that loop oscillates and grows: move by the share that would end it in one step if it were linear.
-            excess = self.variance(snr + fresh.precision) * (jnp.sum(fit.stiff * turned) - fresh.precision)
+            # z answers to `a` with the gain v, and `a` to z with c - stiffness. Where v (stiffness - c) > 1 that loop oscillates and
+            # grows: move by the share that would end it in one step if it were linear.
+            stiffness = jnp.maximum(jnp.sum(fit.stiff * turned), jnp.max(jax.vmap(_steepness)(w, bent)))
+            excess = self.variance(snr + fresh.precision) * (stiffness - fresh.precision)
             share = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
             slope = jnp.mean(ahead + behind, axis=0) / 2
             # One step of the power method; the shift makes the most concave direction the dominant one, not the most convex.
@@ -242,6 +244,11 @@ class Conjugate(Guidance):
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * rewards.value(self.reward, x1)
+
+
+def _steepness(w: Array, bent: Array) -> Array:
+    """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex one, which needs no restraint."""
+    return jnp.where(jnp.sum(w * bent) > 0, jnp.sqrt(jnp.sum(bent**2) / jnp.sum(w**2)), 0)
 
 
 def _unit(x: Array, otherwise: Array) -> Array:

@@ -91,7 +91,7 @@ class Guidance(eqx.Module):
 
 def check(guidance: Guidance, model: Model) -> None:
     """Refuse what is no guidance of this model."""
-    inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Laplace, Doob, dps or fmrg")
+    inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Conjugate, Laplace, Doob, dps or fmrg")
     if not inputs.same(guidance.model, model):
         raise ValueError(
             f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "

@@ -41,7 +41,7 @@ class Reward(eqx.Module):
         """
         raise ValueError(
             f"{type(self).__name__} is not conjugate to Gaussian noise: only Linear, Quadratic with a scalar weight, and "
-            "their sums and multiples are. Use a guidance (PlugIn, Laplace) for this reward."
+            "their sums and multiples are. Use a guidance (Conjugate, PlugIn) for this reward."
         )
 
     def __add__(self, other: Any) -> "Reward":
@@ -103,7 +103,7 @@ class Quadratic(Reward):
         if self.weight.ndim:
             raise ValueError(
                 f"Quadratic with a weight of shape {self.weight.shape} is not conjugate to Gaussian noise: only a multiple "
-                "of the identity is. Pass a scalar weight, or use a guidance (PlugIn, Laplace)."
+                "of the identity is. Pass a scalar weight, or use a guidance (Conjugate, PlugIn), or gibbs, which is exact."
             )
         return 2 * self.weight * self.target, 2 * self.weight
 
