@@ -25,6 +25,8 @@ from tiltjax import inputs
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
+_ROUNDING = 1e-5  # of an snr, relatively
+
 
 class Model(eqx.Module):
     """A denoiser with its `interpolant`, and the `shape` and `dtype` of one state.
@@ -77,18 +79,18 @@ class Model(eqx.Module):
         if not inputs.concrete((self, times)):
             return
         with jax.ensure_compile_time_eval():
-            model, times = inputs.cast((self, jnp.asarray(times)), self.dtype)
-            own, (path, ahead), times = model.interpolant, model.asks(), times[times < 1]
-            snr, (lowest, highest) = jax.vmap(own.snr)(times) + ahead, path.snr_range()
-            # As far apart as rounding makes them: levels of a network differ by more than a thousandth.
-            early, late = snr < 0.999 * lowest, snr > 1.001 * highest
-            if not np.any(early | late):
-                return
-            first = int(np.argmax(early | late))
-            t, q, too_early = float(times[first]), float(snr[first]), bool(early[first])
-            start, end = float(own.time(lowest - ahead)), float(own.time(highest - ahead))
-        where = f"at t = {t:g} the network would be asked at snr = {q:.4g}, and was trained from {float(lowest):.4g} to {float(highest):.4g}: "
-        if too_early:
+            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+        # Near t = 1 an snr takes more rounding, 1 / (1 - t) of a time's, and levels are far apart.
+        early, late = snr < (1 - _ROUNDING) * lowest, snr > 1.001 * highest
+        outside = (early | late) & (np.asarray(times) < 1)
+        if not np.any(outside):
+            return
+        first = np.argmax(outside)
+        where = (
+            f"at t = {np.asarray(times)[first]:g} the network would be asked at snr = {snr[first]:.4g}, and was trained from "
+            f"{lowest:.4g} to {highest:.4g}: "
+        )
+        if early[first]:
             raise ValueError(f"{where}start at t = {np.ceil(1e6 * start) / 1e6:g} or later")
         if not end > 0:
             raise ValueError(f"{where}this tilt is narrower than the cleanest noise level, lower the scale")
@@ -105,21 +107,40 @@ class Model(eqx.Module):
         **Arguments:** `inner_times`, increasing, below 1. **Raises:** `ValueError` for those at which this model never asks.
         """
         inner_times = inputs.finite(inner_times, "inner_times", 1)
-        model, inner = inputs.cast((self, inner_times), self.dtype)
-        own, (path, ahead) = model.interpolant, model.asks()
-        snr, lowest = jax.vmap(path.snr)(inner) - ahead, own.snr(jnp.zeros((), inner.dtype))
-        if inputs.concrete((snr, lowest)):
-            never = ~((np.asarray(snr) >= np.asarray(lowest)) & (np.asarray(inner) < 1))
+        times, snr, lowest, earliest = _outer_times(self, inner_times)
+        if inputs.concrete(times):
+            never = (np.asarray(snr) < (1 - _ROUNDING) * np.asarray(lowest)) | (np.asarray(inner_times) >= 1)
             if np.any(never):
                 raise ValueError(
-                    f"inner_times must lie in [{float(path.time(lowest + ahead)):.6g}, 1), where the network's snr is at least "
-                    f"{float(lowest + ahead):.4g} (the final 1 is added here), got {np.asarray(inner)[never]}: leave those out"
+                    f"inner_times must lie in [{float(earliest):.6g}, 1), where the network's snr is at least {float(lowest):.4g} "
+                    f"(the final 1 is added here), got {np.asarray(inner_times)[never]}: leave those out"
                 )
-        return jnp.append(jax.vmap(own.time)(snr), jnp.ones((), inner.dtype))
+        return jnp.append(times, jnp.ones((), times.dtype))
 
     def initial(self, key: Array, t: Array) -> Array:
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+
+@eqx.filter_jit
+def _asked(model: Model, times: Array) -> tuple[Array, ...]:
+    """The snr at which the network is asked, the range on which it was trained, and that range in times of the model."""
+    model, times = inputs.cast((model, times), model.dtype)
+    own, (path, ahead) = model.interpolant, model.asks()
+    lowest, highest = path.snr_range()
+    return jax.vmap(own.snr)(times) + ahead, lowest, highest, own.time(lowest - ahead), own.time(highest - ahead)
+
+
+@eqx.filter_jit
+def _outer_times(model: Model, inner: Array) -> tuple[Array, ...]:
+    """The model's times for those of its network, the snr of these, the least one it asks at, and the time of that."""
+    model, inner = inputs.cast((model, inner), model.dtype)
+    own, (path, ahead) = model.interpolant, model.asks()
+    start = own.snr(jnp.zeros((), inner.dtype))
+    snr = jax.vmap(path.snr)(inner)
+    # A level that is the start itself may come out a rounding error before it.
+    times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - ahead, start)), 0)
+    return times, snr, start + ahead, path.time(start + ahead)
 
 
 class Analytic(Model):
