@@ -21,7 +21,9 @@ On a path that starts from pure noise nothing is off,
 
     Tilted(Rescheduled(model, Linear()), reward, scale),
 
-and with `c` at least the network's lowest snr, all that the network is asked is within its training.
+and with `c` at least the network's lowest snr, it is asked nothing noisier than it was trained on. A network that knows a table of levels
+is asked at these only on the grid `times(path.clock(levels))`, which starts at the first level whose snr is at least c: in pure noise, at
+t = 0, if c is that snr, and with data forgotten as above the further that level is away.
 """
 
 from typing import Any
