@@ -40,6 +40,8 @@ def paths():
         "linear": tj.Linear(),
         "linear, base 1.7": tj.Linear(1.7),
         "trigonometric, base 0.6": Trigonometric(0.6),
+        "vp": tj.VP(),
+        "discrete vp": tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17))),
     }
 
 

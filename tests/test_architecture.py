@@ -13,7 +13,7 @@ LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress"},
     {"models"},
-    {"posteriors", "solvers", "particles", "scales", "checkerboard"},
+    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard"},
     {"guidance", "anisotropic"},
     {"sampling", "selection", "flows"},
     {"conjugate"},

@@ -55,19 +55,53 @@ def test_time_inverts_snr_including_both_ends(path):
     t = jnp.linspace(0.0, 1.0, 41)
     back = jax.vmap(lambda t: path.time(path.snr(t)))(t)
     chex.assert_trees_all_close(back, t, atol=TOLERANCE)
-    assert float(path.time(jnp.asarray(0.0))) == 0.0
     assert float(path.time(jnp.asarray(jnp.inf))) == 1.0
-    assert float(path.snr(jnp.asarray(0.0))) == 0.0
     assert np.isinf(float(path.snr(jnp.asarray(1.0))))
+    lowest, highest = path.snr_range()
+    assert float(path.snr(jnp.asarray(0.0))) == pytest.approx(float(lowest), rel=1e-12)
+    assert float(lowest) < float(highest)
+    # Pure noise is the start of a path, or infinitely long before it.
+    assert float(path.time(jnp.asarray(0.0))) == (0.0 if lowest == 0 else -np.inf)
 
 
-def test_time_inverts_snr_in_single_precision():
-    path = tj.Linear(jnp.asarray(1.3, jnp.float32))
-    t = jnp.linspace(0.0, 1.0, 101, dtype=jnp.float32)
-    back = jax.vmap(lambda t: path.time(path.snr(t)))(t)
+SINGLE = {
+    "linear": tj.Linear(1.3),
+    "vp": tj.VP(),
+    "vp, one rate": tj.VP(3.0, 3.0),
+    "ddpm": tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))),
+    "stable diffusion": tj.DiscreteVP(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)),
+    "two levels": tj.DiscreteVP([0.9, 0.1]),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_time_inverts_snr_in_single_precision(name):
+    path = tj.inputs.cast(SINGLE[name], jnp.float32)
+    t = jnp.concatenate([jnp.linspace(0.0, 1.0, 1001), 1 - jnp.logspace(-7, -1, 100)]).astype(jnp.float32)
+    back = jax.jit(jax.vmap(lambda t: path.time(path.snr(t))))(t)
     assert back.dtype == jnp.float32
     # A handful of roundings of numbers below one: division, square, root, two reciprocals.
     chex.assert_trees_all_close(back, t, atol=8 * np.finfo(np.float32).eps, rtol=0)
+    if name != "linear":  # whose snr knows alpha no better than t; a variance-preserving one knows 1 - t relatively
+        chex.assert_trees_all_close(1 - back, 1 - t, rtol=16 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_nothing_is_nan_between_the_ends_in_single_precision(name):
+    path = tj.inputs.cast(SINGLE[name], jnp.float32)
+    t = jnp.concatenate([jnp.linspace(0.01, 0.999, 100), 1 - jnp.logspace(-7, -1, 50)]).astype(jnp.float32)
+    t = jnp.append(t, jnp.float32(1) - jnp.finfo(jnp.float32).epsneg)
+    x = jnp.ones((), jnp.float32)
+
+    def everything(t):
+        snr, slope = jax.value_and_grad(path.snr)(t)
+        return path.velocity(t, x, 0.5 * x), path.diffusion(t), path.tweedie(t), snr, slope * jax.grad(path.time)(snr)
+
+    velocity, diffusion, tweedie, snr, one = jax.jit(jax.vmap(everything))(t)
+    assert np.all(np.isfinite(velocity))
+    assert np.all(np.stack([diffusion, tweedie, snr]) > 0)
+    assert np.all(np.isfinite(snr))
+    chex.assert_trees_all_close(one, jnp.ones_like(one), rtol=1e-4)  # dt/dsnr dsnr/dt, each of some 1e-6
 
 
 @pytest.mark.parametrize("base", [1.0, 1.7])
@@ -88,8 +122,11 @@ def test_the_memoryless_diffusion_is_its_definition(path):
     for t in map(jnp.asarray, TIMES):
         expected = 2 * path.sigma(t) * (path.sigma(t) * slope(path.alpha, t) / path.alpha(t) - slope(path.sigma, t))
         assert np.isclose(path.diffusion(t), expected, rtol=1e-7)  # central differences: step^2 and eps / step
-    assert np.isinf(path.diffusion(jnp.asarray(0.0)))
-    assert float(path.diffusion(jnp.asarray(1.0))) == 0.0
+    start, end = (float(path.diffusion(jnp.asarray(t))) for t in (0.0, 1.0))
+    if path.alpha(jnp.asarray(0.0)) == 0:
+        assert (start, end) == (np.inf, 0.0)
+    else:
+        assert 0 < end < start < np.inf
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -145,3 +182,76 @@ def test_states_of_any_shape(path):
 def test_base_scale_is_a_leaf_that_can_be_swept():
     snr = jax.vmap(lambda base: tj.Linear(base).snr(jnp.asarray(0.5)))(jnp.asarray([1.0, 2.0]))
     chex.assert_trees_all_close(snr, jnp.asarray([1.0, 0.25]), rtol=1e-14)
+
+
+# Variance-preserving paths.
+
+
+@pytest.mark.parametrize("rates", [(0.1, 20.0), (0.5, 3.0), (2.0, 2.0)])
+def test_vp_closed_forms(rates):
+    path, (low, high) = tj.VP(*rates), rates
+    for t in (0.0, *TIMES, -0.3):
+        s = 1 - t
+        b = low * s + (high - low) * s**2 / 2
+        t = jnp.asarray(t)
+        assert np.isclose(path.alpha(t), np.exp(-b / 2), rtol=1e-14)
+        assert np.isclose(path.sigma(t) ** 2, -np.expm1(-b), rtol=1e-14)
+        assert np.isclose(path.snr(t), 1 / np.expm1(b), rtol=1e-12)
+        assert np.isclose(path.diffusion(t), low + (high - low) * s, rtol=1e-12)
+    assert path.diffusion(jnp.asarray(1.0)) == low  # although sigma' is infinite there
+
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+
+
+def test_a_table_is_met_at_its_levels_and_smooth_between_them():
+    table = np.cumprod(1 - BETAS)
+    path, levels = tj.DiscreteVP(table), jnp.arange(1000.0)
+    t = path.clock(levels)
+    assert (float(t[0]), float(t[-1])) == (1 - 1e-3, 0.0)
+    chex.assert_trees_all_close(path.index(t), levels, atol=1e-9)
+    chex.assert_trees_all_close(jax.vmap(path.alpha)(t) ** 2, table, rtol=1e-13)
+    chex.assert_trees_all_close(jax.vmap(path.sigma)(t) ** 2, 1 - table, rtol=1e-11)
+    low, high = path.snr_range()
+    chex.assert_trees_all_close((high, low), tuple(jax.vmap(path.snr)(t[jnp.asarray([0, -1])])), rtol=1e-10)
+    # Its noise rate is positive everywhere and the same from both sides of a level; a level's share of it is nearly that of training.
+    rate = jax.jit(jax.vmap(path.diffusion))
+    chex.assert_trees_all_close(rate(t - 1e-10), rate(t + 1e-10), rtol=1e-6)
+    assert np.all(rate(jnp.linspace(-0.5, 1.0, 20_000)) > 0)
+    chex.assert_trees_all_close(rate(path.clock(levels[5:] - 0.5)), 1000 * BETAS[5:], rtol=0.02)
+
+
+def test_beyond_a_table_the_noise_rate_is_constant_to_the_data_and_the_snr_goes_on_falling_before_the_noise():
+    path = tj.DiscreteVP([0.9, 0.5, 0.1])
+    chex.assert_trees_all_close(
+        jax.vmap(path.diffusion)(path.clock(jnp.asarray([0.0, -0.5, -1.0]))), jnp.full(3, -3 * np.log(0.9))
+    )
+    t = jnp.linspace(-3.0, 0.0, 100)
+    assert np.all(np.diff(jax.vmap(path.snr)(t)) > 0)
+    chex.assert_trees_all_close(jax.vmap(lambda t: path.time(path.snr(t)))(t), t, atol=1e-9)
+
+
+def test_a_table_of_a_path_is_that_path_to_third_order():
+    path, t = tj.VP(), jnp.linspace(0.02, 0.9, 500)
+
+    def error(n):
+        table = tj.DiscreteVP(jax.vmap(path.alpha)(1 - (jnp.arange(n) + 1) / n) ** 2)
+        return float(jnp.max(jnp.abs(jnp.log(jax.vmap(table.snr)(t) / jax.vmap(path.snr)(t)))))
+
+    assert abs(contracts.slope([error(n) for n in (100, 200, 400)]) - 3) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tj.VP(2.0, 1.0), r"beta_max.*must not be below beta_min.*got 1 < 2"),
+        (lambda: tj.VP(0.0), "beta_min must be positive"),
+        (lambda: tj.DiscreteVP([0.5]), r"N >= 2 levels.*got shape \(1,\)"),
+        (lambda: tj.DiscreteVP([0.1, 0.9]), r"fall strictly.*got \[0\.1, \.\.\., 0\.9\]: reverse"),
+        (lambda: tj.DiscreteVP([0.9, 0.5, 0.0]), "leave out a last level that is 0"),
+        (lambda: tj.DiscreteVP([0.9, np.nan, 0.1]), "fall strictly"),
+    ],
+)
+def test_schedules_that_cannot_be(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,4 +1,4 @@
-"""Models: one law, however its network is parametrised, packed or batched; conjugate tilts against NumPy.
+"""Models: one law, however its network is parametrised, packed or batched.
 
 Tier: exact (float64, 1e-10).
 """
@@ -298,69 +298,6 @@ def test_a_module_in_training_mode_is_refused_as_parameters_too():
     net = FlaxNet(nnx.Rngs(0), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"\.eval\(\)"):
         tj.from_velocity(lambda net, t, x: net(t, x), net, shape=(2,))
-
-
-# Conjugate tilts.
-
-QUADRATIC = rewards.Quadratic([0.5, 1.0], 0.7)
-LINEAR = rewards.Linear([1.0, -0.5])
-CONJUGATE = {
-    "quadratic": (QUADRATIC, 3.0),
-    "linear": (LINEAR, 2.0),
-    "sum": (QUADRATIC + LINEAR, 1.5),
-    "scaled": (2 * QUADRATIC - 0.5 * LINEAR, 1.0),
-    "no tilt": (QUADRATIC, 0.0),
-    "convex": (rewards.Quadratic([0.5, 1.0], -0.1), 1.0),
-}
-
-
-def tilted_by_numpy(reward, scale, mixture=MIXTURE):
-    """The exactly tilted mixture; the reward's linear and quadratic parts are read off its derivatives."""
-    natural = scale * np.asarray(jax.grad(reward)(jnp.zeros(2)))
-    precision = -scale * np.asarray(jax.hessian(reward)(jnp.zeros(2)))
-    return tj.GaussianMixture(*contracts.np_tilt(mixture, natural, precision))
-
-
-@pytest.mark.parametrize("path", [tj.Linear(1.7), contracts.Trigonometric()], ids=("linear", "trigonometric"))
-@pytest.mark.parametrize("name", CONJUGATE)
-def test_a_tilted_model_is_the_model_of_the_tilted_mixture(name, path):
-    reward, scale = CONJUGATE[name]
-    tilted = tj.Tilted(tj.Analytic(MIXTURE, path), reward, scale)
-    truth = tj.Analytic(tilted_by_numpy(reward, scale), path)
-    times = jnp.asarray([0.5, 0.9, 0.999]) if name == "convex" else jnp.asarray([1e-3, 0.5, 0.999])
-    denoise = lambda model: jax.vmap(lambda t: model.denoise(t, X))(times)
-    # At t = 1e-3 a linear reward asks the network at |x*| of order |a| / t: that much of the precision is gone.
-    assert_close(*jax.jit(lambda: (denoise(tilted), denoise(truth)))(), tolerance=1e-9)
-
-
-def test_tilts_of_tilts_add_up():
-    model = tj.Analytic(MIXTURE, tj.Linear(1.3))
-    nested = tj.Tilted(tj.Tilted(model, QUADRATIC, 2.0), LINEAR, 0.5)
-    assert_close(nested.denoise(T, X), tj.Tilted(model, 2 * QUADRATIC + 0.5 * LINEAR).denoise(T, X))
-
-
-def test_a_tilted_network_and_states_of_any_shape():
-    model = tj.from_denoiser(lambda t, x: 0.5 * x, shape=(2, 3))
-    tilted = tj.Tilted(model, rewards.Quadratic(jnp.ones((2, 3))))
-    assert tilted.denoise(T, jnp.ones((2, 3))).shape == (2, 3)
-    assert tilted.shape == (2, 3)
-
-
-def test_sampling_a_tilted_model_samples_the_tilt():
-    """Statistical: at 5 standard errors, plus the change of the same draws from 20 to 40 steps as discretisation."""
-    tilted, truth = tj.Tilted(tj.Analytic(MIXTURE), QUADRATIC, 3.0), tilted_by_numpy(QUADRATIC, 3.0)
-    coarse, fine = (np.asarray(tj.sample(jax.random.key(0), tilted, num=4000, steps=n).x) for n in (20, 40))
-    mean, cov = contracts.np_moments(*contracts.np_fields(truth))
-    slack = max(np.abs(coarse.mean(0) - fine.mean(0)).max(), np.abs(np.cov(coarse.T) - np.cov(fine.T)).max())
-    assert slack < 0.02
-    contracts.assert_moments(fine, mean, cov, slack)
-
-
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=("plain", "jit"))
-def test_a_convex_tilt_refuses_to_start(transform):
-    tilted = tj.Tilted(tj.Analytic(MIXTURE), *CONJUGATE["convex"])
-    with pytest.raises(ValueError, match=r"convex.*cannot start sampling"):
-        transform(lambda key: tj.sample(key, tilted, num=2, steps=2).x)(jax.random.key(0))
 
 
 def test_a_module_in_a_closure_is_refused_and_a_method_brings_its_weights():

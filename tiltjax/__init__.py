@@ -15,9 +15,9 @@ from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, calibrate, toward
 from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
-from tiltjax.models import Analytic, Model, Tilted, from_denoiser, from_noise, from_velocity
+from tiltjax.models import Analytic, Model, from_denoiser, from_noise, from_velocity
 from tiltjax.particles import Particles
 from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Renoise, Tweedie
 from tiltjax.rewards import Reward
@@ -25,6 +25,7 @@ from tiltjax.sampling import sample
 from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver
+from tiltjax.tilted import Rescheduled, Tilted
 
 __all__ = [
     # models: what is known of the base law
@@ -36,8 +37,11 @@ __all__ = [
     "from_noise",
     "from_denoiser",
     "Tilted",
+    "Rescheduled",
     "Interpolant",
     "Linear",
+    "VP",
+    "DiscreteVP",
     "interpolants",
     # rewards: what is wanted
     "Reward",

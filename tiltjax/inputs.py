@@ -186,6 +186,13 @@ def typed_key(key: Any) -> Array:
 
 def time_grid(times: Any, steps: int | None) -> Array:
     """The times of a run, increasing inside [0, 1]: the given ones, or `linspace(1e-3, 1, steps + 1)` with 100 steps by default."""
+    if not concrete(times):
+        return _time_grid(times, steps)
+    with jax.ensure_compile_time_eval():  # so that they can be read inside of someone's jit
+        return _time_grid(times, steps)
+
+
+def _time_grid(times: Any, steps: int | None) -> Array:
     if times is None:
         return jnp.linspace(1e-3, 1.0, count(100 if steps is None else steps, "steps") + 1)
     if steps is not None:

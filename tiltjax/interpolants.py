@@ -4,6 +4,12 @@ Time runs from noise (t = 0) to data (t = 1) along
 
     X_t = alpha_t X_1 + sigma_t X_0,    X_0 ~ N(0, I).
 
+| path | alpha | sigma | trained by |
+|---|---|---|---|
+| `Linear(base_scale)` | `t` | `(1 - t) base_scale` | flow matching, rectified flow |
+| `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching in continuous time |
+| `DiscreteVP(alphas_cumprod)` | through a table | `sqrt(1 - alpha^2)` | DDPM, Stable Diffusion |
+
 A model is known through its denoiser `D_t(x) = E[X_1 | X_t = x]`; every other parametrisation is affine in it:
 
     noise     E = (x - alpha D) / sigma
@@ -17,12 +23,13 @@ sampling, conjugate tilts and renoising are all this one call.
 
 Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman et al. (arXiv
 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')` is that of Domingo-Enrich et al.
-(arXiv 2409.08861).
+(arXiv 2409.08861). Variance-preserving paths: Ho, Jain and Abbeel (arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
 """
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
@@ -49,6 +56,11 @@ class Interpolant(eqx.Module):
     def snr(self, t: Array) -> Array:
         """`alpha_t^2 / sigma_t^2`: the precision of `X_t` as a view of `X_1`; infinite at t = 1."""
         return (self.alpha(t) / self.sigma(t)) ** 2
+
+    def snr_range(self) -> tuple[Array, Array]:
+        """The lowest and the highest snr on which a network of this path is trained: by default all from t = 0 on."""
+        lowest = self.snr(jnp.asarray(0.0))
+        return lowest, jnp.full_like(lowest, jnp.inf)
 
     def diffusion(self, t: Array) -> Array:
         """`g_t^2`, the memoryless squared diffusion coefficient; infinite where `alpha_t = 0`."""
@@ -118,3 +130,155 @@ class Linear(Interpolant):
     def time(self, snr: Array) -> Array:
         # 1 / (1 + 1/x) rather than x / (1 + x): right at both ends, snr = 0 and snr = inf.
         return 1 / (1 + 1 / (self.base_scale * jnp.sqrt(snr)))
+
+
+class _VariancePreserving(Interpolant):
+    """`alpha^2 + sigma^2 = 1`, by `B_t = -log alpha_t^2`, falling to 0 at t = 1: subclasses give `decay`, B, and `age`, its inverse.
+
+    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at t = 0: `alpha_0 > 0`.
+    """
+
+    def decay(self, t: Array) -> Array:
+        """`B_t`, the integral of the noise rate from t to 1."""
+        raise NotImplementedError
+
+    def age(self, decay: Array) -> Array:
+        """The `1 - t` at which `B_t` is `decay`."""
+        raise NotImplementedError
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.exp(-self.decay(t) / 2)
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(-self.decay(t)))
+
+    def time(self, snr: Array) -> Array:
+        # snr = 1 / (e^B - 1).
+        return 1 - self.age(jnp.log1p(1 / snr))
+
+    def diffusion(self, t: Array) -> Array:
+        # Not through sigma', which is infinite at t = 1: there sigma falls like a square root.
+        return -jax.grad(self.decay)(t)
+
+
+class VP(_VariancePreserving):
+    """The variance-preserving path of the noise rate `beta(s) = beta_min + (beta_max - beta_min) s`, `s = 1 - t`.
+
+    `B_t = beta_min s + (beta_max - beta_min) s^2 / 2`, `alpha = exp(-B / 2)`, `sigma = sqrt(1 - exp(-B))`. The literature's time is s.
+    The formulas go on below t = 0, where no network was trained.
+
+    **Arguments:** `beta_min`, `beta_max`: the noise rates at the data and at the noise, `0 < beta_min <= beta_max`.
+    """
+
+    beta_min: Array
+    beta_max: Array
+
+    def __init__(self, beta_min: float | Array = 0.1, beta_max: float | Array = 20.0):
+        self.beta_min = inputs.positive(beta_min, "beta_min")
+        self.beta_max = inputs.positive(beta_max, "beta_max")
+        if inputs.concrete((self.beta_min, self.beta_max)) and np.asarray(self.beta_max) < np.asarray(self.beta_min):
+            raise ValueError(
+                f"beta_max, the noise rate at t = 0, must not be below beta_min, that at t = 1: got {float(self.beta_max):g} < "
+                f"{float(self.beta_min):g}"
+            )
+
+    def decay(self, t: Array) -> Array:
+        s = 1 - t
+        return s * (self.beta_min + (self.beta_max - self.beta_min) * s / 2)
+
+    def age(self, decay: Array) -> Array:
+        # The root of a quadratic, in beta_min / B: nothing cancels, and it is right at both ends, B = 0 and B = inf.
+        ratio = self.beta_min / decay
+        return 2 / (ratio + jnp.sqrt(ratio * (ratio + 2 * (self.beta_max - self.beta_min) / self.beta_min)))
+
+
+class DiscreteVP(_VariancePreserving):
+    """The path of a network trained on a table of N noise levels, `alpha_i^2 = alphas_cumprod[i]`, i = N - 1 the noisiest.
+
+    The clock is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)`, and `index(t)` back, a float between levels. Level N - 1 stands at
+    t = 0, level 0 at `1 - 1 / N`. A network that wants the level is
+
+        path = DiscreteVP(alphas_cumprod)
+        model = from_noise(lambda t, x: net(path.index(t), x), shape=..., interpolant=path)
+
+    At the levels `alpha^2` is the table's. Between them `log snr` is a monotone rational quadratic spline (Gregory and Delbourgo 1982),
+    with one continuous derivative and an inverse in closed form. From level 0 on to t = 1, where no network was trained, the noise rate
+    is constant, as with one more level `alpha^2 = 1` at i = -1: a run goes from level 0 to t = 1 by the jump to the denoiser.
+
+    `sample` refuses times beyond the table. Posteriors that ask closer to the data than their time says, `Glass` and `FlowMap`, are not
+    checked.
+
+    **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside (0, 1).
+    """
+
+    noise_level: Array
+    slope: Array
+
+    def __init__(self, alphas_cumprod: inputs.Numbers):
+        # In NumPy: the table keeps the precision it was given in while its logarithms are taken.
+        table = np.asarray(alphas_cumprod)
+        if table.ndim != 1 or len(table) < 2:
+            raise ValueError(f"alphas_cumprod must be a table of N >= 2 levels, shape (N,), got shape {table.shape}")
+        table = table.astype(np.float64)
+        if not (np.all(np.diff(table) < 0) and table[0] < 1 and table[-1] > 0):
+            raise ValueError(
+                "alphas_cumprod must fall strictly inside (0, 1), from the least to the most noisy level, got "
+                f"[{table[0]:g}, ..., {table[-1]:g}]: reverse a table that rises; leave out a last level that is 0 (no index changes)"
+            )
+        level = np.log1p(-table) - np.log(table)
+        chord = np.diff(level)
+        decay = -np.log(table[0])
+        # The slope that continues at a constant noise rate, means of neighbouring chords, and their ratio at the noisy end.
+        first, middle = decay / (1 - table[0]), (chord[1:] + chord[:-1]) / 2
+        last = chord[-1] ** 2 / middle[-1] if len(middle) else chord[-1]
+        self.noise_level = inputs.floating(level, "alphas_cumprod")
+        self.slope = inputs.floating(np.concatenate([[first], middle, [last]]), "alphas_cumprod")
+
+    def clock(self, index: Array) -> Array:
+        """The time of level `index`, `1 - (index + 1) / N`."""
+        return 1 - (index + 1) / len(self.noise_level)
+
+    def index(self, t: Array) -> Array:
+        """The level at time t, `N (1 - t) - 1`: a float, a whole number up to rounding at the levels."""
+        return len(self.noise_level) * (1 - t) - 1
+
+    def snr_range(self) -> tuple[Array, Array]:
+        return jnp.exp(-self.noise_level[-1]), jnp.exp(-self.noise_level[0])
+
+    def decay(self, t: Array) -> Array:
+        # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product: a compiler may round i, a product less one, in
+        # two ways at two places, and at a level take its piece from one and the position in it from the other.
+        n = len(self.noise_level)
+        u = n * (1 - t)
+        # Selects inside as well as outside: the side not taken must have a finite derivative.
+        inside = jnp.where(u < 1, 1.0, jnp.where(u > n, float(n), u))
+        k = jnp.clip(jnp.floor(inside), 1, n - 1)
+        xi = inside - k
+        level, chord, left, right = self._piece(k.astype(int) - 1)
+        bend = left + right - 2 * chord
+        level += chord * xi * (chord * xi + left * (1 - xi)) / (chord + bend * xi * (1 - xi))
+        level += self.slope[-1] * jnp.where(u > n, u - n, 0.0)
+        # snr = e^-level, so that B = log(1 + e^level).
+        return jnp.where(u < 1, self._first() * u, jax.nn.softplus(level))
+
+    def age(self, decay: Array) -> Array:
+        n, first = len(self.noise_level), self._first()
+        level = jnp.log(jnp.expm1(jnp.where(decay < first, first, decay)))
+        beyond = level > self.noise_level[-1]
+        inside = jnp.where(beyond, self.noise_level[-1], level)
+        k = jnp.clip(jnp.searchsorted(self.noise_level, inside, side="right") - 1, 0, n - 2)
+        start, chord, left, right = self._piece(k)
+        rise, bend = inside - start, left + right - 2 * chord
+        b = chord * left - rise * bend
+        xi = 2 * chord * rise / (b + jnp.sqrt(b**2 + 4 * (chord * (chord - left) + rise * bend) * chord * rise))
+        i = k.astype(xi.dtype) + xi + jnp.where(beyond, level - self.noise_level[-1], 0.0) / self.slope[-1]
+        return jnp.where(decay < first, decay / first, i + 1) / n
+
+    def _first(self) -> Array:
+        """B of level 0."""
+        return jax.nn.softplus(self.noise_level[0])
+
+    def _piece(self, k: Array) -> tuple[Array, Array, Array, Array]:
+        """Between levels k and k + 1: the first one's `-log snr`, the chord, and the slopes at both ends."""
+        start, end = self.noise_level[k], self.noise_level[k + 1]
+        return start, end - start, self.slope[k], self.slope[k + 1]

@@ -4,17 +4,10 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 |---|---|
 | `Analytic(mixture)` | closed form of a Gaussian mixture |
 | `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax NNX or an Equinox module |
-| `Tilted(model, reward, scale)` | the model of `rho(x) exp(scale * r(x))`, exactly, for a conjugate reward |
+| `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | another model, asked at another time and state: `tiltjax.tilted` |
 
-**Conjugate tilts.** If `scale * r(x) = <a, x> - c |x|^2 / 2 + const`, the tilt multiplies the likelihood of a noisy view,
-`exp(<alpha x / sigma^2, X_1> - snr |X_1|^2 / 2)`, by a factor of the same family. So the tilted posterior of `X_1` is
-the *untilted* one given another view, of precision `snr_t + c` and natural parameter `alpha x / sigma^2 + a`, and
-
-    D~_t(x) = D_{t*}(x*),    (t*, x*) = observe(snr_t + c, alpha_t x / sigma_t^2 + a):
-
-one ordinary denoiser call, no derivative, and sampling the plain flow of `D~` samples the tilt, within modes and
-between them. It holds for posterior means only: a denoiser under classifier-free guidance, or a thresholded one, is none.
-(For linear rewards see also Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards*, COLT 2026.)
+What is said of a model holds for posterior means. A network under classifier-free guidance, or a thresholded one, is none: then
+`Tilted`, `Rescheduled` and the posteriors sample something else.
 """
 
 import inspect
@@ -28,9 +21,11 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import inputs, rewards
+from tiltjax import inputs
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
+
+_ROUNDING = 1e-5  # of an snr, relatively
 
 
 class Model(eqx.Module):
@@ -67,17 +62,85 @@ class Model(eqx.Module):
         if not inputs.concrete((t, self.interpolant)):
             return
         with jax.ensure_compile_time_eval():
-            t = jnp.asarray(t)
-            share = float(self.interpolant.snr(t) * self.interpolant.sigma(jnp.zeros_like(t)) ** 2)
+            path, t = inputs.cast((self.interpolant, jnp.asarray(t)), self.dtype)
+            share = float(path.snr(t) * path.sigma(jnp.zeros_like(t)) ** 2)
         if share > 0.02:
             raise ValueError(
                 f"a run from noise cannot start at t = {float(t):g}, where a share of {share:.2g} of the state is data: start "
                 "earlier, at 1e-3 say, or pass the states at that time as start="
             )
 
+    def asks(self) -> tuple[Interpolant, Array | float]:
+        """`(path, ahead)`: at time t the network at the bottom of this model is asked where `path` has the snr `snr_t + ahead`."""
+        return self.interpolant, 0.0
+
+    def check_times(self, times: Array) -> None:
+        """Refuse, with a `ValueError`, times below 1 at which the network would be asked where it was not trained."""
+        if not inputs.concrete((self, times)):
+            return
+        with jax.ensure_compile_time_eval():
+            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+        # Near t = 1 an snr takes more rounding, 1 / (1 - t) of a time's, and levels are far apart.
+        early, late = snr < (1 - _ROUNDING) * lowest, snr > 1.001 * highest
+        outside = (early | late) & (np.asarray(times) < 1)
+        if not np.any(outside):
+            return
+        first = np.argmax(outside)
+        where = (
+            f"at t = {np.asarray(times)[first]:g} the network would be asked at snr = {snr[first]:.4g}, and was trained from "
+            f"{lowest:.4g} to {highest:.4g}: "
+        )
+        if early[first]:
+            raise ValueError(f"{where}start at t = {np.ceil(1e6 * start) / 1e6:g} or later")
+        if not end > 0:
+            raise ValueError(f"{where}this tilt is narrower than the cleanest noise level, lower the scale")
+        raise ValueError(
+            f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and jump from there, times=[..., 1.0]"
+        )
+
+    def times(self, inner_times: inputs.Numbers) -> Array:
+        """The grid, for `sample(..., times=)`, on which the network is asked at the given times of its own path, and at no others.
+
+        For networks that know certain noise levels only: `model.times(path.clock(levels))` with a `DiscreteVP`. They are the times at
+        which `snr_t + ahead` is the network's snr, and 1 at the end, the jump to the denoiser.
+
+        **Arguments:** `inner_times`, increasing, below 1. **Raises:** `ValueError` for those at which this model never asks.
+        """
+        inner_times = inputs.finite(inner_times, "inner_times", 1)
+        times, snr, lowest, earliest = _outer_times(self, inner_times)
+        if inputs.concrete(times):
+            never = (np.asarray(snr) < (1 - _ROUNDING) * np.asarray(lowest)) | (np.asarray(inner_times) >= 1)
+            if np.any(never):
+                raise ValueError(
+                    f"inner_times must lie in [{float(earliest):.6g}, 1), where the network's snr is at least {float(lowest):.4g} "
+                    f"(the final 1 is added here), got {np.asarray(inner_times)[never]}: leave those out"
+                )
+        return jnp.append(times, jnp.ones((), times.dtype))
+
     def initial(self, key: Array, t: Array) -> Array:
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+
+@eqx.filter_jit
+def _asked(model: Model, times: Array) -> tuple[Array, ...]:
+    """The snr at which the network is asked, the range on which it was trained, and that range in times of the model."""
+    model, times = inputs.cast((model, times), model.dtype)
+    own, (path, ahead) = model.interpolant, model.asks()
+    lowest, highest = path.snr_range()
+    return jax.vmap(own.snr)(times) + ahead, lowest, highest, own.time(lowest - ahead), own.time(highest - ahead)
+
+
+@eqx.filter_jit
+def _outer_times(model: Model, inner: Array) -> tuple[Array, ...]:
+    """The model's times for those of its network, the snr of these, the least one it asks at, and the time of that."""
+    model, inner = inputs.cast((model, inner), model.dtype)
+    own, (path, ahead) = model.interpolant, model.asks()
+    start = own.snr(jnp.zeros((), inner.dtype))
+    snr = jax.vmap(path.snr)(inner)
+    # A level that is the start itself may come out a rounding error before it.
+    times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - ahead, start)), 0)
+    return times, snr, start + ahead, path.time(start + ahead)
 
 
 class Analytic(Model):
@@ -150,6 +213,9 @@ def from_velocity(
     - `interpolant`: what the network was trained with, `Linear()` by default.
     - `dtype`: of the states, JAX's default float unless given. The network's own dtype is left alone.
 
+    The velocity is that of a posterior mean. One changed by classifier-free guidance or by thresholding is not: plain sampling runs, but
+    tilts, posteriors and guidances rest on identities it does not satisfy.
+
     **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
     """
     return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
@@ -164,9 +230,10 @@ def from_noise(
     interpolant: Interpolant | None = None,
     dtype: Any = None,
 ) -> Network:
-    """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments as in `from_velocity`.
+    """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments and conditions as in `from_velocity`.
 
-    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows.
+    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows. A network that wants
+    the index of a noise level instead of t: `interpolants.DiscreteVP`.
     """
     return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
 
@@ -180,64 +247,8 @@ def from_denoiser(
     interpolant: Interpolant | None = None,
     dtype: Any = None,
 ) -> Network:
-    """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments as in `from_velocity`."""
+    """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments and conditions as in `from_velocity`."""
     return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
-
-
-class Tilted(Model):
-    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one call of the inner denoiser.
-
-    For `-l |x - y|^2` (c = 2 l) the inner model is asked at `snr_t + c`, later than the clock says. For linear rewards (c = 0) it is
-    asked at the same time at a displaced state: at the start, t = eps, at `|x*|` about `scale |a| sigma^2 / eps`, far outside what
-    a network was trained on, so that there "exact" is a statement about exact denoisers. For c < 0 the denoiser is right wherever
-    `snr_t + c > 0`, but sampling has no closed-form start.
-
-    **Arguments:** `model`; `reward`, `rewards.Linear`, `rewards.Quadratic` with a scalar weight, sums and multiples; `scale >= 0`.
-
-    **Raises:** `ValueError` if the reward is not conjugate.
-    """
-
-    model: Model
-    natural: Array
-    precision: Array
-
-    def __init__(self, model: Model, reward: rewards.Reward, scale: float | Array = 1.0):
-        inputs.instance(model, Model, "model", "Tilted(model, reward, scale), with Analytic(mixture) for a mixture")
-        scale = inputs.nonnegative(scale, "scale")
-        natural, precision = rewards.as_reward(reward).conjugate()
-        if natural.shape != model.shape:
-            raise ValueError(f"the reward is one of states of shape {natural.shape}, the model's have {model.shape}")
-        self.model = model
-        self.natural = scale * natural
-        self.precision = scale * precision
-
-    @property
-    def interpolant(self) -> Interpolant:
-        return self.model.interpolant
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.model.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.model.dtype
-
-    def denoise(self, t: Array, x: Array) -> Array:
-        path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
-        return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
-
-    def check_start(self, t: Array) -> None:
-        self.model.check_start(t)
-        if inputs.concrete(self.precision) and np.asarray(self.precision) < 0:
-            raise ValueError(
-                f"this reward is convex (c = {float(self.precision):g} < 0): the tilted law has no closed form at the noise "
-                "end, so Tilted cannot start sampling there. Use it as a denoiser where snr_t + c > 0."
-            )
-
-    def initial(self, key: Array, t: Array) -> Array:
-        return self.model.initial(key, t)
 
 
 class _Net(inputs.Foreign):

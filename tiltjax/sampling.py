@@ -48,7 +48,7 @@ def sample(
     - `guidance`: gives the tilted denoiser. It must be built on the same model.
     - `steps` or `times`: a grid of equal steps on [1e-3, 1], by default as many as the solver names (100), or the increasing times
       themselves. A run that ends at t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided
-      runs start at t > 0.
+      runs start at t > 0. For a network that knows certain noise levels only, `model.times` makes the grid.
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from noise, and has to start
       where the state is all but noise.
     - `solver`: `Heun()` by default.
@@ -59,7 +59,7 @@ def sample(
 
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
-    **Raises:** `FloatingPointError` naming the first step with a NaN and its culprit (outside of `jit` only; inside,
+    **Raises:** `ValueError` for times at which the network would be asked where it was not trained; `FloatingPointError` naming the first step with a NaN and its culprit (outside of `jit` only; inside,
     `particles.trace.bad` holds it).
     """
     key = inputs.typed_key(key)
@@ -83,8 +83,14 @@ def sample(
             raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):
             raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
-    if guidance is not None and inputs.concrete(times) and np.asarray(times)[0] == 0:
-        raise ValueError("a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3")
+    model.check_times(times)
+    if guidance is not None and inputs.concrete((times, model.interpolant)):
+        with jax.ensure_compile_time_eval():
+            alpha = float(model.interpolant.alpha(jnp.asarray(float(np.asarray(times)[0]))))
+        if alpha == 0:
+            raise ValueError(
+                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
+            )
     with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
         particles = _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path)
         if particles.trace is not None and inputs.concrete(particles):
