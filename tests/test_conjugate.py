@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import theory
 import tiltjax as tj
 from tiltjax.conjugate import Variance
 
@@ -83,6 +84,89 @@ def test_a_bump_on_far_modes_is_tilted_better_than_by_the_plug_in():
         share[name] = float(np.mean(np.asarray(tj.sample(KEY, model, guidance, num=num, steps=50).x[:, 0]) >= 0))
     error = np.sqrt(truth * (1 - truth) / num)
     assert abs(share["conjugate"] - truth) + 5 * error < abs(share["plug-in"] - truth)
+
+
+def test_log_h_is_exact_for_conjugate_rewards_on_a_mixture():
+    reward = 0.8 * tj.rewards.Quadratic([0.5, 1.0], 0.7) + tj.rewards.Linear([1.0, -0.4])
+    guidance = tj.Conjugate(MODEL, reward, 1.5)
+    estimate, _ = guidance(KEY, T, X, guidance.init(X))
+    exact = theory.log_h(MODEL.mixture, reward, 1.5, MODEL.interpolant)
+    np.testing.assert_allclose(estimate.log_h, exact(T, X), rtol=1e-10)
+    convex = tj.Conjugate(MODEL, tj.rewards.Linear([1.0, 0.0]))
+    assert convex(KEY, T, X, convex.init(X))[0].log_h.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("anisotropic", [False, True])
+def test_stiff_rewards_do_not_blow_up(anisotropic):
+    """Ten times stiffer along one axis than along the other, and hidden from the exact route: without the restraint the loop of `a` and
+    z grows to 1e15."""
+    prior = tj.problems.quadratic().prior
+    model, stiff, y = tj.Analytic(prior), jnp.asarray([4.0, 0.2]), jnp.asarray([0.5, 1.5])
+    guidance = tj.Conjugate(model, lambda x: -jnp.sum(stiff * (x - y) ** 2), anisotropic=anisotropic)
+    truth = theory.tilt(prior, tj.rewards.Quadratic(y, jnp.diag(stiff)), 1.0)
+    num = 500
+    x = tj.sample(KEY, model, guidance, num=num, steps=40).x
+    floor = tj.metrics.wasserstein(truth.sample(jax.random.key(1), num), truth.sample(jax.random.key(2), num))
+    assert tj.metrics.wasserstein(x, truth.sample(jax.random.key(3), num)) < 2.5 * floor
+
+
+def test_a_curved_ridge_is_followed():
+    """The stiffest direction turns with the state here."""
+    prior = tj.problems.quadratic().prior
+    model, reward, num = tj.Analytic(prior), lambda x: -((x[1] - 0.5 * jnp.sin(2 * x[0])) ** 2), 500
+    truth = theory.quadrature.tilt(prior, reward, 4.0)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, 4.0), num=num, steps=50).x
+    mean = float(np.mean(jax.vmap(reward)(x)))
+    assert abs(mean / float(truth.expect(reward)) - 1) < 0.25
+
+
+def test_draws_along_the_responses_see_the_curvature_between_modes():
+    """At an undecided state the posterior is wide between the modes alone: the fitted curvature is the reward's along that direction."""
+    model = tj.Analytic(tj.problems.quadratic().prior)
+    curvature, state, t = jnp.asarray([3.0, 0.4]), jnp.zeros(2), jnp.asarray(0.05)
+    reward = lambda x: -jnp.sum(curvature * x**2) / 2
+    fit = {}
+    for anisotropic in (False, True):
+        guidance = tj.Conjugate(
+            model, reward, draws=2000, anisotropic=anisotropic, variance=lambda snr: 1 / (0.3 + snr)
+        )
+        _, memory = guidance(KEY, t, state, guidance.init(state))
+        fit[anisotropic] = float(memory.precision)
+    assert abs(fit[False] - 1.7) < 0.2
+    assert abs(fit[True] - 3.0) < 0.1
+
+
+def test_the_most_concave_direction_is_found():
+    """Not the one of largest curvature, which is convex here."""
+    curvature = jnp.asarray([-6.0, 1.0, 4.0])
+    model = tj.Analytic(contracts.gaussian(np.zeros(3), np.eye(3)))
+    guidance = tj.Conjugate(
+        model, lambda x: -jnp.sum(curvature * x**2) / 2, 0.1, iterations=60, variance=lambda snr: 1 / (1 + snr)
+    )
+    state = jnp.asarray([1.0, 0.5, 0.2])
+    _, fit = guidance(KEY, T, state, guidance.init(state))
+    np.testing.assert_allclose(jnp.abs(fit.stiff), [0, 0, 1], atol=1e-3)
+
+
+def test_the_table_stays_where_the_network_was_trained():
+    path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
+    model = tj.Analytic(contracts.planar(), path)
+    table = tj.calibrate(model, KEY, num=64, levels=8)
+    np.testing.assert_allclose(jnp.exp(table.log_snr[jnp.asarray([0, -1])]), jnp.stack(path.snr_range()), rtol=1e-10)
+    ahead = tj.Tilted(tj.Rescheduled(model), tj.rewards.Quadratic([0.0, 1.0]), 2.0)
+    table = tj.calibrate(ahead, KEY, num=64, levels=8, data=jnp.zeros((64, 2)))
+    np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
+
+
+def test_a_run_that_asks_beyond_the_table_says_so():
+    path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.05, 0.4, 20)))
+    model = tj.Analytic(contracts.planar(), path)
+    guidance = tj.Conjugate(model, tj.rewards.Bump([0.0, 1.0], 0.3), 10.0)
+    levels = model.times(path.clock(jnp.arange(19.0, -1.0, -1.0)))
+    with pytest.raises(FloatingPointError, match="where the guidance asked it"):
+        tj.sample(KEY, model, guidance, num=20, times=levels)
+    x = tj.sample(KEY, model, guidance, num=20, times=levels.at[-8].set(1.0)[:-7]).x
+    assert np.all(np.isfinite(x))
 
 
 def test_toward_a_tilted_model_is_that_model():

@@ -244,7 +244,6 @@ OUTSIDE = {
         {"times": [0.0, 0.99, 1.0]},
         r"t = 0\.99 .*end the grid at t = 0\.98 and jump.*times=",
     ),
-    "default grid": (lambda net: net, {}, r"trained from .* to 332\.3: end the grid at t = 0\.98 and"),
     "tilted": (
         lambda net: tj.Tilted(net, REWARD, 100.0),
         {"times": [0.0, 0.97, 1.0]},
@@ -273,6 +272,27 @@ def test_a_run_that_would_ask_a_network_where_it_was_not_trained_is_refused(case
     model = build(network())
     with pytest.raises(ValueError, match=message):
         transform(lambda key: tj.sample(key, model, num=2, **options).x)(KEY)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=("plain", "jit"))
+@pytest.mark.parametrize(
+    ("build", "ends"),
+    [
+        (lambda net: net, (1e-3, 0.98)),
+        (tj.Rescheduled, (0.0391, 0.948)),
+        (lambda net: tj.Tilted(tj.Rescheduled(net), REWARD, 100.0), (1e-3, 0.92)),
+    ],
+    ids=("its own path", "rescheduled", "tilted"),
+)
+def test_the_default_grid_keeps_to_what_the_network_knows(build, ends, transform):
+    model = build(network())
+    times = model.grid(80)
+    assert len(times) == 81
+    assert times[-1] == 1
+    np.testing.assert_allclose(times[jnp.asarray([0, -2])], ends, atol=2e-3)
+    steps = np.diff(np.asarray(times[:-1]))
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-5)
+    assert np.all(np.isfinite(transform(lambda key: tj.sample(key, model, num=2, steps=80).x)(KEY)))
 
 
 def test_the_grid_that_a_refusal_names_is_accepted():

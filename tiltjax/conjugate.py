@@ -60,8 +60,8 @@ def calibrate(
 ) -> Variance:
     """Measure `v(snr)`, once per model.
 
-    **Arguments:** `model`; `num`, samples a level; `levels`, of snr, evenly spaced in its logarithm from 1e-7 to 1e7 times that of
-    the noise's own variance; `data`, `(num, *shape)`, clean samples (drawn from the model by default); `batch`, as in `sample`.
+    **Arguments:** `model`; `num`, samples a level; `levels`, of snr, evenly spaced in its logarithm from 1e-7 to 1e7 over the noise's
+    own variance, as far as the network was trained there (`Interpolant.snr_range`); `data`, `(num, *shape)`, clean samples (drawn from the model by default); `batch`, as in `sample`.
 
     **Raises:** `ValueError` for data of another shape.
     """
@@ -80,7 +80,12 @@ def _calibrate(model: Model, key: Array, data: Array, levels: int, batch: int) -
     model = inputs.cast(model, model.dtype)
     path = model.interpolant
     base = path.sigma(jnp.zeros((), data.dtype))
-    log_snr = jnp.asarray(np.linspace(np.log(1e-7), np.log(1e7), levels), data.dtype) - 2 * jnp.log(base)
+    # A model that is asked `ahead` of its own snr reaches the ends of its network's range earlier.
+    (network, ahead), widest = model.asks(), jnp.asarray([1e-7, 1e7], data.dtype) / base**2
+    lowest, highest = (end.astype(data.dtype) - ahead for end in network.snr_range())
+    log_snr = jnp.linspace(
+        *jnp.log(jnp.stack([jnp.maximum(widest[0], lowest), jnp.minimum(widest[1], highest)])), levels
+    )
     noise = jax.random.normal(key, data.shape, data.dtype)
 
     def level(log_snr: Array) -> Array:
@@ -141,6 +146,9 @@ class Conjugate(Guidance):
     - `keep`: the share of the previous curvature kept in each iteration, in [0, 1): averages the draws' noise over steps.
     - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by default.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of different widths in different directions.
+
+    The network is asked at `snr_t + c`: on a path with a cleanest level (`DiscreteVP`) end the grid where that is still inside and jump,
+    `times=[..., 1.0]`. Beyond the table `v` is NaN, which a run reports.
 
     `log_h` is exact for a conjugate reward on an `Analytic` model, and otherwise `None`: to weigh particles, use this as a proposal
     beside another twist.

@@ -98,6 +98,20 @@ class Model(eqx.Module):
             f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and jump from there, times=[..., 1.0]"
         )
 
+    def grid(self, steps: int) -> Array:
+        """The default grid, equal steps on [1e-3, 1]; where the network was trained on less, on that, with a jump to 1 at the end."""
+        times = inputs.time_grid(None, steps)
+        if not inputs.concrete(self):
+            return times
+        with jax.ensure_compile_time_eval():
+            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+            early, late = 0 <= snr[0] < lowest, snr[-2] > highest
+            start = max(np.ceil(1e6 * start) / 1e6, 1e-3) if early else 1e-3
+            end = min(np.floor(1e6 * end) / 1e6, 1 - (1 - start) / steps) if late else 1 - (1 - start) / steps
+            # Where nothing is left, or the tilt is a convex one, the checks say so.
+            usable = (early or late) and (steps == 1 or start < end)
+            return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times
+
     def times(self, inner_times: inputs.Numbers) -> Array:
         """The grid, for `sample(..., times=)`, on which the network is asked at the given times of its own path, and at no others.
 

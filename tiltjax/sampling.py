@@ -46,7 +46,7 @@ def sample(
     - `key`: a typed key, `jax.random.key(seed)`.
     - `model`: gives the interpolant, the state's shape and dtype and the starting law; without guidance, the denoiser.
     - `guidance`: gives the tilted denoiser. It must be built on the same model.
-    - `steps` or `times`: a grid of equal steps on [1e-3, 1], by default as many as the solver names (100), or the increasing times
+    - `steps` or `times`: equal steps on [1e-3, 1] (`model.grid`), by default as many as the solver names (100), or the increasing times
       themselves. A run that ends at t = 1 ends with a jump to the denoiser; one that ends earlier returns states at that time. Guided
       runs start at t > 0. For a network that knows certain noise levels only, `model.times` makes the grid.
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from noise, and has to start
@@ -70,7 +70,8 @@ def sample(
     inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
-    given, times = times, inputs.time_grid(times, solver.steps if times is None and steps is None else steps)
+    given = times
+    times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
     if start is None:
         model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     else:
