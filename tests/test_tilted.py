@@ -279,13 +279,13 @@ def test_a_run_that_would_ask_a_network_where_it_was_not_trained_is_refused(case
     ("build", "ends"),
     [
         (lambda net: net, (1e-3, 0.98)),
-        (tj.Rescheduled, (0.0391, 0.948)),
+        (tj.Rescheduled, (0.0302, 0.948)),
         (lambda net: tj.Tilted(tj.Rescheduled(net), REWARD, 100.0), (1e-3, 0.92)),
     ],
     ids=("its own path", "rescheduled", "tilted"),
 )
 def test_the_default_grid_keeps_to_what_the_network_knows(build, ends, transform):
-    model = build(network())
+    model = build(tj.Analytic(MIXTURE, DISCRETE))
     times = model.grid(80)
     assert len(times) == 81
     assert times[-1] == 1
