@@ -131,10 +131,13 @@ def main() -> None:
     conjugate = lambda **settings: tj.Conjugate(board, REWARD, SCALE, variance=variance, **settings)
     many, few = (2000, 0) if args.quick else (20_000, 1000)
     rows = [(many, Row("exact samples of the base", lambda seed, num: board.sample(jax.random.key(seed), num), 0, 0))]
-    for steps in (8, 10, 15, 20, 30, 60):
-        rows.append((many, guided_row(board, "Conjugate, 2 draws", conjugate(draws=2), steps, 2, 0)))
-    for steps in (10, 15, 30, 60):
-        rows.append((many, guided_row(board, "Conjugate, 4 draws", conjugate(), steps, 2, 0)))
+    settings = {
+        "Conjugate": conjugate(),
+        "Conjugate, 4 draws, keep = 0": conjugate(keep=0.0),
+        "Conjugate, 2 draws": conjugate(draws=2),
+    }
+    for name, guidance in settings.items():
+        rows += [(many, guided_row(board, name, guidance, steps, 2, 0)) for steps in (10, 15, 20, 30, 60)]
     rows.append((many, guided_row(board, "Conjugate, 4 anisotropic draws", conjugate(anisotropic=True), 60, 4, 0)))
     rows.append((many, guided_row(board, "Laplace", tj.Laplace(board, REWARD, SCALE), 60, 1, 2)))
     rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
