@@ -40,6 +40,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gaussian_tilt.py
 	$(BIN)/python benchmarks/cost_to_floor.py
 	$(BIN)/python benchmarks/two_modes.py
+	$(BIN)/python benchmarks/checkerboard.py
+	$(BIN)/python benchmarks/any_reward.py
+	$(BIN)/python benchmarks/learned.py
 	$(BIN)/python benchmarks/many_particles.py
 
 notebooks: $(READY)

@@ -169,6 +169,44 @@ def test_a_run_that_asks_beyond_the_table_says_so():
     assert np.all(np.isfinite(x))
 
 
+def test_calibration_averages_the_posterior_variance_of_a_mixture():
+    """`E Var(X_1 | X_t)`, by quadrature over x, of two modes that the noise first hides and then tells apart."""
+    mixture = tj.GaussianMixture([0.3, 0.7], [[-2.0], [1.0]], [[[0.4]], [[0.2]]])
+    model, num = tj.Analytic(mixture), 4000
+    table = tj.calibrate(model, jax.random.key(2), num=num, levels=29, data=mixture.sample(jax.random.key(1), num))
+    grid = jnp.linspace(-12, 12, 4001)[:, None]
+
+    @jax.jit
+    def moments(snr):
+        """First and second moment of `(X_1 - D)^2`, the second as if each posterior were Gaussian."""
+        t = model.interpolant.time(snr)
+        law = theory.marginal(mixture, t)
+        states = grid * (model.interpolant.alpha(t) + model.interpolant.sigma(t))
+        density = jnp.exp(jax.vmap(law.log_prob)(states))
+        posterior = jax.vmap(lambda x: model.posterior(t, x).cov()[0, 0])(states)
+        return jnp.sum(density * posterior) / jnp.sum(density), jnp.sum(density * 3 * posterior**2) / jnp.sum(density)
+
+    for level in range(8, 29, 4):  # snr from 1e-3 on
+        exact, square = moments(jnp.exp(table.log_snr[level]))
+        measured = jnp.exp(table.log_variance[level])
+        assert abs(float(measured - exact)) < 5 * float(jnp.sqrt((square - exact**2) / num))
+
+
+def test_a_probe_measures_the_variance_at_the_state():
+    """Of one isotropic Gaussian every probe is exact, and the fit of a stiff reward as with the right table."""
+    s2 = 0.6
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)))
+    reward, draws = lambda x: -jnp.sum(x**2), 2000
+    settings = {"draws": draws, "iterations": 2}
+    probed = tj.Conjugate(model, reward, variance=tj.Probe(), **settings)
+    tabled = tj.Conjugate(model, reward, variance=lambda snr: 1 / (1 / s2 + snr), **settings)
+    a, _ = probed(KEY, T, X, probed.init(X))
+    b, _ = tabled(KEY, T, X, tabled.init(X))
+    np.testing.assert_allclose(a.tilted, b.tilted, rtol=1e-8)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, variance=tj.Probe()), num=2000, steps=30).x
+    np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
+
+
 def test_toward_a_tilted_model_is_that_model():
     reward = tj.rewards.Quadratic([0.5, 1.0])
     tilted = tj.Tilted(MODEL, reward, 1.5)

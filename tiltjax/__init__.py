@@ -12,7 +12,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 from tiltjax import interpolants, metrics, plotting, problems, rewards
 from tiltjax.anisotropic import gibbs
 from tiltjax.checkerboard import Checkerboard
-from tiltjax.conjugate import Conjugate, calibrate, toward
+from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
 from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
@@ -67,6 +67,7 @@ __all__ = [
     "fmrg",
     "Conjugate",
     "calibrate",
+    "Probe",
     "toward",
     "Clipped",
     "Normalized",

@@ -101,6 +101,11 @@ def _calibrate(model: Model, key: Array, data: Array, levels: int, batch: int) -
     return Variance(log_snr, jnp.log(jax.lax.map(level, log_snr)))
 
 
+class Probe(eqx.Module):
+    """`variance=Probe()`: the tilted posterior's variance at each state by Tweedie's identity, `v = tr(∂D/∂eta) / d`, from one Hutchinson
+    probe. No calibration and no average over states, but one pullback through the denoiser each iteration."""
+
+
 class Fit(NamedTuple):
     """The conjugate reward that a step starts from: `c = fitted / spread`, `a = slope + c point`.
 
@@ -144,7 +149,7 @@ class Conjugate(Guidance):
     - `iterations`: refinements of the fit an evaluation, from the previous step's.
     - `draws`: an even number, antithetic pairs.
     - `keep`: the share of the previous curvature kept in each iteration, in [0, 1): averages the draws' noise over steps.
-    - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by default.
+    - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by default. Or `Probe()`.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of different widths in different directions.
 
     The network is asked at `snr_t + c`: on a path with a cleanest level (`DiscreteVP`) end the grid where that is still inside and jump,
@@ -221,7 +226,11 @@ class Conjugate(Guidance):
 
         def refine(fit: Fit, key: Array) -> tuple[Fit, None]:
             a, c = fit.natural, fit.precision
-            z, variance = denoised(a, c), self.variance(snr + c)
+            key, key_probe = jax.random.split(key)
+            if isinstance(self.variance, Probe):
+                z, variance = _probed(key_probe, lambda a: denoised(a, c), a)
+            else:
+                z, variance = denoised(a, c), self.variance(snr + c)
             width = jnp.sqrt(variance)
             draws = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
             if self.anisotropic:
@@ -239,7 +248,8 @@ class Conjugate(Guidance):
             # z answers to `a` with the gain v, and `a` to z with c - stiffness. Where v (stiffness - c) > 1 that loop oscillates and
             # grows: move by the share that would end it in one step if it were linear.
             stiffness = jnp.maximum(jnp.sum(fit.stiff * turned), jnp.max(jax.vmap(_steepness)(w, bent)))
-            excess = self.variance(snr + fresh.precision) * (stiffness - fresh.precision)
+            gain = variance if isinstance(self.variance, Probe) else self.variance(snr + fresh.precision)
+            excess = gain * (stiffness - fresh.precision)
             share = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
             slope = jnp.mean(ahead + behind, axis=0) / 2
             # One step of the power method; the shift makes the most concave direction the dominant one, not the most convex.
@@ -252,6 +262,14 @@ class Conjugate(Guidance):
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * rewards.value(self.reward, x1)
+
+
+def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Array]:
+    """The denoiser and `tr(∂D/∂eta) / d` there; a learned Jacobian may say less than nothing, which is taken as rounding's worth."""
+    probe = jax.random.rademacher(key, natural.shape, natural.dtype)
+    z, pullback = jax.vjp(denoised, natural)
+    trace = jnp.sum(probe * pullback(probe)[0])
+    return z, jnp.maximum(trace / natural.size, jnp.finfo(natural.dtype).tiny)
 
 
 def _steepness(w: Array, bent: Array) -> Array:
