@@ -233,6 +233,7 @@ def test_batches_and_single_precision():
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), draws=3), "must be even, got 3"),
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), keep=1.0), r"keep must lie in \[0, 1\), got 1"),
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), iterations=0), "iterations must be at least 1"),
+        (lambda: tj.Conjugate(MODEL, -1 * tj.rewards.Quadratic([0.0, 1.0])), r"convex together \(c = -2 < 0\)"),
         (lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((10, 3))), r"shape \(2,\), got an array of shape \(10, 3\)"),
         (
             lambda: tj.toward(MODEL, tj.Analytic(contracts.planar()), tj.rewards.Linear([1.0, 0.0])),

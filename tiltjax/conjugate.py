@@ -141,7 +141,9 @@ class Conjugate(Guidance):
     | isotropic draws | `iterations + 1` | `iterations * (draws + 2)` |
     | `anisotropic=True` | `iterations * (1 + draws / 2) + 1` | `iterations * (draws + 2)` |
 
-    and no derivative of the network. DOC_MEASURED
+    and no derivative of the network. Measured against known tilts (`benchmarks/any_reward.py`, `benchmarks/checkerboard.py`): closest of
+    all guidances to the tilt on bumps, kinks, plateaus and wells, in 1 to 100 dimensions, mode masses off by up to a tenth; on a reward
+    that is flat between modes and stiff across them it is wrong, one mode takes nearly all.
 
     **Arguments:**
 
@@ -157,6 +159,8 @@ class Conjugate(Guidance):
 
     `log_h` is exact for a conjugate reward on an `Analytic` model, and otherwise `None`: to weigh particles, use this as a proposal
     beside another twist.
+
+    **Raises:** `ValueError` for conjugate terms that are convex together, an odd number of draws, a `keep` outside [0, 1).
     """
 
     model: Model
@@ -197,6 +201,11 @@ class Conjugate(Guidance):
         self.anisotropic = bool(anisotropic)
         zero = jnp.zeros((), model.dtype)
         self.natural, self.precision, self.rest = _split(self.reward, (jnp.zeros(model.shape, model.dtype), zero))
+        if inputs.concrete((self.precision, self.scale)) and np.asarray(self.precision * self.scale) < 0:
+            raise ValueError(
+                f"the conjugate terms of this reward are convex together (c = {float(self.precision * self.scale):g} < 0): at the noise "
+                "end their tilt does not exist. Tilted can be asked where snr_t + c > 0; PlugIn guides from the start"
+            )
         if self.rest is not None and variance is None:
             variance = calibrate(model, jax.random.key(0))
         self.variance = variance if variance is None or isinstance(variance, eqx.Module) else inputs.Function(variance)
