@@ -83,9 +83,8 @@ def _calibrate(model: Model, key: Array, data: Array, levels: int, batch: int) -
     # A model that is asked `ahead` of its own snr reaches the ends of its network's range earlier.
     (network, ahead), widest = model.asks(), jnp.asarray([1e-7, 1e7], data.dtype) / base**2
     lowest, highest = (end.astype(data.dtype) - ahead for end in network.snr_range())
-    log_snr = jnp.linspace(
-        *jnp.log(jnp.stack([jnp.maximum(widest[0], lowest), jnp.minimum(widest[1], highest)])), levels
-    )
+    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
+    log_snr = jnp.linspace(first, last, levels)
     noise = jax.random.normal(key, data.shape, data.dtype)
 
     def level(log_snr: Array) -> Array:
