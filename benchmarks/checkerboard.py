@@ -12,6 +12,7 @@ Dandapanthula and Boffi (arXiv 2606.02884), with a learned network.
 
 import argparse
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,6 +126,9 @@ def softmax_row(board: tj.Checkerboard, n: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="without the plug-in rows, 2,000 samples")
+    parser.add_argument(
+        "--keep-plug-in", action="store_true", help="take the plug-in rows, the slow ones, from the last results"
+    )
     args = parser.parse_args()
     board = tj.Checkerboard()
     reward, trace, log_norm = exact()
@@ -145,7 +149,7 @@ def main() -> None:
     rows.append((many, guided_row(board, "Laplace", tj.Laplace(board, REWARD, SCALE), 60, 1, 2)))
     rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
     rows += [(many, softmax_row(board, n)) for n in (4, 16)]
-    if few:
+    if few and not args.keep_plug_in:
         rows += [(few, row) for row in plug_in_rows(board, board, "base scale respected")]
         rows += [(few, row) for row in plug_in_rows(board, UnitNoise(board), "as published")]
 
@@ -158,12 +162,16 @@ def main() -> None:
         result = {"num": len(x), "calls": row.calls, "pullbacks": row.pullbacks, "published": row.published}
         result |= {"mean_reward": (mean, mean_error), "trace": (spread, spread_error), "not_finite": lost}
         result["is_tilt"] = bool(abs(off[0]) < WITHIN[0] and abs(off[1]) < WITHIN[1])
-        table.append({"method": row.name, **result})
+        table.append({"method": row.name, "commit": common.COMMIT, **result})
         print(
             f"{row.name:52s} {mean:.4f} ± {mean_error:.4f} ({off[0]:+6.2%})  {spread:.4f} ± {spread_error:.4f} ({off[1]:+7.2%})  "
             f"{row.calls:6d} calls, {row.pullbacks:6d} pullbacks{'  within' if result['is_tilt'] else ''}",
             flush=True,
         )
+
+    if args.keep_plug_in:
+        last = json.loads((common.RESULTS / "checkerboard.json").read_text())["rows"]
+        table += [row for row in last if row["method"] not in {new["method"] for new in table}]
 
     cost = lambda row: row["calls"] + row["pullbacks"]
     hits = sorted((row for row in table if row["is_tilt"]), key=cost)

@@ -207,6 +207,32 @@ def test_a_probe_measures_the_variance_at_the_state():
     np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
 
 
+def test_a_multiple_of_a_sum_is_split_too():
+    quadratic, other = tj.rewards.Quadratic([0.5, 1.0]), tj.rewards.as_reward(lambda x: -jnp.abs(x[0]))
+    one = tj.Conjugate(MODEL, 2 * (quadratic + 3 * (quadratic + other)), variance=lambda snr: 1 / (1 + snr))
+    assert one.precision == 16
+    np.testing.assert_allclose(one.rest(X), 6 * other(X), rtol=1e-12)
+
+
+def test_a_kink_at_a_large_scale_is_found_and_kept():
+    """The draws of a fit that has jumped over the kink see no curvature: forgetting at once, it would leave for good."""
+    prior = tj.GaussianMixture([0.5, 0.5], [[-2.5], [2.5]], [[[0.5]], [[0.5]]])
+    model, reward, num = tj.Analytic(prior), lambda x: -jnp.abs(x[0] - 1), 1000
+    truth = theory.quadrature.tilt(prior, reward, 20.0)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, 20.0), num=num, steps=50).x
+    spread = float(jnp.sqrt(truth.expect(lambda x: (x[0] - 1) ** 2)))
+    assert np.sqrt(np.mean((np.asarray(x) - 1) ** 2)) < 1.5 * spread
+
+
+def test_it_can_be_differentiated_where_the_reward_is_flat():
+    reward = lambda x: jnp.clip(x[0], -1.0, 1.0)
+    table = lambda snr: 1 / (1 + snr)
+    mean = lambda scale: jnp.mean(
+        tj.sample(KEY, MODEL, tj.Conjugate(MODEL, reward, scale, variance=table), num=8, steps=6).x
+    )
+    assert np.isfinite(jax.grad(mean)(1.0))
+
+
 def test_toward_a_tilted_model_is_that_model():
     reward = tj.rewards.Quadratic([0.5, 1.0])
     tilted = tj.Tilted(MODEL, reward, 1.5)
@@ -234,6 +260,9 @@ def test_batches_and_single_precision():
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), keep=1.0), r"keep must lie in \[0, 1\), got 1"),
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), iterations=0), "iterations must be at least 1"),
         (lambda: tj.Conjugate(MODEL, -1 * tj.rewards.Quadratic([0.0, 1.0])), r"convex together \(c = -2 < 0\)"),
+        (lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])), r"states of shape \(1,\), the model's have \(2,\)"),
+        (lambda: tj.calibrate(MODEL, KEY, levels=1), "at least two levels"),
+        (lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((4, 2)), batch=-3), "batch must be at least 1"),
         (lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((10, 3))), r"shape \(2,\), got an array of shape \(10, 3\)"),
         (
             lambda: tj.toward(MODEL, tj.Analytic(contracts.planar()), tj.rewards.Linear([1.0, 0.0])),

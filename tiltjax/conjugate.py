@@ -18,12 +18,14 @@ natural parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance
 `-scale E<w, ∇r(z + w)> / E|w|^2`, at one more denoiser call each and still without a derivative.
 
 **Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by more than `1 / v` this loop would
-oscillate and grow. The draws and the power method find the stiffest direction, and the fit moves by the share that stops it.
+oscillate and grow. The draws and the power method find the stiffest direction, and the fit moves by the share that stops it; in one
+iteration it moves no further than two widths of the posterior, where its draws have looked, and widens by no more than two.
 
 The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity in place of a reward's form.
 
 What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `Step` has none and is not seen); far modes that the
-draws do not reach; rewards that are flat between modes and stiff across (the fit settles on one mode and then sees only what is
+draws do not reach; rewards that turn within the width of a posterior (`scale sin(3 x)` from a scale of about 10 on); one direction
+far stiffer than hundreds of others, which it slows down; rewards that are flat between modes and stiff across (the fit settles on one mode and then sees only what is
 across: `tiltjax.gibbs` is exact for quadratic ones).
 """
 
@@ -40,6 +42,9 @@ from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.models import Analytic, Model
 from tiltjax.sampling import sample
+
+_FORGET = 0.75  # the share of its precision that the fitted posterior may lose in one iteration
+_REACH = 2.0  # how far its mean may move, in widths
 
 
 class Variance(eqx.Module):
@@ -63,7 +68,7 @@ def calibrate(
     **Arguments:** `model`; `num`, samples a level; `levels`, of snr, evenly spaced in its logarithm from 1e-7 to 1e7 over the noise's
     own variance, as far as the network was trained there (`Interpolant.snr_range`); `data`, `(num, *shape)`, clean samples (drawn from the model by default); `batch`, as in `sample`.
 
-    **Raises:** `ValueError` for data of another shape.
+    **Raises:** `ValueError` for data of another shape, or fewer than two levels.
     """
     inputs.instance(model, Model, "model", "calibrate(model, key)")
     key_data, key_noise = jax.random.split(inputs.typed_key(key))
@@ -72,7 +77,11 @@ def calibrate(
     data = inputs.finite(data, "data").astype(model.dtype)
     if data.shape[1:] != model.shape:
         raise ValueError(f"data must hold states of shape {model.shape}, got an array of shape {data.shape}")
-    return _calibrate(model, key_noise, data, inputs.count(levels, "levels"), batch or len(data))
+    if inputs.count(levels, "levels") < 2 or not len(data):
+        raise ValueError(
+            f"a table needs at least two levels and one sample, got levels = {levels} and {len(data)} samples"
+        )
+    return _calibrate(model, key_noise, data, levels, len(data) if batch is None else inputs.count(batch, "batch"))
 
 
 @eqx.filter_jit
@@ -200,9 +209,9 @@ class Conjugate(Guidance):
         self.anisotropic = bool(anisotropic)
         zero = jnp.zeros((), model.dtype)
         self.natural, self.precision, self.rest = _split(self.reward, (jnp.zeros(model.shape, model.dtype), zero))
-        if inputs.concrete((self.precision, self.scale)) and np.asarray(self.precision * self.scale) < 0:
+        if inputs.concrete((self.precision, self.scale)) and np.asarray(self.precision) * np.asarray(self.scale) < 0:
             raise ValueError(
-                f"the conjugate terms of this reward are convex together (c = {float(self.precision * self.scale):g} < 0): at the noise "
+                f"the conjugate terms of this reward are convex together (c = {float(self.precision) * float(self.scale):g} < 0): at the noise "
                 "end their tilt does not exist. Tilted can be asked where snr_t + c > 0; PlugIn guides from the start"
             )
         if self.rest is not None and variance is None:
@@ -253,6 +262,9 @@ class Conjugate(Guidance):
 
             mix = lambda old, new: self.keep * old + (1 - self.keep) * new
             fresh = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
+            # The fit may sharpen at once, and forgets by and by: draws that have jumped over a kink see none of its curvature.
+            least = c - _FORGET / variance
+            fresh = fresh._replace(fitted=jnp.maximum(fresh.fitted, least * fresh.spread))
             # z answers to `a` with the gain v, and `a` to z with c - stiffness. Where v (stiffness - c) > 1 that loop oscillates and
             # grows: move by the share that would end it in one step if it were linear.
             stiffness = jnp.maximum(jnp.sum(fit.stiff * turned), jnp.max(jax.vmap(_steepness)(w, bent)))
@@ -261,7 +273,10 @@ class Conjugate(Guidance):
             share = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
             slope = jnp.mean(ahead + behind, axis=0) / 2
             # One step of the power method; the shift makes the most concave direction the dominant one, not the most convex.
-            stiff = _unit(turned + jnp.sqrt(jnp.sum(turned**2)) * fit.stiff, fit.stiff)
+            stiff = _unit(turned + _length(turned) * fit.stiff, fit.stiff)
+            # Where the posterior would move to if it were Gaussian: no further than the draws have looked.
+            moved = (slope - a + c * z) / (1 / variance + fresh.precision - c)
+            share = jnp.minimum(share, _REACH * jnp.sqrt(variance * x.size) / jnp.maximum(_length(moved), 1e-30))
             point, slope = fit.point + share * (z - fit.point), fit.slope + share * (slope - fit.slope)
             return fresh._replace(point=point, slope=slope, stiff=stiff), None
 
@@ -282,27 +297,44 @@ def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Arra
 
 def _steepness(w: Array, bent: Array) -> Array:
     """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex one, which needs no restraint."""
-    return jnp.where(jnp.sum(w * bent) > 0, jnp.sqrt(jnp.sum(bent**2) / jnp.sum(w**2)), 0)
+    along = _length(w)
+    return jnp.where(jnp.sum(w * bent) > 0, _length(bent) / jnp.where(along > 0, along, 1), 0)
+
+
+def _length(x: Array) -> Array:
+    """`|x|`, with a gradient of zero at zero."""
+    square = jnp.sum(x**2)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _unit(x: Array, otherwise: Array) -> Array:
     """`x / |x|`, or `otherwise` where x vanishes."""
-    length = jnp.sqrt(jnp.sum(x**2))
+    length = _length(x)
     return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), otherwise)
 
 
 def _split(reward: rewards.Reward, zero: tuple[Array, Array]) -> tuple[Array, Array, rewards.Reward | None]:
     """`(a, c)` of the conjugate terms of a reward, and the sum of the others, `None` if there are none."""
-    terms = reward.terms if isinstance(reward, rewards.Sum) else (reward,)
     (natural, precision), rest = zero, None
-    for term in terms:
+    for term in _terms(reward):
         try:
             a, c = term.conjugate()
         except ValueError:  # not conjugate
             rest = term if rest is None else rest + term
-        else:
-            natural, precision = natural + a.astype(natural.dtype), precision + c.astype(precision.dtype)
+            continue
+        if a.shape != natural.shape:
+            raise ValueError(f"the reward is one of states of shape {a.shape}, the model's have {natural.shape}")
+        natural, precision = natural + a.astype(natural.dtype), precision + c.astype(precision.dtype)
     return natural, precision, rest
+
+
+def _terms(reward: rewards.Reward) -> list[rewards.Reward]:
+    """The terms of a sum, also of a multiple of one."""
+    if isinstance(reward, rewards.Sum):
+        return [part for term in reward.terms for part in _terms(term)]
+    if isinstance(reward, rewards.Scaled):
+        return [rewards.Scaled(part, reward.factor) for part in _terms(reward.reward)]
+    return [reward]
 
 
 class Toward(Guidance):

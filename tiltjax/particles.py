@@ -13,7 +13,7 @@ from jaxtyping import Array
 from tiltjax import inputs
 
 CULPRITS = (
-    "the model's denoiser is not finite, here or where the guidance asked it",
+    "the model's denoiser is not finite, here or where the guidance asked it (for a fitted reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's pull is not finite: look at the reward's gradient",
     "the state left the finite numbers in the solver's step: look at the times, the scale, and Adaptive's tolerance and max_steps",
