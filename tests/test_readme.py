@@ -41,3 +41,21 @@ def test_the_tables_are_those_of_the_results():
     costs = json.loads((results / "cost_to_floor.json").read_text())["methods"]
     for row in costs.values():
         assert f"| {row['over_floor']:.2f} ± {row['error']:.2f} | {row['run_cpu']:.4f} | {row['forward']:,} |" in text
+    study = json.loads((results / "any_reward.json").read_text())["rows"]
+    for row in study:
+        cells = " | ".join(
+            "not finite" if cell is None else f"{cell['share']:.3f} / {cell['w2']:.2f}"
+            for cell in row["methods"].values()
+        )
+        assert f"| {row['dim']} | {row['share']:.3f} | {row['floor']:.2f} | " in text
+        for cell in cells.split(" | "):
+            assert cell in text
+    board = json.loads((results / "checkerboard.json").read_text())["rows"]
+    shown = [row for row in board if f"| {row['method']} |" in text]
+    assert len(shown) > 10
+    for row in shown:
+        mean, trace = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("mean_reward", "trace"))
+        assert f"| {row['method']} | {mean} | {trace} | {row['calls']:,} | {row['pullbacks']:,} |" in text
+    for row in json.loads((results / "learned.json").read_text())["rows"]:
+        over = " | ".join(f"{cell['w2'] / row['floor']:.2f}" for cell in row.values() if isinstance(cell, dict))
+        assert f"| {row['scale']:g} | {over} |" in text

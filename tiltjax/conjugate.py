@@ -158,7 +158,8 @@ class Conjugate(Guidance):
     - `model`; `reward`, differentiable almost everywhere and without jumps; `scale >= 0`.
     - `iterations`: refinements of the fit an evaluation, from the previous step's.
     - `draws`: an even number, antithetic pairs.
-    - `keep`: the share of the previous curvature kept in each iteration, in [0, 1): averages the draws' noise over steps.
+    - `keep`: the share of the previous curvature kept in each iteration, in [0, 1). It averages the draws' noise over steps: steadier
+      for stiff rewards; for smooth ones 0 has the smaller bias (on the checkerboard 1% of the trace instead of 6%).
     - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by default. Or `Probe()`.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of different widths in different directions.
 
