@@ -56,9 +56,9 @@ def test_other_rewards_are_refused(reward, message):
         tj.gibbs(KEY, tj.Analytic(contracts.planar()), reward, num=10, steps=5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_rounding_is_not_taken_for_a_kink(dtype):
-    """A quadratic written out by hand, far from the origin and beside a large constant, in one dtype."""
+def test_rounding_is_not_taken_for_a_kink():
+    """A quadratic written out by hand, far from the origin and beside a large constant, in single precision."""
+    dtype = jnp.float32
     prior = tj.GaussianMixture(jnp.ones(1, dtype), 100 * jnp.ones((1, 2), dtype), jnp.eye(2, dtype=dtype)[None])
     center, weight = jnp.asarray([100.3, 99.0], dtype), jnp.asarray([1.0, 0.5], dtype)
     model = tj.Analytic(prior, tj.Linear(jnp.ones((), dtype)))
@@ -79,9 +79,9 @@ def test_a_few_particles_are_mixed_as_well(num):
 
 
 def test_the_spread_is_right_at_the_default_steps():
-    """Two modes, 4 standard errors: with an inner draw of order 1 the first variance is 5 of them short."""
+    """Two modes, 4 standard errors: with an inner draw of order 1 both variances are some 7 of them short."""
     prior = tj.GaussianMixture([0.5, 0.5], [[-2.5, 0.0], [2.5, 0.0]], jnp.stack([0.5 * jnp.eye(2)] * 2))
-    reward, num = tj.rewards.Quadratic([0.3, 1.0], [2.0, 0.2]), 8000
+    reward, num = tj.rewards.Quadratic([0.3, 1.0], [2.0, 0.2]), 40_000
     truth = np.diagonal(theory.tilt(prior, reward, 1.0).mixture.cov())
     particles, _ = tj.gibbs(KEY, tj.Analytic(prior), reward, num=num)
     squares = (np.asarray(particles.x) - np.asarray(particles.x).mean(axis=0)) ** 2
@@ -96,8 +96,7 @@ def test_it_says_that_it_cannot_be_traced():
             traced(KEY, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_a_tilt_without_finite_mass_is_reported(dtype):
-    model = tj.Analytic(contracts.planar(dtype), tj.Linear(jnp.ones((), dtype)))
+def test_a_tilt_without_finite_mass_is_reported():
+    model = tj.Analytic(contracts.planar(jnp.float32), tj.Linear(jnp.float32(1)))
     with pytest.raises(FloatingPointError, match="no finite mass"):
         tj.gibbs(KEY, model, tj.rewards.Quadratic([0.3, 1.0], [1.0, -50.0]), num=10, steps=2)

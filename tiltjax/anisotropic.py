@@ -32,7 +32,9 @@ from tiltjax.particles import Particles, unweighted
 from tiltjax.posteriors import Glass
 
 _BLOCK = 5  # sweeps between two looks at the correlation
-_CHAINS = 256  # at the least: a correlation of few shows nothing
+_CHAINS = (
+    256  # at the least: the noise of a correlation is then 1/4 (four standard errors), and few chains show nothing
+)
 _NOT_QUADRATIC = "gibbs takes quadratic rewards, got one whose Hessian is not constant: use Conjugate"
 
 
