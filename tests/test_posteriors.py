@@ -83,12 +83,12 @@ def test_exact_draws_of_point_masses_are_the_points():
 # Glass.
 
 
-def glass_as_affine_map(path, steps, t, monkeypatch):
+def glass_as_affine_map(path, steps, t, monkeypatch, order=1):
     """Mean and standard deviation of a draw for one Gaussian, exactly: it is affine in its one normal variable."""
 
     def at(z):
         monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=float: jnp.full(shape, z, dtype))
-        draw = jax.jit(lambda x: tj.Glass(line(path), steps).draw(jax.random.key(0), jnp.asarray(t), x))
+        draw = jax.jit(lambda x: tj.Glass(line(path), steps, order).draw(jax.random.key(0), jnp.asarray(t), x))
         return float(draw(jnp.asarray([0.4]))[0])
 
     low, middle, high = at(-1.0), at(0.0), at(1.0)
@@ -96,12 +96,13 @@ def glass_as_affine_map(path, steps, t, monkeypatch):
     return middle, high - middle
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("path", "t"), [("linear", 0.05), ("base 1.7", 0.5), ("trigonometric", 0.9)])
-def test_glass_is_of_first_order_in_its_spread(path, t, monkeypatch):
+def test_glass_is_of_its_order_in_its_spread(path, t, order, monkeypatch):
     mean, cov = moments(PATHS[path], t, np.array([0.4]), line(PATHS[path]).mixture)
-    results = [glass_as_affine_map(PATHS[path], steps, t, monkeypatch) for steps in (32, 64, 128)]
+    results = [glass_as_affine_map(PATHS[path], steps, t, monkeypatch, order) for steps in (32, 64, 128)]
     errors = [abs(std - np.sqrt(cov[0, 0])) for _, std in results]
-    assert abs(contracts.slope(errors) - 1) < 0.2, errors
+    assert abs(contracts.slope(errors) - order) < 0.2, errors
     # For one Gaussian the mean is right at any number of steps: the inner denoiser's mean never leaves it.
     assert all(abs(m - mean[0]) < 1e-10 for m, _ in results)
 
@@ -118,22 +119,28 @@ def test_glass_converges_to_the_posterior_of_a_mixture(path):
     contracts.assert_moments(fine, *moments(PATHS[path], 0.5), slack)
 
 
-def test_glass_of_a_point_mass_is_exact_in_one_step():
+@pytest.mark.parametrize("order", [1, 2])
+def test_glass_of_a_point_mass_is_exact_in_one_step(order):
     model = tj.Analytic(contracts.gaussian([0.2, -0.1], np.zeros((2, 2))))
     for steps in (1, 5):
-        draw = tj.Glass(model, steps).draw(jax.random.key(0), jnp.asarray(0.3), X)
+        draw = tj.Glass(model, steps, order).draw(jax.random.key(0), jnp.asarray(0.3), X)
         chex.assert_trees_all_close(draw, jnp.asarray([0.2, -0.1]), rtol=1e-10)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_glass_asks_the_network_steps_times(steps):
+def test_glass_refuses_other_orders():
+    with pytest.raises(ValueError, match="order must be 1 or 2"):
+        tj.Glass(MODEL, order=3)
+
+
+@pytest.mark.parametrize(("steps", "order"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_glass_asks_the_network_steps_times(steps, order):
     calls = []
 
     def denoise(t, x):
         jax.debug.callback(lambda t: calls.append(float(t)), t)
         return MODEL.denoise(t, x)
 
-    tj.Glass(tj.from_denoiser(denoise, shape=(2,)), steps).draw(jax.random.key(0), jnp.asarray(0.3), X)
+    tj.Glass(tj.from_denoiser(denoise, shape=(2,)), steps, order).draw(jax.random.key(0), jnp.asarray(0.3), X)
     jax.effects_barrier()
     assert len(calls) == steps
     assert min(calls) == 0.3  # it always knows at least as much as x says
