@@ -198,8 +198,6 @@ def test_laws_compile_map_and_differentiate():
 def test_refusals_say_why_and_what_to_use():
     prior = tj.GaussianMixture([1.0], [[0.0, 0.0]], [[[0.5, 0.2], [0.2, 0.7]]])
     isotropic = tj.rewards.Quadratic([0.0, 1.0])
-    with pytest.raises(ValueError, match="k = 1, got k = 3"):
-        theory.plug_in_law(prior, isotropic, 1.0, k=3)
     with pytest.raises(ValueError, match=r"commute.*discrete_law"):
         theory.plug_in_law(prior, tj.rewards.Quadratic([0.0, 1.0], weight=[2.0, 1.0]), 1.0)
     with pytest.raises(ValueError, match=r"concave.*eigenvalue -1"):

@@ -5,17 +5,10 @@ What a sampler should produce (`tilt`, `log_h`), and what it will (`plug_in_law`
 """
 
 from theory import quadrature
-from theory.bias import (
-    AffineField,
-    discrete_law,
-    doob_field,
-    dps_field,
-    fmrg_field,
-    fmrg_law,
-    plug_in_field,
-    plug_in_law,
-)
+from theory.bias import fmrg_law, plug_in_law
+from theory.discrete import AffineField, discrete_law, doob_field, dps_field, fmrg_field, plug_in_field
 from theory.doob import log_h, marginal
+from theory.draws import DrawsLaw
 from theory.tilts import Tilt, expected_reward, is_quadratic, quadratic_form, tilt
 
 __all__ = [
@@ -27,6 +20,7 @@ __all__ = [
     "log_h",
     "marginal",
     "plug_in_law",
+    "DrawsLaw",
     "fmrg_law",
     "discrete_law",
     "AffineField",

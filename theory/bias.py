@@ -19,40 +19,56 @@ gives `du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))` for any interpolant. S
 """
 
 from collections.abc import Callable
+from typing import Literal, overload
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from theory import quadrature
+from theory.draws import DrawsLaw, draws_law
 from theory.tilts import QuadraticForm, quadratic_form
-from tiltjax import inputs, linalg, rewards, scales, solvers
+from tiltjax import inputs, rewards, scales
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
 
 
+@overload
+def plug_in_law(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: Literal[1] = 1
+) -> GaussianMixture: ...
+
+
+@overload
+def plug_in_law(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int
+) -> GaussianMixture | DrawsLaw: ...
+
+
 def plug_in_law(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int = 1
-) -> GaussianMixture:
-    """The law of the plug-in guided flow with k = 1 fresh posterior draw, at a constant or a damped scale.
+) -> GaussianMixture | DrawsLaw:
+    """The law of the plug-in guided flow with k fresh posterior draws.
 
-    `scale` is a number or the law that the guidance was given: `Damped(scale, sigma)` with any sigma, right or wrong. For one
-    Gaussian and a quadratic reward this is also the law of DPS.
+    With k = 1 it is Gaussian, and comes back as a `GaussianMixture`. `scale` is then a number or the law that the guidance was given:
+    `Damped(scale, sigma)` with any sigma, right or wrong. For one Gaussian and a quadratic reward this is also the law of DPS.
 
-    For a mixture the law of each component is exact and the prior's weights are kept: what happens if the draws of `X_1` stay in
+    With k > 1 it is not Gaussian, and comes back as a `DrawsLaw`, which has the same `mean`, `cov`, `sample` and `log_prob`, `quantile`
+    and an `error`: for one Gaussian, isotropic if in more than one dimension, a reward `-h |x - y|^2` (plus a linear one), and a
+    constant scale, `scale h s^2 <= 1e4`. The cost does not depend on k.
+
+    For a mixture (k = 1) the law of each component is exact and the prior's weights are kept: what happens if the draws of `X_1` stay in
     one component as x moves, or in the limit of far modes at a fixed number of steps. It ignores the push that draws receive where
     two modes compete, so it says nothing of masses between near modes.
 
-    **Raises:** `ValueError` for k > 1, a reward that is not quadratic, one that is convex along a direction, or covariances that
-    do not commute with the reward's matrix.
+    **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction.
     """
-    if inputs.count(k, "k") != 1:
-        raise ValueError(f"this closed form is that of k = 1, got k = {k}")
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
+    if inputs.count(k, "k") > 1:
+        return _draws(prior, reward, law, k)
     final = law.final
 
     def direction(s2: Array, h: Array) -> tuple[Array, Array]:
@@ -155,178 +171,28 @@ def _log_remainder(z: Array) -> Array:
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
 
 
-class AffineField(eqx.Module):
-    """A guided denoiser that is affine in x and Gaussian in its draw: `D~ = A_t x + c_t + N_t z`, `z ~ N(0, I)`.
-
-    Built by `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field`, for one Gaussian and a quadratic reward with any H.
-    """
-
-    prior: GaussianMixture
-    form: QuadraticForm
-    law: scales.Scale
-    interpolant: Interpolant
-    pull: Callable = eqx.field(static=True)
-
-    def at(self, t: Array) -> tuple[Array, Array, Array]:
-        """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
-        path, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        eye = jnp.eye(len(mean), dtype=mean.dtype)
-        gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
-        # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise, corrected for what the view shows.
-        draw = jnp.concatenate([(eye - alpha * gain) @ linalg.square_root(cov), -sigma * gain], axis=1)
-        offset = mean - alpha * gain @ mean
-        strength = self.law(jax.random.key(0), path.snr(t), t, mean)
-        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, offset, draw)
-        return gain + matrix, offset + move, noise
-
-
-def plug_in_field(
-    prior: GaussianMixture,
-    reward: rewards.Reward,
-    scale: float | Array | scales.Scale,
-    interpolant: Interpolant | None = None,
-) -> AffineField:
-    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`."""
-    return _affine(prior, reward, scale, interpolant, _pull_at_draw)
-
-
-def dps_field(
-    prior: GaussianMixture,
-    reward: rewards.Reward,
-    scale: float | Array | scales.Scale,
-    interpolant: Interpolant | None = None,
-) -> AffineField:
-    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`."""
-    return _affine(prior, reward, scale, interpolant, _pull_at_mean)
-
-
-def doob_field(
-    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
-) -> AffineField:
-    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`."""
-    return _affine(prior, reward, inputs.nonnegative(scale, "scale"), interpolant, _pull_exactly)
-
-
-def fmrg_field(
-    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
-) -> AffineField:
-    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`."""
-    return _affine(prior, reward, scale, interpolant, _pull_at_end)
-
-
-def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
-    if len(prior.log_weights) != 1:
-        raise ValueError(f"a guided flow is affine for one Gaussian only, got a mixture of {len(prior.log_weights)}")
-    law = scales.as_scale(scale)
-    if not isinstance(law, scales.Constant | scales.Damped):
+def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int) -> DrawsLaw:
+    """The law of k > 1 draws, where `draws_law` has it."""
+    if not isinstance(law, scales.Constant):
         raise ValueError(
-            f"no recursion for the scale law {type(law).__name__}: Constant and Damped depend on time alone"
+            f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: pass a number"
         )
-    interpolant = Linear() if interpolant is None else interpolant
-    form = quadratic_form(rewards.as_reward(reward), prior.dim)
-    return inputs.cast(AffineField(prior, form, law, interpolant, pull), prior.means.dtype)
-
-
-def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array, Array]:
-    """`∇r(matrix x + offset)` as an affine function of x."""
-    return -2 * form.matrix @ matrix, form.gradient - 2 * form.matrix @ (offset - form.center)
-
-
-def _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw):
-    slope, constant = _gradient(form, gain, offset)
-    posterior = draw @ draw.T
-    return strength * posterior @ slope, strength * posterior @ constant, jnp.zeros_like(draw)
-
-
-def _pull_at_draw(path, t, form, strength, mean, cov, gain, offset, draw):
-    matrix, move, _ = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
-    return matrix, move, -2 * strength * (draw @ draw.T) @ form.matrix @ draw
-
-
-def _pull_exactly(path, t, form, strength, mean, cov, gain, offset, draw):
-    matrix, move, noise = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
-    damp = jnp.linalg.inv(jnp.eye(len(mean), dtype=mean.dtype) + 2 * strength * draw @ draw.T @ form.matrix)
-    return damp @ matrix, damp @ move, noise
-
-
-def _pull_at_end(path, t, form, strength, mean, cov, gain, offset, draw):
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    s2, axes = jnp.linalg.eigh(cov)
-    flow = (axes * jnp.sqrt(jnp.maximum(s2, 0) / (alpha**2 * s2 + sigma**2))[None]) @ axes.T
-    slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
-    # The drift is b + strength * flow^T ∇r: as a move of the denoiser, that is tweedie * 2 / g^2.
-    factor = strength * path.tweedie(t) * 2 / path.diffusion(t)
-    return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
-
-
-def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | None = None) -> GaussianMixture:
-    """The exact Gaussian law of what `tiltjax.sample` returns on the grid `times`: mean and covariance at any number of steps.
-
-    Every step is affine in the state plus independent Gaussian noise from the draws, `x' = A x + c + B z`, so the two moments
-    follow a linear recursion: no simulation, no limit. Start: `N(0, sigma_0^2 I)` at `times[0]`.
-
-    **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`, `Heun(share_draw)` or
-    `Ancestral(eta)`.
-    """
-    solver = solvers.Heun() if solver is None else solver
-    times = inputs.time_grid(times, None).astype(field.prior.means.dtype)
-    path, d = field.interpolant, field.prior.dim
-    eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
-
-    def velocity(t: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
-        return (
-            path.velocity(t, eye, matrix),
-            path.velocity(t, zero, move),
-            path.velocity(t, jnp.zeros_like(noise), noise),
+    if len(prior.log_weights) != 1:
+        raise ValueError(
+            f"the law of k = {k} draws is known for one Gaussian, got a mixture of {len(prior.log_weights)}: ask for one component"
         )
-
-    def euler(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        slope, move, noise = velocity(t)
-        return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
-
-    def heun(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        dt = u - t
-        first, move, noise = velocity(t)
-        second, move_u, noise_u = velocity(u)
-        carried = noise + dt * second @ noise
-        together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
-        matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
-        return matrix, dt / 2 * (move + move_u + dt * second @ move), dt / 2 * jnp.concatenate(together, axis=1)
-
-    def ancestral(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
-        rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
-        variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
-        keep = jnp.sqrt(path.sigma(u) ** 2 - variance) / path.sigma(t)
-        gain = path.alpha(u) - keep * path.alpha(t)
-        return (
-            keep * eye + gain * matrix,
-            gain * move,
-            jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
-        )
-
-    match solver:
-        case solvers.Euler():
-            regular = euler
-        case solvers.Heun(share_draw=share_draw):
-            regular = heun
-        case solvers.Ancestral():
-            regular, eta = ancestral, solver.eta.astype(times.dtype)
-        case _:
-            raise ValueError(f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one")
-
-    def moved(moments: tuple[Array, Array], transition: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        (mean, cov), (matrix, move, spread) = moments, transition
-        return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
-
-    def advance(moments: tuple[Array, Array], interval: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        t, u = interval
-        # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any more.
-        step = lambda: moved(moments, regular(t, u))
-        return jax.lax.cond(u < 1, step, lambda: moved(moments, field.at(t))), None
-
-    moments = zero, path.sigma(times[0]) ** 2 * eye
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:]))
-    return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
+    form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
+    mean, cov = prior.means[0], prior.covs[0]
+    if inputs.concrete((cov, form.matrix)):
+        for name, matrix in (("covariance", cov), ("reward's matrix H", form.matrix)):
+            matrix = np.asarray(matrix, np.float64)
+            excess = np.abs(matrix - matrix[0, 0] * np.eye(prior.dim)).max()
+            if excess > 1e-6 * np.abs(matrix).max():
+                raise ValueError(
+                    f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}: draws compete by their length, "
+                    "which couples the directions"
+                )
+    variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim
+    strength = law.final * h * variance
+    target = form.center + form.gradient / (2 * jnp.where(h == 0, 1.0, h))
+    return draws_law(mean, variance, target, strength, k)
