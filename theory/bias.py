@@ -8,6 +8,7 @@ curvature h, `a = scale h s^2`), measured from mu, with y the reward's maximiser
 | the tilt | `2a / (1 + 2a) y` | `s / sqrt(1 + 2a)` |
 | plug-in, k = 1, and DPS | `2 sqrt(a) F(sqrt(a)) y` (F: Dawson's integral) | `s exp(-a)` |
 | damped plug-in of the right width | the tilt | the tilt |
+| the diffusion, plug-in, k = 1 | `(1 - exp(-2a)) y` | `s sqrt((1 - exp(-4a)) / (4a))` |
 | FMRG | `(1 - exp(-q)) y`, `q = 2 a ∫ dt / (sigma_t^2 + alpha_t^2 s^2)` | `s exp(-q)` |
 
 These are the laws in the limit of small steps, where fresh draws average out; `discrete_law` is the law at any number of steps.
@@ -69,27 +70,50 @@ def plug_in_law(
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
     if inputs.count(k, "k") > 1:
         return _draws(prior, reward, law, k)
-    final = law.final
 
     def direction(s2: Array, h: Array) -> tuple[Array, Array]:
-        fraction = jnp.asarray(_ONE_MINUS_W * (1 + _W), s2.dtype)  # v / s^2 = 1 - w^2
-        v = s2 * fraction
-        if isinstance(law, scales.Constant):
-            local, spent, total = final, final * v, final * s2
-        elif isinstance(law, scales.Damped):
-            # The damping's own variance is v / (1 + beta v) with beta = 1/sigma^2 - 1/s^2. With gamma = beta + 2 scale the law is
-            # scale (1 + beta v) / (1 + gamma v), whose integral needs (z - log(1 + z)) / z^2 at z = gamma v.
-            width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
-            beta_v = (s2 / width - 1) * fraction
-            local = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
-            spent = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
-            total = final * (s2 - 2 * final * s2**2 * _log_remainder(s2 / width - 1 + 2 * final * s2))
-        else:
-            raise ValueError(f"no closed form for the scale law {type(law).__name__}: Constant and Damped have one")
+        local, spent, total = _clock(law, s2)
         response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
-        return response, jnp.exp(-h * total)
+        return response, s2 * jnp.exp(-2 * h * total)
 
-    return _per_direction(prior, reward, final, direction)
+    return _per_direction(prior, reward, law.final, direction)
+
+
+def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale) -> GaussianMixture:
+    """The law of plug-in guidance of the memoryless diffusion (`Ancestral(1)`), k = 1, in the limit of small steps.
+
+    In the clock `tau = s^2 - v` the posterior mean m is `dm = -2 lambda h (m - y) dtau + dW_tau`, so that a constant scale gives the mean
+    `(1 - e^{-2a}) y` and the variance `(1 - e^{-4a}) / (4 scale h)`: no overshoot, unlike the flow. The right damping is again the tilt.
+    **Arguments, mixtures and errors:** as `plug_in_law` with k = 1.
+    """
+    law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
+
+    def direction(s2: Array, h: Array) -> tuple[Array, Array]:
+        _, spent, total = _clock(law, s2)
+        # dv = 2 s^2 w dw.
+        variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
+        return 2 * total * _relative(2 * h * total), variance
+
+    return _per_direction(prior, reward, law.final, direction)
+
+
+def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
+    """On the nodes w, where `v = s^2 (1 - w^2)`: `lambda(v)` and `∫_0^v lambda`, and the latter at `v = s^2`."""
+    final = law.final
+    fraction = jnp.asarray(_ONE_MINUS_W * (1 + _W), s2.dtype)  # v / s^2 = 1 - w^2
+    v = s2 * fraction
+    if isinstance(law, scales.Constant):
+        return final * jnp.ones_like(v), final * v, final * s2
+    if not isinstance(law, scales.Damped):
+        raise ValueError(f"no closed form for the scale law {type(law).__name__}: Constant and Damped have one")
+    # The damping's own variance is v / (1 + beta v) with beta = 1/sigma^2 - 1/s^2. With gamma = beta + 2 scale the law is
+    # scale (1 + beta v) / (1 + gamma v), whose integral needs (z - log(1 + z)) / z^2 at z = gamma v.
+    width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
+    beta_v = (s2 / width - 1) * fraction
+    local = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
+    spent = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
+    total = final * (s2 - 2 * final * s2**2 * _log_remainder(s2 / width - 1 + 2 * final * s2))
+    return local, spent, total
 
 
 def fmrg_law(
@@ -111,8 +135,7 @@ def fmrg_law(
             variance = jax.vmap(interpolant.sigma)(times) ** 2 + jax.vmap(interpolant.alpha)(times) ** 2 * s2
             clock = s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) / variance)
         exponent = 2 * scale * h * clock
-        safe = jnp.where(exponent == 0, 1.0, exponent)
-        return 2 * scale * clock * jnp.where(exponent == 0, 1.0, -jnp.expm1(-safe) / safe), jnp.exp(-exponent)
+        return 2 * scale * clock * _relative(exponent), s2 * jnp.exp(-2 * exponent)
 
     return _per_direction(prior, reward, scale, direction)
 
@@ -123,24 +146,65 @@ def _per_direction(
     final: Array,
     direction: Callable[[Array, Array], tuple[Array, Array]],
 ) -> GaussianMixture:
-    """Assemble a law from its action in each common eigen-direction: (mean per unit of `h (y - mu) + g / 2`, spread / s)."""
+    """Assemble a law from its action in each common eigen-direction: (mean per unit of `h (y - mu) + g / 2`, variance).
+
+    First derivatives with respect to a matrix are right in every direction that goes on commuting with the other one, also where
+    eigenvalues coincide: eigenvectors are held constant, and what their rotation adds are divided differences (Daleckii and Krein).
+    Where the other matrix is a multiple of the identity that is every direction. The part that does not commute has no law here, and no
+    derivative: it counts as zero.
+    """
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     _check_domain(prior, form, final)
+
+    def law(s2: Array, h: Array) -> tuple[Array, Array]:
+        # A direction without spread stays where it is; the formulas would divide by it.
+        parts = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
+        return jax.tree.map(lambda part: jnp.where(s2 > 0, part, 0.0), parts)
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         # A basis that diagonalises both: eigenvectors of a generic combination of two commuting matrices.
         size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
-        axes = jnp.linalg.eigh(cov / size(cov) + form.matrix / size(form.matrix) / jnp.pi)[1]
-        s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
-        h = jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
-        # A direction without spread stays where it is; the formulas would divide by it.
-        response, shrink = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
-        response = jnp.where(s2 > 0, response, 0.0)
+        generic = cov / size(cov) + form.matrix / size(form.matrix) / jnp.pi
+        axes = jnp.linalg.eigh(jax.lax.stop_gradient(generic))[1]
+        turned = axes.T @ cov @ axes, axes.T @ form.matrix @ axes
+        s2, h = jnp.maximum(jnp.diagonal(turned[0]), 0), jnp.diagonal(turned[1])
+        values = law(s2, h)
+        rates = jax.lax.stop_gradient(_divided_differences(law, s2, h))
+        response, spread = (
+            jnp.diag(value) + by_cov * _off_diagonal(turned[0]) + by_matrix * _off_diagonal(turned[1])
+            for value, by_cov, by_matrix in zip(values, *rates, strict=True)
+        )
         pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
-        return mean + axes @ (response * pull), (axes * (s2 * shrink**2)[None]) @ axes.T
+        return mean + axes @ (response @ pull), axes @ spread @ axes.T
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
     return prior.replace(prior.log_weights, means, covs)
+
+
+def _divided_differences(law: Callable, s2: Array, h: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """`(f_i - f_j) / (s_i^2 - s_j^2)` of both values of `law` where `h_i = h_j`, else 0; and the same with s^2 and h exchanged."""
+    values = law(s2, h)
+    _, by_cov = jax.jvp(lambda s2: law(s2, h), (s2,), (jnp.ones_like(s2),))
+    _, by_matrix = jax.jvp(lambda h: law(s2, h), (h,), (jnp.ones_like(h),))
+    tolerance = jnp.sqrt(jnp.finfo(s2.dtype).eps)
+
+    def close(x: Array) -> tuple[Array, Array]:
+        gap = x[:, None] - x[None]
+        return gap, jnp.abs(gap) <= tolerance * jnp.max(jnp.abs(x))
+
+    def ratios(x: Array, other: Array, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
+        (gap, same), equal = close(x), close(other)[1]
+        quotient = lambda f: (f[:, None] - f[None]) / jnp.where(same, 1.0, gap)
+        mean = lambda slope: (slope[:, None] + slope[None]) / 2
+        parts = zip(values, slopes, strict=True)
+        return tuple(jnp.where(equal, jnp.where(same, mean(slope), quotient(f)), 0.0) for f, slope in parts)
+
+    return ratios(s2, h, by_cov), ratios(h, s2, by_matrix)
+
+
+def _off_diagonal(matrix: Array) -> Array:
+    """Zero up to rounding, but not its derivatives."""
+    return matrix - jax.lax.stop_gradient(matrix) - jnp.diag(jnp.diagonal(matrix - jax.lax.stop_gradient(matrix)))
 
 
 def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
@@ -161,6 +225,13 @@ def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> 
             f"this law needs covariances that commute with the reward's matrix H; those of component {int(np.argmax(excess))} do not. "
             "Use discrete_law with many steps instead."
         )
+
+
+def _relative(x: Array) -> Array:
+    """`(1 - e^-x) / x`, which is 1 at 0."""
+    small = jnp.abs(x) < 1e-5
+    safe = jnp.where(small, 1.0, x)
+    return jnp.where(small, 1 - x / 2 + x**2 / 6, -jnp.expm1(-safe) / safe)
 
 
 def _log_remainder(z: Array) -> Array:
