@@ -10,11 +10,12 @@ from theory.bias import fmrg_law, plug_in_law, sde_law
 from theory.discrete import AffineField, discrete_law, doob_field, dps_field, fmrg_field, plug_in_field
 from theory.doob import log_h, marginal
 from theory.draws import DrawsLaw
-from theory.tilts import Tilt, expected_reward, is_quadratic, quadratic_form, tilt
+from theory.tilts import Tilt, bures, expected_reward, is_quadratic, quadratic_form, tilt
 
 __all__ = [
     "tilt",
     "Tilt",
+    "bures",
     "expected_reward",
     "is_quadratic",
     "quadratic_form",
