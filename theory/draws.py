@@ -257,8 +257,26 @@ def shrinkage(q: Array, p2: Array, k: int | Array, d: int, nodes: tuple[int, ...
     **Arguments:** `q = scale h v > 0` and `p2 = scale h |m - y|^2`, scalars; `k`, `d`. In the weighted mean the draws' weights are
     `exp(-q |X - y|^2 / v)`.
     """
+    return _phi(d, nodes, q, p2, jnp.asarray(k, q.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _phi(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) -> Array:
+    return _integrate(d, nodes, q, p2, k)
+
+
+@_phi.defjvp
+def _phi_jvp(d: int, nodes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # Two numbers in, one out: forward mode, so that reverse mode need not keep the integrand at every node.
+    q, p2, k = primals
+    one = jnp.ones_like(q)
+    value, by_q = jax.jvp(lambda q: _integrate(d, nodes, q, p2, k), (q,), (one,))
+    _, by_p2 = jax.jvp(lambda p2: _integrate(d, nodes, q, p2, k), (p2,), (one,))
+    return value, by_q * tangents[0] + by_p2 * tangents[1]
+
+
+def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) -> Array:
     dtype = q.dtype
-    k = jnp.asarray(k, dtype)
     _, _, panels, per_panel, inner = nodes
     node, weight = (jnp.asarray(part, dtype) for part in np.polynomial.legendre.leggauss(inner))
     root = jnp.sqrt(q)
