@@ -131,8 +131,8 @@ def test_every_k_lies_between_one_draw_and_the_tilt_at_any_strength(a):
     assert abs(means[-1] - 2 * 2 * a / (1 + 2 * a)) < max(0.02, 3e-3) * min(1, a) + slack
 
 
-@pytest.mark.parametrize("d", [1, 3])
-def test_density_transport_and_sampling_are_of_one_law(d):
+def test_density_transport_and_sampling_are_of_one_law():
+    d = 3
     got = law(8, d=d, mean=0.3)
     z = jnp.linspace(-1.0, 0.8, d)
     x, jacobian = got.transport(z), jax.jacrev(got.transport)(z)
