@@ -40,13 +40,15 @@ _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
 @overload
 def plug_in_law(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: Literal[1] = 1
-) -> GaussianMixture: ...
+) -> GaussianMixture:
+    """One draw: a Gaussian."""
 
 
 @overload
 def plug_in_law(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int
-) -> GaussianMixture | DrawsLaw: ...
+) -> GaussianMixture | DrawsLaw:
+    """Any number of draws."""
 
 
 def plug_in_law(
