@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+import scipy.linalg
 
 import theory
 import tiltjax as tj
@@ -127,3 +128,18 @@ def test_refusals_say_why_and_what_to_use():
         theory.quadrature.tilt(wide, tj.rewards.Linear([1.0, 0.0, 0.0]), 1.0)
     with pytest.raises(ValueError, match=r"Bump.*not 3"):
         theory.log_h(wide, tj.rewards.Bump([1.0, 0.0, 0.0]), 1.0)
+
+
+def test_bures_is_the_wasserstein_distance_of_gaussians():
+    a, b = np.array([[0.6, 0.2], [0.2, 0.5]]), np.array([[1.2, -0.4], [-0.4, 0.9]])
+    m, n = np.array([0.3, -1.0]), np.array([1.0, 0.5])
+    root = scipy.linalg.sqrtm(a)
+    expected = np.sum((m - n) ** 2) + np.trace(a + b - 2 * scipy.linalg.sqrtm(root @ b @ root).real)
+    np.testing.assert_allclose(theory.bures(m, jnp.asarray(a), n, jnp.asarray(b)), expected, rtol=1e-12)
+    # Singular covariances: a segment against a point, and against a parallel segment.
+    flat = jnp.asarray([[4.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_allclose(theory.bures(m, flat, m, jnp.zeros((2, 2))), 4.0, rtol=1e-12)
+    np.testing.assert_allclose(theory.bures(m, flat, m, flat / 4), 1.0, rtol=1e-12)
+    # d/dt of W2^2(N(0, t I), N(0, I)) in two dimensions is 2 (1 - 1 / sqrt(t)): isotropic, where singular values coincide.
+    slope = jax.grad(lambda t: theory.bures(m, t * jnp.eye(2), m, jnp.eye(2)))(4.0)
+    np.testing.assert_allclose(slope, 1.0, rtol=1e-12)

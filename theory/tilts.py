@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, rewards
+from tiltjax import inputs, linalg, rewards
 from tiltjax.mixtures import GaussianMixture
 
 
@@ -139,3 +139,25 @@ def _check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> No
             f"the tilt has no finite mass: I + 2 scale S H has the eigenvalue {smallest[k]:g} for component {k}, and needs positive "
             f"ones. The reward grows faster than the prior decays: lower scale (got {float(scale):g}) or bound the reward."
         )
+
+
+def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
+    """`W2^2` between `N(m, S)` and `N(n, T)`: `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
+
+    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by triangular roots: singular covariances
+    are as good as any. Its derivative is taken without that of the singular vectors, and is right where singular values coincide; where one
+    is zero, W2^2 itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+    """
+    shared = _nuclear_norm(linalg.square_root(cov).T @ linalg.square_root(other_cov))
+    return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
+
+
+@jax.custom_jvp
+def _nuclear_norm(matrix: Array) -> Array:
+    return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False))
+
+
+@_nuclear_norm.defjvp
+def _nuclear_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    left, values, right = jnp.linalg.svd(primals[0], full_matrices=False)
+    return jnp.sum(values), jnp.sum((left @ right) * tangents[0])
