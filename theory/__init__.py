@@ -1,7 +1,7 @@
 r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 
-What a sampler should produce (`tilt`, `log_h`), and what it will (`plug_in_law`, `fmrg_law`, and at any number of steps
-`discrete_law`). Nothing here runs a sampler; laws come back as `tiltjax.GaussianMixture`.
+What a sampler should produce (`tilt`, `log_h`), and what it will (`plug_in_law`, `fmrg_law`, at any number of steps
+`discrete_law`, and for selection `best_of_n`, `softmax_of_n`). Nothing here runs a sampler; laws come back as `tiltjax.GaussianMixture`.
 """
 
 from theory import quadrature
@@ -16,6 +16,7 @@ from theory.bias import (
     plug_in_law,
 )
 from theory.doob import log_h, marginal
+from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import Tilt, expected_reward, is_quadratic, quadratic_form, tilt
 
 __all__ = [
@@ -34,5 +35,9 @@ __all__ = [
     "dps_field",
     "doob_field",
     "fmrg_field",
+    "best_of_n",
+    "softmax_of_n",
+    "matching_n",
+    "Selected",
     "quadrature",
 ]
