@@ -1,7 +1,8 @@
 r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 
 What a sampler should produce (`tilt`, `log_h`), and what it will (`plug_in_law`, `fmrg_law`, at any number of steps
-`discrete_law`, and for selection `best_of_n`, `softmax_of_n`). Nothing here runs a sampler; laws come back as `tiltjax.GaussianMixture`.
+`discrete_law`, and for selection `best_of_n`, `softmax_of_n`), and what importance
+weights make of it (`path_law`). Nothing here runs a sampler; laws of guided flows come back as `tiltjax.GaussianMixture`.
 """
 
 from theory import quadrature
@@ -16,6 +17,7 @@ from theory.bias import (
     plug_in_law,
 )
 from theory.doob import log_h, marginal
+from theory.paths import PathLaw, path_law, path_limit
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import Tilt, expected_reward, is_quadratic, quadratic_form, tilt
 
@@ -39,5 +41,8 @@ __all__ = [
     "softmax_of_n",
     "matching_n",
     "Selected",
+    "path_law",
+    "path_limit",
+    "PathLaw",
     "quadrature",
 ]
