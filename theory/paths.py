@@ -71,7 +71,9 @@ class _Exponential(eqx.Module):
         eye = jnp.eye(len(self.linear), dtype=self.linear.dtype)
         matrix, finite = _positive(eye + variance * self.curvature, self.finite)
         inverse = jnp.linalg.inv(matrix)
-        constant = self.constant - jnp.linalg.slogdet(matrix)[1] / 2 + variance * self.linear @ inverse @ self.linear / 2
+        constant = (
+            self.constant - jnp.linalg.slogdet(matrix)[1] / 2 + variance * self.linear @ inverse @ self.linear / 2
+        )
         curvature = self.curvature @ inverse
         return _Exponential(constant, inverse @ self.linear, (curvature + curvature.T) / 2, finite)
 
@@ -110,12 +112,25 @@ def path_law(field: AffineField, *, times: Array, solver: solvers.Ancestral | No
     """
     solver = solvers.Ancestral() if solver is None else solver
     if not isinstance(solver, solvers.Ancestral):
-        raise ValueError(f"only the noise of a step can be weighed: solver must be Ancestral, got {type(solver).__name__}")
+        raise ValueError(
+            f"only the noise of a step can be weighed: solver must be Ancestral, got {type(solver).__name__}"
+        )
     if inputs.concrete(solver.eta) and np.asarray(solver.eta) == 0:
-        raise ValueError("at eta = 0 the chain has no noise and there is nothing to weigh: use Ancestral(eta) with eta > 0")
-    dtype, d, path = field.prior.means.dtype, field.prior.dim, field.interpolant
+        raise ValueError(
+            "at eta = 0 the chain has no noise and there is nothing to weigh: use Ancestral(eta) with eta > 0"
+        )
+    dtype = field.prior.means.dtype
     times = inputs.time_grid(times, None).astype(dtype)
-    form, scale, eta = field.form, field.law.final, solver.eta.astype(dtype)
+    law, end = _path_law(field, times, solver.eta.astype(dtype))
+    tilts._check_mass(end, field.form, field.law.final)
+    return law
+
+
+@eqx.filter_jit
+def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
+    """`path_law`, and the law of the base chain's end."""
+    dtype, d, path = field.prior.means.dtype, field.prior.dim, field.interpolant
+    form, scale = field.form, field.law.final
     unguided = AffineField(field.prior, form, scales.Constant(jnp.zeros((), dtype)), path, bias._pull_at_mean)
     eye = jnp.eye(d, dtype=dtype)
 
@@ -158,7 +173,8 @@ def path_law(field: AffineField, *, times: Array, solver: solvers.Ancestral | No
     moments = zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye
     (mean, cov, spent, base_mean, base_cov, response), _ = jax.lax.scan(forward, moments, steps)
     one = lambda mean, cov: field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
-    log_norm = tilts._tilt(one(base_mean, base_cov + start * response @ response.T), form, scale).log_norm
+    last = one(base_mean, base_cov + start * response @ response.T)
+    log_norm = tilts._tilt(last, form, scale).log_norm
     bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - spent
     # A chain whose steps are too long for the guidance's stiffness explodes, past the largest number.
     bound = jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + spent), bound, -jnp.inf)
@@ -189,12 +205,10 @@ def path_law(field: AffineField, *, times: Array, solver: solvers.Ancestral | No
     expected = log_h.constant + jnp.linalg.slogdet(spread)[1] / 2 + log_h.linear @ spread @ base_cov @ log_h.linear / 2
     expected = expected - start * jnp.sum((curvature @ response) * response) / 2
     ess = jnp.where(second.finite, jnp.exp(2 * log_norm - second.constant), 0.0)
-    return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, log_norm - expected)
+    return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, log_norm - expected), last
 
 
-def path_limit(
-    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, *, fresh: bool = False
-) -> PathLaw:
+def path_limit(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, *, fresh: bool = False) -> PathLaw:
     """`path_law` of eta = 1 in the limit of small steps, in closed form, for the guidance at the denoiser, `dps_field`.
 
     With `a = scale h s^2` and `y` the reward's maximiser, from the mean, in each common eigen-direction of S and H,

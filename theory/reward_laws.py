@@ -75,7 +75,9 @@ class NormalReward(RewardLaw):
 
     def log_cdf(self, r: Array) -> tuple[Array, Array]:
         z = (r - self.means) / self.stds
-        return _both(jax.nn.logsumexp(self.log_weights + log_ndtr(z)), jax.nn.logsumexp(self.log_weights + log_ndtr(-z)))
+        return _both(
+            jax.nn.logsumexp(self.log_weights + log_ndtr(z)), jax.nn.logsumexp(self.log_weights + log_ndtr(-z))
+        )
 
     def log_density(self, r: Array) -> Array:
         z = (r - self.means) / self.stds
@@ -153,9 +155,7 @@ class GridReward(RewardLaw):
         return below, jax.nn.logsumexp(jnp.where(self.values[0] > r, total, -jnp.inf))
 
 
-def reward_law(
-    prior: GaussianMixture, reward: Callable, *, cells: int | None = None, nodes: int = 1441
-) -> RewardLaw:
+def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = None, nodes: int = 1441) -> RewardLaw:
     """The law of `r(X)`, `X ~ prior`, in closed form where there is one, else on a grid of `cells` a dimension; `nodes` a component.
 
     Covariances that are being traced count as not isotropic (in one dimension they always are).
