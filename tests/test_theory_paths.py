@@ -1,5 +1,7 @@
 """Path measures of guided chains against one big Gaussian over all their noise. Tier: exact; limits by their order."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -31,7 +33,7 @@ def witness(kind, scale, times, eta, c0):
         """`x_N` and log w as functions of the noise: affine `(matrix, offset)`, quadratic `(constant, linear, curvature)`."""
         x, x0 = c0 * (1 - times[0]) * unit[0], np.zeros(d)
         quad = [0.0, np.zeros(size), np.zeros((size, size))]
-        for j, (t, u) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for j, (t, u) in enumerate(itertools.pairwise(times)):
             sigma_t, sigma_u = c0 * (1 - t), c0 * (1 - u)
             both = t**2 * COV + sigma_t**2 * eye
             slope = t * COV @ np.linalg.inv(both)

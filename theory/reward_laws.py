@@ -16,6 +16,7 @@ the offset and m - 1 across: `P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= 
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -39,7 +40,7 @@ class RewardLaw(eqx.Module):
 
     values: eqx.AbstractVar[Array]
     log_masses: eqx.AbstractVar[Array]
-    discrete: eqx.AbstractClassVar[bool]
+    discrete: ClassVar[bool]
 
     def log_cdf(self, r: Array) -> tuple[Array, Array]:
         """`(log P(r(X) <= r), log P(r(X) > r))` at one r."""
@@ -64,7 +65,7 @@ class NormalReward(RewardLaw):
     stds: Array
     values: Array
     log_masses: Array
-    discrete = False
+    discrete: ClassVar[bool] = False
 
     def __init__(self, log_weights: Array, means: Array, stds: Array, nodes: int = 1441):
         z = jnp.linspace(-_REACH, _REACH, nodes, dtype=means.dtype)
@@ -94,7 +95,7 @@ class ChiReward(RewardLaw):
     values: Array
     log_masses: Array
     degrees: int = eqx.field(static=True)
-    discrete = False
+    discrete: ClassVar[bool] = False
 
     def __init__(self, log_weights: Array, top: Array, units: Array, offsets: Array, degrees: int, nodes: int = 1441):
         self.log_weights, self.top, self.units, self.offsets, self.degrees = log_weights, top, units, offsets, degrees
@@ -133,7 +134,7 @@ class AtomReward(RewardLaw):
 
     values: Array
     log_masses: Array
-    discrete = True
+    discrete: ClassVar[bool] = True
 
     def log_cdf(self, r: Array) -> tuple[Array, Array]:
         below = jnp.where(self.values <= r, self.log_masses, -jnp.inf)
@@ -147,7 +148,7 @@ class GridReward(RewardLaw):
     values: Array
     log_masses: Array
     centers: Array
-    discrete = True
+    discrete: ClassVar[bool] = True
 
     def log_cdf(self, r: Array) -> tuple[Array, Array]:
         total = jax.nn.logsumexp(self.log_masses, axis=0)

@@ -158,10 +158,10 @@ def softmax_of_n(
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
     cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else cells
     law = reward_law(prior, reward, cells=cells, nodes=4001)
-    n = _draws(n).astype(prior.means.dtype)
+    draws = _draws(n).astype(prior.means.dtype)
     reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
-    ratio = _softmax_ratio(law, n, scale)
-    return _resolved(Selected(prior, reward, law, n, ratio, _at_nodes(ratio, law.values)))
+    ratio = _softmax_ratio(law, draws, scale)
+    return _resolved(Selected(prior, reward, law, draws, ratio, _at_nodes(ratio, law.values)))
 
 
 def matching_n(prior: GaussianMixture, reward: Callable, scale: float | Array, *, most: int = 10**6) -> int:
