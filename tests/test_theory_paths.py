@@ -177,7 +177,7 @@ def test_exact_guidance_has_weights_of_no_variance_in_the_limit():
     # Damping with a fresh draw has the tilt's law and still [log(1 + 2a) - 2a / (1 + 2a)] / 2 of divergence between paths.
     damped = theory.plug_in_field(line(0.5), tj.rewards.Quadratic([2.5]), tj.Damped(3.0, 0.5**0.5))
     a, b = (float(theory.path_law(damped, times=jnp.linspace(0, 1, n + 1)).kl) for n in (500, 1000))
-    np.testing.assert_allclose(2 * b - a, (np.log(4) - 0.75) / 2, rtol=2e-3)
+    np.testing.assert_allclose(2 * b - a, (np.log(4) - 0.75) / 2, rtol=5e-3)
 
 
 def test_laws_compile_map_and_differentiate_at_every_scale():
