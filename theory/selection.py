@@ -1,0 +1,413 @@
+r"""What selection among n independent draws really samples, before it runs.
+
+With p the law of one draw and F that of its reward, the winner has the density `p(x) g(r(x))`:
+
+| rule | g(r) |
+|---|---|
+| best of n | `n F(r)^(n-1)`; at an atom of the reward's law `(F(r)^n - F(r-)^n) / (F(r) - F(r-))` |
+| softmax of n | `n w ∫_0^∞ e^(-u w) phi(u)^(n-1) du`, `w = e^(scale r)`, `phi(u) = E[e^(-u w(X))]` |
+
+so that all is known from the law of the reward (`theory.reward_laws`): selection moves mass between modes only as far as their
+rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du` for the softmax's denominator T; in `log u` it is the chance that the
+reward, perturbed by Gumbel noise, is the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large scales to
+the best of n.
+
+The divergence of best-of-n from p is `log n - (n - 1) / n` where the reward has no atoms, whatever p and r, and less with atoms; from
+the tilt, always, `KL(q | tilt) = KL(q | p) - scale E_q[r] + log Z`. References: Beirami et al., *Theoretical guarantees on the best-of-n
+alignment policy* (arXiv 2401.01879), for the divergence; Dandapanthula and Boffi (arXiv 2606.02884) for selection next to guidance.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from theory import tilts
+from theory.reward_laws import GridReward, RewardLaw, reward_law
+from tiltjax import inputs, rewards
+from tiltjax.mixtures import GaussianMixture
+
+# Gumbel noise and nodes for it: beyond them less than 1e-15 of it is left.
+_GUMBEL = np.linspace(-4.0, 40.0, 441)
+_MOST = 1e12
+
+
+class Selected(eqx.Module):
+    """The law of a winner; built by `best_of_n` and `softmax_of_n`.
+
+    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes.
+    """
+
+    prior: GaussianMixture
+    reward: rewards.Reward
+    law: RewardLaw
+    n: Array
+    ratio: Callable[[Array], Array]
+    log_ratios: Array
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density at one point, relative to Lebesgue measure, atoms of the reward or not."""
+        return self.prior.log_prob(x) + self._differentiable(self.ratio(rewards.value(self.reward, x)))
+
+    def masses(self) -> Array:
+        """The probability that the winner is of each component of the prior, `(K,)`."""
+        log_masses = jax.nn.logsumexp(self.law.log_masses + self._differentiable(self.log_ratios), axis=1)
+        return jax.nn.softmax(log_masses)
+
+    def expect_reward(self, fn: Callable[[Array], Array]) -> Array:
+        """`E[fn(r)]` of the winner's reward."""
+        return jnp.sum(self._shares() * jax.vmap(jax.vmap(fn))(self.law.values))
+
+    def mean_reward(self) -> Array:
+        """`E[r]`."""
+        return jnp.sum(self._shares() * self.law.values)
+
+    def reward_cdf(self, r: float | Array) -> Array:
+        """`P(r(X) <= r)` of the winner."""
+        r = inputs.finite(r, "r", 0).astype(self.law.values.dtype)
+        if isinstance(self.ratio, _Best):
+            return jnp.exp(self.n * self.law.log_cdf(r)[0])
+        values, cumulative = self._cumulative()
+        if self.law.discrete:
+            below = jnp.searchsorted(values, r, side="right")
+            return jnp.where(below > 0, cumulative[jnp.maximum(below - 1, 0)], 0.0)
+        # Between the middles of the steps.
+        middles = cumulative - jnp.diff(cumulative, prepend=0) / 2
+        return jnp.interp(r, values, middles, left=0.0, right=1.0)
+
+    def reward_quantile(self, level: float | Array) -> Array:
+        """The smallest r with `P(r(X) <= r) >= level`, for a level inside (0, 1)."""
+        level = inputs.finite(level, "level", 0).astype(self.law.values.dtype)
+        if inputs.concrete(level) and not 0 < float(level) < 1:
+            raise ValueError(f"level must lie inside (0, 1), got {float(level):g}")
+        values, cumulative = self._cumulative()
+        if self.law.discrete:
+            return values[jnp.minimum(jnp.searchsorted(cumulative, level * cumulative[-1]), len(values) - 1)]
+
+        def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bracket
+            middle = low + (high - low) / 2
+            enough = self.reward_cdf(middle) >= level
+            return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+        values = jax.lax.stop_gradient(values)
+        return jax.lax.fori_loop(0, 100, halve, (values[0], values[-1]))[1]
+
+    def reward_log_prob(self, r: float | Array) -> Array:
+        """The log-density of the winner's reward. **Raises:** `ValueError` where there is none in closed form."""
+        r = inputs.finite(r, "r", 0).astype(self.law.values.dtype)
+        return self.law.log_density(r) + self.ratio(r)
+
+    def kl_to_base(self) -> Array:
+        """`KL(q | p)`, p the law of one draw."""
+        if isinstance(self.ratio, _Best):
+            return jnp.log(self.n) - (self.n - 1) / self.n
+        return jnp.sum(self._shares() * self.log_ratios)
+
+    def kl_to_tilt(self, scale: float | Array) -> Array:
+        """`KL(q | tilt)`, the tilt being that *of p*, `p exp(scale * r) / Z`."""
+        scale = inputs.nonnegative(scale, "scale").astype(self.law.values.dtype)
+        if self.law.discrete:
+            log_norm = jax.nn.logsumexp(self.law.log_masses + scale * self.law.values)
+        else:
+            log_norm = tilts.tilt(self.prior, self.reward, scale).log_norm
+        return self.kl_to_base() - scale * self.mean_reward() + log_norm
+
+    def _shares(self) -> Array:
+        # g is constant to first order where only the order of the rewards counts, so that no derivative passes through it (Danskin).
+        return _normalised(self.law.log_masses + self.log_ratios)
+
+    def _cumulative(self) -> tuple[Array, Array]:
+        values, shares = self.law.flat(self._shares())
+        order = jnp.argsort(jax.lax.stop_gradient(values))
+        return values[order], jnp.cumsum(shares[order])
+
+    def _differentiable(self, log_ratio: Array) -> Array:
+        if isinstance(self.law, GridReward) and isinstance(self.ratio, _Table):
+            return _piecewise_constant(log_ratio, self.law.values)
+        return log_ratio
+
+
+def best_of_n(prior: GaussianMixture, reward: Callable, n: int, *, cells: int | None = None) -> Selected:
+    """The law of the best of n independent draws of `prior`.
+
+    `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`, `theory.discrete_law`).
+    Closed forms and quadrature as in `theory.reward_laws`: any dimension for `Linear`, `Step`, and concave isotropic quadratic rewards
+    of isotropic components, else one or two, with `cells` a dimension.
+
+    Everything differentiates in the prior and in the reward, except masses and density on a grid in the reward, which say so.
+
+    **Raises:** `ValueError` above two dimensions without closed form, and where the grid does not resolve the winner.
+    """
+    return _best(prior, reward, _draws(n), reward_law(prior, reward, cells=cells))
+
+
+def softmax_of_n(
+    prior: GaussianMixture, reward: Callable, n: int, scale: float | Array, *, cells: int | None = None
+) -> Selected:
+    """The law of one of n independent draws of `prior`, chosen with probability proportional to `exp(scale * r)`.
+
+    Scope as `best_of_n`; a grid has 3,000 cells on the line and 160 a dimension in the plane.
+
+    **Raises:** `ValueError` as `best_of_n`, and on a grid where `scale * r` varies too much from cell to cell.
+    """
+    scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
+    cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else cells
+    law = reward_law(prior, reward, cells=cells, nodes=4001)
+    draws = _draws(n).astype(prior.means.dtype)
+    reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    ratio = _softmax_ratio(law, draws, scale)
+    return _resolved(Selected(prior, reward, law, draws, ratio, _at_nodes(ratio, law.values)))
+
+
+def matching_n(prior: GaussianMixture, reward: Callable, scale: float | Array, *, most: int = 10**6) -> int:
+    """The n for which best-of-n is nearest to the tilt at `scale`: the least `KL(best of n | tilt)` over all `1 <= n <= most`.
+
+    Every n up to 32, then a geometric grid, whose best cell is divided until it is a single n (which supposes that the divergence has
+    one minimum in it). A whole number to be handed to `tiltjax.best_of_n`, so nothing here may be traced.
+
+    **Raises:** `ValueError` if the best n is `most` itself.
+    """
+    scale, most = inputs.nonnegative(scale, "scale"), inputs.count(most, "most")
+    if not inputs.concrete((prior, scale)):
+        raise ValueError("matching_n returns a number of draws, a Python int: call it outside of jit, vmap and grad")
+    law = reward_law(prior, reward)
+
+    @eqx.filter_jit
+    def divergences(law: RewardLaw, counts: Array) -> Array:
+        return jax.lax.map(lambda n: _best(prior, reward, n, law).kl_to_tilt(scale), counts)
+
+    def best(counts: np.ndarray) -> int:
+        values = np.asarray(divergences(law, jnp.asarray(counts, law.values.dtype)))
+        return int(np.argmin(values))
+
+    counts = np.unique(np.concatenate([np.arange(1, 33), np.geomspace(32, max(most, 33), 32)]).astype(np.int64))
+    counts = counts[counts <= most]
+    while True:
+        i = best(counts)
+        low, high = counts[max(i - 1, 0)], counts[min(i + 1, len(counts) - 1)]
+        if high - low <= 2:
+            break
+        counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
+    if counts[i] == most and most > 1:
+        raise ValueError(
+            f"the best n is beyond most = {most}: selection reaches this tilt, KL about log n, only with more draws than that. Guide "
+            "the sampler first (and match n to what is left), or raise most."
+        )
+    return int(counts[i])
+
+
+def _draws(n: int) -> Array:
+    n = inputs.count(n, "n")
+    if n > _MOST:
+        raise ValueError(f"n must be at most {_MOST:g}, got {n}: no reward's law is resolved so far in its tail")
+    return jnp.asarray(float(n))
+
+
+def _best(prior: GaussianMixture, reward: Callable, n: Array, law: RewardLaw) -> Selected:
+    n = n.astype(prior.means.dtype)
+    reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    if law.discrete:
+        ratio, log_ratios = _best_of_atoms(law, n)
+    else:
+        ratio = _Best(law, n)
+        log_ratios = _at_nodes(ratio, law.values)
+    return _resolved(Selected(prior, reward, law, n, ratio, log_ratios))
+
+
+@eqx.filter_jit
+def _at_nodes(ratio: Callable[[Array], Array], values: Array) -> Array:
+    # In batches: every node is met by all of an integral's.
+    return jax.lax.map(ratio, values.reshape(-1), batch_size=256).reshape(values.shape)
+
+
+class _Best(eqx.Module):
+    """`log n + (n - 1) log F(r)`."""
+
+    law: RewardLaw
+    n: Array
+
+    def __call__(self, r: Array) -> Array:
+        return jnp.log(self.n) + (self.n - 1) * self.law.log_cdf(r)[0]
+
+
+class _Table(eqx.Module):
+    """`log g` known at increasing rewards, linear in between."""
+
+    values: Array
+    log_ratios: Array
+
+    def __call__(self, r: Array) -> Array:
+        return jnp.interp(r, self.values, self.log_ratios)
+
+
+def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
+    """`(F^n - F_-^n) / (F - F_-)` for every atom, those of equal reward, up to rounding, being one."""
+    values = jax.lax.stop_gradient(law.values[0])
+    order = jnp.argsort(values)
+    values = values[order]
+    mass = jnp.exp(jax.nn.logsumexp(law.log_masses, axis=0))[order]
+    gap = 16 * jnp.finfo(values.dtype).eps * jnp.abs(values[1:])
+    group = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(jnp.diff(values) > gap)])
+    mass = jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)
+    cumulative = jnp.cumsum(mass / jnp.sum(mass))
+    f = jax.ops.segment_max(cumulative, group, len(values))[group]
+    # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small atoms.
+    share = jnp.minimum(jax.ops.segment_sum(mass / jnp.sum(mass), group, len(values))[group] / f, 1.0)
+    lowest = share > 1 - 4 * jnp.finfo(values.dtype).eps
+    share = jnp.where(lowest, 0.5, share)
+    rise = jnp.where(lowest, 0.0, jnp.log(-jnp.expm1(n * jnp.log1p(-share)) / share))
+    log_ratios = (n - 1) * jnp.log(f) + rise
+    return _Table(values, log_ratios), jnp.zeros_like(log_ratios).at[order].set(log_ratios)[None]
+
+
+class _Soft(eqx.Module):
+    """`log n + log ∫ exp(a - e^a) phi^(n-1) dv`, `a = v + scale r`, by the trapezoidal rule in `v = log u`."""
+
+    n: Array
+    scale: Array
+    v: Array
+    log_phi: Array
+
+    def __call__(self, r: Array) -> Array:
+        a = self.v + self.scale * r
+        # Past 7 the kernel is zero, and its derivative must not be 0 * inf.
+        log_kernel = a - jnp.exp(jnp.minimum(a, 7.0))
+        total = jax.nn.logsumexp(log_kernel + (self.n - 1) * self.log_phi)
+        return jnp.log(self.n) + total + jnp.log(self.v[1] - self.v[0])
+
+
+class _SoftAtoms(eqx.Module):
+    """The same around each reward, with `a` for the variable: right at any scale, for few atoms."""
+
+    law: RewardLaw
+    n: Array
+    scale: Array
+
+    def __call__(self, r: Array) -> Array:
+        a = jnp.asarray(-_GUMBEL[::-1], r.dtype)
+        masses = jnp.exp(jax.nn.logsumexp(self.law.log_masses, axis=0))
+        log_phi = _log_phi(masses[None], a[:, None] + self.scale * (self.law.values - r))
+        log_kernel = a - jnp.exp(a)
+        return jnp.log(self.n) + jax.nn.logsumexp(log_kernel + (self.n - 1) * log_phi) + jnp.log(a[1] - a[0])
+
+
+def _log_phi(masses: Array, a: Array) -> Array:
+    """`log sum_j m_j exp(-e^(a_j))`, whose (n - 1)-fold keeps its digits where phi is near 1."""
+    inner = jnp.exp(jnp.minimum(a, 7.0))
+    missing = jnp.sum(masses * -jnp.expm1(-inner), axis=-1)
+    left = jnp.maximum(jnp.sum(masses * jnp.exp(-inner), axis=-1), jnp.finfo(masses.dtype).tiny)
+    near = missing < 0.5
+    return jnp.where(near, jnp.log1p(-jnp.where(near, missing, 0.0)), jnp.log(left))
+
+
+class _Either(eqx.Module):
+    """Two ways to `log g`, where only the values say which one is resolved."""
+
+    first: Callable[[Array], Array]
+    second: Callable[[Array], Array]
+    use_first: Array
+
+    def __call__(self, r: Array) -> Array:
+        return jnp.where(self.use_first, self.first(r), self.second(r))
+
+
+def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], Array]:
+    if law.discrete and not isinstance(law, GridReward):
+        return _SoftAtoms(law, n, scale)
+    values, masses = law.flat(jnp.exp(law.log_masses))
+    held = jax.lax.stop_gradient((values, masses))
+    # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is gone.
+    best = jnp.max(jnp.where(held[1] > 0, held[0], -jnp.inf))
+    worst = jnp.min(jnp.where(held[1] > 1e-16, held[0], jnp.inf))
+    low = -scale * best - jnp.log(n) - 36.0
+    v = jax.lax.stop_gradient(low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype))
+    soft = _Soft(n, scale, v, jax.lax.map(lambda v: _log_phi(masses, v + scale * values), v, batch_size=32))
+    resolved = v[1] - v[0] < 0.5
+    if isinstance(law, GridReward):
+        if inputs.concrete(resolved) and not bool(resolved):
+            raise ValueError(
+                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the reward varies by "
+                f"{float(scale * (best - worst)):.3g}: lower the scale, or take best_of_n, its limit"
+            )
+        return _Either(soft, _unresolved, resolved) if not inputs.concrete(resolved) else soft
+    bulk = jax.lax.stop_gradient(law.log_masses[:, 1:] > -37.0)
+    step = jnp.max(jnp.where(bulk, jnp.abs(jnp.diff(jax.lax.stop_gradient(law.values), axis=1)), 0.0))
+    resolved &= scale * step < 1
+    if inputs.concrete(resolved):
+        return soft if bool(resolved) else _wide_softmax(law, n, scale)
+    return _Either(soft, _wide_softmax(law, n, scale), resolved)
+
+
+def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
+    """`log g` where `scale * r` spreads over much more than the noise: `n E[F_Y(scale r + A)^(n-1)]`, `F_Y(y) = E[F((y - A') / scale)]`.
+
+    A, A' are Gumbel, `scale r + A` is what the softmax maximises, and F is smooth on the scale of the noise.
+    """
+    values = jnp.sort(law.values.reshape(-1))
+    log_below, log_above = jax.lax.map(law.log_cdf, values, batch_size=64)
+    noise = jnp.asarray(_GUMBEL, values.dtype)
+    weights = jnp.exp(-noise - jnp.exp(-noise)) * (noise[1] - noise[0])
+    lags = jnp.asarray(np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype)
+    # Row i: F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a; sums with the same a - a' share their entry.
+    shift = np.arange(len(noise))
+    smooth = jnp.zeros((len(lags), len(noise)), values.dtype)
+    smooth = smooth.at[len(noise) - 1 + shift[None] - shift[:, None], shift[None]].set(weights[:, None])
+    tiny = jnp.finfo(values.dtype).tiny
+
+    def at(points: Array) -> Array:
+        row = points[:, None] + lags[None] / jnp.maximum(scale, tiny)
+        below = jnp.interp(row, values, jnp.exp(log_below), left=0.0, right=1.0) @ smooth
+        above = jnp.interp(row, values, jnp.exp(log_above), left=1.0, right=0.0) @ smooth
+        near = above < 0.5
+        log_cdf = jnp.where(near, jnp.log1p(-jnp.where(near, above, 0.0)), jnp.log(jnp.maximum(below, tiny)))
+        return jax.nn.logsumexp((n - 1) * log_cdf + jnp.log(weights)[None], axis=1)
+
+    rows = jax.lax.map(lambda r: at(r[None])[0], values, batch_size=256)
+    return _Table(values, jnp.log(n) + rows)
+
+
+def _unresolved(r: Array) -> Array:
+    return jnp.full_like(r, jnp.nan)
+
+
+def _normalised(log_weights: Array) -> Array:
+    return jnp.exp(log_weights - jax.nn.logsumexp(log_weights))
+
+
+def _resolved(selected: Selected) -> Selected:
+    log_shares = selected.law.log_masses + selected.log_ratios
+    if not inputs.concrete(log_shares):
+        return selected
+    log_shares = np.asarray(log_shares, np.float64)
+    total = np.logaddexp.reduce(log_shares, axis=None)
+    cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_shares, axis=0)))
+    if not abs(total) < 1e-3 or (isinstance(selected.law, GridReward) and cells < 100):
+        raise ValueError(
+            f"quadrature does not resolve the winner of n = {float(selected.n):g}: its mass sums to {np.exp(total):.6g} over "
+            f"{cells:.3g} nodes. Take fewer draws, or raise cells."
+        )
+    return selected
+
+
+@jax.custom_jvp
+def _piecewise_constant(log_ratio: Array, values: Array) -> Array:
+    """`log_ratio`, refusing to be differentiated in the rewards, of which a grid knows the order only."""
+    return log_ratio
+
+
+def _refuse_rewards(primals, tangents):
+    if not isinstance(tangents[1], SymbolicZero):
+        raise ValueError(
+            "masses and densities of best-of-n on a grid have no derivative in the reward: only the order of rewards enters. Use "
+            "softmax_of_n at a large scale, or finite differences."
+        )
+    tangent = tangents[0]
+    return primals[0], jnp.zeros_like(primals[0]) if isinstance(tangent, SymbolicZero) else tangent
+
+
+_piecewise_constant.defjvp(_refuse_rewards, symbolic_zeros=True)
