@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import bias, tilts
-from theory.bias import AffineField
+from theory import bias, discrete, tilts
+from theory.discrete import AffineField
 from theory.tilts import QuadraticForm
 from tiltjax import inputs, rewards, scales, solvers
 from tiltjax.mixtures import GaussianMixture
@@ -131,7 +131,7 @@ def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, Ga
     """`path_law`, and the law of the base chain's end."""
     dtype, d, path = field.prior.means.dtype, field.prior.dim, field.interpolant
     form, scale = field.form, field.law.final
-    unguided = AffineField(field.prior, form, scales.Constant(jnp.zeros((), dtype)), path, bias._pull_at_mean)
+    unguided = AffineField(field.prior, form, scales.Constant(jnp.zeros((), dtype)), path, discrete._pull_at_mean)
     eye = jnp.eye(d, dtype=dtype)
 
     def step(t: Array, u: Array) -> tuple[Array, ...]:
