@@ -190,7 +190,11 @@ TABLE = {
         r"reward is NaN for 6 of 6",
     ),
     # tilts
-    "tilted bump": (lambda: tj.Tilted(MODEL, rewards.Bump([0.0, 0.0])), ValueError, r"Bump is not conjugate.*Conjugate"),
+    "tilted bump": (
+        lambda: tj.Tilted(MODEL, rewards.Bump([0.0, 0.0])),
+        ValueError,
+        r"Bump is not conjugate.*Conjugate",
+    ),
     "tilted matrix": (
         lambda: tj.Tilted(MODEL, rewards.Quadratic([0.0, 0.0], EYE)),
         ValueError,

@@ -103,7 +103,8 @@ def test_cells_agree_with_the_closed_forms():
         np.testing.assert_allclose(a.kl_to_base(), b.kl_to_base(), rtol=1e-6)
         np.testing.assert_allclose(a.kl_to_tilt(3.0), b.kl_to_tilt(3.0), rtol=1e-6)
         np.testing.assert_allclose(a.log_prob(jnp.array([1.0, 0.5])), b.log_prob(jnp.array([1.0, 0.5])), atol=5e-3)
-        np.testing.assert_allclose(a.reward_cdf(-5.0), b.reward_cdf(-5.0), rtol=1e-3)
+        # A cell is on one side of the level or the other.
+        np.testing.assert_allclose(a.reward_cdf(-5.0), b.reward_cdf(-5.0), atol=5e-4)
     a, b = (theory.softmax_of_n(problem.prior, reward, 4, 1.0) for reward in (problem.reward, hidden))
     np.testing.assert_allclose(a.masses(), b.masses(), rtol=1e-6)
     np.testing.assert_allclose(a.kl_to_tilt(1.0), b.kl_to_tilt(1.0), rtol=1e-6)
