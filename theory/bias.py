@@ -29,7 +29,7 @@ from jaxtyping import Array
 
 from theory import quadrature
 from theory.draws import DrawsLaw, draws_law
-from theory.tilts import QuadraticForm, quadratic_form
+from theory.tilts import QuadraticForm, common_axes, quadratic_form
 from tiltjax import inputs, rewards, scales
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
@@ -164,10 +164,7 @@ def _per_direction(
         return jax.tree.map(lambda part: jnp.where(s2 > 0, part, 0.0), parts)
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
-        # A basis that diagonalises both: eigenvectors of a generic combination of two commuting matrices.
-        size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
-        generic = cov / size(cov) + form.matrix / size(form.matrix) / jnp.pi
-        axes = jnp.linalg.eigh(jax.lax.stop_gradient(generic))[1]
+        axes = common_axes(jax.lax.stop_gradient(cov), jax.lax.stop_gradient(form.matrix))
         turned = axes.T @ cov @ axes, axes.T @ form.matrix @ axes
         s2, h = jnp.maximum(jnp.diagonal(turned[0]), 0), jnp.diagonal(turned[1])
         values = law(s2, h)

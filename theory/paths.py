@@ -229,8 +229,7 @@ def path_limit(prior: GaussianMixture, reward: rewards.Reward, scale: float | Ar
     bias._check_domain(prior, form, scale)
     mean, cov = prior.means[0], prior.covs[0]
     # Functions of the matrix scale S^(1/2) H S^(1/2) would do without a basis, but their terms in y need one.
-    size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(dtype).tiny)
-    axes = jnp.linalg.eigh(cov / size(cov) + form.matrix / size(form.matrix) / jnp.pi)[1]
+    axes = tilts.common_axes(cov, form.matrix)
     s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
     a = scale * s2 * jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
     # scale h y^2 = strength / a, also where h = 0 and y is infinite.

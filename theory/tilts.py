@@ -141,6 +141,12 @@ def _check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> No
         )
 
 
+def common_axes(cov: Array, matrix: Array) -> Array:
+    """A basis, in columns, that diagonalises two commuting matrices: eigenvectors of a generic combination of them."""
+    size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+    return jnp.linalg.eigh(cov / size(cov) + matrix / size(matrix) / jnp.pi)[1]
+
+
 def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
     """`W2^2` between `N(m, S)` and `N(n, T)`: `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
 

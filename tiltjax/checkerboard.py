@@ -95,9 +95,8 @@ def _intervals(snr: Array, eta: Array) -> tuple[Array, Array]:
     mean = jnp.clip(density(low) - density(high), low, high)
     mean = jnp.where(flip, -mean, mean)
     narrow_mean = jnp.clip((mean / root) + eta / narrow, left, left + 1)
-    # Up to what all intervals of a coordinate share, `eta^2 / (2 snr) + log(2 pi / snr) / 2`, which would only cost digits.
-    narrow_mass = log_mass
 
     is_wide = snr <= _WIDE
-    masses = jnp.where(is_wide, wide_mass, narrow_mass)
+    # The narrow mass without what all intervals of a coordinate share, `eta^2 / (2 snr) + log(2 pi / snr) / 2`, which would cost digits.
+    masses = jnp.where(is_wide, wide_mass, log_mass)
     return masses, jnp.where(is_wide, wide_mean, narrow_mean)
