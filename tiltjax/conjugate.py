@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, rewards
+from tiltjax import inputs, linalg, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.models import Analytic, Model
 from tiltjax.sampling import sample
@@ -290,10 +290,8 @@ class Conjugate(Guidance):
 
 def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Array]:
     """The denoiser and `tr(∂D/∂eta) / d` there; a learned Jacobian may say less than nothing, which is taken as rounding's worth."""
-    probe = jax.random.rademacher(key, natural.shape, natural.dtype)
-    z, pullback = jax.vjp(denoised, natural)
-    trace = jnp.sum(probe * pullback(probe)[0])
-    return z, jnp.maximum(trace / natural.size, jnp.finfo(natural.dtype).tiny)
+    z, slope = linalg.hutchinson(key, denoised, natural)
+    return z, jnp.maximum(slope, jnp.finfo(natural.dtype).tiny)
 
 
 def _steepness(w: Array, bent: Array) -> Array:

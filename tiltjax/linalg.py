@@ -108,3 +108,10 @@ def square_root(matrix: Array) -> Array:
         matrix, col = column(matrix, j)
         columns.append(col)
     return jnp.stack(columns, axis=1)
+
+
+def hutchinson(key: Array, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+    """`fn(x)`, and an unbiased estimate of `tr(∂fn/∂x) / d` from one random vector of signs: one pullback."""
+    probe = jax.random.rademacher(key, x.shape, x.dtype)
+    value, pullback = jax.vjp(fn, x)
+    return value, jnp.sum(probe * pullback(probe)[0]) / x.size

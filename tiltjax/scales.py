@@ -13,11 +13,10 @@ an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1, 
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import inputs, linalg
 from tiltjax.models import Model
 
 
@@ -82,10 +81,8 @@ class SelfDamped(Scale):
         self.model = model
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
-        probe = jax.random.rademacher(key, x.shape, x.dtype)
-        _, pullback = jax.vjp(lambda x: self.model.denoise(t, x), x)
-        trace = jnp.sum(probe * pullback(probe)[0])
-        variance = jnp.maximum(self.model.interpolant.tweedie(t) * trace / x.size, 0)
+        _, slope = linalg.hutchinson(key, lambda x: self.model.denoise(t, x), x)
+        variance = jnp.maximum(self.model.interpolant.tweedie(t) * slope, 0)
         return self.final / (1 + 2 * self.final * variance)
 
 
