@@ -2,7 +2,8 @@
 
     python notebooks/execute.py notebooks/*.ipynb
 
-The kernel is this interpreter, runs in an empty folder and imports the packages of this checkout before installed ones.
+The kernel is this interpreter, runs in an empty folder and imports the packages of this checkout before installed ones. A notebook
+may read `NOTEBOOK_SIZE` from its environment: `reduced` asks for fewer samples, with what it asserts still true.
 """
 
 import base64
@@ -33,10 +34,10 @@ class _Kernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: float = 300) -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, timeout: float = 300, size: str = "full") -> nbformat.NotebookNode:
     """The same notebook with the outputs of a fresh run.
 
-    **Arguments:** `timeout` of one cell, in seconds.
+    **Arguments:** `timeout` of one cell, in seconds; `size`, `full` or `reduced`.
 
     **Raises:** `nbclient.exceptions.CellExecutionError` or `CellTimeoutError`, with the source of the cell that failed.
     """
@@ -45,6 +46,7 @@ def execute(notebook: nbformat.NotebookNode, timeout: float = 300) -> nbformat.N
     # start-up files of whoever runs this stay out.
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
         places = dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), folder)
+        places["NOTEBOOK_SIZE"] = size
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with mock.patch.dict(os.environ, places | {"PYTHONPATH": path}):
             client = NotebookClient(

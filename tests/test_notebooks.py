@@ -48,7 +48,7 @@ def test_a_notebook_runs_in_a_fresh_kernel(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        ran = module.execute(read(path))
+        ran = module.execute(read(path), size="reduced")
     except (CellExecutionError, CellTimeoutError) as error:
         message = re.sub(r"\x1b\[[\d;]*m", "", str(error))
         pytest.fail(f"{path.name}: {message}", pytrace=False)
