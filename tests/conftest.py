@@ -4,8 +4,24 @@ float64 is on (single precision is asked for explicitly where it is tested), imp
 errors, and so are warnings (pyproject.toml).
 """
 
+from pathlib import Path
+
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
+# compiler dies of a segmentation fault. The whole suite in two processes comes close.
+_MAPPINGS = Path("/proc/self/maps")
+_MANY = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """Forget what was compiled, after the module in which that has become much."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
