@@ -50,6 +50,10 @@ class RewardLaw(eqx.Module):
         """The log-density of `r(X)` at one r."""
         raise ValueError(f"the reward's law has no density in closed form ({type(self).__name__}): use reward_cdf")
 
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        """Means `(K, d)` and covariances `(K, d, d)` of X in each component, if its reward's nodes had these log-masses, `(K, m)`."""
+        raise ValueError(f"no moments in closed form where the reward has finitely many values ({type(self).__name__})")
+
     def flat(self, masses: Array) -> tuple[Array, Array]:
         """`(m',)` values, and the `(K, m)` masses given summed to one for each of them."""
         if len(self.values) == 1:
@@ -58,18 +62,19 @@ class RewardLaw(eqx.Module):
 
 
 class NormalReward(RewardLaw):
-    """`sum_k w_k N(means_k, stds_k^2)`."""
+    """`sum_k w_k N(means_k, stds_k^2)`, the law of `<slope, X>` and a constant."""
 
     log_weights: Array
     means: Array
     stds: Array
+    slope: Array
     values: Array
     log_masses: Array
     discrete: ClassVar[bool] = False
 
-    def __init__(self, log_weights: Array, means: Array, stds: Array, nodes: int = 1441):
+    def __init__(self, log_weights: Array, means: Array, stds: Array, slope: Array, nodes: int = 1441):
         z = jnp.linspace(-_REACH, _REACH, nodes, dtype=means.dtype)
-        self.log_weights, self.means, self.stds = log_weights, means, stds
+        self.log_weights, self.means, self.stds, self.slope = log_weights, means, stds, slope
         self.values = means[:, None] + stds[:, None] * z[None]
         log_mass = -(z**2) / 2 - _HALF_LOG_2PI + jnp.log(z[1] - z[0])
         self.log_masses = log_weights[:, None] + log_mass[None]
@@ -84,12 +89,26 @@ class NormalReward(RewardLaw):
         z = (r - self.means) / self.stds
         return jax.nn.logsumexp(self.log_weights - z**2 / 2 - _HALF_LOG_2PI - jnp.log(self.stds))
 
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        # X = mu + S slope / std z + a rest that is independent of z, the reward in standard units.
+        z = (self.values - self.means[:, None]) / self.stds[:, None]
+        shares = jax.nn.softmax(log_shares, axis=1)
+        first = jnp.sum(shares * z, axis=1)
+        second = jnp.sum(shares * (z - first[:, None]) ** 2, axis=1)
+        along = prior.covs @ self.slope / self.stds[:, None]
+        covs = prior.covs + (second - 1)[:, None, None] * along[:, :, None] * along[:, None]
+        return prior.means + first[:, None] * along, covs
+
 
 class ChiReward(RewardLaw):
-    """`sum_k w_k law(top - unit_k Q_k)`, `Q_k` noncentral chi-square of `degrees` degrees and noncentrality `offsets_k^2`."""
+    """`sum_k w_k law(top - unit_k Q_k)`, `Q_k` noncentral chi-square of `degrees` degrees and noncentrality `offsets_k^2`.
+
+    The reward is largest, `top`, at `center`.
+    """
 
     log_weights: Array
     top: Array
+    center: Array
     units: Array
     offsets: Array
     values: Array
@@ -97,8 +116,18 @@ class ChiReward(RewardLaw):
     degrees: int = eqx.field(static=True)
     discrete: ClassVar[bool] = False
 
-    def __init__(self, log_weights: Array, top: Array, units: Array, offsets: Array, degrees: int, nodes: int = 1441):
-        self.log_weights, self.top, self.units, self.offsets, self.degrees = log_weights, top, units, offsets, degrees
+    def __init__(
+        self,
+        log_weights: Array,
+        top: Array,
+        center: Array,
+        units: Array,
+        offsets: Array,
+        degrees: int,
+        nodes: int = 1441,
+    ):
+        self.log_weights, self.top, self.center, self.units = log_weights, top, center, units
+        self.offsets, self.degrees = offsets, degrees
 
         def component(log_weight: Array, unit: Array, offset: Array) -> tuple[Array, Array]:
             # Geometric towards rho = 0, where best-of-n goes, and uniform in the bulk: rho = log(1 + e^y).
@@ -123,6 +152,25 @@ class ChiReward(RewardLaw):
         log_density = jax.vmap(lambda q, delta: _log_chi_density(q, delta, self.degrees))(rho, self.offsets)
         inside = jax.nn.logsumexp(self.log_weights + log_density - jnp.log(2 * rho * self.units))
         return jnp.where(r < self.top, inside, -jnp.inf)
+
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        # At a distance rho from the centre, in standard units, X has the coordinate c towards the component's mean, and around that axis
+        # no direction is preferred.
+        shares = jax.nn.softmax(log_shares, axis=1)
+        rho = jnp.sqrt((self.top - self.values) / self.units[:, None])
+        first, second = jax.vmap(lambda rho, delta: _coordinate(rho, delta, self.degrees))(rho, self.offsets)
+        mean = jnp.sum(shares * first, axis=1)
+        along = jnp.sum(shares * second, axis=1) - mean**2
+        across = jnp.sum(shares * (rho**2 - second), axis=1) / max(self.degrees - 1, 1)
+        s2 = prior.covs[:, 0, 0]
+        offset = prior.means - self.center[None]
+        apart = self.offsets > 0
+        axis = offset / jnp.where(apart, self.offsets * jnp.sqrt(s2), 1.0)[:, None]
+        axis = jnp.where(apart[:, None], axis, jnp.zeros_like(axis).at[:, 0].set(1))
+        outer = axis[:, :, None] * axis[:, None]
+        eye = jnp.eye(prior.dim, dtype=outer.dtype)[None]
+        covs = along[:, None, None] * outer + across[:, None, None] * (eye - outer)
+        return self.center[None] + (jnp.sqrt(s2) * mean)[:, None] * axis, s2[:, None, None] * covs
 
     def _rho(self, r: Array) -> Array:
         depth = jnp.where(r < self.top, self.top - r, jnp.finfo(self.top.dtype).tiny)
@@ -155,6 +203,12 @@ class GridReward(RewardLaw):
         below = jax.nn.logsumexp(jnp.where(self.values[0] <= r, total, -jnp.inf))
         return below, jax.nn.logsumexp(jnp.where(self.values[0] > r, total, -jnp.inf))
 
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        shares = jax.nn.softmax(log_shares, axis=1)
+        means = shares @ self.centers
+        second = jnp.einsum("km,mi,mj->kij", shares, self.centers, self.centers)
+        return means, second - means[:, :, None] * means[:, None]
+
 
 def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = None, nodes: int = 1441) -> RewardLaw:
     """The law of `r(X)`, `X ~ prior`, in closed form where there is one, else on a grid of `cells` a dimension; `nodes` a component.
@@ -173,7 +227,7 @@ def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = 
             spread = jnp.einsum("i,kij,j->k", form.gradient, prior.covs, form.gradient)
             _check_spread(spread)
             means = form.value + (prior.means - form.center[None]) @ form.gradient
-            return NormalReward(prior.log_weights, means, jnp.sqrt(spread), nodes)
+            return NormalReward(prior.log_weights, means, jnp.sqrt(spread), form.gradient, nodes)
         if _isotropic_reward(reward, d) and _isotropic_prior(prior) and _concave(reward, d):
             h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
             _check_spread(h * s2)
@@ -182,7 +236,7 @@ def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = 
             # The distance has no derivative at 0: there its square does not change, to first order, either.
             square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
             offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-            return ChiReward(prior.log_weights, top, h * s2, offsets, d, nodes)
+            return ChiReward(prior.log_weights, top, center, h * s2, offsets, d, nodes)
     if d > 2:
         raise ValueError(
             f"the law of {type(reward).__name__} under this prior has no closed form, and quadrature covers one or two dimensions, not "
@@ -252,6 +306,20 @@ def _chi_tails(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
     inside = jnp.sum(weights * near)
     outside = jnp.sum(weights * far) + ndtr(delta - rho) + ndtr(-delta - rho)
     return _safe_log(inside), _safe_log(outside)
+
+
+def _coordinate(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
+    """`E[c | rho]` and `E[c^2 | rho]` at an array of distances, c the coordinate along the offset delta."""
+    if degrees == 1:
+        return rho * jnp.tanh(delta * rho), rho**2
+
+    def one(q: Array) -> tuple[Array, Array]:
+        c, rest, weights = _axis(q, delta)
+        weights = weights * rest ** ((degrees - 3) / 2) * jnp.exp(-(rest - jnp.min(rest)) / 2)
+        weights = weights / jnp.sum(weights)
+        return weights @ c, weights @ c**2
+
+    return jax.vmap(one)(rho)
 
 
 def _log_chi_density(rho: Array, delta: Array, degrees: int) -> Array:

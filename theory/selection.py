@@ -58,6 +58,14 @@ class Selected(eqx.Module):
         log_masses = jax.nn.logsumexp(self.law.log_masses + self._differentiable(self.log_ratios), axis=1)
         return jax.nn.softmax(log_masses)
 
+    def mixture(self) -> GaussianMixture:
+        """The mixture with the winner's mass, mean and covariance in each component of the prior: where it lands, to second moments.
+
+        **Raises:** `ValueError` for `Step`, whose values say too little.
+        """
+        log_shares = self.law.log_masses + self._differentiable(self.log_ratios)
+        return self.prior.replace(jax.nn.logsumexp(log_shares, axis=1), *self.law.moments(self.prior, log_shares))
+
     def expect_reward(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(r)]` of the winner's reward."""
         return jnp.sum(self._shares() * jax.vmap(jax.vmap(fn))(self.law.values))

@@ -1,0 +1,320 @@
+r"""Which method is predicted to land closest to the tilt within a number of denoiser calls.
+
+**Cost.** A sample that takes n steps of Heun's method evaluates its field `2 n - 1` times. One evaluation takes, in calls of the denoiser
+and in pullbacks through it (`pullback` calls each):
+
+| method | calls | pullbacks | |
+|---|---|---|---|
+| `Tilted` | 1 | | rewards whose tilt is conjugate |
+| `Conjugate` | 2 | | any reward |
+| `PlugIn(Glass(model, g), k)`, damped or not | `1 + k g` | `k g` | any reward |
+| `dps` | 1 | 1 | any reward |
+| `fmrg`, g inner steps | `2 g + 2` | `2 g + 1` | any reward |
+| `Laplace` | 1 | d | smooth rewards |
+| `best_of_n`, `softmax_of_n` | n samples | | any reward |
+| weighted paths of the damped diffusion | n paths of `n` steps, `1 + g` | g | any reward |
+
+**Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*: `discrete_law` for one Gaussian and one
+draw; the law of small steps plus that of one draw's step error for k > 1; `Selected.mixture` of what unguided sampling gives in these
+steps for selection; and for n weighted paths of effective share e, of which one is drawn, `KL <= log(1 + (1/e - 1)/n)` and so, for a
+Gaussian tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not Gaussian count by mean
+and covariance.
+
+For a mixture every mode is treated alone, guided flows keep the prior's weights (see `plug_in_law`), and W2 is its upper bound by mixtures
+of couplings (`w2_bounds`); `Laplace` and, beyond conjugate rewards, `Conjugate` have no law there, and stand with what was measured on
+mixtures in the plane, in units of the tilt's standard deviation: an order of magnitude.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from theory import bias, discrete, paths, selection, tilts
+from theory.discrete import AffineField
+from theory.tilts import QuadraticForm
+from theory.transport import w2_bounds
+from tiltjax import inputs, rewards, scales
+from tiltjax.interpolants import Linear
+from tiltjax.mixtures import GaussianMixture
+
+# W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures (benchmarks/gaussian_tilt.py: quadratic,
+# noniso, unequal, uncentered) and, for anisotropic rewards, over two (benchmarks/any_reward.py: stiff between and across modes).
+MEASURED = {"Laplace": 0.11, "Conjugate": 0.63}
+_EXACT, _LIMIT, _BOUND, _MEASURED = "law at these steps", "law of small steps", "leading order", "measured elsewhere"
+_MOST_STEPS = 200
+_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Option(NamedTuple):
+    """One way to spend the budget.
+
+    - `method`: how to call it.
+    - `steps`: of Heun's method (of `Ancestral` for weighted paths).
+    - `cost`: of one sample, in denoiser calls.
+    - `error`: the predicted W2 to the tilt.
+    - `basis`: what the prediction rests on.
+    - `law`: the predicted law to second moments in each mode, or `None`.
+    """
+
+    method: str
+    steps: int
+    cost: float
+    error: float
+    basis: str
+    law: GaussianMixture | None = None
+
+
+class Plan(NamedTuple):
+    """All options within a budget, the best first; `str(plan)` is a table."""
+
+    options: tuple[Option, ...]
+    tilt: GaussianMixture
+    budget: float
+
+    @property
+    def best(self) -> Option:
+        """The option of least predicted error."""
+        return self.options[0]
+
+    def __str__(self) -> str:
+        width = max(len(option.method) for option in self.options)
+        lines = [f"{'method':{width}s} {'steps':>6s} {'calls':>8s} {'W2':>9s}   basis"]
+        for option in self.options:
+            lines.append(
+                f"{option.method:{width}s} {option.steps:6d} {option.cost:8.0f} {option.error:9.4f}   {option.basis}"
+            )
+        return "\n".join(lines)
+
+
+def recommend(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float,
+    budget: float,
+    *,
+    conjugate: bool = True,
+    inner: int = 20,
+    pullback: float = 2.0,
+) -> Plan:
+    """The methods of tiltjax by predicted distance from the tilt, within `budget` denoiser calls a sample.
+
+    Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay best); what cannot afford one is
+    left out. On the host, not to be traced: a few seconds the first time, most of it compiling.
+
+    **Arguments:**
+
+    - `prior`, `reward`: one Gaussian or a mixture, and a quadratic reward with a positive curvature; they may stand for a model and a
+      reward that resemble them.
+    - `budget`: denoiser calls a sample, at least 1.
+    - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that is not.
+    - `inner`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow (`fmrg`).
+    - `pullback`: what going backwards through a call costs, in calls.
+
+    **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it), an infinite tilt.
+    """
+    budget, pullback = _number(budget, "budget"), _number(pullback, "pullback")
+    if budget < 1:
+        raise ValueError(f"budget counts denoiser calls a sample and must be at least 1, got {budget:g}")
+    if pullback < 0:
+        raise ValueError(f"pullback must not be negative, got {pullback:g}")
+    inner = inputs.count(inner, "inner")
+    reward = rewards.as_reward(reward)
+    strength = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
+    form = inputs.cast(tilts.quadratic_form(reward, prior.dim), prior.means.dtype)
+    if not inputs.concrete((prior, form, strength)):
+        raise ValueError("recommend compares numbers of steps and draws: call it outside of jit, vmap and grad")
+    tilt = tilts.tilt(prior, reward, strength).mixture
+    options = _options(prior, reward, form, strength, tilt, budget, conjugate, inner, pullback)
+    return Plan(tuple(sorted(options, key=lambda option: option.error)), tilt, budget)
+
+
+def _number(value: float, name: str) -> float:
+    value = inputs.finite(value, name, 0)
+    if not inputs.concrete(value):
+        raise ValueError(f"{name} is a number of calls: call recommend outside of jit, vmap and grad")
+    return float(value)
+
+
+def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullback) -> Iterator[Option]:
+    d, single = prior.dim, len(prior.log_weights) == 1
+    number = f"{float(scale):g}"
+    spread = float(jnp.sqrt(jnp.trace(tilt.cov())))
+    isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
+    concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
+    curvature = float(jnp.trace(form.matrix)) / d
+    full = AffineField(prior, form, scales.Constant(scale), Linear(), discrete._pull_exactly)
+
+    def pulled(pull: Callable) -> AffineField:
+        return AffineField(prior, form, full.law, full.interpolant, pull)
+
+    def flow(method: str, cost: float, field: AffineField, weights: Array, basis: str = _EXACT) -> Iterator[Option]:
+        steps = _affordable(budget, cost)
+        if steps >= 1:
+            law = _run(field, weights, steps)
+            yield Option(method, steps, (2 * steps - 1) * cost, _distance(law, tilt), basis, law)
+
+    alone, one_draw = prior.log_weights, 1 + inner * (1 + pullback)
+    unguided = eqx.tree_at(lambda f: f.law.final, pulled(discrete._pull_at_mean), jnp.zeros_like(scale))
+    yield from flow("no guidance", 1, unguided, alone)
+    if conjugate and isotropic and curvature > 0:
+        yield from flow(f"Tilted(model, reward, {number})", 1, full, tilt.log_weights)
+    if concave:
+        name = f"Conjugate(model, reward, {number})"
+        if single or isotropic:  # its fixed point is the tilt
+            yield from flow(name, 2, full, tilt.log_weights, "its fixed point at these steps")
+        elif (steps := _affordable(budget, 2)) >= 1:
+            yield Option(name, steps, 2 * (2 * steps - 1), MEASURED["Conjugate"] * spread, _MEASURED)
+        name, cost = f"Laplace(model, reward, {number})", 1 + d * pullback
+        if single:
+            yield from flow(name, cost, full, alone)
+        elif (steps := _affordable(budget, cost)) >= 1:
+            yield Option(name, steps, cost * (2 * steps - 1), MEASURED["Laplace"] * spread, _MEASURED)
+    glass = f"PlugIn(Glass(model, {inner}), "
+    yield from flow(f"{glass}reward, {number})", one_draw, pulled(discrete._pull_at_draw), alone)
+    yield from flow(f"dps(model, reward, {number})", 1 + pullback, pulled(discrete._pull_at_mean), alone)
+    cost = 2 * inner + 2 + (2 * inner + 1) * pullback
+    yield from flow(f"fmrg(model, reward, {number}, steps={inner})", cost, pulled(discrete._pull_at_end), alone)
+    yield from _selected(prior, reward, scale, tilt, unguided, budget)
+    if concave and curvature > 0:
+        # Damping belongs to the reward -|x - y|^2: its weight goes into the scale.
+        width = float(jnp.sqrt(prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix) / (d * curvature)))
+        damped = scales.Damped(scale * curvature, width)
+        label = f"reward{'' if np.isclose(curvature, 1) else f' * {1 / curvature:.3g}'}, Damped({float(damped.final):g}, {width:.3g})"
+        field = AffineField(prior, _divided(form, curvature), damped, full.interpolant, discrete._pull_at_draw)
+        yield from flow(f"{glass}{label})", one_draw, field, alone)
+        if single:
+            yield from _weighted(prior, field, tilt, budget, one_draw, label)
+        if single and isotropic and _round(prior) and float(scale) > 0:
+            strength = float(scale) * curvature * float(prior.covs[0, 0, 0])
+            if strength <= 1e4:
+                yield from _many_draws(
+                    prior, reward, scale, tilt, pulled(discrete._pull_at_draw), budget, inner, pullback
+                )
+
+
+def _affordable(budget: float, cost: float) -> int:
+    """The most steps of Heun's method, `2 n - 1` evaluations, within the budget."""
+    return min(_MOST_STEPS, int((budget / cost + 1) // 2))
+
+
+def _divided(form: QuadraticForm, factor: float) -> QuadraticForm:
+    return QuadraticForm(form.matrix / factor, form.center, form.gradient / factor, form.value / factor)
+
+
+def _round(prior: GaussianMixture) -> bool:
+    covs = np.asarray(prior.covs, np.float64)
+    return bool(np.allclose(covs, covs[:, :1, :1] * np.eye(prior.dim), rtol=1e-6, atol=0))
+
+
+@eqx.filter_jit
+def _run(family: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
+    """What `steps` steps of Heun's method make of each component alone."""
+    prior = family.prior
+    times = jnp.linspace(1e-3, 1, steps + 1, dtype=prior.means.dtype)
+
+    def component(mean: Array, cov: Array) -> tuple[Array, Array]:
+        one = prior.replace(jnp.zeros(1, mean.dtype), mean[None], cov[None])
+        end = discrete.discrete_law(eqx.tree_at(lambda f: f.prior, family, one), times=times)
+        return end.means[0], end.covs[0]
+
+    means, covs = jax.vmap(component)(prior.means, prior.covs)
+    return prior.replace(log_weights, means, covs)
+
+
+def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
+    return float(w2_bounds(law, tilt).upper)
+
+
+def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -> Iterator[Option]:
+    """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
+    one = bias.plug_in_law(prior, reward, scale)
+    for k in _COUNTS[:6]:
+        cost = 1 + k * inner * (1 + pullback)
+        steps = _affordable(budget, cost)
+        if steps < 1:
+            return
+        coarse = _run(one_draw, prior.log_weights, steps)
+        law = bias.plug_in_law(prior, reward, scale, k=k)
+        mean = law.mean() + coarse.means[0] - one.means[0]
+        # Fresh draws leave 1/k of one draw's variance.
+        cov = law.cov() + (coarse.covs[0] - one.covs[0]) / k
+        moments = prior.replace(prior.log_weights, mean[None], cov[None])
+        method = f"PlugIn(Glass(model, {inner}), reward, {float(scale):g}, k={k})"
+        yield Option(method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments)
+
+
+def _selected(prior, reward, scale, tilt, unguided, budget) -> Iterator[Option]:
+    """The best number of candidates, for best-of-n and for softmax-of-n."""
+    number = f"{float(scale):g}"
+    rules = {
+        "best_of_n(particles, reward, {})": lambda base, n: selection.best_of_n(base, reward, n),
+        f"softmax_of_n(key, particles, reward, {{}}, {number})": lambda base, n: selection.softmax_of_n(
+            base, reward, n, scale
+        ),
+    }
+    for name, rule in rules.items():
+        options = []
+        for n in _COUNTS:
+            steps = _affordable(budget / n, 1)
+            if steps < 1:
+                break
+            try:
+                law = rule(_run(unguided, prior.log_weights, steps), n).mixture()
+            except ValueError:  # beyond closed forms and quadrature there is no prediction
+                break
+            options.append(Option(name.format(n), steps, n * (2 * steps - 1), _distance(law, tilt), _EXACT, law))
+        if options:
+            yield min(options, key=lambda option: option.error)
+
+
+def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
+    """One of n weighted paths of the damped diffusion, for the best n."""
+    widest = float(np.linalg.eigvalsh(np.asarray(tilt.covs[0], np.float64))[-1])
+    options = []
+    for n in _COUNTS:
+        steps = min(_MOST_STEPS, int(budget / (n * cost)))
+        if steps < 1:
+            break
+        ess = float(paths.path_law(damped, times=jnp.linspace(1e-3, 1, steps + 1, dtype=prior.means.dtype)).ess)
+        if ess > 0:
+            error = float(np.sqrt(2 * widest * np.log1p((1 / ess - 1) / n)))
+            options.append(Option(f"one of {n} weighted paths, {label}", steps, n * steps * cost, error, _BOUND))
+    if options:
+        yield min(options, key=lambda option: option.error)
+
+
+def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000) -> int | None:
+    """The least k for which undamped plug-in lands closer to the tilt than one draw damped by `law`, or `None` up to `most`.
+
+    By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw samples the tilt, and no k beats it; of a
+    wrong one this says what it is worth. On the host; the first call compiles for a minute.
+
+    **Raises:** as `plug_in_law` with k > 1.
+    """
+    if not isinstance(law, scales.Damped):
+        raise TypeError(f"law must be a Damped scale, got {type(law).__name__}")
+    most = inputs.count(most, "most")
+    tilt = tilts.tilt(prior, reward, law.final).mixture
+    mean, cov = tilt.means[0], tilt.covs[0]
+
+    def distance(k: int) -> float:
+        here = bias.plug_in_law(prior, reward, law.final, k=k)
+        moments = (here.means[0], here.covs[0]) if isinstance(here, GaussianMixture) else (here.mean(), here.cov())
+        return float(tilts.bures(*moments, mean, cov))
+
+    one = bias.plug_in_law(prior, reward, law)
+    aim = float(tilts.bures(one.means[0], one.covs[0], mean, cov))
+    if distance(1) < aim:
+        return 1
+    if distance(most) >= aim:
+        return None
+    low, high = 1, most
+    while high - low > 1:  # the distance falls in k
+        middle = int(np.sqrt(low * high)) if high > 2 * low else (low + high) // 2
+        low, high = (low, middle) if distance(middle) < aim else (middle, high)
+    return high
