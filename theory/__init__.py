@@ -3,7 +3,7 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 What a sampler should produce (`tilt`, `log_h`), and what it will: guided flows in the limit of small steps (`plug_in_law`, `sde_law`,
 `fmrg_law`; on the line also between modes, `mean_drift_law`) and at any number of them (`discrete_law`), selection (`best_of_n`,
 `softmax_of_n`), and what importance weights make of a guided diffusion (`path_law`). How far apart two mixtures are: `w2_bounds`. `log Z`
-from mean rewards, computed or measured: `thermodynamic_integral`, `thermodynamic_bracket`. Nothing here runs a sampler; laws of guided
+from mean rewards, computed or measured: `thermodynamic_integral`, `thermodynamic_bracket`. All of it together: `recommend`, the method predicted closest to the tilt within a budget. Nothing here runs a sampler; laws of guided
 flows come back as `tiltjax.GaussianMixture`, except that of more than one draw (`DrawsLaw`) and that of a mean drift (`MeanDriftLaw`).
 """
 
@@ -14,6 +14,7 @@ from theory.doob import log_h, marginal
 from theory.draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
 from theory.paths import PathLaw, path_law, path_limit
+from theory.planner import Option, Plan, matching_k, recommend
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.thermodynamic import LogNorm, thermodynamic_bracket, thermodynamic_integral
 from theory.tilts import Tilt, bures, expected_reward, is_quadratic, quadratic_form, tilt
@@ -56,5 +57,9 @@ __all__ = [
     "path_law",
     "path_limit",
     "PathLaw",
+    "recommend",
+    "Plan",
+    "Option",
+    "matching_k",
     "quadrature",
 ]

@@ -315,8 +315,8 @@ def _coordinate(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
 
     def one(q: Array) -> tuple[Array, Array]:
         c, rest, weights = _axis(q, delta)
-        weights = weights * rest ** ((degrees - 3) / 2) * jnp.exp(-(rest - jnp.min(rest)) / 2)
-        weights = weights / jnp.sum(weights)
+        rest = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
+        weights = jax.nn.softmax(_safe_log(weights) + (degrees - 3) / 2 * jnp.log(rest) - rest / 2)
         return weights @ c, weights @ c**2
 
     return jax.vmap(one)(rho)
