@@ -155,7 +155,8 @@ class MeanDriftLaw(eqx.Module):
     def error(self) -> tuple[Array, Array]:
         """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of the nodes, 30 times the tolerance."""
         starts, ends, nodes, looseness = _COARSE
-        points = _points(self, starts, ends, nodes * self.nodes // _FINE[2], looseness)
+        nodes = self.nodes if is_quadratic(self.reward) else nodes * self.nodes // _FINE[2]
+        points = _points(self, starts, ends, nodes, looseness)
         coarse = MeanDriftLaw(self.prior, self.reward, self.scale, self.unit, points, self.drift, self.nodes)
         return jnp.abs(self.mean() - coarse.mean()), jnp.abs(self.var() - coarse.var())
 
@@ -177,9 +178,7 @@ class MeanDriftLaw(eqx.Module):
         edges = inputs.finite(edges, "edges", 1)
         if inputs.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
             raise ValueError(f"edges must rise, got {np.asarray(edges)}")
-        # Filled up to the table's size: the program that built the table is compiled already.
-        padded = jnp.pad(edges.astype(self.unit.dtype), (0, max(0, _FINE[1] - len(edges)))) / self.unit
-        z = _carry(self, padded, True, self.nodes, 1.0)[0][: len(edges)]
+        z, _ = _carry(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
         infinite = jnp.full((1,), jnp.inf, z.dtype)
         return _between(jnp.concatenate([-infinite, z, infinite]))
 
@@ -350,7 +349,11 @@ def _carry(law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, loosene
     begin, end = (np.pi / 2, 0.0) if backwards else (0.0, np.pi / 2)
     times = jnp.asarray([begin, end], start.dtype)
     flow = MeanDriftLaw(law.prior, law.reward, law.scale, law.unit, None, law.drift, law.nodes)
-    x, log_slope = _solve(flow, start, times, tolerance, nodes)
+    # Several points are filled up to whole tables: a program that is compiled already.
+    count = len(start)
+    padding = -count % _FINE[0] if count > 1 else 0
+    padded = jnp.concatenate([start, jnp.broadcast_to(start[:1], (padding,))])
+    x, log_slope = (leaf[:count] for leaf in _solve(flow, padded, times, tolerance, nodes))
     return x, -log_slope if backwards else log_slope
 
 
