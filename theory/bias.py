@@ -68,8 +68,8 @@ def plug_in_law(
 
     For a mixture (k = 1) this assumes the coupling of a **frozen component**: the draws of `X_1` stay in one component as x moves. Then each
     component's law is exact and the prior's weights are kept; so it is, too, in the limit of far modes at a fixed number of steps. Fresh
-    draws through the flow are pushed between modes besides, at any separation the more the smaller the steps: on the line,
-    `mean_drift_law` is their limit. Where components overlap, "the law of a component" means nothing: `UserWarning` above an `overlap` of
+    draws through the flow are also pushed between modes, by rare kicks that few steps miss and many steps meet: on the line,
+    `mean_drift_law` is what they tend to. Where components overlap, "the law of a component" means nothing: `UserWarning` above an `overlap` of
     .05 (4.9 standard deviations apart).
 
     **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction.

@@ -47,7 +47,7 @@ from tiltjax import inputs, rewards, scales
 from tiltjax.mixtures import GaussianMixture
 
 _REACH = 8.5  # standard deviations of the start
-_FAR = 1e4  # where the drift is frozen: no start of any mass gets there, and backwards some rewards would reach infinity in finite time
+_FAR = 1e4  # where the drift is frozen on the way back, which some rewards would take to infinity in finite time
 _FINE, _COARSE = (257, 257, 73, 1.0), (193, 193, 55, 30.0)  # starts, ends, nodes of a reward's expectation, tolerance
 
 
@@ -67,11 +67,11 @@ class View(eqx.Module):
     nodes: int = eqx.field(static=True)
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(X_1, z)]` in each component, `(K,)`, for `X_1 = mean + std z`: the trapezoidal rule on ± 9 standard deviations."""
+        """`E[fn(X_1)]` in each component, `(K,)`, for `fn` of one number: the trapezoidal rule on ± 9 standard deviations."""
         z = np.linspace(-9, 9, self.nodes)
         share = np.exp(-(z**2) / 2)
         z, share = (jnp.asarray(part, self.lag.dtype) for part in (z, share / share.sum()))
-        one = lambda mean, std: share @ jax.vmap(lambda z: fn(mean + std * z, z))(z)
+        one = lambda mean, std: share @ jax.vmap(lambda z: fn(mean + std * z))(z)
         return jax.vmap(one)(self.means, self.spread * self.unit)
 
 
@@ -86,7 +86,7 @@ def plug_in_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
         mean_slope = jax.vmap(slope)(view.means)
         value = jax.vmap(lambda m, v: r(m) + jax.grad(slope)(m) * v / 2)(view.means, variance)
     else:
-        mean_slope, value = view.expect(lambda x, z: slope(x)), view.expect(lambda x, z: r(x))
+        mean_slope, value = view.expect(slope), view.expect(r)
     base = view.weights @ view.lag
     return base + scale * view.weights @ (view.spread**2 * view.unit * mean_slope + (view.lag - base) * value)
 
@@ -155,7 +155,8 @@ class MeanDriftLaw(eqx.Module):
     def error(self) -> tuple[Array, Array]:
         """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of the nodes, 30 times the tolerance."""
         starts, ends, nodes, looseness = _COARSE
-        points = _points(self, starts, ends, nodes * self.nodes // _FINE[2], looseness)
+        nodes = self.nodes if is_quadratic(self.reward) else nodes * self.nodes // _FINE[2]
+        points = _points(self, starts, ends, nodes, looseness)
         coarse = MeanDriftLaw(self.prior, self.reward, self.scale, self.unit, points, self.drift, self.nodes)
         return jnp.abs(self.mean() - coarse.mean()), jnp.abs(self.var() - coarse.var())
 
@@ -177,9 +178,7 @@ class MeanDriftLaw(eqx.Module):
         edges = inputs.finite(edges, "edges", 1)
         if inputs.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
             raise ValueError(f"edges must rise, got {np.asarray(edges)}")
-        # Filled up to the table's size: the program that built the table is compiled already.
-        padded = jnp.pad(edges.astype(self.unit.dtype), (0, max(0, _FINE[1] - len(edges)))) / self.unit
-        z = _carry(self, padded, True, self.nodes, 1.0)[0][: len(edges)]
+        z, _ = _carry(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
         infinite = jnp.full((1,), jnp.inf, z.dtype)
         return _between(jnp.concatenate([-infinite, z, infinite]))
 
@@ -223,7 +222,8 @@ def mean_drift_law(
     expectations of a reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
 
     **Raises:** `ValueError` beyond one dimension, for a component without variance, a scale law that is not a function of time alone, and
-    for `Step`, which has no gradient: with fresh draws plug-in moves nothing, and neither does DPS.
+    for `Step`, which has no gradient: with fresh draws plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the
+    flow is too stiff for it (`scale h s^2` of thousands; in single precision also points far outside of the law).
     """
     if prior.dim != 1:
         raise ValueError(
@@ -349,7 +349,11 @@ def _carry(law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, loosene
     begin, end = (np.pi / 2, 0.0) if backwards else (0.0, np.pi / 2)
     times = jnp.asarray([begin, end], start.dtype)
     flow = MeanDriftLaw(law.prior, law.reward, law.scale, law.unit, None, law.drift, law.nodes)
-    x, log_slope = _solve(flow, start, times, tolerance, nodes)
+    # Several points are filled up to whole tables: a program that is compiled already.
+    count = len(start)
+    padding = -count % _FINE[0] if count > 1 else 0
+    padded = jnp.concatenate([start, jnp.broadcast_to(start[:1], (padding,))])
+    x, log_slope = (leaf[:count] for leaf in _solve(flow, padded, times, tolerance, nodes))
     return x, -log_slope if backwards else log_slope
 
 
@@ -358,17 +362,19 @@ def _solve(law: MeanDriftLaw, start: Array, times: Array, tolerance: Array, node
     prior, unit = law.prior, law.unit
     means, ratio = prior.means[:, 0] / unit, jnp.sqrt(prior.covs[:, 0, 0]) / unit
 
+    far = jnp.where(times[0] > times[1], _FAR, jnp.inf)
+
     def rate(theta: Array, x: Array) -> Array:
         cos, sin = jnp.cos(theta), jnp.sin(theta)
         width = cos**2 + sin**2 * ratio**2
-        x = jnp.clip(x, -_FAR, _FAR)
+        x = jnp.clip(x, -far, far)
         weights = jax.nn.softmax(prior.log_weights - jnp.log(width) / 2 - (x - sin * means) ** 2 / (2 * width))
         lag = cos * (means + sin * x * (ratio**2 - 1)) / width
         mean = unit * (cos**2 * means + sin * x * ratio**2) / width
         view = View(weights, mean, unit * cos, lag, ratio / jnp.sqrt(width), nodes)
         return law.drift(view, law.reward, _strength(law.scale, cos, sin / unit))
 
-    def field(theta: Array, y: tuple[Array, Array], args: None) -> tuple[Array, Array]:
+    def field(theta: Any, y: tuple[Array, Array], args: None) -> tuple[Array, Array]:
         return jax.jvp(lambda x: rate(theta, x), (y[0],), (jnp.ones_like(y[0]),))
 
     def one(start: Array) -> tuple[Array, Array]:

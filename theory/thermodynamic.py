@@ -21,7 +21,7 @@ from tiltjax import inputs
 
 
 def thermodynamic_integral(
-    expected_reward: Callable[[Array], Array], scale: float | Array, *, nodes: int = 32, start: float = 0.0
+    expected_reward: Callable[[Array], Array], scale: float | Array, *, nodes: int = 32, start: float | Array = 0.0
 ) -> Array:
     """`log Z(scale) - log Z(start)`, from `expected_reward(l) = E_l[r]`, by Gauss-Legendre nodes; `log Z(0) = 0`.
 
@@ -32,10 +32,11 @@ def thermodynamic_integral(
 
     **Raises:** `ValueError` for a scale or a start that is negative or not finite, and for no nodes.
     """
-    scale, start = inputs.nonnegative(scale, "scale"), inputs.nonnegative(start, "start")
+    end = inputs.nonnegative(scale, "scale")
+    begin = inputs.nonnegative(start, "start").astype(end.dtype)
     node, weight = np.polynomial.legendre.leggauss(inputs.count(nodes, "nodes"))
-    width = scale - start.astype(scale.dtype)
-    scales = start.astype(scale.dtype) + width * jnp.asarray((1 + node) / 2, scale.dtype)
+    width = end - begin
+    scales = begin + width * jnp.asarray((1 + node) / 2, end.dtype)
     # One after the other: quadrature in the plane needs the memory of one grid.
     values = jax.lax.map(expected_reward, scales)
     if values.shape != (len(node),):
