@@ -1,9 +1,10 @@
 r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 
 What a sampler should produce (`tilt`, `log_h`), and what it will: guided flows in the limit of small steps (`plug_in_law`, `sde_law`,
-`fmrg_law`) and at any number of them (`discrete_law`), selection (`best_of_n`, `softmax_of_n`), and what importance weights make of
-a guided diffusion (`path_law`). Nothing here runs a sampler; laws of guided flows come back as `tiltjax.GaussianMixture`, except that
-of more than one draw (`DrawsLaw`).
+`fmrg_law`; on the line also between modes, `mean_drift_law`) and at any number of them (`discrete_law`), selection (`best_of_n`,
+`softmax_of_n`), and what importance weights make of a guided diffusion (`path_law`). How far apart two mixtures are: `w2_bounds`. `log Z`
+from mean rewards, computed or measured: `thermodynamic_integral`, `thermodynamic_bracket`. Nothing here runs a sampler; laws of guided
+flows come back as `tiltjax.GaussianMixture`, except that of more than one draw (`DrawsLaw`) and that of a mean drift (`MeanDriftLaw`).
 """
 
 from theory import quadrature
@@ -11,9 +12,12 @@ from theory.bias import fmrg_law, plug_in_law, sde_law
 from theory.discrete import AffineField, discrete_law, doob_field, dps_field, fmrg_field, plug_in_field
 from theory.doob import log_h, marginal
 from theory.draws import DrawsLaw
+from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
 from theory.paths import PathLaw, path_law, path_limit
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
+from theory.thermodynamic import LogNorm, thermodynamic_bracket, thermodynamic_integral
 from theory.tilts import Tilt, bures, expected_reward, is_quadratic, quadratic_form, tilt
+from theory.transport import W2Bounds, overlap, w2_bounds
 
 __all__ = [
     "tilt",
@@ -22,12 +26,23 @@ __all__ = [
     "expected_reward",
     "is_quadratic",
     "quadratic_form",
+    "w2_bounds",
+    "W2Bounds",
+    "overlap",
+    "thermodynamic_integral",
+    "thermodynamic_bracket",
+    "LogNorm",
     "log_h",
     "marginal",
     "plug_in_law",
     "DrawsLaw",
     "fmrg_law",
     "sde_law",
+    "mean_drift_law",
+    "MeanDriftLaw",
+    "plug_in_drift",
+    "dps_drift",
+    "doob_drift",
     "discrete_law",
     "AffineField",
     "plug_in_field",

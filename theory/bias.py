@@ -19,6 +19,7 @@ gives `du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))` for any interpolant. S
 `lambda = scale / (1 + 2 scale v)` the tilt. Theorem and overshoot: Dandapanthula and Boffi (arXiv 2606.02884).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -30,11 +31,13 @@ from jaxtyping import Array
 from theory import quadrature
 from theory.draws import DrawsLaw, draws_law
 from theory.tilts import QuadraticForm, common_axes, quadratic_form
+from theory.transport import overlap
 from tiltjax import inputs, rewards, scales
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
+_NEAR = 0.05  # an overlap of components above which their laws are no longer told apart
 
 
 @overload
@@ -63,9 +66,11 @@ def plug_in_law(
     and an `error`: for one Gaussian, isotropic if in more than one dimension, a reward `-h |x - y|^2` (plus a linear one), and a
     constant scale, `scale h s^2 <= 1e4`. The cost does not depend on k.
 
-    For a mixture (k = 1) the law of each component is exact and the prior's weights are kept: what happens if the draws of `X_1` stay in
-    one component as x moves, or in the limit of far modes at a fixed number of steps. It ignores the push that draws receive where
-    two modes compete, so it says nothing of masses between near modes.
+    For a mixture (k = 1) this assumes the coupling of a **frozen component**: the draws of `X_1` stay in one component as x moves. Then each
+    component's law is exact and the prior's weights are kept; so it is, too, in the limit of far modes at a fixed number of steps. Fresh
+    draws through the flow are also pushed between modes, by rare kicks that few steps miss and many steps meet: on the line,
+    `mean_drift_law` is what they tend to. Where components overlap, "the law of a component" means nothing: `UserWarning` above an `overlap` of
+    .05 (4.9 standard deviations apart).
 
     **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction.
     """
@@ -157,6 +162,7 @@ def _per_direction(
     """
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     _check_domain(prior, form, final)
+    _warn_of_overlap(prior)
 
     def law(s2: Array, h: Array) -> tuple[Array, Array]:
         # A direction without spread stays where it is; the formulas would divide by it.
@@ -223,6 +229,18 @@ def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> 
         raise ValueError(
             f"this law needs covariances that commute with the reward's matrix H; those of component {int(np.argmax(excess))} do not. "
             "Use discrete_law with many steps instead."
+        )
+
+
+def _warn_of_overlap(prior: GaussianMixture) -> None:
+    if not inputs.concrete(prior):
+        return
+    coefficient = overlap(prior)
+    if coefficient > _NEAR:
+        warnings.warn(
+            f"this law treats each component alone and keeps the prior's weights, but components overlap by {coefficient:.3f} (theory.overlap; "
+            f"far apart is {_NEAR:g} or less): use theory.mean_drift_law on the line, else simulate",
+            stacklevel=4,
         )
 
 
