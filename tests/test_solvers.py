@@ -103,6 +103,16 @@ def test_the_ancestral_kernel_is_affine_with_the_published_mean_and_variance(eta
     chex.assert_trees_all_close(moved[0], mean + np.sqrt(variance) * xi, rtol=1e-10)
 
 
+def test_the_ancestral_kernel_keeps_its_digits_near_the_noise():
+    # What is kept of the noise at eta = 1 is sigma_u rho, 1e-4 here: as sqrt(sigma_u^2 - S2) it would be off by as much in float32.
+    path, solver = tj.inputs.cast((tj.Linear(), tj.Ancestral()), jnp.float32)
+    t, u = jnp.asarray(1e-4, jnp.float32), jnp.asarray(0.5, jnp.float32)
+    nothing = lambda key, t, x, state: (0 * x, state)
+    ends = [solver.step(KEYS, path, nothing, t, u, jnp.asarray([x], jnp.float32), ())[0] for x in (1e3, -1e3)]
+    kept = float((ends[0] - ends[1])[0]) / 2e3
+    np.testing.assert_allclose(kept, 0.5 * (1e-4 / (1 - 1e-4)) / (1 - 1e-4), rtol=1e-5)
+
+
 def test_ancestral_reproduces_the_marginal():
     """The eta = 1 kernel of a *point mass* is exact at any number of steps; of a Gaussian as steps grow (order 1)."""
     point = tj.Analytic(contracts.gaussian([MEAN], [[0.0]]))

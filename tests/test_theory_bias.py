@@ -279,8 +279,6 @@ def test_gradients_are_right_also_where_eigenvalues_coincide(name, cov):
 def test_refusals_say_why_and_what_to_use():
     prior = tj.GaussianMixture([1.0], [[0.0, 0.0]], [[[0.5, 0.2], [0.2, 0.7]]])
     isotropic = tj.rewards.Quadratic([0.0, 1.0])
-    with pytest.raises(ValueError, match=r"commute.*discrete_law"):
-        theory.plug_in_law(prior, tj.rewards.Quadratic([0.0, 1.0], weight=[2.0, 1.0]), 1.0)
     with pytest.raises(ValueError, match=r"concave.*eigenvalue -1"):
         theory.fmrg_law(prior, tj.rewards.Quadratic([0.0, 1.0], weight=-1.0), 1.0)
     with pytest.raises(ValueError, match="DoubleWell"):

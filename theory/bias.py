@@ -1,7 +1,7 @@
 r"""What guided samplers really produce: laws of the guided flow, before it runs.
 
 For a Gaussian prior `N(mu, S)` and a quadratic reward with H, in the common eigen-directions of S and H (standard deviation s,
-curvature h, `a = scale h s^2`), measured from mu, with y the reward's maximiser:
+curvature h, `a = scale h s^2`), measured from mu, with y the reward's maximiser, and for `alpha_0 = 0`:
 
 | method | mean | standard deviation |
 |---|---|---|
@@ -11,6 +11,7 @@ curvature h, `a = scale h s^2`), measured from mu, with y the reward's maximiser
 | the diffusion, plug-in, k = 1 | `(1 - exp(-2a)) y` | `s sqrt((1 - exp(-4a)) / (4a))` |
 | FMRG | `(1 - exp(-q)) y`, `q = 2 a ∫ dt / (sigma_t^2 + alpha_t^2 s^2)` | `s exp(-q)` |
 
+Where S and H do not commute there is no closed form but a linear equation, solved in `theory.moments`; the functions here choose.
 These are the laws in the limit of small steps, where fresh draws average out; `discrete_law` is the law at any number of steps.
 
 **Derivation.** With `u = x / sqrt(Var X_t)` and the posterior variance v as clock, running from `s^2` down to 0, the mean guidance
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import quadrature
+from theory import moments, quadrature
 from theory.draws import DrawsLaw, draws_law
 from theory.tilts import QuadraticForm, common_axes, quadratic_form
 from theory.transport import overlap
@@ -57,10 +58,21 @@ def plug_in_law(
 def plug_in_law(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int = 1
 ) -> GaussianMixture | DrawsLaw:
-    """The law of the plug-in guided flow with k fresh posterior draws.
+    """The law of the plug-in guided flow with k fresh posterior draws, on an interpolant with `alpha_0 = 0`.
 
     With k = 1 it is Gaussian, and comes back as a `GaussianMixture`. `scale` is then a number or the law that the guidance was given:
     `Damped(scale, sigma)` with any sigma, right or wrong. For one Gaussian and a quadratic reward this is also the law of DPS.
+
+    What a wrong sigma costs, for `tiltjax.problems.gaussian` (s^2 = 1/2, scale 3, maximiser at 2.5; the tilt is mean 1.875, spread .354):
+
+    | sigma / s | mean | spread | W2 to the tilt |
+    |---|---|---|---|
+    | 0 (no damping) | 3.073 | .158 | 1.229 |
+    | 0.5 | 2.550 | .262 | .687 |
+    | 0.7 | 2.232 | .308 | .363 |
+    | 1 | 1.875 | .354 | 0 |
+    | 1.4 | 1.599 | .386 | .280 |
+    | 2 | 1.403 | .409 | .479 |
 
     With k > 1 it is not Gaussian, and comes back as a `DrawsLaw`, which has the same `mean`, `cov`, `sample` and `log_prob`, `quantile`
     and an `error`: for one Gaussian, isotropic if in more than one dimension, a reward `-h |x - y|^2` (plus a linear one), and a
@@ -72,18 +84,21 @@ def plug_in_law(
     `mean_drift_law` is what they tend to. Where components overlap, "the law of a component" means nothing: `UserWarning` above an `overlap` of
     .05 (4.9 standard deviations apart).
 
-    **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction.
+    Where S and H commute the result is right to rounding, elsewhere to 1e-10 of the prior's spread (`theory.moments`).
+
+    **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction; `TypeError`
+    for a k that is no whole number.
     """
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
     if inputs.count(k, "k") > 1:
         return _draws(prior, reward, law, k)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array]:
+    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
         local, spent, total = _clock(law, s2)
         response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
-        return response, s2 * jnp.exp(-2 * h * total)
+        return response, s2 * jnp.exp(-2 * h * total), jnp.zeros_like(s2)
 
-    return _per_direction(prior, reward, law.final, direction)
+    return _law(prior, reward, law.final, direction, lambda form: moments.plug_in_moments(prior, form, law))
 
 
 def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale) -> GaussianMixture:
@@ -95,13 +110,13 @@ def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array
     """
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array]:
+    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
         _, spent, total = _clock(law, s2)
         # dv = 2 s^2 w dw.
         variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
-        return 2 * total * _relative(2 * h * total), variance
+        return 2 * total * _relative(2 * h * total), variance, jnp.zeros_like(s2)
 
-    return _per_direction(prior, reward, law.final, direction)
+    return _law(prior, reward, law.final, direction, lambda form: moments.sde_moments(prior, form, law))
 
 
 def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
@@ -128,43 +143,89 @@ def fmrg_law(
 ) -> GaussianMixture:
     """The law of flow-map reward guidance, `dx/dt = b + scale ∇ r(X_{t,1}(x))`, with the exact flow map.
 
-    The exponent is `pi scale h s / c_0` for `Linear(c_0)`, by quadrature for any other interpolant. For a mixture: as in
-    `plug_in_law`. **Raises:** as `plug_in_law`.
+    The exponent is `pi scale h s / c_0` for `Linear(c_0)`, by quadrature for any other interpolant.
+
+    A run starts from `N(0, sigma_0^2 I)`, as `tiltjax.sample` does. Where `alpha_0 > 0` (`VP`, `DiscreteVP`) this is not the law of
+    `X_0`, and its image under the flow map not the prior but `N((1 - alpha_0 F) mu, sigma_0^2 F^2)`, `F = s / sqrt(alpha_0^2 s^2 +
+    sigma_0^2)`: to the mean is added `-alpha_0 F exp(-q) mu`, the variance is `sigma_0^2 F^2 exp(-2q)`. Even scale 0 does not quite give
+    the prior.
+
+    With `DiscreteVP` the law is that of the interpolant's own continuous clock, between levels and from level 0 on to t = 1. A run visits
+    the N levels and jumps from level 0: it is away from this by O(1 / N), as any run with N steps.
+
+    For a mixture: as in `plug_in_law`. **Raises:** as `plug_in_law`.
     """
-    interpolant = Linear() if interpolant is None else interpolant
+    interpolant = inputs.cast(Linear() if interpolant is None else interpolant, prior.means.dtype)
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array]:
+    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
         if isinstance(interpolant, Linear):
-            clock = jnp.pi / 2 * jnp.sqrt(s2) / interpolant.base_scale.astype(s2.dtype)
+            clock = jnp.pi / 2 * jnp.sqrt(s2) / interpolant.base_scale
         else:
             times = jnp.asarray(_W, s2.dtype)
             variance = jax.vmap(interpolant.sigma)(times) ** 2 + jax.vmap(interpolant.alpha)(times) ** 2 * s2
             clock = s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) / variance)
         exponent = 2 * scale * h * clock
-        return 2 * scale * clock * _relative(exponent), s2 * jnp.exp(-2 * exponent)
+        alpha, sigma = interpolant.alpha(jnp.zeros_like(s2)), interpolant.sigma(jnp.zeros_like(s2))
+        image = s2 / (alpha**2 * s2 + sigma**2)
+        lost = alpha * jnp.sqrt(image) * jnp.exp(-exponent)
+        return 2 * scale * clock * _relative(exponent), sigma**2 * image * jnp.exp(-2 * exponent), lost
 
-    return _per_direction(prior, reward, scale, direction)
+    return _law(prior, reward, scale, direction, lambda form: moments.fmrg_moments(prior, form, scale, interpolant))
 
 
-def _per_direction(
+def _law(
     prior: GaussianMixture,
     reward: rewards.Reward,
     final: Array,
-    direction: Callable[[Array, Array], tuple[Array, Array]],
+    direction: Callable[[Array, Array], tuple[Array, Array, Array]],
+    general: Callable[[QuadraticForm], GaussianMixture],
 ) -> GaussianMixture:
-    """Assemble a law from its action in each common eigen-direction: (mean per unit of `h (y - mu) + g / 2`, variance).
+    """The closed form, by its action in each common eigen-direction, where S and H are known to commute, and `general` elsewhere.
 
-    First derivatives with respect to a matrix are right in every direction that goes on commuting with the other one, also where
-    eigenvalues coincide: eigenvectors are held constant, and what their rotation adds are divided differences (Daleckii and Krein).
-    Where the other matrix is a multiple of the identity that is every direction. The part that does not commute has no law here, and no
-    derivative: it counts as zero.
+    A traced matrix is known to commute with a multiple of the identity that is not traced, and in one dimension; otherwise `general` is
+    right whether it commutes or not, with all derivatives, and costs milliseconds.
     """
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     _check_domain(prior, form, final)
     _warn_of_overlap(prior)
+    return _per_direction(prior, form, direction) if _commute(prior.covs, form.matrix) else general(form)
 
-    def law(s2: Array, h: Array) -> tuple[Array, Array]:
+
+def _commute(covs: Array, matrix: Array) -> bool:
+    """Whether every covariance is known to commute with the matrix, for all values that what is traced of them may take."""
+    if len(matrix) == 1:
+        return True
+
+    def isotropic(matrices: Array) -> bool:
+        if not inputs.concrete(matrices):
+            return False
+        values = np.asarray(matrices)
+        return np.array_equal(values, values[..., :1, :1] * np.eye(values.shape[-1]))
+
+    if isotropic(covs) or isotropic(matrix):
+        return True
+    if not inputs.concrete((covs, matrix)):
+        return False
+    covs_, matrix_ = np.asarray(covs, np.float64), np.asarray(matrix, np.float64)
+    excess = np.abs(covs_ @ matrix_ - matrix_ @ covs_).max()
+    rounding = 100 * len(matrix_) * np.finfo(covs.dtype).eps
+    return bool(excess <= rounding * np.abs(covs_).max() * np.abs(matrix_).max())
+
+
+def _per_direction(
+    prior: GaussianMixture, form: QuadraticForm, direction: Callable[[Array, Array], tuple[Array, Array, Array]]
+) -> GaussianMixture:
+    """Assemble a law from its action in each common eigen-direction, for matrices that commute.
+
+    `direction(s^2, h)` gives the mean per unit of `h (y - mu) + g / 2`, the variance, and what the mean loses per unit of mu.
+
+    First derivatives with respect to a matrix are right in every direction that goes on commuting with the other one, also where
+    eigenvalues coincide: eigenvectors are held constant, and what their rotation adds are divided differences (Daleckii and Krein).
+    That is every direction there is: a matrix is only differentiated here where the other one is a multiple of the identity (`_commute`).
+    """
+
+    def law(s2: Array, h: Array) -> tuple[Array, Array, Array]:
         # A direction without spread stays where it is; the formulas would divide by it.
         parts = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
         return jax.tree.map(lambda part: jnp.where(s2 > 0, part, 0.0), parts)
@@ -175,12 +236,12 @@ def _per_direction(
         s2, h = jnp.maximum(jnp.diagonal(turned[0]), 0), jnp.diagonal(turned[1])
         values = law(s2, h)
         rates = jax.lax.stop_gradient(_divided_differences(law, s2, h))
-        response, spread = (
+        response, spread, lost = (
             jnp.diag(value) + by_cov * _off_diagonal(turned[0]) + by_matrix * _off_diagonal(turned[1])
             for value, by_cov, by_matrix in zip(values, *rates, strict=True)
         )
         pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
-        return mean + axes @ (response @ pull), axes @ spread @ axes.T
+        return mean + axes @ (response @ pull - lost @ (axes.T @ mean)), axes @ spread @ axes.T
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
     return prior.replace(prior.log_weights, means, covs)
@@ -224,12 +285,6 @@ def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> 
         raise ValueError(
             f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e6): the law is a point there"
         )
-    excess = np.abs(covs @ matrix - matrix @ covs).max(axis=(1, 2))
-    if np.any(excess > 1e-5 * np.abs(covs).max() * np.abs(matrix).max()):
-        raise ValueError(
-            f"this law needs covariances that commute with the reward's matrix H; those of component {int(np.argmax(excess))} do not. "
-            "Use discrete_law with many steps instead."
-        )
 
 
 def _warn_of_overlap(prior: GaussianMixture) -> None:
@@ -263,11 +318,13 @@ def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k:
     """The law of k > 1 draws, where `draws_law` has it."""
     if not isinstance(law, scales.Constant):
         raise ValueError(
-            f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: pass a number"
+            f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: pass a number, or k=1, where any Damped "
+            f"has a law; else run it, tiltjax.sample with PlugIn(..., k={k})"
         )
     if len(prior.log_weights) != 1:
         raise ValueError(
-            f"the law of k = {k} draws is known for one Gaussian, got a mixture of {len(prior.log_weights)}: ask for one component"
+            f"the law of k = {k} draws is known for one Gaussian, got a mixture of {len(prior.log_weights)}: ask for one component, "
+            f"GaussianMixture([1.0], means[i][None], covs[i][None]), or for k=1, or run it, tiltjax.sample with PlugIn(..., k={k})"
         )
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     mean, cov = prior.means[0], prior.covs[0]
@@ -278,7 +335,7 @@ def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k:
             if excess > 1e-6 * np.abs(matrix).max():
                 raise ValueError(
                     f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}: draws compete by their length, "
-                    "which couples the directions"
+                    f"which couples the directions. Ask for k=1, which takes any, or run it, tiltjax.sample with PlugIn(..., k={k})"
                 )
     variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim
     strength = law.final * h * variance

@@ -168,7 +168,7 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
         matrix, move, noise = field.at(t)
         rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
         variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
-        keep = jnp.sqrt(path.sigma(u) ** 2 - variance) / path.sigma(t)
+        keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
         gain = path.alpha(u) - keep * path.alpha(t)
         return (
             keep * eye + gain * matrix,

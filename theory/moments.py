@@ -18,7 +18,7 @@ propagator from l to the end, the end has
     mean = Psi_0 E[v_0] + ∫ Psi f dl,        covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
 
 **Numerics.** S enters through rational functions alone (but for the shift of the start's mean), so that derivatives are right for
-singular S and where eigenvalues coincide. `Psi` solves `dPsi/dl = -Psi A` from the end backwards, by six-stage Radau IIA collocation
+singular S (but for the flow map, whose law there is a function of its root) and where eigenvalues coincide. `Psi` solves `dPsi/dl = -Psi A` from the end backwards, by six-stage Radau IIA collocation
 (order 11, no bound on the step where the guidance is stiff), and the integrals use its nodes. The clock l is `log kappa`, for the flow
 map `log t / (1-t)`: layers of any strength and width have unit width in it. It is cut where what is left is rounding. There is no
 adaptivity, so everything compiles, maps and differentiates, in both modes.
@@ -65,19 +65,19 @@ def plug_in_moments(prior: GaussianMixture, form: QuadraticForm, law: scales.Sca
 
     `theory.plug_in_law` is this, and the closed form where there is one.
     """
-    return _components(_plug_in, prior, form, _by_snr(law))
+    return _components(_plug_in, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
 
 
 def sde_moments(prior: GaussianMixture, form: QuadraticForm, law: scales.Scale) -> GaussianMixture:
     """The law of the plug-in guided memoryless diffusion with one draw: as `plug_in_moments`."""
-    return _components(_sde, prior, form, _by_snr(law))
+    return _components(_sde, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
 
 
 def fmrg_moments(
     prior: GaussianMixture, form: QuadraticForm, scale: Array, interpolant: Interpolant
 ) -> GaussianMixture:
     """The law of flow-map reward guidance started from `N(0, sigma_0^2 I)`: as `plug_in_moments`, on one interpolant."""
-    return _components(_fmrg, prior, form, (scale, interpolant))
+    return _components(_fmrg, prior, form, (scale, interpolant), 0.0)
 
 
 def _by_snr(law: scales.Scale) -> scales.Scale:
@@ -87,17 +87,21 @@ def _by_snr(law: scales.Scale) -> scales.Scale:
 
 
 @eqx.filter_jit
-def _components(method: Callable, prior: GaussianMixture, form: QuadraticForm, guidance) -> GaussianMixture:
+def _components(method: Callable, prior: GaussianMixture, form: QuadraticForm, guidance, floor) -> GaussianMixture:
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         # In the eigenvectors of S, held constant: S is then diagonal to the last bit and not negative, so that S (I + kappa^2 S)^-1 has
         # no pole at any kappa, and nothing is lost of its derivatives.
         axes = jnp.linalg.eigh(jax.lax.stop_gradient(cov))[1]
         turned = axes.T @ cov @ axes
         moving = turned - jax.lax.stop_gradient(turned)
-        s = jnp.diag(jnp.maximum(jnp.diagonal(turned), 0)) + moving - jnp.diag(jnp.diagonal(moving))
+        variances = jax.lax.stop_gradient(jnp.diagonal(turned))
+        # The clock ends before it tells a direction without spread from one whose spread is rounding, and their derivatives differ:
+        # such a direction is given `floor` of the widest variance, which the guidance does not change and which is taken away again.
+        raised = jnp.maximum(variances, floor * jnp.max(variances))
+        s = jnp.diag(raised) + moving
         pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
         shift, spread = method(axes.T @ mean, s, axes.T @ form.matrix @ axes, pull, guidance)
-        spread = axes @ spread @ axes.T
+        spread = axes @ (spread - jnp.diag(raised - jnp.maximum(variances, 0))) @ axes.T
         return mean + axes @ shift, (spread + spread.T) / 2
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
@@ -158,10 +162,24 @@ def _kappa(s: Array) -> tuple[Array, Array]:
     return c, c * jnp.exp(jnp.asarray(_CLOCK.reshape(-1), s.dtype))
 
 
+def _noisy(s: Array, data: Array, noise: Array) -> Array:
+    eye = jnp.eye(len(s), dtype=s.dtype)
+    return data[:, None, None] * s[None] + noise[:, None, None] * eye[None]
+
+
+@jax.custom_jvp
 def _ratio(s: Array, data: Array, noise: Array) -> Array:
     """`S (data S + noise I)^-1` for vectors of coefficients."""
-    eye = jnp.eye(len(s), dtype=s.dtype)
-    return jnp.linalg.solve(data[:, None, None] * s[None] + noise[:, None, None] * eye[None], s[None])
+    return jnp.linalg.solve(_noisy(s, data, noise), s[None])
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    (s, data, noise), (ds, ddata, dnoise) = primals, tangents
+    # As `noise W dS W`, where a product rule has the difference of two terms that late in the clock agree in all digits.
+    inverse = jnp.linalg.inv(_noisy(s, data, noise))
+    change = noise[:, None, None] * inverse @ ds - inverse @ s @ _noisy(s, ddata, dnoise)
+    return _ratio(s, data, noise), change @ inverse
 
 
 def _strength(law: scales.Scale, kappa: Array) -> Array:

@@ -58,7 +58,9 @@ class Damped(Scale):
         self.sigma = inputs.nonnegative(sigma, "sigma")
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
-        variance = self.sigma**2 / (1 + self.sigma**2 * snr)
+        # A width of zero has nothing to damp, also at t = 1, where the snr is infinite.
+        known = self.sigma > 0
+        variance = jnp.where(known, 1 / (jnp.where(known, self.sigma, 1.0) ** -2 + snr), 0.0)
         return self.final / (1 + 2 * self.final * variance)
 
 

@@ -7,7 +7,7 @@ All of them move a *field*: the denoiser `D~` of the law that is sampled, which 
 |---|---|---|
 | `Euler()` | `x + (u - t) b~_t(x)` | 1 |
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
-| `Ancestral(eta)` | `alpha_u D~ + sqrt(sigma_u^2 - S2) E~ + sqrt(S2) xi` | 1 |
+| `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
 | `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
 
 with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`, `rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1
@@ -115,7 +115,9 @@ class Ancestral(Solver):
         sigma_t, sigma_u = interpolant.sigma(t), interpolant.sigma(u)
         rho = interpolant.alpha(t) * sigma_u / (interpolant.alpha(u) * sigma_t)
         variance = self.eta**2 * sigma_u**2 * (1 - rho**2)
-        mean = interpolant.alpha(u) * denoised + jnp.sqrt(sigma_u**2 - variance) * interpolant.noise(t, x, denoised)
+        # sqrt(sigma_u^2 - S2) as a sum: near t = 0, where rho is small, the difference is all rounding.
+        kept = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2)
+        mean = interpolant.alpha(u) * denoised + kept * interpolant.noise(t, x, denoised)
         return mean + jnp.sqrt(variance) * jax.random.normal(keys.noise, x.shape, x.dtype), state
 
 
