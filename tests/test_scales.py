@@ -43,7 +43,7 @@ def test_damped_is_the_posterior_variance_law(t, base):
 
 
 def test_damped_without_width_is_constant():
-    assert float(value(tj.Damped(3.0, 0.0), 0.2)) == 3.0
+    assert float(value(tj.Damped(3.0, 0.0), 0.2)) == float(value(tj.Damped(3.0, 0.0), 1.0)) == 3.0
 
 
 def test_a_number_becomes_a_constant_and_a_law_stays_itself():
