@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg"},
-    {"interpolants", "mixtures", "rewards", "progress"},
+    {"interpolants", "mixtures", "rewards", "progress", "resampling"},
     {"models"},
-    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard"},
-    {"guidance", "anisotropic"},
-    {"sampling", "selection", "flows"},
-    {"conjugate"},
+    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "proposals"},
+    {"guidance", "anisotropic", "potentials", "tempering"},
+    {"sampling", "selection", "flows", "smc"},
+    {"conjugate", "audits"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

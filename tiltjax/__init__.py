@@ -9,7 +9,7 @@ Read in this order: models, rewards, what a guidance is made of, the guidances, 
 tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
-from tiltjax import interpolants, metrics, plotting, problems, rewards
+from tiltjax import interpolants, metrics, plotting, potentials, problems, proposals, resampling, rewards, tempering
 from tiltjax.anisotropic import gibbs
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
@@ -18,12 +18,14 @@ from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normali
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.models import Analytic, Model, from_denoiser, from_noise, from_velocity
-from tiltjax.particles import Particles
+from tiltjax.particles import Particles, load, save
 from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Renoise, Tweedie
+from tiltjax.potentials import Every
 from tiltjax.rewards import Reward
 from tiltjax.sampling import sample
 from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
+from tiltjax.smc import das, fk_steering, smc, tds
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver
 from tiltjax.tilted import Rescheduled, Tilted
 
@@ -74,6 +76,15 @@ __all__ = [
     "Unscaled",
     # verbs
     "sample",
+    "smc",
+    "fk_steering",
+    "das",
+    "tds",
+    "proposals",
+    "potentials",
+    "tempering",
+    "resampling",
+    "Every",
     "gibbs",
     "flow",
     "Flow",
@@ -85,6 +96,8 @@ __all__ = [
     "best_of_n",
     "softmax_of_n",
     "Particles",
+    "save",
+    "load",
     # leaves: judge and show
     "metrics",
     "plotting",

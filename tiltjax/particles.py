@@ -4,32 +4,43 @@ Weights are log-weights: added, never multiplied, unnormalised. A population tha
 no normalising constant.
 """
 
+import dataclasses
+import os
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import inputs, resampling
 
 CULPRITS = (
     "the model's denoiser is not finite, here or where the guidance asked it (for a fitted reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's pull is not finite: look at the reward's gradient",
     "the state left the finite numbers in the solver's step: look at the times, the scale, and Adaptive's tolerance and max_steps",
+    "no particle has any weight left, or a weight is not finite: the twist excludes all states that are reached",
 )
 
 
 class Trace(eqx.Module):
     """What happened on the way.
 
-    `times`: `(steps + 1,)`. `bad`: `(steps, 4)`, whether in a step any particle met each of `CULPRITS`. `path`: the states at
+    `times`: `(steps + 1,)`. `bad`: `(steps, 5)`, whether in a step any particle met each of `CULPRITS`. `path`: the states at
     `times`, `(steps + 1, num, *shape)`, or `None` if they were not kept.
+
+    Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the effective sample size; `tempering`, the
+    factor of the twist; `resampled`. `roots` `(num,)`: from which particle at the start each one descends.
     """
 
     times: Array
     bad: Array
     path: Array | None = None
+    ess: Array | None = None
+    tempering: Array | None = None
+    resampled: Array | None = None
+    roots: Array | None = None
 
     def check(self) -> None:
         """Raise `FloatingPointError` naming the first bad step and its culprit, if there is one."""
@@ -68,7 +79,27 @@ class Particles(eqx.Module):
     @property
     def ess(self) -> Array:
         """The effective sample size `(sum w)^2 / sum w^2`, between 1 and `num`."""
-        return jnp.exp(2 * jax.nn.logsumexp(self.log_weights) - jax.nn.logsumexp(2 * self.log_weights))
+        return effective(self.log_weights)
+
+    def standard_error(self, fn=None) -> Array:
+        """The standard error of `mean(fn)`, from one run: the spread between families.
+
+        Particles that descend from one particle at the start are not independent, families are (but for their weights): with the weighted
+        residuals summed up in each family, it is the root of the sum of their squares (Chan and Lai 2013; Lee and Whiteley 2018). It needs many
+        families: where few are left, it is too small, and where one is left, it is infinite. Particles that nothing resampled are families
+        of one.
+        """
+        values = self.x if fn is None else jax.vmap(fn)(self.x)
+        weights = self.weights.astype(values.dtype)
+        residual = weights.reshape(-1, *[1] * (values.ndim - 1)) * (
+            values - jnp.tensordot(weights, values, axes=1)[None]
+        )
+        roots = None if self.trace is None else self.trace.roots
+        if roots is None:
+            return jnp.sqrt(jnp.sum(residual**2, axis=0))
+        families = jax.ops.segment_sum(residual, roots, len(self))
+        alone = jnp.all(roots == roots[0]) & (len(self) > 1)
+        return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(families**2, axis=0)))
 
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)` over the population (of x itself by default)."""
@@ -78,13 +109,49 @@ class Particles(eqx.Module):
     def resample(self, key: Array, num: int | None = None) -> Array:
         """`num` unweighted samples, `(num, *shape)`: systematic resampling in random order."""
         key_offset, key_order = jax.random.split(inputs.typed_key(key))
-        num = len(self) if num is None else inputs.count(num, "num")
-        weights = self.weights
-        offsets = (jnp.arange(num, dtype=weights.dtype) + jax.random.uniform(key_offset, (), weights.dtype)) / num
-        cumulative = jnp.cumsum(weights)
-        ancestors = jnp.searchsorted(cumulative / cumulative[-1], offsets, side="right")
-        ancestors = jnp.minimum(ancestors, len(self) - 1)
+        ancestors = resampling.systematic(key_offset, self.log_weights, num)
         return self.x[jax.random.permutation(key_order, ancestors)]
+
+
+def effective(log_weights: Array) -> Array:
+    """The effective sample size `(sum w)^2 / sum w^2` of log-weights."""
+    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+
+
+def conditional_effective(log_weights: Array, increments: Array) -> Array:
+    """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, W the normalised weights before the factors v = exp(increments).
+
+    How uneven one step's factors are, whatever the weights were (Zhou, Johansen and Aston 2016).
+    """
+    log_weights = jax.nn.log_softmax(log_weights)
+    ratio = 2 * jax.nn.logsumexp(log_weights + increments) - jax.nn.logsumexp(log_weights + 2 * increments)
+    return len(log_weights) * jnp.exp(ratio)
+
+
+def save(particles: Particles, file: str | os.PathLike) -> None:
+    """Write particles to a `.npz` file; `load` reads it."""
+    arrays = {"x": particles.x, "log_weights": particles.log_weights, "log_norm": particles.log_norm}
+    if particles.trace is not None:
+        arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
+    kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    # NumPy has no bfloat16: such states are written as float32, which holds them exactly.
+    wide = {
+        name: array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array
+        for name, array in kept.items()
+    }
+    np.savez(file, dtype=np.asarray(particles.x.dtype.name), **wide)
+
+
+def load(file: str | os.PathLike) -> Particles:
+    """What `save` wrote. **Raises:** `ValueError` for a file of something else."""
+    with np.load(file, allow_pickle=False) as archive:
+        if not {"x", "log_weights", "dtype"} <= set(archive.files):
+            raise ValueError(f"{os.fspath(file)} holds no particles, but {sorted(archive.files)}")
+        arrays = {name: jnp.asarray(archive[name]) for name in archive.files if name != "dtype"}
+        x = arrays["x"].astype(str(archive["dtype"]))
+    fields = {name.removeprefix("trace."): array for name, array in arrays.items() if name.startswith("trace.")}
+    trace = Trace(**fields) if fields else None
+    return Particles(x, arrays["log_weights"], arrays.get("log_norm"), trace)
 
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:

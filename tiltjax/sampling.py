@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from tiltjax import inputs
 from tiltjax import progress as progress_bar
-from tiltjax.guidance import Estimate, Guidance, check
+from tiltjax.guidance import Estimate, Guidance, check, failures
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -138,7 +138,7 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
             x, (memory, bad) = solver.step(
                 keys, model.interpolant, field, t, u, x, (memory, jnp.zeros(len(CULPRITS), bool))
             )
-            return x, memory, bad.at[-1].set(~jnp.all(jnp.isfinite(x)))
+            return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
 
         x, memory, bad = over_particles(one)(indices, x, memory)
         bar.tick(step)
@@ -149,14 +149,3 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
     (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
     path = None if path is None else jnp.concatenate([x[None], path])
     return unweighted(end, Trace(times, bad, path))
-
-
-def failures(x: Array, estimate: Estimate) -> Array:
-    """Which of `CULPRITS` an estimate at a state shows, `(4,)`: a state that is not finite explains everything after it."""
-    unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
-    finite = lambda value: jnp.all(jnp.isfinite(value))
-    # -inf is a value like any other: a constraint that is violated.
-    log_h = jnp.ones((), bool) if estimate.log_h is None else estimate.log_h < jnp.inf
-    return jnp.stack(
-        [finite(x) & ~finite(unguided), finite(x) & ~log_h, finite(x) & ~finite(estimate.tilted), ~finite(x)]
-    )

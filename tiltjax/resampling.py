@@ -1,0 +1,120 @@
+r"""Resampling: which particles go on, and how often.
+
+From log-weights `(n,)` to int32 ancestors `(num,)`, particle i of the next generation descending from `ancestors[i]`. All of these are
+unbiased: with normalised weights W_i, particle i is chosen `num W_i` times on average, and between `floor` and `ceil` of that for those
+that are marked.
+
+| scheme | the points u_j that are looked up in the cumulative weights | floor or ceil |
+|---|---|---|
+| `multinomial` | independent, uniform | |
+| `stratified` | `(j + U_j) / num` | |
+| `systematic` | `(j + U) / num`, one U | yes |
+| `residual` | `floor(num W_i)` copies each, the rest multinomial | at least floor |
+| `ssp` | none: pairs of particles exchange their fractions until one is whole | yes |
+
+Weights need not be normalised; `-inf` is a weight of zero. Ancestors come in no particular order. Reference: Chopin and Papaspiliopoulos,
+*An Introduction to Sequential Monte Carlo*, chapter 9; Gerber, Chopin and Whiteley (2019) for ssp.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import inputs
+
+# (key, log_weights, num) -> ancestors
+Resampler = Callable[..., Array]
+
+
+def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array:
+    """Independent draws. The most variable scheme, and the one that theorems are about."""
+    key, num = inputs.typed_key(key), _number(log_weights, num)
+    # Ordered uniforms without sorting: normalised partial sums of exponentials.
+    gaps = jnp.cumsum(jax.random.exponential(key, (num + 1,), log_weights.dtype))
+    return _look_up(log_weights, gaps[:-1] / gaps[-1])
+
+
+def stratified(key: Array, log_weights: Array, num: int | None = None) -> Array:
+    """One point in each of `num` equal strata."""
+    num = _number(log_weights, num)
+    offsets = jax.random.uniform(inputs.typed_key(key), (num,), log_weights.dtype)
+    return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offsets) / num)
+
+
+def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
+    """The same point in each of `num` equal strata."""
+    num = _number(log_weights, num)
+    offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
+    return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offset) / num)
+
+
+def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
+    """Whole copies first, the rest multinomially."""
+    num = _number(log_weights, num)
+    whole, fraction = _split(log_weights, num)
+    # Not the ordered points of `multinomial`: any of them, taken alone, must be uniform.
+    drawn = _look_up(jnp.log(fraction), jax.random.uniform(inputs.typed_key(key), (num,), fraction.dtype))
+    first = jnp.cumsum(whole)
+    slot = jnp.arange(num)
+    copies = jnp.searchsorted(first, slot, side="right")
+    # The last slots are drawn: as many as whole copies leave.
+    return jnp.where(slot < first[-1], jnp.minimum(copies, len(whole) - 1), drawn[num - 1 - slot]).astype(jnp.int32)
+
+
+def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
+    """Srinivasan's process: two particles at a time trade their fractional offspring until one of them is whole. Sequential."""
+    num = _number(log_weights, num)
+    whole, fraction = _split(log_weights, num)
+    uniforms = jax.random.uniform(inputs.typed_key(key), (len(whole),), fraction.dtype)
+
+    def trade(held: tuple[Array, Array], particle: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        # `i` holds the fraction f; particle j brings g. Both end at 0 or 1 but for one, which is held on.
+        i, f = held
+        j, g, uniform = particle
+        total = f + g
+        over = total > 1
+        # Mass 1 (or total, if less) goes to one of the two, so that means are kept.
+        to_i = uniform < jnp.where(over, (1 - g) / jnp.maximum(2 - total, 1e-30), f / jnp.maximum(total, 1e-30))
+        winner, loser = jnp.where(to_i, i, j), jnp.where(to_i, j, i)
+        # Over one: the winner is complete, the loser keeps what is left. Under: the loser has none, the winner goes on with all of it.
+        complete = jnp.where(over, winner, -1)
+        return (jnp.where(over, loser, winner), jnp.where(over, total - 1, total)), complete
+
+    index = jnp.arange(len(whole), dtype=jnp.int32)
+    start = index[0], fraction[0]
+    (last, left), complete = jax.lax.scan(trade, start, (index[1:], fraction[1:], uniforms[1:]))
+    # Fractions sum to a whole number: what is left is 0 or 1 up to rounding.
+    complete = jnp.append(complete, jnp.where(left > 0.5, last, -1))
+    counts = whole + jnp.zeros_like(whole).at[jnp.where(complete < 0, len(whole), complete)].add(1, mode="drop")
+    ends = jnp.cumsum(counts)
+    ancestors = jnp.searchsorted(ends, jnp.arange(num), side="right")
+    return jnp.minimum(ancestors, len(whole) - 1).astype(jnp.int32)
+
+
+def _number(log_weights: Array, num: int | None) -> int:
+    if log_weights.ndim != 1:
+        raise ValueError(f"log_weights must be one number a particle, got shape {log_weights.shape}")
+    return len(log_weights) if num is None else inputs.count(num, "num")
+
+
+def _weights(log_weights: Array) -> Array:
+    """Relative to the largest: nothing overflows, and a common factor does not matter."""
+    return jnp.exp(log_weights - jnp.max(log_weights))
+
+
+def _look_up(log_weights: Array, points: Array) -> Array:
+    cumulative = jnp.cumsum(_weights(log_weights))
+    # Points are below one, but their product with the total may round up to it: the last particle with any weight takes those.
+    last = len(cumulative) - 1 - jnp.argmax(jnp.isfinite(log_weights[::-1]))
+    ancestors = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
+    return jnp.minimum(ancestors, last).astype(jnp.int32)
+
+
+def _split(log_weights: Array, num: int) -> tuple[Array, Array]:
+    """Expected offspring as whole numbers and fractions."""
+    weights = _weights(log_weights)
+    expected = num * (weights / jnp.sum(weights))
+    whole = jnp.floor(expected)
+    return whole.astype(jnp.int32), expected - whole

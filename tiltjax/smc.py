@@ -1,0 +1,380 @@
+r"""`smc`: the guided sampler with weights, asymptotically exact for any guidance.
+
+    x_t, estimate --> proposal --> x_u, log p/q --> twist V_u(x_u) --> log w += log p/q + A_u - A_t --> resample, if uneven
+                                   (the estimate at x_u is the next step's; ancestors gather everything)
+
+The base chain takes the steps of `Ancestral(eta)` and ends with the jump to the denoiser, which is not guided: it has no noise to weigh. With
+`Z_N = E[exp(scale * r(x_N))]` of this chain, and N the number of steps,
+
+    E[exp(log_norm)] = Z_N      for any number of particles, guidance, twist, potential, tempering and resampling,
+
+and weighted means tend to those of the chain's tilt as particles are added. A guidance is thus judged by how even its weights are (`ess`),
+not trusted. What a run is made of: `tiltjax.proposals`, `tiltjax.potentials`, `tiltjax.tempering`, `tiltjax.resampling`.
+
+| published method | here |
+|---|---|
+| Feynman-Kac steering (arXiv 2501.06848) | `smc(key, model, dps(model, reward, scale), num=n, **fk_steering())` |
+| DAS (arXiv 2501.05803) | `smc(key, model, dps(model, reward, scale), num=n, **das())` |
+| TDS (arXiv 2306.17775) | `smc(key, model, dps(model, reward, scale), num=n, **tds())` |
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import inputs, resampling
+from tiltjax import progress as progress_bar
+from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.models import Model
+from tiltjax.particles import CULPRITS, Particles, Trace, effective
+from tiltjax.potentials import Difference, Every, Max, Potential
+from tiltjax.proposals import Base, Guided, Kernel, Proposal, Shifted
+from tiltjax.solvers import Ancestral, Solver
+from tiltjax.tempering import Adaptive, Exponential, Tempering
+
+_SCARCE = 0.05
+
+
+def smc(
+    key: Array,
+    model: Model,
+    guidance: Guidance,
+    *,
+    num: int,
+    steps: int | None = None,
+    times: Array | None = None,
+    twist: Guidance | None = None,
+    proposal: Proposal | None = None,
+    potential: Potential | None = None,
+    tempering: Tempering | None = None,
+    resample: resampling.Resampler = resampling.systematic,
+    schedule: Every | None = None,
+    ess_threshold: float = 0.5,
+    solver: Solver | None = None,
+    batch: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    progress: bool = False,
+) -> Particles:
+    """`num` weighted particles of the tilt, with an unbiased estimate of its normalising constant.
+
+    **Arguments:**
+
+    - `key`, `model`, `num`, `steps` or `times`, `batch`, `sharding`, `progress`: as in `sample`; the run has to end at t = 1.
+    - `guidance`: proposes by its pull, and weighs by its `log_h` unless `twist`, another guidance of the same model, does.
+    - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
+    - `potential`: `Difference()` by default; `Max()`, `Sum()`, `Immediate()`.
+    - `tempering`: none by default; `Exponential()`, `Polynomial()`, `Adaptive()`.
+    - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: if the effective share is below (0: never, and no
+      twist is needed then; 1: always).
+    - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed.
+
+    **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` holds the effective sample size, the tempering and whether particles were
+    resampled after each step; `particles.standard_error(fn)` rests on its genealogy.
+
+    **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist, thresholds, windows and temperings that make
+    no sense; `FloatingPointError` naming the first step with a NaN, or where all weights are zero. Warns where the effective share ends below
+    5%: estimates rest on few particles then.
+    """
+    key = inputs.typed_key(key)
+    inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
+    check(guidance, model)
+    if twist is not None:
+        check(twist, model)
+    proposal = Guided() if proposal is None else proposal
+    inputs.instance(proposal, Proposal, "proposal", "use Base(), Guided(), Shifted() or Children(m)")
+    potential = Difference() if potential is None else potential
+    inputs.instance(potential, Potential, "potential", "use Difference(), Max(), Sum() or Immediate()")
+    schedule = Every() if schedule is None else schedule
+    inputs.instance(schedule, Every, "schedule", "use Every(n, start, stop)")
+    solver = Ancestral() if solver is None else solver
+    eta = _noise(solver)
+    num = inputs.count(num, "num")
+    batch = None if batch is None else min(inputs.count(batch, "batch"), num)
+    threshold = _threshold(ess_threshold)
+    times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
+    model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
+    model.check_times(times)
+    if inputs.concrete(times) and not 0 < float(times[0]) < float(times[-1]) == 1:
+        raise ValueError(
+            f"weights are complete at t = 1 only, and a pull needs t > 0: times must run from above 0 to 1, got {float(times[0]):g} to "
+            f"{float(times[-1]):g}"
+        )
+    if tempering is not None:
+        inputs.instance(tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()")
+        if isinstance(tempering, Adaptive) and (proposal.tries > 1 or not isinstance(potential, Difference)):
+            raise ValueError("Adaptive tempering is for Difference() and proposals without Children: use a schedule")
+    weighs = schedule.steps(len(times) - 1) if threshold > 0 or proposal.tries > 1 else np.zeros(len(times) - 1, bool)
+    settings = _Settings(proposal, potential, tempering, resample, threshold)
+    with progress_bar.bar("weighing", len(times) - 1, enabled=progress) as bar:
+        particles = _smc(
+            key, model, guidance, twist, settings, times, eta, tuple(weighs.tolist()), bar, num, batch, sharding
+        )
+        if inputs.concrete(particles):
+            assert particles.trace is not None
+            particles.trace.check()
+            if threshold > 0:
+                _warn(particles)
+    return particles
+
+
+def fk_steering(**over: Any) -> dict[str, Any]:
+    """Settings of Feynman-Kac steering: base proposals, `Max` potentials, multinomial resampling every 20 steps from the 20th to the 80th.
+
+    As published for text to image (Singhal et al., arXiv 2501.06848), but for two faults of the code: the last potential completes the
+    reward, and weights that no resampling used are kept. `over`: settings of `smc` to replace.
+    """
+    return {
+        "proposal": Base(),
+        "potential": Max(),
+        "resample": resampling.multinomial,
+        "schedule": Every(20, start=20, stop=80),
+        "ess_threshold": 1.0,
+    } | over
+
+
+def das(gamma: float | Array = 0.008, **over: Any) -> dict[str, Any]:
+    """Settings of DAS: `Shifted` proposals, exponential tempering, ssp resampling below half the effective share.
+
+    As published for 100 steps (Kim et al., arXiv 2501.05803); every cache follows its ancestor, which the published code forgets of twists.
+    `gamma` must let the tempering end: at least `2^(1 / (steps - 1)) - 1`. `over`: settings of `smc` to replace.
+    """
+    return {
+        "proposal": Shifted(),
+        "tempering": Exponential(gamma),
+        "resample": resampling.ssp,
+        "ess_threshold": 0.5,
+    } | over
+
+
+def tds(**over: Any) -> dict[str, Any]:
+    """Settings of the twisted diffusion sampler: the kernel at the twisted denoiser, systematic resampling after every step.
+
+    Wu et al. (arXiv 2306.17775). `over`: settings of `smc` to replace.
+    """
+    return {"proposal": Guided(), "resample": resampling.systematic, "ess_threshold": 1.0} | over
+
+
+class _Settings(NamedTuple):
+    proposal: Proposal
+    potential: Potential
+    tempering: Tempering | None
+    resample: resampling.Resampler
+    threshold: float
+
+
+class _Particle(NamedTuple):
+    """All that an ancestor hands down; `root` is its index at the start."""
+
+    x: Array
+    denoised: Array
+    pull: Array
+    value: Array
+    applied: Array
+    history: Any
+    memory: Any
+    root: Array
+
+
+def _noise(solver: Solver) -> Array:
+    inputs.instance(solver, Solver, "solver", "such as tiltjax.Ancestral()")
+    if not isinstance(solver, Ancestral):
+        raise ValueError(
+            f"only the noise of a step can be weighed, {type(solver).__name__} has none: use Ancestral(eta) with eta > 0"
+        )
+    if inputs.concrete(solver.eta) and np.asarray(solver.eta) == 0:
+        raise ValueError(
+            "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) with eta > 0"
+        )
+    return solver.eta
+
+
+def _threshold(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
+        raise ValueError(f"ess_threshold is a share of the particles, a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+@eqx.filter_jit
+def _smc(key, model, guidance, twist, settings, times, eta, weighs, bar, num, batch, sharding) -> Particles:
+    model, guidance, twist, times, eta = inputs.cast((model, guidance, twist, times, eta), model.dtype)
+    proposal, potential, tempering, resample, threshold = settings
+    dtype = model.dtype
+    log_dtype = jnp.promote_types(dtype, jnp.float32)
+    steps, path = len(times) - 1, model.interpolant
+    over_particles = (
+        jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
+    )
+    factors = jnp.ones(steps, log_dtype)
+    if tempering is not None and not isinstance(tempering, Adaptive):
+        factors = tempering.factors(steps).astype(log_dtype)
+    guiding, twisting = twist is not None or not proposal.guided, twist if twist is not None else guidance
+
+    def look(key: Array, t: Array, x: Array, memory: Any, weigh: Any) -> tuple[Array, Array, Array, Any, Array]:
+        """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
+        key_guidance, key_twist = jax.random.split(key)
+        of_guidance, of_twist = memory
+        flat = jnp.zeros((), log_dtype)
+        if proposal.guided:
+            estimate, of_guidance = guidance(key_guidance, t, x, of_guidance)
+            estimate = _whole(estimate, model, t, x)
+            log_h = flat if guiding or estimate.log_h is None else estimate.log_h.astype(log_dtype)
+            denoised, pull = estimate.denoised, estimate.pull()
+        else:
+            denoised, pull, log_h, estimate = None, jnp.zeros_like(x), flat, None
+
+        if guiding:  # a twist of its own, asked where it counts
+
+            def ask(of_twist):
+                other, of_twist = twisting(key_twist, t, x, of_twist)
+                other = _whole(other, model, t, x)
+                if other.log_h is None:
+                    raise ValueError(_mute(twisting))
+                return other.denoised, other.log_h.astype(log_dtype), of_twist
+
+            def pass_by(of_twist):
+                return (model.denoise(t, x) if denoised is None else denoised), flat, of_twist
+
+            seen, log_h, of_twist = jax.lax.cond(weigh, ask, pass_by, of_twist)
+            denoised = seen if denoised is None else denoised
+        elif any(weighs[:-1]) and estimate is not None and estimate.log_h is None:
+            raise ValueError(_mute(guidance))
+        tilted = denoised + pull
+        bad = failures(x, Estimate(tilted, denoised, log_h))
+        return denoised, pull, log_h, (of_guidance, of_twist), bad
+
+    def begin(i: Array, key: Array) -> tuple[_Particle, Array]:
+        key_initial, key_look = jax.random.split(key)
+        x = model.initial(key_initial, times[0])
+        memory = guidance.init(x), twisting.init(x)
+        denoised, pull, _, memory, bad = look(key_look, times[0], x, memory, jnp.zeros((), bool))
+        zero = jnp.zeros((), log_dtype)
+        return _Particle(x, denoised, pull, zero, zero, potential.init(), memory, i), bad
+
+    def advance(carry, scanned):
+        particles, log_weights, log_norm, factor = carry
+        step, key_step, key_resample, t, u, weigh, given = scanned
+        kernel = Kernel.of(path, t, u, eta)
+
+        def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
+            key_noise, key_look = jax.random.split(key)
+            pull = factor.astype(dtype) * particle.pull
+            x, log_ratio = proposal.move(key_noise, kernel, particle.x, particle.denoised, pull)
+            denoised, pull, value, memory, bad = look(key_look, u, x, particle.memory, weigh)
+            moved = particle._replace(x=x, denoised=denoised, pull=pull, value=value, memory=memory)
+            return moved, log_ratio.astype(log_dtype), bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+
+        def apply(particle: _Particle, factor: Array) -> tuple[Array, Any]:
+            applied, history = potential(particle.applied, particle.history, factor * particle.value)
+            keep = lambda new, old: jnp.where(weigh, new, old)
+            return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
+
+        def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
+            key = jax.random.fold_in(key_step, i)
+            if proposal.tries == 1:
+                return child(key, particle)
+            key_choice, *keys = jax.random.split(key, proposal.tries + 1)
+            moved, log_ratio, bad = jax.vmap(lambda key: child(key, particle))(jnp.stack(keys))
+            gain = log_ratio + jax.vmap(lambda one: less(apply(one, given)[0], one.applied))(moved)
+            chosen = jax.random.categorical(key_choice, gain)
+            # The chosen one's own gain is added below: what is carried is the mean of all.
+            log_ratio = log_ratio[chosen] + jax.nn.logsumexp(gain) - jnp.log(proposal.tries) - gain[chosen]
+            return jax.tree.map(lambda leaf: leaf[chosen], moved), log_ratio, jnp.any(bad, axis=0)
+
+        moved, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
+        log_weights = log_weights + log_ratio
+        if isinstance(tempering, Adaptive):
+            weigh_by = lambda factor: log_weights + less(factor * moved.value, moved.applied)
+            given = jnp.where(weigh, tempering.choose(weigh_by, factor), factor)
+        applied, history = jax.vmap(lambda one: apply(one, given))(moved)
+        log_weights = log_weights + less(applied, moved.applied)
+        moved = moved._replace(applied=applied, history=history)
+        ess = effective(log_weights)
+        uneven = weigh & (ess < threshold * num) if threshold > 0 else jnp.zeros((), bool)
+
+        def renew(moved, log_weights, log_norm):
+            ancestors = resample(key_resample, log_weights)
+            log_norm = log_norm + jax.nn.logsumexp(log_weights) - np.log(num)
+            return jax.tree.map(lambda leaf: leaf[ancestors], moved), jnp.zeros_like(log_weights), log_norm
+
+        keep = lambda *state: state
+        # Particles whose weights say nothing keep them, for the report.
+        moved, log_weights_next, log_norm = jax.lax.cond(
+            uneven & jnp.isfinite(ess), renew, keep, moved, log_weights, log_norm
+        )
+        bad = jnp.any(bad, axis=0)
+        bad = bad.at[4].set(~jnp.any(bad) & ~jnp.isfinite(ess))
+        bar.tick(step)
+        return (moved, log_weights_next, log_norm, given), (bad, ess, given, uneven)
+
+    key_begin, key_run, key_resample = jax.random.split(key, 3)
+    indices = jnp.arange(num)
+    particles, bad_first = over_particles(lambda i: begin(i, jax.random.fold_in(key_begin, i)))(indices)
+    if sharding is not None:
+        particles = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles)
+    zeros = jnp.zeros(num, log_dtype)
+    carry = particles, zeros, jnp.zeros((), log_dtype), jnp.ones((), log_dtype)
+    if tempering is not None:  # the state before the first step
+        carry = (*carry[:3], jnp.zeros((), log_dtype))
+    inner = steps - 1
+    scanned = (
+        jnp.arange(inner), jax.random.split(key_run, inner), jax.random.split(key_resample, inner),
+        times[:-2], times[1:-1], jnp.asarray(weighs[:inner]), factors[:inner],
+    )  # fmt: skip
+    (particles, log_weights, log_norm, _), (bad, ess, tempered, resampled) = jax.lax.scan(advance, carry, scanned)
+
+    # The last step jumps to the denoiser, and completes the reward.
+    x = particles.denoised
+    log_tilt = over_particles(guidance.log_tilt)(x).astype(log_dtype)
+    log_weights = log_weights + less(log_tilt, particles.applied)
+    log_norm = log_norm + jax.nn.logsumexp(log_weights) - np.log(num)
+    last = effective(log_weights)
+    failed = jnp.zeros(len(CULPRITS), bool).at[1].set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
+    failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))
+    bad = jnp.concatenate([bad, failed[None]])
+    bad = bad.at[0].set(bad[0] | jnp.any(bad_first, axis=0))
+    bar.tick(steps - 1)
+    trace = Trace(
+        times,
+        bad,
+        ess=jnp.append(ess, last),
+        tempering=jnp.append(tempered, 1),
+        resampled=jnp.append(resampled, False),
+        roots=particles.root,
+    )
+    return Particles(x, log_weights, log_norm, trace)
+
+
+def less(new: Array, old: Array) -> Array:
+    """`new - old` of log-weights: what was zero stays zero."""
+    gone = old == -jnp.inf
+    return jnp.where(gone, -jnp.inf, new - jnp.where(gone, 0.0, old))
+
+
+def _whole(estimate: Estimate, model: Model, t: Array, x: Array) -> Estimate:
+    """With the unguided denoiser, which the base chain needs."""
+    estimate = inputs.cast(estimate, x.dtype)
+    if estimate.tilted.shape != x.shape:
+        raise ValueError(f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}")
+    return estimate if estimate.denoised is not None else estimate._replace(denoised=model.denoise(t, x))
+
+
+def _mute(guidance: Guidance) -> str:
+    return (
+        f"{type(guidance).__name__} has no log_h to weigh particles by: give twist=, such as Laplace(model, reward, scale) or "
+        "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
+    )
+
+
+def _warn(particles: Particles) -> None:
+    share = float(particles.ess) / len(particles)
+    if share < _SCARCE:
+        warnings.warn(
+            f"the effective share of {len(particles)} particles is {share:.2g}: estimates rest on few of them. A twist closer to log h helps "
+            "most: Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) where it is known; then more steps, more particles, tempering, a smaller scale",
+            stacklevel=3,
+        )

@@ -1,0 +1,100 @@
+r"""Tempering: by what factor twists, and the pull of a guidance, count at each time.
+
+The factor b_t rises to one: early on, where a twist knows little, it selects less. The target is the tilt whatever the factors are.
+
+| tempering | after step i, from 0 |
+|---|---|
+| `Exponential(gamma)` | `min((1 + gamma)^i - 1, 1)` |
+| `Polynomial(power, gamma)` | `min((gamma i)^power, 1)` |
+| `Adaptive(ess)` | as large as leaves the effective share `ess` |
+
+Reference: Kim et al. (arXiv 2501.05803), for the first two.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import inputs
+from tiltjax.particles import effective
+
+
+class Tempering(eqx.Module):
+    """By what factor twists count; subclasses define `factors(steps)`, one for the state after each step, the last of them 1."""
+
+    def factors(self, steps: int) -> Array:
+        raise NotImplementedError
+
+
+class Exponential(Tempering):
+    """`b_i = min((1 + gamma)^i - 1, 1)` after step i, from 0. **Arguments:** `gamma`; by default the one that gets there in time."""
+
+    gamma: Array | None
+
+    def __init__(self, gamma: float | Array | None = None):
+        self.gamma = None if gamma is None else inputs.positive(gamma, "gamma")
+
+    def factors(self, steps: int) -> Array:
+        least = 2 ** (1 / max(steps - 1, 1)) - 1
+        gamma = least if self.gamma is None else self.gamma
+        factors = jnp.minimum(jnp.expm1(jnp.arange(steps, dtype=float) * jnp.log1p(gamma)), 1.0)
+        return _complete(factors, f"gamma of at least {least:.3g}")
+
+
+class Polynomial(Tempering):
+    """`b_i = min((gamma i)^power, 1)` after step i, from 0. **Arguments:** `power`; `gamma`, by default the one that gets there in time."""
+
+    power: Array
+    gamma: Array | None
+
+    def __init__(self, power: float | Array = 1.0, gamma: float | Array | None = None):
+        self.power = inputs.positive(power, "power")
+        self.gamma = None if gamma is None else inputs.positive(gamma, "gamma")
+
+    def factors(self, steps: int) -> Array:
+        least = 1 / max(steps - 1, 1)
+        gamma = least if self.gamma is None else self.gamma
+        return _complete(
+            jnp.minimum((gamma * jnp.arange(steps, dtype=float)) ** self.power, 1.0), f"gamma of at least {least:.3g}"
+        )
+
+
+class Adaptive(Tempering):
+    """Each factor as large as leaves an effective share `ess` of the particles, by bisection; never smaller than the one before.
+
+    For `Difference()` and particles that move alone (no `Children`). That the factors depend on the particles leaves the normalising
+    constant unbiased. **Arguments:** `ess` in (0, 1).
+    """
+
+    ess: Array
+
+    def __init__(self, ess: float | Array = 0.7):
+        self.ess = inputs.positive(ess, "ess")
+        if inputs.concrete(self.ess) and not np.asarray(self.ess) < 1:
+            raise ValueError(f"ess is a share of the particles, inside (0, 1), got {float(self.ess):g}")
+
+    def choose(self, weigh, before: Array) -> Array:
+        """The factor in `[before, 1]` at which the log-weights `weigh(factor)` have the effective share, or the nearest there is."""
+        share = lambda factor: effective(weigh(factor)) / len(weigh(before)) >= self.ess
+
+        def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bracket
+            middle = (low + high) / 2
+            enough = share(middle)
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        one = jnp.ones_like(before)
+        low, _ = jax.lax.fori_loop(0, 30, halve, (before, one))
+        return jnp.where(share(one), one, low)
+
+
+def _complete(factors: Array, remedy: str) -> Array:
+    """Exactly one at the end, up to the rounding of a power."""
+    if inputs.concrete(factors) and not float(np.asarray(factors)[-1]) > 1 - 1e-3:
+        raise ValueError(
+            f"tempering must end at one, this one ends at {float(np.asarray(factors)[-1]):.3g} after {len(factors)} steps: {remedy} "
+            "does, or more steps"
+        )
+    return factors.at[-1].set(1.0)
