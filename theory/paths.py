@@ -219,7 +219,7 @@ def path_limit(prior: GaussianMixture, reward: rewards.Reward, scale: float | Ar
     `fresh`: `plug_in_field` instead, one new draw a step: the same law of the ends, KL larger by `a^2` and the sample size smaller by
     `e^{2 a^2}`, in each direction.
 
-    **Raises:** `ValueError` for a mixture, and as `theory.plug_in_law`.
+    **Raises:** `ValueError` for a mixture, for S and H that do not commute (not seen where they are traced), and as `theory.plug_in_law`.
     """
     if len(prior.log_weights) != 1:
         raise ValueError(f"this closed form is that of one Gaussian, got a mixture of {len(prior.log_weights)}")
@@ -227,6 +227,11 @@ def path_limit(prior: GaussianMixture, reward: rewards.Reward, scale: float | Ar
     scale = inputs.nonnegative(scale, "scale").astype(dtype)
     form = inputs.cast(tilts.quadratic_form(rewards.as_reward(reward), prior.dim), dtype)
     bias._check_domain(prior, form, scale)
+    if inputs.concrete((prior.covs, form.matrix)) and not bias._commute(prior.covs, form.matrix):
+        raise ValueError(
+            "this closed form needs a covariance that commutes with the reward's matrix H, and these do not. Use path_law with many steps "
+            "instead."
+        )
     mean, cov = prior.means[0], prior.covs[0]
     # Functions of the matrix scale S^(1/2) H S^(1/2) would do without a basis, but their terms in y need one.
     axes = tilts.common_axes(cov, form.matrix)
