@@ -16,7 +16,7 @@ LAYERS = (
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "proposals"},
     {"guidance", "anisotropic", "potentials", "tempering"},
     {"sampling", "selection", "flows", "smc"},
-    {"conjugate", "audits"},
+    {"conjugate", "audit"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

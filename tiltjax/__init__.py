@@ -11,6 +11,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 
 from tiltjax import interpolants, metrics, plotting, potentials, problems, proposals, resampling, rewards, tempering
 from tiltjax.anisotropic import gibbs
+from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
 from tiltjax.flows import Flow, flow
@@ -77,6 +78,8 @@ __all__ = [
     # verbs
     "sample",
     "smc",
+    "audit",
+    "Audit",
     "fk_steering",
     "das",
     "tds",
