@@ -43,7 +43,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/checkerboard.py
 	$(BIN)/python benchmarks/any_reward.py
 	$(BIN)/python benchmarks/learned.py
+	$(BIN)/python benchmarks/predictions.py
+	$(BIN)/python benchmarks/weighted.py
 	$(BIN)/python benchmarks/many_particles.py
+	$(BIN)/python benchmarks/smc_scaling.py
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb

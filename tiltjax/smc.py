@@ -274,7 +274,7 @@ def _smc(key, model, guidance, twist, settings, times, eta, weighs, bar, num, ba
             return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
 
         def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
-            key = jax.random.fold_in(key_step, i)
+            key = own_key(key_step, i)
             if proposal.tries == 1:
                 return child(key, particle)
             key_choice, *keys = jax.random.split(key, proposal.tries + 1)
@@ -299,7 +299,7 @@ def _smc(key, model, guidance, twist, settings, times, eta, weighs, bar, num, ba
         def renew(moved, log_weights, log_norm):
             ancestors = resample(key_resample, log_weights)
             log_norm = log_norm + jax.nn.logsumexp(log_weights) - np.log(num)
-            return jax.tree.map(lambda leaf: leaf[ancestors], moved), jnp.zeros_like(log_weights), log_norm
+            return descend(moved, ancestors), jnp.zeros_like(log_weights), log_norm
 
         keep = lambda *state: state
         # Particles whose weights say nothing keep them, for the report.
@@ -347,6 +347,16 @@ def _smc(key, model, guidance, twist, settings, times, eta, weighs, bar, num, ba
         roots=particles.root,
     )
     return Particles(x, log_weights, log_norm, trace)
+
+
+def descend(particles: _Particle, ancestors: Array) -> _Particle:
+    """The next generation: everything that a particle carries is its ancestor's."""
+    return jax.tree.map(lambda leaf: leaf[ancestors], particles)
+
+
+def own_key(key_step: Array, i: Array) -> Array:
+    """The key of particle i in one step."""
+    return jax.random.fold_in(key_step, i)
 
 
 def less(new: Array, old: Array) -> Array:

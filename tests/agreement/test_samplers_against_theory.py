@@ -65,6 +65,7 @@ METHODS = {
     "dps": (tj.dps, theory.dps_field),
     "Laplace": (tj.Laplace, theory.doob_field),
     "Doob": (None, theory.doob_field),
+    "fmrg": (lambda m, r, s: tj.fmrg(m, r, s, steps=24), theory.fmrg_field),
 }
 
 
@@ -74,6 +75,7 @@ ROWS = (
     [("plug-in", solver, path) for solver in SOLVERS for path in (tj.Linear(), WIDE)]
     + [(method, tj.Heun(), WIDE) for method in METHODS if method != "plug-in"]
     + [(method, tj.Ancestral(0.4), WIDE) for method in METHODS if method != "plug-in"]
+    + [(method, tj.Euler(), WIDE) for method in ("damped", "dps", "fmrg")]
 )
 
 
@@ -86,7 +88,7 @@ def test_a_guided_sampler_has_its_discrete_law(method, solver, path):
         guidance = tj.Doob(model, theory.log_h(prior, reward, scale, path))
     else:
         guidance = build(model, reward, scale)
-    x = tj.sample(jax.random.key(1), model, guidance, num=20_000, times=times, solver=solver).x
+    x = tj.sample(jax.random.key(1), model, guidance, num=100_000, times=times, solver=solver).x
     assert_moments(x, theory.discrete_law(field(prior, reward, scale, path), times=times, solver=solver))
 
 
@@ -202,17 +204,21 @@ def test_softmax_of_n_tends_to_the_tilt():
     assert abs(np.mean(np.asarray(chosen.x[:, 0]) >= 0) - expected - bias) < SIGMAS * error + bias**2
 
 
-def test_more_draws_come_closer_to_the_recorded_finite_k_laws():
-    # Mean and standard deviation along y on the line, s^2 = .5, scale 3, y = 2.5, to the three digits recorded.
-    prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
-    model, num = tj.Analytic(prior), 40_000
-    for k, mean, std in ((2, 2.862, 0.200), (8, 2.463, 0.231)):
-        runs = {}
-        for steps in (100, 200):
-            x = tj.sample(
-                jax.random.key(steps), model, tj.PlugIn(tj.Exact(model), reward, 3.0, k=k), num=num, steps=steps
-            ).x
-            runs[steps] = np.array([np.mean(x), np.std(x)])
-        limit = 2 * runs[200] - runs[100]  # the draws' variance is of first order in the step
-        error = np.sqrt(5) * np.array([std, std / np.sqrt(2)]) / np.sqrt(num)  # of 2 A - B, independent
-        assert np.all(np.abs(limit - [mean, std]) < SIGMAS * error + 2e-3)
+@pytest.mark.parametrize("d", [1, 2])
+def test_many_draws_have_their_law(d):
+    # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.
+    prior = tj.GaussianMixture([1.0], [np.zeros(d)], [0.5 * np.eye(d)])
+    reward = tj.rewards.Quadratic(np.where(np.arange(d) == 0, 2.5, 0.0))
+    model, num, k = tj.Analytic(prior), 40_000, 8
+    law = theory.plug_in_law(prior, reward, 3.0, k=k)
+    mean, std = law.mean(), jnp.sqrt(jnp.diagonal(law.cov()))
+    runs = {}
+    for steps in (100, 200):
+        guidance = tj.PlugIn(tj.Exact(model), reward, 3.0, k=k)
+        x = tj.sample(jax.random.key(steps), model, guidance, num=num, steps=steps).x
+        runs[steps] = np.mean(x, axis=0), np.std(x, axis=0)
+    # The draws' variance is of first order in the step; what is left after extrapolation is of second.
+    for i, (exact, unit) in enumerate(((mean, 1.0), (std, 2**-0.5))):
+        limit = 2 * runs[200][i] - runs[100][i]
+        error = np.sqrt(5) * unit * std / np.sqrt(num)  # of 2 A - B, independent
+        assert np.all(np.abs(limit - exact) < SIGMAS * error + 2e-3)

@@ -1,0 +1,94 @@
+"""What do weights cost, and does the weighted loop scale?
+
+The weighted loop against `sample` with the same guidance, solver and steps (`Ancestral`, as many denoiser calls), run time without compilation, in
+one process in turn; then its cost a particle and peak memory from a thousand particles to a million, one fresh process a row.
+
+    python benchmarks/smc_scaling.py [--quick]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import warnings
+
+import common
+import jax
+
+import tiltjax as tj
+
+STEPS = 50
+
+
+def problem():
+    chosen = tj.problems.quadratic()
+    model = tj.Analytic(chosen.prior)
+    return model, tj.dps(model, chosen.reward, chosen.scale)
+
+
+def ratio(num: int, repeats: int) -> dict:
+    """Weighted over unweighted run time, in turn."""
+    model, guidance = problem()
+    table = {"none resampled": 0.0, "below half": 0.5, "every step": 1.0}
+    runs = {
+        name: lambda seed, gate=gate: (
+            tj.smc(jax.random.key(seed), model, guidance, num=num, steps=STEPS, ess_threshold=gate).x
+        )
+        for name, gate in table.items()
+    }
+    runs["sample"] = lambda seed: (
+        tj.sample(jax.random.key(seed), model, guidance, num=num, steps=STEPS, solver=tj.Ancestral()).x
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run(0))
+    for seed in range(1, repeats + 1):
+        for name, run in runs.items():
+            start = common.cpu_seconds()
+            jax.block_until_ready(run(seed))
+            seconds[name].append(common.cpu_seconds() - start)
+    base = statistics.median(seconds["sample"])
+    return {name: {"cpu": statistics.median(s), "ratio": statistics.median(s) / base} for name, s in seconds.items()}
+
+
+def measure(num: int) -> None:
+    model, guidance = problem()
+    timing = common.timed(
+        lambda seed: tj.smc(jax.random.key(seed), model, guidance, num=num, steps=STEPS).x,
+        repeats=1 if num > 10**5 else 3,
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"num": num, "peak_gb": peak, **timing._asdict()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="up to 10,000 particles")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", "the effective share")
+    if args.row:
+        return measure(args.row)
+    ratios = ratio(10_000 if args.quick else 100_000, 3 if args.quick else 7)
+    print("| resampling | CPU-s | over sample |\n|---|---|---|")
+    for name, cell in ratios.items():
+        print(f"| {name} | {cell['cpu']:.2f} | {cell['ratio']:.2f} |")
+    rows = []
+    print("\n| particles | run, s | CPU-s | microseconds a particle | peak memory, GB |\n|---|---|---|---|---|")
+    for num in (1000, 10_000) if args.quick else (1000, 10_000, 100_000, 1_000_000):
+        out = subprocess.run([sys.executable, __file__, "--row", str(num)], capture_output=True, text=True, check=True)
+        row = json.loads(out.stdout.splitlines()[-1])
+        rows.append(row)
+        print(
+            f"| {num:,} | {row['run_wall']:.2f} | {row['run_cpu']:.2f} | {1e6 * row['run_cpu'] / num:.1f} | {row['peak_gb']:.2f} |",
+            flush=True,
+        )
+    if not args.quick:
+        print(f"\nwritten: {common.write('smc_scaling', {'ratios': ratios, 'rows': rows})}")
+    return None
+
+
+if __name__ == "__main__":
+    main()
