@@ -47,6 +47,8 @@ def execute(notebook: nbformat.NotebookNode, timeout: float = 300, size: str = "
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
         places = dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), folder)
         places["NOTEBOOK_SIZE"] = size
+        if size == "reduced":  # most of the time goes into compiling
+            places["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with mock.patch.dict(os.environ, places | {"PYTHONPATH": path}):
             client = NotebookClient(

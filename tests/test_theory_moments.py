@@ -191,7 +191,8 @@ def test_data_at_the_start_shows_without_any_guidance():
 
 
 def test_every_component_of_a_mixture_has_its_own_law():
-    prior = contracts.planar()
+    near = contracts.planar()
+    prior = near.replace(near.log_weights, 4 * near.means, near.covs)
     law = theory.plug_in_law(prior, tj.rewards.Quadratic(TARGET, weight=[1.0, 0.4]), 0.8)
     np.testing.assert_allclose(law.log_weights, prior.log_weights, rtol=1e-12)
     for i in range(2):

@@ -156,15 +156,15 @@ def test_what_was_measured_is_what_the_benchmarks_recorded():
 
 def test_the_least_k_that_beats_one_damped_draw():
     prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
-    law = tj.Damped(3.0, 0.5)
-    k = theory.matching_k(prior, reward, law, most=1000)
+    law = tj.Damped(3.0, 0.3)
+    k = theory.matching_k(prior, reward, law, most=32)
     tilt = theory.tilt(prior, reward, 3.0).mixture
     aim = theory.plug_in_law(prior, reward, law)
     far = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0]))
     aim = far(aim.means[0], aim.covs[0])
     before, after = (theory.plug_in_law(prior, reward, 3.0, k=n) for n in (k - 1, k))
     assert far(after.mean(), after.cov()) < aim <= far(before.mean(), before.cov())
-    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=64) is None
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=32) is None
 
 
 def test_bad_input_says_what_to_use():

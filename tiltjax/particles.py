@@ -6,6 +6,7 @@ no normalising constant.
 
 import dataclasses
 import os
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -135,10 +136,8 @@ def save(particles: Particles, file: str | os.PathLike) -> None:
         arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
     kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     # NumPy has no bfloat16: such states are written as float32, which holds them exactly.
-    wide = {
-        name: array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array
-        for name, array in kept.items()
-    }
+    narrow = kept["x"].dtype.name == "bfloat16"
+    wide: dict[str, Any] = kept | ({"x": kept["x"].astype(np.float32)} if narrow else {})
     np.savez(file, dtype=np.asarray(particles.x.dtype.name), **wide)
 
 
@@ -156,5 +155,9 @@ def load(file: str | os.PathLike) -> Particles:
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:
     """A population that nothing has weighed."""
-    dtype = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
-    return Particles(x, jnp.zeros(x.shape[0], dtype), None, trace)
+    return Particles(x, jnp.zeros(x.shape[0], weight_dtype(x.dtype)), None, trace)
+
+
+def weight_dtype(dtype) -> jnp.dtype:
+    """That of the log-weights of states of a dtype: single precision at least."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)

@@ -56,8 +56,8 @@ def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
     whole, fraction = _split(log_weights, num)
     # Not the ordered points of `multinomial`: any of them, taken alone, must be uniform.
     drawn = _look_up(jnp.log(fraction), jax.random.uniform(inputs.typed_key(key), (num,), fraction.dtype))
-    first = jnp.cumsum(whole)
-    slot = jnp.arange(num)
+    first = jnp.cumsum(whole, dtype=jnp.int32)
+    slot = jnp.arange(num, dtype=jnp.int32)
     copies = jnp.searchsorted(first, slot, side="right")
     # The last slots are drawn: as many as whole copies leave.
     return jnp.where(slot < first[-1], jnp.minimum(copies, len(whole) - 1), drawn[num - 1 - slot]).astype(jnp.int32)
@@ -76,7 +76,7 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
         total = f + g
         over = total > 1
         # Mass 1 (or total, if less) goes to one of the two, so that means are kept.
-        to_i = uniform < jnp.where(over, (1 - g) / jnp.maximum(2 - total, 1e-30), f / jnp.maximum(total, 1e-30))
+        to_i = uniform < jnp.where(over, (1 - g) / (2 - total), f / jnp.maximum(total, 1e-30))
         winner, loser = jnp.where(to_i, i, j), jnp.where(to_i, j, i)
         # Over one: the winner is complete, the loser keeps what is left. Under: the loser has none, the winner goes on with all of it.
         complete = jnp.where(over, winner, -1)
@@ -88,8 +88,8 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
     # Fractions sum to a whole number: what is left is 0 or 1 up to rounding.
     complete = jnp.append(complete, jnp.where(left > 0.5, last, -1))
     counts = whole + jnp.zeros_like(whole).at[jnp.where(complete < 0, len(whole), complete)].add(1, mode="drop")
-    ends = jnp.cumsum(counts)
-    ancestors = jnp.searchsorted(ends, jnp.arange(num), side="right")
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    ancestors = jnp.searchsorted(ends, jnp.arange(num, dtype=jnp.int32), side="right")
     return jnp.minimum(ancestors, len(whole) - 1).astype(jnp.int32)
 
 
@@ -107,7 +107,7 @@ def _weights(log_weights: Array) -> Array:
 def _look_up(log_weights: Array, points: Array) -> Array:
     cumulative = jnp.cumsum(_weights(log_weights))
     # Points are below one, but their product with the total may round up to it: the last particle with any weight takes those.
-    last = len(cumulative) - 1 - jnp.argmax(jnp.isfinite(log_weights[::-1]))
+    last = (len(cumulative) - 1 - jnp.argmax(jnp.isfinite(log_weights[::-1]))).astype(jnp.int32)
     ancestors = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
     return jnp.minimum(ancestors, last).astype(jnp.int32)
 

@@ -31,7 +31,7 @@ from tiltjax import inputs, resampling
 from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, failures
 from tiltjax.models import Model
-from tiltjax.particles import CULPRITS, Particles, Trace, effective
+from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
 from tiltjax.potentials import Difference, Every, Max, Potential
 from tiltjax.proposals import Base, Guided, Kernel, Proposal, Shifted
 from tiltjax.solvers import Ancestral, Solver
@@ -99,20 +99,36 @@ def smc(
     times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
     model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     model.check_times(times)
-    if inputs.concrete(times) and not 0 < float(times[0]) < float(times[-1]) == 1:
-        raise ValueError(
-            f"weights are complete at t = 1 only, and a pull needs t > 0: times must run from above 0 to 1, got {float(times[0]):g} to "
-            f"{float(times[-1]):g}"
-        )
+    if inputs.concrete(times):
+        first, last = (float(np.asarray(times)[i]) for i in (0, -1))
+        if not 0 < first < last == 1:
+            raise ValueError(
+                f"weights are complete at t = 1 only, and a pull needs t > 0: times must run from above 0 to 1, got {first:g} to {last:g}"
+            )
     if tempering is not None:
         inputs.instance(tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()")
         if isinstance(tempering, Adaptive) and (proposal.tries > 1 or not isinstance(potential, Difference)):
             raise ValueError("Adaptive tempering is for Difference() and proposals without Children: use a schedule")
     weighs = schedule.steps(len(times) - 1) if threshold > 0 or proposal.tries > 1 else np.zeros(len(times) - 1, bool)
+    factors = jnp.ones(len(times) - 1)
+    if tempering is not None and not isinstance(tempering, Adaptive):
+        factors = tempering.factors(len(times) - 1)
     settings = _Settings(proposal, potential, tempering, resample, threshold)
     with progress_bar.bar("weighing", len(times) - 1, enabled=progress) as bar:
         particles = _smc(
-            key, model, guidance, twist, settings, times, eta, tuple(weighs.tolist()), bar, num, batch, sharding
+            key,
+            model,
+            guidance,
+            twist,
+            settings,
+            times,
+            eta,
+            factors,
+            tuple(weighs.tolist()),
+            bar,
+            num,
+            batch,
+            sharding,
         )
         if inputs.concrete(particles):
             assert particles.trace is not None
@@ -200,51 +216,55 @@ def _threshold(value: float) -> float:
 
 
 @eqx.filter_jit
-def _smc(key, model, guidance, twist, settings, times, eta, weighs, bar, num, batch, sharding) -> Particles:
+def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar, num, batch, sharding) -> Particles:
     model, guidance, twist, times, eta = inputs.cast((model, guidance, twist, times, eta), model.dtype)
     proposal, potential, tempering, resample, threshold = settings
     dtype = model.dtype
-    log_dtype = jnp.promote_types(dtype, jnp.float32)
+    log_dtype = weight_dtype(dtype)
     steps, path = len(times) - 1, model.interpolant
     over_particles = (
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )
-    factors = jnp.ones(steps, log_dtype)
-    if tempering is not None and not isinstance(tempering, Adaptive):
-        factors = tempering.factors(steps).astype(log_dtype)
-    guiding, twisting = twist is not None or not proposal.guided, twist if twist is not None else guidance
+    factors = factors.astype(log_dtype)
+    twisting, separate = guidance if twist is None else twist, twist is not None or not proposal.guided
 
-    def look(key: Array, t: Array, x: Array, memory: Any, weigh: Any) -> tuple[Array, Array, Array, Any, Array]:
+    def read(guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool) -> tuple[Array, ...]:
+        """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
+        estimate, memory = guide(key, t, x, memory)
+        estimate = inputs.cast(estimate, x.dtype)
+        if estimate.tilted.shape != x.shape:
+            raise ValueError(f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}")
+        if weighing and estimate.log_h is None:
+            raise ValueError(
+                f"{type(guide).__name__} has no log_h to weigh particles by: give twist=, such as Laplace(model, reward, scale) or "
+                "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
+            )
+        # The base chain needs the unguided denoiser.
+        denoised = model.denoise(t, x) if estimate.denoised is None else estimate.denoised
+        log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
+        return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
+
+    def look(key: Array, t: Array, x: Array, memory: Any, weigh: Array) -> tuple[Array, Array, Array, Any, Array]:
         """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
         key_guidance, key_twist = jax.random.split(key)
         of_guidance, of_twist = memory
-        flat = jnp.zeros((), log_dtype)
         if proposal.guided:
-            estimate, of_guidance = guidance(key_guidance, t, x, of_guidance)
-            estimate = _whole(estimate, model, t, x)
-            log_h = flat if guiding or estimate.log_h is None else estimate.log_h.astype(log_dtype)
-            denoised, pull = estimate.denoised, estimate.pull()
+            weighing = not separate and any(weighs[:-1])
+            denoised, pull, log_h, of_guidance = read(guidance, key_guidance, t, x, of_guidance, weighing)
+            unguided = lambda: denoised
         else:
-            denoised, pull, log_h, estimate = None, jnp.zeros_like(x), flat, None
+            pull, log_h, unguided = jnp.zeros_like(x), jnp.zeros((), log_dtype), lambda: model.denoise(t, x)
+        if separate:  # a twist of its own is asked only where it counts
 
-        if guiding:  # a twist of its own, asked where it counts
+            def ask(of_twist: Any) -> tuple[Array, Array, Any]:
+                denoised, _, log_h, of_twist = read(twisting, key_twist, t, x, of_twist, True)
+                return (unguided() if proposal.guided else denoised), log_h, of_twist
 
-            def ask(of_twist):
-                other, of_twist = twisting(key_twist, t, x, of_twist)
-                other = _whole(other, model, t, x)
-                if other.log_h is None:
-                    raise ValueError(_mute(twisting))
-                return other.denoised, other.log_h.astype(log_dtype), of_twist
-
-            def pass_by(of_twist):
-                return (model.denoise(t, x) if denoised is None else denoised), flat, of_twist
-
-            seen, log_h, of_twist = jax.lax.cond(weigh, ask, pass_by, of_twist)
-            denoised = seen if denoised is None else denoised
-        elif any(weighs[:-1]) and estimate is not None and estimate.log_h is None:
-            raise ValueError(_mute(guidance))
-        tilted = denoised + pull
-        bad = failures(x, Estimate(tilted, denoised, log_h))
+            pass_by = lambda of_twist: (unguided(), log_h, of_twist)
+            denoised, log_h, of_twist = jax.lax.cond(weigh, ask, pass_by, of_twist)
+        else:
+            denoised = unguided()
+        bad = failures(x, Estimate(denoised + pull, denoised, log_h))
         return denoised, pull, log_h, (of_guidance, of_twist), bad
 
     def begin(i: Array, key: Array) -> tuple[_Particle, Array]:
@@ -363,21 +383,6 @@ def less(new: Array, old: Array) -> Array:
     """`new - old` of log-weights: what was zero stays zero."""
     gone = old == -jnp.inf
     return jnp.where(gone, -jnp.inf, new - jnp.where(gone, 0.0, old))
-
-
-def _whole(estimate: Estimate, model: Model, t: Array, x: Array) -> Estimate:
-    """With the unguided denoiser, which the base chain needs."""
-    estimate = inputs.cast(estimate, x.dtype)
-    if estimate.tilted.shape != x.shape:
-        raise ValueError(f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}")
-    return estimate if estimate.denoised is not None else estimate._replace(denoised=model.denoise(t, x))
-
-
-def _mute(guidance: Guidance) -> str:
-    return (
-        f"{type(guidance).__name__} has no log_h to weigh particles by: give twist=, such as Laplace(model, reward, scale) or "
-        "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
-    )
 
 
 def _warn(particles: Particles) -> None:

@@ -138,7 +138,7 @@ def test_fmrg_has_its_law(s2, scale):
     law = theory.fmrg_law(prior, reward, scale)
     slack_mean, slack_cov = step_size_term(theory.fmrg_field(prior, reward, scale), times)
     model = tj.Analytic(prior)
-    x = tj.sample(jax.random.key(5), model, tj.fmrg(model, reward, scale, steps=40), num=10_000, times=times).x
+    x = tj.sample(jax.random.key(5), model, tj.fmrg(model, reward, scale, steps=40), num=2000, times=times).x
     # The inner flow map's own error, to first order in its Jacobian, by Richardson over its steps.
     t, y = jnp.asarray(0.01), jnp.array([1.0, 0.5])
     ends = [tj.FlowMap(model, n).draw(jax.random.key(0), t, y) for n in (40, 80)]
@@ -209,16 +209,16 @@ def test_many_draws_have_their_law(d):
     # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.
     prior = tj.GaussianMixture([1.0], [np.zeros(d)], [0.5 * np.eye(d)])
     reward = tj.rewards.Quadratic(np.where(np.arange(d) == 0, 2.5, 0.0))
-    model, num, k = tj.Analytic(prior), 40_000, 8
+    model, num, k = tj.Analytic(prior), 20_000, 4
     law = theory.plug_in_law(prior, reward, 3.0, k=k)
     mean, std = law.mean(), jnp.sqrt(jnp.diagonal(law.cov()))
     runs = {}
-    for steps in (100, 200):
+    for steps in (60, 120):
         guidance = tj.PlugIn(tj.Exact(model), reward, 3.0, k=k)
         x = tj.sample(jax.random.key(steps), model, guidance, num=num, steps=steps).x
         runs[steps] = np.mean(x, axis=0), np.std(x, axis=0)
     # The draws' variance is of first order in the step; what is left after extrapolation is of second.
     for i, (exact, unit) in enumerate(((mean, 1.0), (std, 2**-0.5))):
-        limit = 2 * runs[200][i] - runs[100][i]
+        limit = 2 * runs[120][i] - runs[60][i]
         error = np.sqrt(5) * unit * std / np.sqrt(num)  # of 2 A - B, independent
         assert np.all(np.abs(limit - exact) < SIGMAS * error + 2e-3)
