@@ -20,8 +20,13 @@ _MANY = 30_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _drop_compiled_programs():
-    """Forget what was compiled, after the module in which that has become much."""
+def _programs(request):
+    """Compile quickly rather than well, but for modules that say `OPTIMISED = True`; forget what was compiled when that is much.
+
+    Most tests compile for longer than they run. The demo and the snippet of README run as users run them.
+    """
+    quickly = not getattr(request.module, "OPTIMISED", False)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()

@@ -14,6 +14,8 @@ from theory import planner
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
+OPTIMISED = True  # it runs for longer than it compiles
+
 
 @pytest.fixture(scope="module")
 def plan():
