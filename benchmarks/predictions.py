@@ -18,7 +18,7 @@ import theory
 import tiltjax as tj
 
 DRAWS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-WIDTHS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.4, 2.0, 4.0)
+WIDTHS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.4, 2.0)
 BUDGETS = (10, 100, 1000, 10_000)
 
 
@@ -52,14 +52,16 @@ def main() -> None:
         law = theory.plug_in_law(prior, reward, scale_law)
         k = theory.matching_k(prior, reward, scale_law)
         damped[ratio] = {"w2": far(law.means[0], law.covs[0]), "k": k}
-        print(f"| {ratio:g} | {damped[ratio]['w2']:.4f} | {'none up to 10,000' if k is None else f'{k:,}'} |")
+        print(
+            f"| {ratio:g} | {damped[ratio]['w2']:.4f} | {'none up to 10,000' if k is None else f'{k:,}'} |", flush=True
+        )
 
     plans = {}
     for budget in BUDGETS[1:2] if args.quick else BUDGETS:
         start = time.perf_counter()
         plan = theory.recommend(prior, reward, scale, budget)
         seconds = time.perf_counter() - start
-        print(f"\n{budget:,} calls a sample ({seconds:.1f} s):\n{plan}")
+        print(f"\n{budget:,} calls a sample ({seconds:.1f} s):\n{plan}", flush=True)
         plans[budget] = [
             {"method": o.method, "steps": o.steps, "cost": o.cost, "w2": o.error, "basis": o.basis}
             for o in plan.options

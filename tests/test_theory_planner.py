@@ -166,7 +166,9 @@ def test_the_least_k_that_beats_one_damped_draw():
     aim = far(aim.means[0], aim.covs[0])
     before, after = (theory.plug_in_law(prior, reward, 3.0, k=n) for n in (k - 1, k))
     assert far(after.mean(), after.cov()) < aim <= far(before.mean(), before.cov())
-    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=32) is None
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=8) is None
+    # Little is worth two draws, and a search that starts at one must end there.
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), most=8) in (1, 2)
 
 
 def test_bad_input_says_what_to_use():

@@ -321,6 +321,6 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
         return None
     low, high = 1, most
     while high - low > 1:  # the distance falls in k
-        middle = int(np.sqrt(low * high)) if high > 2 * low else (low + high) // 2
+        middle = max(low + 1, int(np.sqrt(low * high)))
         low, high = (low, middle) if distance(middle) < aim else (middle, high)
     return high
