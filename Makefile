@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/learned.py
 	$(BIN)/python benchmarks/predictions.py
 	$(BIN)/python benchmarks/weighted.py
+	$(BIN)/python benchmarks/audits.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+import tiltjax as tj
 from tiltjax import plotting
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.particles import Particles
@@ -226,6 +227,7 @@ def test_save_that_fails_half_way_leaves_the_old_file(stage, tmp_path, monkeypat
 def test_matplotlib_is_lazy_and_its_global_state_untouched():
     code = """
 import sys
+import tiltjax as tj
 from tiltjax import plotting
 assert not any(name.startswith("matplotlib") for name in sys.modules)
 import matplotlib, numpy as np
@@ -272,3 +274,18 @@ def test_bad_input_is_refused_with_a_reason(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_audit_is_drawn(tmp_path):
+    problem = tj.problems.get("gaussian")
+    model = tj.Analytic(problem.prior)
+    report = tj.audit(jax.random.key(0), model, tj.dps(model, problem.reward, 0.8), num=200, steps=10)
+    figure = plotting.audit(report)
+    left, right = figure.axes
+    assert sum(patch.get_height() for patch in left.patches) == 200
+    carried, alike = right.lines
+    shares = carried.get_ydata()
+    assert np.all(np.diff(shares) >= 0)
+    np.testing.assert_allclose(shares[-1], 1)
+    assert np.all(shares >= alike.get_ydata() - 1e-9)  # the heaviest first
+    assert plotting.save(figure, tmp_path / "audit.png").stat().st_size > 10_000

@@ -5,6 +5,7 @@ r"""The figures people look at: samples and paths over the law they should follo
     `density_contours`   the density: on the line its curve, in the plane its highest-density regions
     `panel`              one method: the density, its samples (dots, or a histogram) and a few of its paths
     `comparison`         a grid of panels over one density with one legend
+    `audit`              what the weights of an audit say: their law, and how few paths carry them
     `save`               the file: all of it or nothing
 
 A contour is labelled by mass: level 0.9 encloses the smallest region of the plotted window that holds 90% of the mass in it.
@@ -28,6 +29,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from tiltjax import inputs
+from tiltjax.audit import Audit
 from tiltjax.particles import Particles
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#007A5E"
@@ -168,6 +170,52 @@ def comparison(
         handles.append(lines.Line2D([], [], color=VERMILION, linewidth=1.2, label="paths, fading in from the start"))
     figure.legend(
         handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9, labelcolor=_MUTED
+    )
+    return figure
+
+
+def audit(report: Audit) -> Any:
+    """Two panels of an `Audit`: the log-weights of its paths around `log Z`, and the share of all weight that the heaviest paths carry.
+
+    If all paths counted alike, the first would be a line at 0 and the second the diagonal. The second axis is logarithmic: a curve
+    that is high on the left says that few paths carry the estimate of `log Z`. Eight inches wide.
+    """
+    (figure_class,) = _matplotlib("figure")
+    log_weights = np.asarray(report.particles.log_weights, np.float64)
+    relative = np.sort(log_weights - report.log_norm.value)[::-1]
+    n = len(relative)
+    figure = figure_class.Figure(figsize=(8.0, 3.4), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+
+    shown = relative[np.isfinite(relative)]
+    low = max(shown.min(), np.quantile(shown, 0.001) - 1)
+    left.hist(np.clip(shown, low, None), bins=60, color=BLUE, alpha=0.55, linewidth=0)
+    left.axvline(0, color=_INK, linewidth=1.2, label="log Z")
+    left.axvline(-report.path_kl.value, color=VERMILION, linewidth=1.2, linestyle="--", label="evidence bound")
+    left.set_xlabel("log w - log Z, in nats", color=_MUTED, fontsize=9)
+    left.set_title("what paths weigh", loc="left", fontsize=10, color=_INK)
+    left.set_yticks([])
+    left.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
+
+    share = (np.arange(n) + 1) / n
+    right.semilogx(share, np.cumsum(np.exp(relative)) / np.sum(np.exp(relative)), color=BLUE, linewidth=1.6)
+    right.semilogx(share, share, color=_RULE, linewidth=1.0)
+    right.text(0.97, 0.06, "all alike", transform=right.transAxes, ha="right", fontsize=8, color=_MUTED)
+    right.set_ylim(0, 1.04)
+    right.set_xlabel("heaviest paths, as a share of all", color=_MUTED, fontsize=9)
+    right.set_title(f"share of the weight (Pareto k = {report.pareto_k:.2f})", loc="left", fontsize=10, color=_INK)
+    for ax in (left, right):
+        ax.tick_params(length=2.5, width=0.6, color=_RULE, labelcolor=_MUTED, labelsize=8)
+        for side, spine in ax.spines.items():
+            spine.set(color=_RULE, linewidth=0.6, visible=side in ("left", "bottom"))
+    left.spines["left"].set_visible(False)
+    figure.suptitle(
+        report.verdict.split(":")[0] + f" · {report.sampler}",
+        x=0.012,
+        ha="left",
+        fontsize=11,
+        fontweight="bold",
+        color=_INK,
     )
     return figure
 
