@@ -46,6 +46,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/predictions.py
 	$(BIN)/python benchmarks/weighted.py
 	$(BIN)/python benchmarks/audits.py
+	$(BIN)/python benchmarks/toys.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 

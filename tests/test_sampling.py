@@ -79,6 +79,12 @@ def test_over_eight_devices_as_on_one():
         assert len(eight.x.sharding.device_set) == 8, eight.x.sharding
         assert {shard.data.shape for shard in eight.x.addressable_shards} == {(2, 2)}
         np.testing.assert_allclose(eight.x, one.x, rtol=1e-9, atol=1e-9)
+        twist = tj.dps(model, tj.rewards.Quadratic([0., 1.]), .5)
+        weigh = lambda sharding: tj.smc(jax.random.key(0), model, twist, num=16, steps=4, ess_threshold=1., sharding=sharding)
+        one, eight = weigh(None), weigh(sharding)
+        assert np.any(one.trace.resampled)
+        np.testing.assert_allclose(eight.x, one.x, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(eight.log_norm, one.log_norm, rtol=1e-9)
         print("equal")
     """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

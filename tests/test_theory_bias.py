@@ -114,6 +114,23 @@ def test_commuting_matrices_decouple_into_directions():
             np.testing.assert_allclose((rotation.T @ got.covs[0] @ rotation)[i, i], one.covs[0, 0, 0], rtol=1e-9)
 
 
+def test_fifty_dimensions_are_fifty_lines():
+    rng = np.random.default_rng(0)
+    s2, mean, target = rng.uniform(0.05, 2, 50), rng.normal(size=50), rng.normal(size=50)
+    prior, reward = tj.GaussianMixture([1.0], [mean], [np.diag(s2)]), tj.rewards.Quadratic(target)
+    for law in (theory.plug_in_law, theory.fmrg_law, theory.sde_law):
+        got = law(prior, reward, 0.8)
+        off = got.covs[0] - jnp.diag(jnp.diagonal(got.covs[0]))
+        np.testing.assert_allclose(off, 0, atol=1e-14)
+        for i in (0, 17, 49):
+            one = law(line(s2[i], mean[i]), tj.rewards.Quadratic([target[i]]), 0.8)
+            np.testing.assert_allclose(got.means[0, i], one.means[0, 0], rtol=1e-11)
+            np.testing.assert_allclose(got.covs[0, i, i], one.covs[0, 0, 0], rtol=1e-11)
+    tilt = theory.tilt(prior, reward, 0.8)
+    parts = [theory.tilt(line(s2[i], mean[i]), tj.rewards.Quadratic([target[i]]), 0.8) for i in range(50)]
+    np.testing.assert_allclose(tilt.log_norm, sum(part.log_norm for part in parts), rtol=1e-12)
+
+
 def test_laws_of_a_linear_reward_are_the_tilt():
     prior, reward = line(0.5, 0.3), tj.rewards.Linear([0.8])
     law, tilt = theory.plug_in_law(prior, reward, 2.0), theory.tilt(prior, reward, 2.0).mixture

@@ -59,12 +59,17 @@ class DrawsLaw(eqx.Module):
     axis: Array
     table: Array
     coarse: Array
-    k: int = eqx.field(static=True)
+    k: int | Array
 
     @property
     def dim(self) -> int:
         """The dimension d."""
         return len(self.center)
+
+    @property
+    def target(self) -> Array:
+        """The reward's maximiser y, `(d,)`."""
+        return self.center + self.std * self.distance * self.axis
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -161,7 +166,7 @@ class DrawsLaw(eqx.Module):
         return _log_reach(self.dim, self.strength, self.distance)
 
 
-def draws_law(center: Array, variance: Array, target: Array, strength: Array, k: int) -> DrawsLaw:
+def draws_law(center: Array, variance: Array, target: Array, strength: Array, k: int | Array) -> DrawsLaw:
     """The law for a prior `N(center, variance I)`, a reward of maximiser `target` and `strength = scale h s^2`, k draws a step."""
     if inputs.concrete((strength, variance)):
         a, s2 = float(np.asarray(strength)), float(np.asarray(variance))

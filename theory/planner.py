@@ -36,6 +36,7 @@ from jaxtyping import Array
 
 from theory import bias, discrete, paths, selection, tilts
 from theory.discrete import AffineField
+from theory.draws import DrawsLaw, draws_law
 from theory.tilts import QuadraticForm
 from theory.transport import w2_bounds
 from tiltjax import inputs, rewards, scales
@@ -307,11 +308,19 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
     most = inputs.count(most, "most")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
+    checked = bias.plug_in_law(prior, reward, law.final, k=2)  # refuses what has no law
+    assert isinstance(checked, DrawsLaw)
+
+    @jax.jit
+    def of_draws(k: Array) -> Array:
+        many = draws_law(checked.center, checked.std**2, checked.target, checked.strength, k)
+        return tilts.bures(many.mean(), many.cov(), mean, cov)
 
     def distance(k: int) -> float:
-        here = bias.plug_in_law(prior, reward, law.final, k=k)
-        moments = (here.means[0], here.covs[0]) if isinstance(here, GaussianMixture) else (here.mean(), here.cov())
-        return float(tilts.bures(*moments, mean, cov))
+        if k > 1:
+            return float(of_draws(jnp.asarray(k, mean.dtype)))
+        here = bias.plug_in_law(prior, reward, law.final)
+        return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
 
     one = bias.plug_in_law(prior, reward, law)
     aim = float(tilts.bures(one.means[0], one.covs[0], mean, cov))
