@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.selection import best_of_n
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2)))
 LOG_WEIGHTS = jnp.asarray([-2.0, 0.5, 1.0, -jnp.inf, 3.0, 0.0, -1.0])
@@ -92,3 +93,12 @@ def test_a_population_is_a_pytree():
     particles = Particles(X, LOG_WEIGHTS, jnp.asarray(1.0))
     doubled = jax.jit(lambda p: jax.tree.map(lambda leaf: 2 * leaf, p))(particles)
     chex.assert_trees_all_equal(doubled.x, 2 * X)
+
+
+def test_means_of_conditions_and_counts_are_numbers():
+    particles = Particles(jnp.asarray([[-1.0], [1.0], [2.0], [3.0]]), jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1])))
+    for fn in (lambda x: x[0] > 0, lambda x: jnp.sum(x > 0)):
+        np.testing.assert_allclose(particles.mean(fn), 0.6, rtol=1e-12)
+        np.testing.assert_allclose(particles.standard_error(fn), np.sqrt(0.16 * 0.36 + 0.16 * 0.14), rtol=1e-12)
+    with pytest.raises(ValueError, match="weighted"):
+        best_of_n(particles, lambda x: x[0], 2)

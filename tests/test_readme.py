@@ -59,3 +59,11 @@ def test_the_tables_are_those_of_the_results():
     for row in json.loads((results / "learned.json").read_text())["rows"]:
         over = " | ".join(f"{cell['w2'] / row['floor']:.2f}" for cell in row.values() if isinstance(cell, dict))
         assert f"| {row['scale']:g} | {over} |" in text
+    predicted = json.loads((results / "predictions.json").read_text())
+    assert " | ".join(f"{value:.3f}" for value in predicted["plain"].values()) in text
+    assert " | ".join(f"{cell['w2']:.3f}" for cell in predicted["damped"].values()) in text
+    assert (
+        " | ".join("none to 10,000" if c["k"] is None else f"{c['k']:,}" for c in predicted["damped"].values()) in text
+    )
+    for option in predicted["plans"]["1000"]:
+        assert f"| `{option['method']}` | {option['steps']} | {option['cost']:,.0f} | {option['w2']:.4f} |" in text

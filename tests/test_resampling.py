@@ -48,6 +48,12 @@ def test_the_points_are_independent_of_the_slot(name):
         assert np.all(np.diag(covariance) <= 1 - 1 / 6 + 0.05)
 
 
+@pytest.mark.parametrize("n", [41, 47, 55])
+def test_equal_weights_of_single_precision_are_whole(n):
+    ancestors = np.asarray(resampling.residual(jax.random.key(0), jnp.zeros(n, jnp.float32)))
+    assert np.array_equal(np.sort(ancestors), np.arange(n))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_adversarial_weights(name, dtype):
@@ -94,12 +100,15 @@ def test_particles_are_saved_and_read_again(tmp_path):
     plain = tj.sample(jax.random.key(0), model, num=3, steps=3, save_path=True)
     narrow = tj.Particles(jnp.ones((3, 2), jnp.bfloat16) / 3, jnp.zeros(3))
     for i, particles in enumerate((weighted, plain, narrow)):
-        tj.save(particles, tmp_path / f"{i}.npz")
-        again = tj.load(tmp_path / f"{i}.npz")
+        tj.save(particles, tmp_path / f"{i}")
+        again = tj.load(tmp_path / f"{i}")
         assert jax.tree.structure(again) == jax.tree.structure(particles)
         for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(particles), strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(np.asarray(one, np.float64), np.asarray(other, np.float64))
     np.savez(tmp_path / "other.npz", a=np.ones(2))
-    with pytest.raises(ValueError, match="holds no particles"):
-        tj.load(tmp_path / "other.npz")
+    np.save(tmp_path / "array.npy", np.ones(2))
+    (tmp_path / "text").write_text("nothing")
+    for name in ("other.npz", "array.npy", "text"):
+        with pytest.raises(ValueError, match="holds no particles"):
+            tj.load(tmp_path / name)

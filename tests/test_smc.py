@@ -77,7 +77,7 @@ ROWS = [
     (DPS, GUIDED, P.Max(), R.multinomial, 1.0, T.Exponential(), TWICE),
     (DPS, SHIFTED, P.Sum(), R.ssp, 0.5, T.Polynomial(2.0), TWICE),
     (DPS, proposals.Children(3), P.Immediate(), R.residual, 1.0, None, TWICE),
-    (DPS, GUIDED, P.Difference(), R.stratified, 0.5, ADAPTIVE, {}),
+    (DPS, GUIDED, P.Difference(), R.stratified, 0.9, ADAPTIVE, {}),
     (DRAWS, BASE, P.Max(), R.ssp, 1.0, None, TWICE),
     (DRAWS, GUIDED, P.Difference(), R.residual, 0.5, T.Polynomial(1.0), {}),
     (DRAWS, SHIFTED, P.Immediate(), R.multinomial, 0.5, T.Exponential(), TWICE),
@@ -168,7 +168,7 @@ def test_without_resampling_weights_telescope():
         weighed = run(DPS, potential=potential, ess_threshold=1e-6)
         np.testing.assert_allclose(weighed.log_weights, plain.log_weights, atol=1e-6)
         np.testing.assert_allclose(weighed.x, plain.x, atol=1e-12)
-    for temper in (T.Polynomial(), ADAPTIVE):
+    for temper in (T.Polynomial(), T.Exponential()):
         weighed = run(DPS, proposal=BASE, tempering=temper, ess_threshold=1e-6)
         np.testing.assert_allclose(weighed.log_weights, base.log_weights, atol=1e-6)
     log_norm = jax.nn.logsumexp(plain.log_weights) - np.log(50)
@@ -206,9 +206,7 @@ def test_the_trace_says_what_happened():
         jax.random.key(3), MODEL, DPS, num=500, steps=STEPS, proposal=BASE, tempering=ADAPTIVE, ess_threshold=0.65
     )
     share = np.asarray(adaptive.trace.ess)[:-1] / 500
-    assert np.all(np.diff(adaptive.trace.tempering) >= 0)
-    held = np.asarray(adaptive.trace.tempering)[:-1] < 1
-    assert np.all(share[held] > 0.55)
+    assert np.all(share > 0.55)
 
 
 def test_the_genealogys_standard_error_is_that_of_repeated_runs():
@@ -240,6 +238,26 @@ def test_drifts_that_weigh_nothing_take_any_twist(drift):
             tj.smc(jax.random.key(5), MODEL, guidance, num=10, steps=5)
 
 
+def test_single_precision_in_a_double_world_one_step_and_one_particle():
+    prior = tj.GaussianMixture(*(jnp.asarray(part, jnp.float32) for part in ([1.0], [[0.0]], [[[1.0]]])))
+    model = tj.Analytic(prior)
+    guidance = tj.dps(model, tj.rewards.Quadratic(jnp.ones(1, jnp.float32)), 1.0)
+    for settings in ({"steps": 6}, {"steps": 1}, {"steps": 6, "potential": P.Sum(), "tempering": T.Exponential()}):
+        particles = tj.smc(jax.random.key(0), model, guidance, num=16, ess_threshold=1.0, **settings)
+        assert particles.x.dtype == particles.log_weights.dtype == particles.log_norm.dtype == jnp.float32
+    alone = tj.smc(jax.random.key(0), model, guidance, num=1, steps=3)
+    assert np.isinf(alone.standard_error()).all()
+    assert int(alone.families) == 1
+
+
+def test_states_of_any_shape():
+    model = tj.from_denoiser(lambda t, x: t * x / (t**2 + (1 - t) ** 2), shape=(2, 3, 1))
+    guidance = tj.dps(model, lambda x: -jnp.sum((x - 1) ** 2), 0.2)
+    particles = tj.smc(jax.random.key(0), model, guidance, num=50, steps=5, ess_threshold=1.0)
+    assert particles.x.shape == (50, 2, 3, 1)
+    assert particles.standard_error().shape == (2, 3, 1)
+
+
 def test_recipes_run_and_take_overrides():
     for recipe in (
         tj.fk_steering(schedule=tj.Every(4, start=4, stop=16)),
@@ -256,12 +274,13 @@ def test_recipes_run_and_take_overrides():
 
 def test_constraints_and_failures_are_told():
     outside = tj.dps(MODEL, lambda x: jnp.where(x[0] > 0, 0.0, -jnp.inf), 1.0)
-    # Weighed at the end alone: a twist that excludes a state too early would exclude what becomes of it, too.
-    right = tj.smc(jax.random.key(7), MODEL, outside, num=100, steps=STEPS, proposal=BASE, ess_threshold=0.0)
-    assert np.all(np.asarray(right.resample(jax.random.key(0)))[:, 0] > 0)
-    assert abs(float(right.log_norm) - np.log(0.5)) < 0.5
+    # What the twist excludes too early is not excluded: half of the mass is allowed in the end, whatever the settings.
+    for settings in ({}, {"proposal": proposals.Children(2)}, {"tempering": T.Exponential()}, {"potential": P.Max()}):
+        right = tj.smc(jax.random.key(7), MODEL, outside, num=2000, steps=STEPS, **{"proposal": BASE} | settings)
+        assert np.all(np.asarray(right.resample(jax.random.key(0)))[:, 0] > 0)
+        assert abs(float(right.log_norm) - np.log(0.5)) < 0.2
     nowhere = tj.dps(MODEL, lambda x: jnp.where(x[0] > 1e6, 0.0, -jnp.inf), 1.0)
-    with pytest.raises(FloatingPointError, match=r"step 0 .*no particle has any weight left"):
+    with pytest.raises(FloatingPointError, match=r"step 19 .*no particle has any weight left"):
         tj.smc(jax.random.key(7), MODEL, nowhere, num=20, steps=STEPS, proposal=BASE)
     broken = tj.dps(MODEL, lambda x: jnp.log(x[1]), 1.0)
     with pytest.raises(FloatingPointError, match="the reward's value"):
@@ -287,7 +306,9 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match="tempering must end at one"):
         run(tempering=T.Polynomial(1.0, gamma=0.01))
     with pytest.raises(ValueError, match="Adaptive tempering is for Difference"):
-        run(tempering=T.Adaptive(), potential=P.Max())
+        run(tempering=T.Adaptive(), potential=P.Max(), ess_threshold=1.0)
+    with pytest.raises(ValueError, match="needs ess_threshold above it"):
+        run(tempering=T.Adaptive(0.7), ess_threshold=0.5)
     with pytest.raises(ValueError, match="must run from above 0 to 1"):
         run(steps=None, times=jnp.linspace(1e-3, 0.9, 5))
     with pytest.raises(ValueError, match="another model"):

@@ -118,6 +118,8 @@ def test_without_conjugate_rewards_the_prediction_falls_back():
     plan = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 0.5, 40, conjugate=False)
     assert not any(option.method.startswith("Tilted") for option in plan.options)
     assert plan.best.method.startswith(("Conjugate", "Laplace"))
+    linear = theory.recommend(prior, tj.rewards.Linear([1.0]), 0.5, 30)
+    assert linear.best.method.startswith("Tilted")
     one = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 0.5, 1)
     assert {option.cost for option in one.options} == {1.0}
 

@@ -111,7 +111,7 @@ def recommend(
 
     **Arguments:**
 
-    - `prior`, `reward`: one Gaussian or a mixture, and a quadratic reward with a positive curvature; they may stand for a model and a
+    - `prior`, `reward`: one Gaussian or a mixture, and a reward that is quadratic or linear; they may stand for a model and a
       reward that resemble them.
     - `budget`: denoiser calls a sample, at least 1.
     - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that is not.
@@ -166,7 +166,7 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
     alone, one_draw = prior.log_weights, 1 + inner * (1 + pullback)
     unguided = eqx.tree_at(lambda f: f.law.final, pulled(discrete._pull_at_mean), jnp.zeros_like(scale))
     yield from flow("no guidance", 1, unguided, alone)
-    if conjugate and isotropic and curvature > 0:
+    if conjugate and isotropic and curvature >= 0:
         yield from flow(f"Tilted(model, reward, {number})", 1, full, tilt.log_weights)
     if concave:
         name = f"Conjugate(model, reward, {number})"
@@ -246,7 +246,7 @@ def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -
     for k in (2, 8, 32):
         cost = 1 + k * inner * (1 + pullback)
         steps = _affordable(budget, cost)
-        if steps < 1:
+        if steps < 4:  # that law is far from any at so few steps
             return
         coarse = _run(one_draw, prior.log_weights, steps)
         law = bias.plug_in_law(prior, reward, scale, k=k)

@@ -16,6 +16,9 @@ read only if the weights have a variance: few paths may carry most of Z, and be 
 they are compared with a generalised Pareto law, whose shape `pareto_k` is 0 for light tails and 1/2 where the variance ends. From .7 on nothing that
 rests on averages of w can be trusted, whatever the number of paths (Vehtari et al., arXiv 1507.02646).
 
+No weights know of a mode that no path has visited: `log_norm` that disagrees with that of an audit of weaker guidance (or of scale 0, where it is
+0) says that there is one.
+
 What is judged is the guided *diffusion* (`Ancestral(eta)`, whose last jump is not guided): a flow has no noise, and no path of it is one of the
 base chain's. It uses the same guidance, but this report is not about its output.
 """
@@ -85,12 +88,12 @@ class Audit(eqx.Module):
         if not self.reliable:
             return (
                 f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}); the tilt has mass that these paths do not reach. "
-                f"The path KL is at least {kl:.2g} nats."
+                f"As far as they do, the path KL is about {kl:.2g} nats."
             )
         if self.share > 0.9:
             return f"Tilting: {self.share:.0%} of the samples count, path KL {kl:.2g} nats."
         if self.share > 0.2:
-            return f"Nearly: {self.share:.0%} of the samples count, path KL {kl:.2g} nats. Weighted, they are the tilt: use smc."
+            return f"Nearly: {self.share:.0%} of the samples count, path KL {kl:.2g} nats. Weighted, as smc does, they are the tilt as far as they reach."
         return (
             f"Not tilting: {self.share:.1%} of the samples count, path KL {kl:.2g} nats (an upper bound for the samples themselves). Damp, use "
             "Tilted, Conjugate or Laplace, or weigh by smc."
@@ -139,7 +142,7 @@ def audit(
     )  # fmt: skip
     if not inputs.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
-    rewards = np.asarray(jax.vmap(guidance.log_tilt)(particles.x), np.float64)
+    rewards = np.asarray(jax.lax.map(guidance.log_tilt, particles.x, batch_size=batch or num), np.float64)
     assert particles.trace is not None
     name = f"{type(guidance).__name__} on {type(solver).__name__ if solver is not None else 'Ancestral'}, "
     return report(particles, rewards, name + f"{len(particles.trace.times) - 1} steps, {num} paths")

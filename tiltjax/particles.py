@@ -6,6 +6,7 @@ no normalising constant.
 
 import dataclasses
 import os
+import zipfile
 from typing import Any
 
 import equinox as eqx
@@ -87,10 +88,10 @@ class Particles(eqx.Module):
 
         Particles that descend from one particle at the start are not independent, families are (but for their weights): with the weighted
         residuals summed up in each family, it is the root of the sum of their squares (Chan and Lai 2013; Lee and Whiteley 2018). It needs many
-        families: where few are left, it is too small, and where one is left, it is infinite. Particles that nothing resampled are families
+        `families`, hundreds rather than tens: where few are left it is too small, threefold with five, and where one is left, infinite. Particles that nothing resampled are families
         of one.
         """
-        values = self.x if fn is None else jax.vmap(fn)(self.x)
+        values = self._values(fn)
         weights = self.weights.astype(values.dtype)
         residual = weights.reshape(-1, *[1] * (values.ndim - 1)) * (
             values - jnp.tensordot(weights, values, axes=1)[None]
@@ -99,13 +100,26 @@ class Particles(eqx.Module):
         if roots is None:
             return jnp.sqrt(jnp.sum(residual**2, axis=0))
         families = jax.ops.segment_sum(residual, roots, len(self))
-        alone = jnp.all(roots == roots[0]) & (len(self) > 1)
+        alone = jnp.all(roots == roots[0])
         return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(families**2, axis=0)))
 
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)` over the population (of x itself by default)."""
-        values = self.x if fn is None else jax.vmap(fn)(self.x)
+        values = self._values(fn)
         return jnp.tensordot(self.weights.astype(values.dtype), values, axes=1)
+
+    def _values(self, fn) -> Array:
+        """In the precision of the weights at least: the mean of a condition is a probability."""
+        values = self.x if fn is None else jax.vmap(fn)(self.x)
+        wide = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits >= 32
+        return values if wide else values.astype(self.log_weights.dtype)
+
+    @property
+    def families(self) -> Array:
+        """How many of the particles at the start have descendants: what `standard_error` rests on."""
+        if self.trace is None or self.trace.roots is None:
+            return jnp.asarray(len(self))
+        return jnp.sum(jnp.zeros(len(self), bool).at[self.trace.roots].set(True))
 
     def resample(self, key: Array, num: int | None = None) -> Array:
         """`num` unweighted samples, `(num, *shape)`: systematic resampling in random order."""
@@ -135,22 +149,25 @@ def save(particles: Particles, file: str | os.PathLike) -> None:
     if particles.trace is not None:
         arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
     kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
-    # NumPy has no bfloat16: such states are written as float32, which holds them exactly.
-    narrow = kept["x"].dtype.name == "bfloat16"
-    wide: dict[str, Any] = kept | ({"x": kept["x"].astype(np.float32)} if narrow else {})
-    np.savez(file, dtype=np.asarray(particles.x.dtype.name), **wide)
+    # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and named.
+    narrow = [name for name, array in kept.items() if array.dtype.name == "bfloat16"]
+    written: dict[str, Any] = kept | {name: kept[name].astype(np.float32) for name in narrow}
+    with open(file, "wb") as stream:
+        np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
 
 
 def load(file: str | os.PathLike) -> Particles:
     """What `save` wrote. **Raises:** `ValueError` for a file of something else."""
-    with np.load(file, allow_pickle=False) as archive:
-        if not {"x", "log_weights", "dtype"} <= set(archive.files):
-            raise ValueError(f"{os.fspath(file)} holds no particles, but {sorted(archive.files)}")
-        arrays = {name: jnp.asarray(archive[name]) for name in archive.files if name != "dtype"}
-        x = arrays["x"].astype(str(archive["dtype"]))
-    fields = {name.removeprefix("trace."): array for name, array in arrays.items() if name.startswith("trace.")}
-    trace = Trace(**fields) if fields else None
-    return Particles(x, arrays["log_weights"], arrays.get("log_norm"), trace)
+    try:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+        narrow, arrays = found.pop("bfloat16"), {name: jnp.asarray(array) for name, array in found.items()}
+        arrays |= {str(name): arrays[str(name)].astype(jnp.bfloat16) for name in narrow}
+        fields = {name.removeprefix("trace."): array for name, array in arrays.items() if name.startswith("trace.")}
+        trace = Trace(**fields) if fields else None
+        return Particles(arrays["x"], arrays["log_weights"], arrays.get("log_norm"), trace)
+    except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{os.fspath(file)} holds no particles: expected a file that tiltjax.save wrote") from error
 
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:

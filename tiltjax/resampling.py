@@ -116,5 +116,6 @@ def _split(log_weights: Array, num: int) -> tuple[Array, Array]:
     """Expected offspring as whole numbers and fractions."""
     weights = _weights(log_weights)
     expected = num * (weights / jnp.sum(weights))
-    whole = jnp.floor(expected)
-    return whole.astype(jnp.int32), expected - whole
+    # A whole number that rounding left a little below itself is whole.
+    whole = jnp.floor(expected * (1 + 8 * jnp.finfo(expected.dtype).eps))
+    return whole.astype(jnp.int32), jnp.maximum(expected - whole, 0.0)

@@ -52,7 +52,8 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
     n = inputs.count(n, "n")
     if not isinstance(particles, Particles):
         raise TypeError(f"expected Particles, as sample returns, got {type(particles).__name__}")
-    if particles.log_norm is not None:
+    uneven = inputs.concrete(particles.log_weights) and np.ptp(np.asarray(particles.log_weights)) > 0
+    if particles.log_norm is not None or uneven:
         raise ValueError(
             "selection needs unweighted particles, these are weighted: use particles.resample(key, num) first"
         )

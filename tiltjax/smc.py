@@ -18,6 +18,7 @@ not trusted. What a run is made of: `tiltjax.proposals`, `tiltjax.potentials`, `
 | TDS (arXiv 2306.17775) | `smc(key, model, dps(model, reward, scale), num=n, **tds())` |
 """
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -109,6 +110,11 @@ def smc(
         inputs.instance(tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()")
         if isinstance(tempering, Adaptive) and (proposal.tries > 1 or not isinstance(potential, Difference)):
             raise ValueError("Adaptive tempering is for Difference() and proposals without Children: use a schedule")
+        if isinstance(tempering, Adaptive) and inputs.concrete(tempering.ess) and threshold <= float(tempering.ess):
+            raise ValueError(
+                f"Adaptive({float(tempering.ess):g}) needs ess_threshold above it, such as 1, got {threshold:g}: particles that keep their "
+                "uneven weights leave it no room"
+            )
     weighs = schedule.steps(len(times) - 1) if threshold > 0 or proposal.tries > 1 else np.zeros(len(times) - 1, bool)
     factors = jnp.ones(len(times) - 1)
     if tempering is not None and not isinstance(tempering, Adaptive):
@@ -289,8 +295,11 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
             return moved, log_ratio.astype(log_dtype), bad.at[3].set(~jnp.all(jnp.isfinite(x)))
 
         def apply(particle: _Particle, factor: Array) -> tuple[Array, Any]:
-            applied, history = potential(particle.applied, particle.history, factor * particle.value)
-            keep = lambda new, old: jnp.where(weigh, new, old)
+            # A twist of -inf is not believed before the end: what it excludes too early may yet be allowed. Any number is unbiased.
+            counts = weigh & (particle.value > -jnp.inf)
+            value = jnp.where(counts, factor * jnp.where(counts, particle.value, 0.0), 0.0)
+            applied, history = potential(particle.applied, particle.history, value)
+            keep = lambda new, old: jnp.where(counts, new, old)
             return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
 
         def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
@@ -302,14 +311,14 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
             gain = log_ratio + jax.vmap(lambda one: less(apply(one, given)[0], one.applied))(moved)
             chosen = jax.random.categorical(key_choice, gain)
             # The chosen one's own gain is added below: what is carried is the mean of all.
-            log_ratio = log_ratio[chosen] + jax.nn.logsumexp(gain) - jnp.log(proposal.tries) - gain[chosen]
+            log_ratio = log_ratio[chosen] + jax.nn.logsumexp(gain) - math.log(proposal.tries) - gain[chosen]
             return jax.tree.map(lambda leaf: leaf[chosen], moved), log_ratio, jnp.any(bad, axis=0)
 
         moved, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
         log_weights = log_weights + log_ratio
         if isinstance(tempering, Adaptive):
-            weigh_by = lambda factor: log_weights + less(factor * moved.value, moved.applied)
-            given = jnp.where(weigh, tempering.choose(weigh_by, factor), factor)
+            weigh_by = lambda factor: log_weights + jax.vmap(lambda one: apply(one, factor)[0] - one.applied)(moved)
+            given = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
         applied, history = jax.vmap(lambda one: apply(one, given))(moved)
         log_weights = log_weights + less(applied, moved.applied)
         moved = moved._replace(applied=applied, history=history)
@@ -318,7 +327,7 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
 
         def renew(moved, log_weights, log_norm):
             ancestors = resample(key_resample, log_weights)
-            log_norm = log_norm + jax.nn.logsumexp(log_weights) - np.log(num)
+            log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)
             return descend(moved, ancestors), jnp.zeros_like(log_weights), log_norm
 
         keep = lambda *state: state
@@ -343,7 +352,7 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
     inner = steps - 1
     scanned = (
         jnp.arange(inner), jax.random.split(key_run, inner), jax.random.split(key_resample, inner),
-        times[:-2], times[1:-1], jnp.asarray(weighs[:inner]), factors[:inner],
+        times[:-2], times[1:-1], jnp.asarray(weighs[:inner], bool), factors[:inner],
     )  # fmt: skip
     (particles, log_weights, log_norm, _), (bad, ess, tempered, resampled) = jax.lax.scan(advance, carry, scanned)
 
@@ -351,7 +360,7 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
     x = particles.denoised
     log_tilt = over_particles(guidance.log_tilt)(x).astype(log_dtype)
     log_weights = log_weights + less(log_tilt, particles.applied)
-    log_norm = log_norm + jax.nn.logsumexp(log_weights) - np.log(num)
+    log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)
     last = effective(log_weights)
     failed = jnp.zeros(len(CULPRITS), bool).at[1].set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))

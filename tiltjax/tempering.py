@@ -11,6 +11,9 @@ The factor b_t rises to one: early on, where a twist knows little, it selects le
 Reference: Kim et al. (arXiv 2501.05803), for the first two.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -62,10 +65,11 @@ class Polynomial(Tempering):
 
 
 class Adaptive(Tempering):
-    """Each factor as large as leaves an effective share `ess` of the particles, by bisection; never smaller than the one before.
+    """Each factor the largest that leaves an effective share `ess` of the particles, of 65 between 0 and 1; else the one that leaves most.
 
-    For `Difference()` and particles that move alone (no `Children`). That the factors depend on the particles leaves the normalising
-    constant unbiased. **Arguments:** `ess` in (0, 1).
+    It may fall again: twists that agree early on, when they know nothing, allow any factor. For `Difference()` and particles that move alone
+    (no `Children`), resampled as soon as the share is below `ess_threshold > ess`. That the factors depend on the particles leaves the
+    normalising constant unbiased. **Arguments:** `ess` in (0, 1).
     """
 
     ess: Array
@@ -75,23 +79,19 @@ class Adaptive(Tempering):
         if inputs.concrete(self.ess) and not np.asarray(self.ess) < 1:
             raise ValueError(f"ess is a share of the particles, inside (0, 1), got {float(self.ess):g}")
 
-    def choose(self, weigh, before: Array) -> Array:
-        """The factor in `[before, 1]` at which the log-weights `weigh(factor)` have the effective share, or the nearest there is."""
-        share = lambda factor: effective(weigh(factor)) / len(weigh(before)) >= self.ess
-
-        def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bracket
-            middle = (low + high) / 2
-            enough = share(middle)
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-        one = jnp.ones_like(before)
-        low, _ = jax.lax.fori_loop(0, 30, halve, (before, one))
-        return jnp.where(share(one), one, low)
+    def choose(self, weigh: Callable[[Array], Array], num: int, dtype: Any) -> Array:
+        """The factor, from the `num` log-weights `weigh(factor)` that it would leave."""
+        factors = (jnp.arange(65, dtype=dtype) / 64) ** 2
+        shares = jax.lax.map(lambda factor: effective(weigh(factor)) / num, factors)
+        enough = shares >= self.ess.astype(dtype)
+        largest = jnp.max(jnp.where(enough, factors, 0.0))
+        return jnp.where(jnp.any(enough), largest, factors[jnp.argmax(shares)])
 
 
 def _complete(factors: Array, remedy: str) -> Array:
-    """Exactly one at the end, up to the rounding of a power."""
+    """Exactly one at the end, up to the rounding of a power; a single step is the end."""
+    if len(factors) == 1:
+        return jnp.ones_like(factors)
     if inputs.concrete(factors) and not float(np.asarray(factors)[-1]) > 1 - 1e-3:
         raise ValueError(
             f"tempering must end at one, this one ends at {float(np.asarray(factors)[-1]):.3g} after {len(factors)} steps: {remedy} "
