@@ -309,8 +309,15 @@ def test_bad_input_says_what_to_do():
         run(tempering=T.Adaptive(), potential=P.Max(), ess_threshold=1.0)
     with pytest.raises(ValueError, match="needs ess_threshold above it"):
         run(tempering=T.Adaptive(0.7), ess_threshold=0.5)
-    with pytest.raises(ValueError, match="must run from above 0 to 1"):
+    with pytest.raises(ValueError, match="times must end there"):
         run(steps=None, times=jnp.linspace(1e-3, 0.9, 5))
+    with pytest.raises(ValueError, match="must start at t > 0"):
+        run(steps=None, times=jnp.linspace(0, 1, 5))
+    # On a table of levels t = 0 is a level like any other.
+    path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17)))
+    levels = tj.Analytic(PROBLEM.prior, path)
+    times = jnp.append(path.clock(jnp.arange(16.0, -1.0, -2.0)), 1.0)
+    assert np.isfinite(tj.smc(jax.random.key(0), levels, tj.dps(levels, REWARD, 0.1), num=10, times=times).log_norm)
     with pytest.raises(ValueError, match="another model"):
         run(twist=tj.dps(tj.Analytic(PROBLEM.prior, tj.Linear(2.0)), REWARD, 1.0))
     with pytest.raises(TypeError, match="use Base"):

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg, rewards, scales
@@ -97,6 +98,16 @@ def check(guidance: Guidance, model: Model) -> None:
             f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
             f"({type(model).__name__}): build it on the same model object"
         )
+
+
+def check_start(model: Model, times: Array) -> None:
+    """Refuse to guide from where nothing of the data is seen: a pull is `sigma^2 / alpha` times a score."""
+    if not inputs.concrete((times, model.interpolant)):
+        return
+    with jax.ensure_compile_time_eval():
+        alpha = float(model.interpolant.alpha(jnp.asarray(float(np.asarray(times)[0]))))
+    if alpha == 0:
+        raise ValueError("a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3")
 
 
 def failures(x: Array, estimate: Estimate) -> Array:

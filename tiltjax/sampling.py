@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from tiltjax import inputs
 from tiltjax import progress as progress_bar
-from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -85,13 +85,8 @@ def sample(
         if start.shape != (num, *model.shape):
             raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
     model.check_times(times)
-    if guidance is not None and inputs.concrete((times, model.interpolant)):
-        with jax.ensure_compile_time_eval():
-            alpha = float(model.interpolant.alpha(jnp.asarray(float(np.asarray(times)[0]))))
-        if alpha == 0:
-            raise ValueError(
-                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
-            )
+    if guidance is not None:
+        check_start(model, times)
     with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
         particles = _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path)
         if particles.trace is not None and inputs.concrete(particles):

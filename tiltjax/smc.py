@@ -30,7 +30,7 @@ from jaxtyping import Array
 
 from tiltjax import inputs, resampling
 from tiltjax import progress as progress_bar
-from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
 from tiltjax.potentials import Difference, Every, Max, Potential
@@ -100,12 +100,11 @@ def smc(
     times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
     model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     model.check_times(times)
-    if inputs.concrete(times):
-        first, last = (float(np.asarray(times)[i]) for i in (0, -1))
-        if not 0 < first < last == 1:
-            raise ValueError(
-                f"weights are complete at t = 1 only, and a pull needs t > 0: times must run from above 0 to 1, got {first:g} to {last:g}"
-            )
+    if inputs.concrete(times) and float(np.asarray(times)[-1]) != 1:
+        raise ValueError(
+            f"weights are complete at t = 1 only: times must end there, got {float(np.asarray(times)[-1]):g}"
+        )
+    check_start(model, times)
     if tempering is not None:
         inputs.instance(tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()")
         if isinstance(tempering, Adaptive) and (proposal.tries > 1 or not isinstance(potential, Difference)):
