@@ -13,10 +13,11 @@ LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling"},
     {"models"},
-    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "proposals"},
-    {"guidance", "anisotropic", "potentials", "tempering"},
-    {"sampling", "selection", "flows", "smc"},
-    {"conjugate", "audit"},
+    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard"},
+    {"guidance", "anisotropic", "potentials", "tempering", "proposals"},
+    {"sampling", "selection", "flows"},
+    {"conjugate", "smc", "discrete"},
+    {"audit"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

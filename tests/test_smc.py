@@ -12,6 +12,7 @@ import pytest
 
 import tiltjax as tj
 from tiltjax import potentials, proposals, resampling, tempering
+from tiltjax.solvers import Kernel
 
 loop = sys.modules["tiltjax.smc"]
 STEPS, NUM, SCALE, RUNS = 20, 8, 0.3, 4000
@@ -140,12 +141,16 @@ def test_a_twist_that_is_not_gathered_is_found(monkeypatch, truths):
 
 
 def test_a_weight_that_is_dropped_is_found(truths):
-    class Forgetful(proposals.Guided):
-        def move(self, key, kernel, x, denoised, pull):
-            moved, log_ratio = super().move(key, kernel, x, denoised, pull)
+    class Forgetful(Kernel):
+        def propose(self, key, x, denoised, shift):
+            moved, log_ratio = super().propose(key, x, denoised, shift)
             return moved, jnp.zeros_like(log_ratio)
 
-    assert fails(log_norms(DPS, proposal=Forgetful()), truths[1.0])
+    class Careless(tj.Ancestral):
+        def kernel(self, interpolant, t, u):
+            return Forgetful(*super().kernel(interpolant, t, u))
+
+    assert fails(log_norms(DPS, proposal=GUIDED, solver=Careless()), truths[1.0])
 
 
 def test_keys_that_collide_are_found(monkeypatch, truths):

@@ -14,6 +14,7 @@ from tiltjax.anisotropic import gibbs
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
+from tiltjax.discrete import Completions, MarkovChain, Masked, from_logits
 from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
@@ -27,7 +28,7 @@ from tiltjax.sampling import sample
 from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
 from tiltjax.smc import das, fk_steering, smc, tds
-from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver
+from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver, Unmask
 from tiltjax.tilted import Rescheduled, Tilted
 
 __all__ = [
@@ -39,6 +40,9 @@ __all__ = [
     "from_velocity",
     "from_noise",
     "from_denoiser",
+    "Masked",
+    "MarkovChain",
+    "from_logits",
     "Tilted",
     "Rescheduled",
     "Interpolant",
@@ -72,6 +76,7 @@ __all__ = [
     "calibrate",
     "Probe",
     "toward",
+    "Completions",
     "Clipped",
     "Normalized",
     "Unscaled",
@@ -96,6 +101,7 @@ __all__ = [
     "Heun",
     "Ancestral",
     "Adaptive",
+    "Unmask",
     "best_of_n",
     "softmax_of_n",
     "Particles",

@@ -102,7 +102,7 @@ def check(guidance: Guidance, model: Model) -> None:
 
 def check_start(model: Model, times: Array) -> None:
     """Refuse to guide from where nothing of the data is seen: a pull is `sigma^2 / alpha` times a score."""
-    if not inputs.concrete((times, model.interpolant)):
+    if model.tokens or not inputs.concrete((times, model.interpolant)):
         return
     with jax.ensure_compile_time_eval():
         alpha = float(model.interpolant.alpha(jnp.asarray(float(np.asarray(times)[0]))))

@@ -162,11 +162,13 @@ class GaussianMixture(eqx.Module):
 
             return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
+        # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
+        entries = jnp.unstack(x)
         log_weights, means = [], []
         for c in range(k):
             mean, cov = self.means[c], self.covs[c]
             factor = linalg.cholesky(noisy[c])
-            half = linalg.half_solve(factor, [x[i] - alpha * mean[i] for i in range(d)])
+            half = linalg.half_solve(factor, [entries[i] - alpha * mean[i] for i in range(d)])
             log_weights.append(self.log_weights[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2)
             gain = linalg.back_solve(factor, half)
             means.append([mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)])

@@ -12,7 +12,7 @@ What is said of a model holds for posterior means. A network under classifier-fr
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -37,6 +37,15 @@ class Model(eqx.Module):
     interpolant: eqx.AbstractVar[Interpolant]
     shape: eqx.AbstractVar[tuple[int, ...]]
     dtype: eqx.AbstractVar[Any]
+
+    # Whether states are tokens, and how many steps a run takes by default (None: as many as its solver names).
+    tokens: ClassVar[bool] = False
+    steps: ClassVar[int | None] = None
+
+    @property
+    def denoised_shape(self) -> tuple[int, ...]:
+        """Of what `denoise` returns: `shape`, but for tokens."""
+        return self.shape
 
     def denoise(self, t: Array, x: Array) -> Array:
         """`E[X_1 | X_t = x]`, of the shape of `x`; `t` is a scalar in [0, 1)."""
@@ -190,7 +199,7 @@ class Analytic(Model):
 class Network(Model):
     """A network as a model; built by `from_velocity`, `from_noise` and `from_denoiser`."""
 
-    net: "_Net"
+    net: "Net"
     interpolant: Interpolant
     to_denoised: Callable = eqx.field(static=True)
     batched: bool = eqx.field(static=True)
@@ -199,10 +208,7 @@ class Network(Model):
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
-        if self.batched:
-            output = _checked(_call_in_batches(self.net, t[None], x[None]), (1, *x.shape), self.batched)[0]
-        else:
-            output = _checked(self.net(t, x), x.shape, self.batched)
+        output = ask(self.net, t, x, x.shape, self.batched)
         return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
 
 
@@ -265,19 +271,30 @@ def from_denoiser(
     return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
 
 
-class _Net(inputs.Foreign):
-    """A callable with its parameters, as one pytree."""
+class Net(inputs.Foreign):
+    """A callable `fn(t, x)` or `fn(params, t, x)` with its parameters, as one pytree."""
 
     fn: inputs.Function
     params: PyTree
+
+    def __init__(self, fn: Callable, params: PyTree = None):
+        _refuse_training_mode(fn)
+        _refuse_training_mode(params)
+        self.fn, self.params = inputs.Function(fn), params
+        _check_signature(fn, params)
 
     def __call__(self, t: Array, x: Array) -> Array:
         return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
 
 
+def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
+    """The answer of a network, of `shape`, for one sample; one that wants a batch gets as many rows as `vmap`s around this make."""
+    if batched:
+        return _checked(_call_in_batches(net, t[None], x[None]), (1, *shape), x.shape, batched)[0]
+    return _checked(net(t, x), shape, x.shape, batched)
+
+
 def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
-    _refuse_training_mode(fn)
-    _refuse_training_mode(params)
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
     shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
@@ -287,10 +304,8 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
             f"dtype, that of the states, must be a floating dtype of at least 32 bits, got {dtype}: steps near t = 1 are lost in fewer. "
             "The network may compute in any precision of its own."
         )
-    net = _Net(inputs.Function(fn), params)
-    _check_signature(fn, params)
     return Network(
-        net=net,
+        net=Net(fn, params),
         interpolant=_interpolant(interpolant),
         to_denoised=to_denoised,
         batched=bool(batched),
@@ -331,14 +346,13 @@ def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) 
     return output
 
 
-def _checked(output: Any, shape: tuple[int, ...], batched: bool) -> Array:
+def _checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool) -> Array:
     got = getattr(output, "shape", None)
     if got != shape:
-        what = f"a batch of states {shape[1:]}" if batched else f"a state of shape {shape}"
+        what = f"a batch of states {state}" if batched else f"a state of shape {state}"
         hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
-        raise ValueError(
-            f"the network must return the shape of its input: expected {shape} for {what}, got {got}{hint}"
-        )
+        rule = "the shape of its input: expected" if shape[int(batched) :] == state else "the shape"
+        raise ValueError(f"the network must return {rule} {shape} for {what}, got {got}{hint}")
     return output
 
 
@@ -362,12 +376,12 @@ def _refuse_training_mode(fn: Any) -> None:
 
 
 @custom_vmap
-def _forward(net: _Net, t: Array, x: Array) -> Array:
+def _forward(net: Net, t: Array, x: Array) -> Array:
     return net(t, x)
 
 
 @custom_vmap
-def _pullback(net: _Net, t: Array, x: Array, cotangent: Array) -> tuple[Array, Array]:
+def _pullback(net: Net, t: Array, x: Array, cotangent: Array) -> tuple[Array, Array]:
     return jax.vjp(net, t, x)[1](cotangent)
 
 
@@ -394,7 +408,7 @@ _pullback.def_vmap(_as_rows(_pullback))
 
 
 @jax.custom_vjp
-def _call_in_batches(net: _Net, t: Array, x: Array) -> Array:
+def _call_in_batches(net: Net, t: Array, x: Array) -> Array:
     return _forward(net, t, x)
 
 

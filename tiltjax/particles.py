@@ -176,5 +176,7 @@ def unweighted(x: Array, trace: Trace | None = None) -> Particles:
 
 
 def weight_dtype(dtype) -> jnp.dtype:
-    """That of the log-weights of states of a dtype: single precision at least."""
+    """That of the log-weights of states of a dtype: single precision at least, JAX's default for tokens."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(jnp.result_type(float))
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)

@@ -16,39 +16,15 @@ memoryless diffusion, and part of the guidance belongs to its drift. References:
 2501.05803, DAS), Li et al. (arXiv 2408.08252, SVDD).
 """
 
-from typing import NamedTuple
-
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from tiltjax import inputs
-from tiltjax.interpolants import Interpolant
-
-
-class Kernel(NamedTuple):
-    """One step of the base chain, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is `sigma_t^2 / alpha_t`."""
-
-    keep: Array
-    gain: Array
-    std: Array
-    tweedie: Array
-    eta: Array
-
-    @classmethod
-    def of(cls, path: Interpolant, t: Array, u: Array, eta: Array) -> "Kernel":
-        """The kernel of `Ancestral(eta)` from t to u < 1."""
-        sigma_t, sigma_u = path.sigma(t), path.sigma(u)
-        rho = path.alpha(t) * sigma_u / (path.alpha(u) * sigma_t)
-        # sigma_u^2 - S2, in a form that rounding cannot make negative.
-        keep = sigma_u * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / sigma_t
-        std = eta * sigma_u * jnp.sqrt(1 - rho**2)
-        return cls(keep, path.alpha(u) - keep * path.alpha(t), std, path.tweedie(t), eta)
+from tiltjax.solvers import Kernel
 
 
 class Proposal(eqx.Module):
-    """How particles are proposed; subclasses define `shift(kernel, pull)`, that of the mean.
+    """How particles are proposed; subclasses define `shift(kernel, pull)`, that of the mean (`None`: none).
 
     `guided` says whether it needs a pull, `tries` how many states one particle proposes.
     """
@@ -61,18 +37,8 @@ class Proposal(eqx.Module):
     def tries(self) -> int:
         return 1
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array:
+    def shift(self, kernel: Kernel, pull: Array) -> Array | None:
         raise NotImplementedError
-
-    def move(self, key: Array, kernel: Kernel, x: Array, denoised: Array, pull: Array) -> tuple[Array, Array]:
-        """A proposed state, and `log p - log q` for it."""
-        noise = jax.random.normal(key, x.shape, x.dtype)
-        mean = kernel.keep * x + kernel.gain * denoised
-        if not self.guided:
-            return mean + kernel.std * noise, jnp.zeros((), x.dtype)
-        shift = self.shift(kernel, pull)
-        scaled = shift / kernel.std
-        return mean + shift + kernel.std * noise, -jnp.sum(scaled * noise) - jnp.sum(scaled**2) / 2
 
 
 class Base(Proposal):
@@ -82,21 +48,21 @@ class Base(Proposal):
     def guided(self) -> bool:
         return False
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array:
-        return jnp.zeros_like(pull)
+    def shift(self, kernel, pull):
+        return None
 
 
 class Guided(Proposal):
     """The base kernel's mean at the tilted denoiser, with the base kernel's noise."""
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array:
+    def shift(self, kernel, pull):
         return kernel.gain * pull
 
 
 class Shifted(Proposal):
     """The base kernel's mean plus its variance times `∇ log h`, with the factor that eta < 1 asks for."""
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array:
+    def shift(self, kernel, pull):
         return (1 + kernel.eta**-2) / 2 * kernel.std**2 / kernel.tweedie * pull
 
 
@@ -126,5 +92,5 @@ class Children(Proposal):
     def tries(self) -> int:
         return self.m
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array:
+    def shift(self, kernel, pull):
         return self.proposal.shift(kernel, pull)

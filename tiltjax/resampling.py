@@ -47,7 +47,13 @@ def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """The same point in each of `num` equal strata."""
     num = _number(log_weights, num)
     offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
-    return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offset) / num)
+    cumulative = _cumulative(log_weights)
+    # Equally spaced points below a cumulative weight can be counted, which is faster than to look each of them up.
+    below = jnp.ceil(cumulative / cumulative[-1] * num - offset)
+    ends = jnp.clip(below, 0, num).astype(jnp.int32)
+    passed = jnp.zeros(num + 1, jnp.int32).at[ends].add(1)
+    ancestors = jax.lax.associative_scan(jnp.add, passed[:num])
+    return jnp.minimum(ancestors, len(log_weights) - 1)
 
 
 def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
@@ -104,12 +110,19 @@ def _weights(log_weights: Array) -> Array:
     return jnp.exp(log_weights - jnp.max(log_weights))
 
 
+def _cumulative(log_weights: Array) -> Array:
+    """Partial sums of the weights; those of zero add nothing at all, whatever the order of summation rounds to."""
+    weights = _weights(log_weights)
+    sums = jax.lax.associative_scan(jnp.add, weights)
+    return jax.lax.associative_scan(jnp.maximum, jnp.where(weights > 0, sums, 0.0))
+
+
 def _look_up(log_weights: Array, points: Array) -> Array:
-    cumulative = jnp.cumsum(_weights(log_weights))
+    cumulative = _cumulative(log_weights)
     # Points are below one, but their product with the total may round up to it: the last particle with any weight takes those.
-    last = (len(cumulative) - 1 - jnp.argmax(jnp.isfinite(log_weights[::-1]))).astype(jnp.int32)
-    ancestors = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
-    return jnp.minimum(ancestors, last).astype(jnp.int32)
+    total = jnp.nextafter(cumulative[-1], jnp.zeros_like(cumulative[-1]))
+    ancestors = jnp.searchsorted(cumulative, jnp.minimum(points * cumulative[-1], total), side="right")
+    return jnp.minimum(ancestors, len(cumulative) - 1).astype(jnp.int32)
 
 
 def _split(log_weights: Array, num: int) -> tuple[Array, Array]:

@@ -222,7 +222,7 @@ class Custom(Reward):
                 f"a reward must return a floating number, got {result.dtype}: cast it (whole numbers have no gradient to guide by, but "
                 "best_of_n and softmax_of_n can choose by them)"
             )
-        return result.astype(x.dtype)
+        return result.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else result
 
 
 def as_reward(reward: Callable) -> Reward:

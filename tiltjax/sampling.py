@@ -21,7 +21,7 @@ from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
-from tiltjax.solvers import Heun, Solver, Streams
+from tiltjax.solvers import Heun, Solver, Streams, Unmask
 
 
 def sample(
@@ -66,12 +66,11 @@ def sample(
     inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
     if guidance is not None:
         check(guidance, model)
-    solver = Heun() if solver is None else solver
-    inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
+    solver = fitting(model, solver, Heun())
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     given = times
-    times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
+    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
     if start is None:
         model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     else:
@@ -79,7 +78,7 @@ def sample(
             raise TypeError("start takes states, an array, got Particles: pass particles.x")
         if given is None:
             raise ValueError("start needs times=, the first of which says when these states are")
-        start = inputs.floating(start, "start")
+        start = jnp.asarray(start, jnp.int32) if model.tokens else inputs.floating(start, "start")
         if inputs.concrete(start) and not np.all(np.isfinite(start)):
             raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):
@@ -115,12 +114,12 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
             estimate = Estimate(tilted=model.denoise(t, x))
         else:
             estimate, memory = guidance(key, t, x, memory)
-        if estimate.tilted.shape != x.shape:
+        if estimate.tilted.shape != model.denoised_shape:
             raise ValueError(
                 f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}: it must be built on "
                 "the model that is sampled"
             )
-        estimate = inputs.cast(estimate, x.dtype)
+        estimate = inputs.cast(estimate, model.dtype)
         # What follows a first failure in the same step is its consequence.
         return estimate.tilted, (memory, bad | (failures(x, estimate) & ~jnp.any(bad)))
 
@@ -144,3 +143,21 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
     (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
     path = None if path is None else jnp.concatenate([x[None], path])
     return unweighted(end, Trace(times, bad, path))
+
+
+def fitting(model: Model, solver: Solver | None, default: Solver) -> Solver:
+    """The solver, or what is usual for states of this kind; one of the other kind is refused."""
+    if solver is None:
+        return Unmask() if model.tokens else default
+    inputs.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
+    if model.tokens != isinstance(solver, Unmask):
+        kind, remedy = ("tokens", "Unmask()") if model.tokens else ("numbers", f"{type(default).__name__}()")
+        raise ValueError(
+            f"the states of {type(model).__name__} are {kind}: {type(solver).__name__} moves others, use {remedy}"
+        )
+    return solver
+
+
+def how_many(model: Model, solver: Solver, steps: int | None) -> int:
+    """The number of steps, if it is not given: the model's, if it has one, or the solver's."""
+    return steps if steps is not None else solver.steps if model.steps is None else model.steps

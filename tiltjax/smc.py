@@ -34,7 +34,8 @@ from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
 from tiltjax.potentials import Difference, Every, Max, Potential
-from tiltjax.proposals import Base, Guided, Kernel, Proposal, Shifted
+from tiltjax.proposals import Base, Guided, Proposal, Shifted
+from tiltjax.sampling import fitting, how_many
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.tempering import Adaptive, Exponential, Tempering
 
@@ -92,12 +93,12 @@ def smc(
     inputs.instance(potential, Potential, "potential", "use Difference(), Max(), Sum() or Immediate()")
     schedule = Every() if schedule is None else schedule
     inputs.instance(schedule, Every, "schedule", "use Every(n, start, stop)")
-    solver = Ancestral() if solver is None else solver
-    eta = _noise(solver)
+    solver = fitting(model, solver, Ancestral())
+    _check_noise(solver)
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     threshold = _threshold(ess_threshold)
-    times = model.grid(solver.steps if steps is None else steps) if times is None else inputs.time_grid(times, steps)
+    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
     model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
     model.check_times(times)
     if inputs.concrete(times) and float(np.asarray(times)[-1]) != 1:
@@ -126,8 +127,8 @@ def smc(
             guidance,
             twist,
             settings,
+            solver,
             times,
-            eta,
             factors,
             tuple(weighs.tolist()),
             bar,
@@ -194,24 +195,21 @@ class _Particle(NamedTuple):
     x: Array
     denoised: Array
     pull: Array
-    value: Array
     applied: Array
     history: Any
     memory: Any
     root: Array
 
 
-def _noise(solver: Solver) -> Array:
-    inputs.instance(solver, Solver, "solver", "such as tiltjax.Ancestral()")
-    if not isinstance(solver, Ancestral):
+def _check_noise(solver: Solver) -> None:
+    if not solver.stochastic:
         raise ValueError(
             f"only the noise of a step can be weighed, {type(solver).__name__} has none: use Ancestral(eta) with eta > 0"
         )
-    if inputs.concrete(solver.eta) and np.asarray(solver.eta) == 0:
+    if isinstance(solver, Ancestral) and inputs.concrete(solver.eta) and np.asarray(solver.eta) == 0:
         raise ValueError(
             "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) with eta > 0"
         )
-    return solver.eta
 
 
 def _threshold(value: float) -> float:
@@ -221,12 +219,12 @@ def _threshold(value: float) -> float:
 
 
 @eqx.filter_jit
-def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar, num, batch, sharding) -> Particles:
-    model, guidance, twist, times, eta = inputs.cast((model, guidance, twist, times, eta), model.dtype)
+def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, bar, num, batch, sharding) -> Particles:
+    model, guidance, twist, solver, times = inputs.cast((model, guidance, twist, solver, times), model.dtype)
     proposal, potential, tempering, resample, threshold = settings
     dtype = model.dtype
     log_dtype = weight_dtype(dtype)
-    steps, path = len(times) - 1, model.interpolant
+    steps = len(times) - 1
     over_particles = (
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )
@@ -236,8 +234,8 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
     def read(guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool) -> tuple[Array, ...]:
         """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
         estimate, memory = guide(key, t, x, memory)
-        estimate = inputs.cast(estimate, x.dtype)
-        if estimate.tilted.shape != x.shape:
+        estimate = inputs.cast(estimate, dtype)
+        if estimate.tilted.shape != model.denoised_shape:
             raise ValueError(f"the guidance answers with shape {estimate.tilted.shape} for a state of shape {x.shape}")
         if weighing and estimate.log_h is None:
             raise ValueError(
@@ -258,7 +256,8 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
             denoised, pull, log_h, of_guidance = read(guidance, key_guidance, t, x, of_guidance, weighing)
             unguided = lambda: denoised
         else:
-            pull, log_h, unguided = jnp.zeros_like(x), jnp.zeros((), log_dtype), lambda: model.denoise(t, x)
+            unguided = lambda: model.denoise(t, x)
+            pull, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
         if separate:  # a twist of its own is asked only where it counts
 
             def ask(of_twist: Any) -> tuple[Array, Array, Any]:
@@ -278,47 +277,50 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
         memory = guidance.init(x), twisting.init(x)
         denoised, pull, _, memory, bad = look(key_look, times[0], x, memory, jnp.zeros((), bool))
         zero = jnp.zeros((), log_dtype)
-        return _Particle(x, denoised, pull, zero, zero, potential.init(), memory, i), bad
+        return _Particle(x, denoised, pull, zero, potential.init(), memory, i), bad
 
     def advance(carry, scanned):
         particles, log_weights, log_norm, factor = carry
         step, key_step, key_resample, t, u, weigh, given = scanned
-        kernel = Kernel.of(path, t, u, eta)
+        kernel = solver.kernel(model.interpolant, t, u)
 
-        def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
+        def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
             key_noise, key_look = jax.random.split(key)
-            pull = factor.astype(dtype) * particle.pull
-            x, log_ratio = proposal.move(key_noise, kernel, particle.x, particle.denoised, pull)
+            shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
+            x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
             denoised, pull, value, memory, bad = look(key_look, u, x, particle.memory, weigh)
-            moved = particle._replace(x=x, denoised=denoised, pull=pull, value=value, memory=memory)
-            return moved, log_ratio.astype(log_dtype), bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+            moved = particle._replace(x=x, denoised=denoised, pull=pull, memory=memory)
+            return moved, value, log_ratio.astype(log_dtype), bad
 
-        def apply(particle: _Particle, factor: Array) -> tuple[Array, Any]:
+        def apply(particle: _Particle, value: Array, factor: Array) -> tuple[Array, Any]:
             # A twist of -inf is not believed before the end: what it excludes too early may yet be allowed. Any number is unbiased.
-            counts = weigh & (particle.value > -jnp.inf)
-            value = jnp.where(counts, factor * jnp.where(counts, particle.value, 0.0), 0.0)
+            counts = weigh & (value > -jnp.inf)
+            value = jnp.where(counts, factor * jnp.where(counts, value, 0.0), 0.0)
             applied, history = potential(particle.applied, particle.history, value)
             keep = lambda new, old: jnp.where(counts, new, old)
             return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
 
-        def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array]:
+        def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
             key = own_key(key_step, i)
             if proposal.tries == 1:
                 return child(key, particle)
             key_choice, *keys = jax.random.split(key, proposal.tries + 1)
-            moved, log_ratio, bad = jax.vmap(lambda key: child(key, particle))(jnp.stack(keys))
-            gain = log_ratio + jax.vmap(lambda one: less(apply(one, given)[0], one.applied))(moved)
+            moved, value, log_ratio, bad = jax.vmap(lambda key: child(key, particle))(jnp.stack(keys))
+            gain = log_ratio + jax.vmap(lambda value: less(apply(particle, value, given)[0], particle.applied))(value)
             chosen = jax.random.categorical(key_choice, gain)
             # The chosen one's own gain is added below: what is carried is the mean of all.
             log_ratio = log_ratio[chosen] + jax.nn.logsumexp(gain) - math.log(proposal.tries) - gain[chosen]
-            return jax.tree.map(lambda leaf: leaf[chosen], moved), log_ratio, jnp.any(bad, axis=0)
+            moved, value = jax.tree.map(lambda leaf: leaf[chosen], (moved, value))
+            return moved, value, log_ratio, jnp.any(bad, axis=0)
 
-        moved, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
+        moved, value, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
         log_weights = log_weights + log_ratio
         if isinstance(tempering, Adaptive):
-            weigh_by = lambda factor: log_weights + jax.vmap(lambda one: apply(one, factor)[0] - one.applied)(moved)
+            weigh_by = lambda factor: (
+                log_weights + jax.vmap(lambda one, value: apply(one, value, factor)[0] - one.applied)(moved, value)
+            )
             given = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
-        applied, history = jax.vmap(lambda one: apply(one, given))(moved)
+        applied, history = jax.vmap(lambda one, value: apply(one, value, given))(moved, value)
         log_weights = log_weights + less(applied, moved.applied)
         moved = moved._replace(applied=applied, history=history)
         ess = effective(log_weights)
@@ -348,15 +350,16 @@ def _smc(key, model, guidance, twist, settings, times, eta, factors, weighs, bar
     carry = particles, zeros, jnp.zeros((), log_dtype), jnp.ones((), log_dtype)
     if tempering is not None:  # the state before the first step
         carry = (*carry[:3], jnp.zeros((), log_dtype))
-    inner = steps - 1
+    inner, keys = steps - 1, jax.random.split(key_run, steps)
     scanned = (
-        jnp.arange(inner), jax.random.split(key_run, inner), jax.random.split(key_resample, inner),
+        jnp.arange(inner), keys[:inner], jax.random.split(key_resample, inner),
         times[:-2], times[1:-1], jnp.asarray(weighs[:inner], bool), factors[:inner],
     )  # fmt: skip
     (particles, log_weights, log_norm, _), (bad, ess, tempered, resampled) = jax.lax.scan(advance, carry, scanned)
 
     # The last step jumps to the denoiser, and completes the reward.
-    x = particles.denoised
+    finish = lambda i, particle: solver.finish(own_key(keys[inner], i), particle.x, particle.denoised)
+    x = over_particles(finish)(indices, particles)
     log_tilt = over_particles(guidance.log_tilt)(x).astype(log_dtype)
     log_weights = log_weights + less(log_tilt, particles.applied)
     log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)

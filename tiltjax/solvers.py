@@ -9,6 +9,7 @@ All of them move a *field*: the denoiser `D~` of the law that is sampled, which 
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
 | `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
+| `Unmask(even)` | tokens: some of those that are hidden are drawn from `D~` | 1 |
 
 with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`, `rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1
 is the ancestral (DDPM) kernel of the reversed process, eta = 0 DDIM. A step to t = 1 jumps to `D~`: the whole of it with a fixed
@@ -35,6 +36,60 @@ class Streams(NamedTuple):
     guidance: Array
     noise: Array
     second: Array
+
+
+class Kernel(NamedTuple):
+    """One step of `Ancestral`, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is `sigma_t^2 / alpha_t`."""
+
+    keep: Array
+    gain: Array
+    std: Array
+    tweedie: Array
+    eta: Array
+
+    def propose(self, key: Array, x: Array, denoised: Array, shift: Array | None) -> tuple[Array, Array]:
+        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, which no difference of densities has to find."""
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        moved = self.keep * x + self.gain * denoised + self.std * noise
+        if shift is None:
+            return moved, jnp.zeros((), x.dtype)
+        scaled = shift / self.std
+        return moved + shift, -jnp.sum(scaled * (noise + scaled / 2))
+
+
+class Reveal(NamedTuple):
+    """One step of `Unmask`: the share `chance` of the hidden tokens is shown, each drawn from its own law in D, `(length, vocab)`."""
+
+    chance: Array
+    even: bool
+
+    @property
+    def gain(self) -> float:
+        return 1.0
+
+    @property
+    def eta(self) -> Array:
+        raise ValueError("tokens have no score to shift them by: use the proposal Guided(), Base() or Children(m)")
+
+    def propose(self, key: Array, x: Array, denoised: Array, shift: Array | None) -> tuple[Array, Array]:
+        """A state with D shifted, and the log of how much likelier it is without the shift. Hidden tokens are those that show `vocab`."""
+        key_which, key_what = jax.random.split(key)
+        hidden = x == denoised.shape[-1]
+        chosen = jax.random.uniform(key_which, (len(x) + 1,), denoised.dtype)
+        if self.even:
+            # The expected number, up or down; the offset makes it right on average, and right where it is a whole one.
+            number = jnp.floor(self.chance * jnp.sum(hidden, dtype=denoised.dtype) + chosen[-1])
+            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0)))
+            shown = hidden & (rank < number)
+        else:
+            shown = hidden & (chosen[:-1] < self.chance)
+        tilted = denoised if shift is None else denoised + shift
+        drawn = jax.random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
+        moved = jnp.where(shown, drawn, x)
+        if shift is None:
+            return moved, jnp.zeros((), denoised.dtype)
+        of = lambda law: jnp.log(jnp.take_along_axis(law, drawn[:, None], axis=1)[:, 0])
+        return moved, jnp.sum(jnp.where(shown, of(denoised) - of(tilted), 0.0))
 
 
 # (key, t, x, state) -> (D~, state)
@@ -110,15 +165,49 @@ class Ancestral(Solver):
         if inputs.concrete(self.eta) and np.asarray(self.eta) > 1:
             raise ValueError(f"eta must lie in [0, 1], got {float(self.eta):g}")
 
-    def step(self, keys, interpolant, field, t, u, x, state):
-        denoised, state = field(keys.guidance, t, x, state)
+    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel:
+        """The step from t to u."""
         sigma_t, sigma_u = interpolant.sigma(t), interpolant.sigma(u)
         rho = interpolant.alpha(t) * sigma_u / (interpolant.alpha(u) * sigma_t)
-        variance = self.eta**2 * sigma_u**2 * (1 - rho**2)
-        # sqrt(sigma_u^2 - S2) as a sum: near t = 0, where rho is small, the difference is all rounding.
-        kept = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2)
-        mean = interpolant.alpha(u) * denoised + kept * interpolant.noise(t, x, denoised)
-        return mean + jnp.sqrt(variance) * jax.random.normal(keys.noise, x.shape, x.dtype), state
+        # sqrt(sigma_u^2 - S2) / sigma_t, as a sum: near t = 0, where rho is small, the difference is all rounding.
+        keep = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2) / sigma_t
+        std = self.eta * sigma_u * jnp.sqrt(1 - rho**2)
+        return Kernel(keep, interpolant.alpha(u) - keep * interpolant.alpha(t), std, interpolant.tweedie(t), self.eta)
+
+    def step(self, keys, interpolant, field, t, u, x, state):
+        denoised, state = field(keys.guidance, t, x, state)
+        return self.kernel(interpolant, t, u).propose(keys.noise, x, denoised, None)[0], state
+
+    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
+        """The last step: a jump to the denoiser, without noise."""
+        return denoised
+
+
+class Unmask(Solver):
+    """Tokens: every hidden one is shown with chance `(alpha_u - alpha_t) / (1 - alpha_t)`, drawn from its law given what is known.
+
+    Tokens of one step are drawn independently of each other: fewer at a time follow the model more closely, one at a time exactly.
+
+    **Arguments:** `even`: show the expected number of tokens, the same up to one at each step, instead of a random one. With as many steps as
+    tokens that is one at a time, in random order.
+    """
+
+    even: bool = eqx.field(static=True, default=True)
+
+    stochastic = True
+    order = 1
+
+    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Reveal:
+        """The step from t to u."""
+        return Reveal((interpolant.alpha(u) - interpolant.alpha(t)) / (1 - interpolant.alpha(t)), self.even)
+
+    def step(self, keys, interpolant, field, t, u, x, state):
+        denoised, state = field(keys.guidance, t, x, state)
+        return self.kernel(interpolant, t, u).propose(keys.noise, x, denoised, None)[0], state
+
+    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
+        """The last step: all that is hidden is shown."""
+        return Reveal(jnp.ones((), denoised.dtype), even=False).propose(key, x, denoised, None)[0]
 
 
 class Adaptive(Solver):
