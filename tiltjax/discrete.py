@@ -159,6 +159,10 @@ class Logits(Masked):
     batched: bool = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
+    def __init__(self, net: Net, prompt: Array, vocab: int, batched: bool, dtype: Any):
+        self.net, self.prompt, self.length, self.vocab = net, prompt, len(prompt), vocab
+        self.batched, self.dtype = batched, dtype
+
     def predict(self, x: Array) -> Array:
         # How much is shown is the network's only clock.
         t = jnp.mean(x != self.mask, dtype=self.dtype)
@@ -192,14 +196,7 @@ def from_logits(
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(f"dtype, that of the probabilities, must be a floating dtype of at least 32 bits, got {dtype}")
-    return Logits(
-        net=Net(fn, params),
-        prompt=_prompt(prompt, length, vocab),
-        length=length,
-        vocab=vocab,
-        batched=bool(batched),
-        dtype=dtype,
-    )
+    return Logits(Net(fn, params), _prompt(prompt, length, vocab), vocab, bool(batched), dtype)
 
 
 class Completions(Guidance):
