@@ -14,10 +14,10 @@ LAYERS = (
     {"interpolants", "mixtures", "rewards", "progress", "resampling"},
     {"models"},
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard"},
-    {"guidance", "anisotropic", "potentials", "tempering", "proposals"},
+    {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},
-    {"audit"},
+    {"audit", "online"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

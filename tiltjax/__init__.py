@@ -20,6 +20,7 @@ from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normali
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.models import Analytic, Model, from_denoiser, from_noise, from_velocity
+from tiltjax.online import Search, optimise
 from tiltjax.particles import Particles, load, save
 from tiltjax.posteriors import Exact, FlowMap, Glass, Posterior, Renoise, Tweedie
 from tiltjax.potentials import Every
@@ -29,6 +30,7 @@ from tiltjax.scales import Constant, Damped, Scale, SelfDamped
 from tiltjax.selection import best_of_n, softmax_of_n
 from tiltjax.smc import das, fk_steering, smc, tds
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver, Unmask
+from tiltjax.surrogates import Bootstrap, GaussianProcess, Surrogate
 from tiltjax.tilted import Rescheduled, Tilted
 
 __all__ = [
@@ -104,6 +106,11 @@ __all__ = [
     "Unmask",
     "best_of_n",
     "softmax_of_n",
+    "optimise",
+    "Search",
+    "Surrogate",
+    "GaussianProcess",
+    "Bootstrap",
     "Particles",
     "save",
     "load",
