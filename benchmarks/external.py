@@ -2,13 +2,14 @@
 
 Microseconds for each call of a compiled `vmap(reward)`, and of `vmap(value_and_grad(reward))`, on batches of 1, 64 and 4,096 states of
 dimension 16: `tanh(W x) . v` with 64 units, in JAX, in NumPy and in PyTorch (if it is installed) behind `External`, and the functions alone, called
-on NumPy arrays. The fastest tenth of 200 calls (50 at 4,096): a call is short, and a shared machine interrupts it.
+on NumPy arrays. The fastest of 200 calls (50 at 4,096): all that is slower is the machine's other work.
 
-    python benchmarks/external.py [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/external.py [--quick]    # else NumPy's and PyTorch's threads wait for those of the program
 """
 
 import argparse
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def microseconds(call: Callable, x: jax.Array | np.ndarray, repeats: int) -> flo
         start = time.perf_counter()
         jax.block_until_ready(call(x))
         spent.append(time.perf_counter() - start)
-    return 1e6 * float(np.quantile(spent, 0.1))
+    return 1e6 * min(spent)
 
 
 def main() -> None:
@@ -89,7 +90,9 @@ def main() -> None:
             cells = [value, alone[0], gradient, alone[1]]
             print(f"| {name} | {n:,} | " + " | ".join("" if cell is None else f"{cell:,.0f}" for cell in cells) + " |")
     if not quick:
-        print(f"\nwritten: {common.write('external', {'unit': 'microseconds a call', 'dim': DIM, 'table': table})}")
+        print(
+            f"\nwritten: {common.write('external', {'unit': 'microseconds a call', 'omp_num_threads': os.environ.get('OMP_NUM_THREADS'), 'dim': DIM, 'table': table})}"
+        )
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_what_is_not_there_is_refused_while_tracing(model, with_gradient):
 
 
 GUIDANCES = {
-    "plug-in": lambda model, reward: tj.PlugIn(tj.Glass(model, 2), reward, 1.5, k=3),
+    "plug-in": lambda model, reward: tj.PlugIn(tj.Tweedie(model), reward, 1.5, k=3),
     "dps": lambda model, reward: tj.dps(model, reward, 1.5),
     "conjugate": lambda model, reward: tj.Conjugate(model, reward, 1.5, variance=lambda snr: 1 / (2 + snr)),
 }
@@ -152,8 +152,10 @@ def test_weights_need_values_alone(model):
 
 def test_audits_and_selection(model, with_gradient):
     report = tj.audit(KEY, model, tj.dps(model, with_gradient, 0.5), num=100, steps=3)
-    expected = tj.audit(KEY, model, tj.dps(model, INSIDE, 0.5), num=100, steps=3)
-    np.testing.assert_allclose(report.path_kl, expected.path_kl, atol=1e-10)
+    np.testing.assert_allclose(
+        report.mean_reward.value, 0.5 * values(np.asarray(report.particles.x)).mean(), atol=1e-10
+    )
+    assert 0 < report.share < 1
     particles = tj.sample(KEY, model, num=8, steps=2)
     reward = tj.External(values)
     np.testing.assert_array_equal(tj.best_of_n(particles, reward, 4).x, tj.best_of_n(particles, INSIDE, 4).x)
