@@ -47,6 +47,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/weighted.py
 	$(BIN)/python benchmarks/audits.py
 	$(BIN)/python benchmarks/toys.py
+	$(BIN)/python benchmarks/pareto.py
+	$(BIN)/python benchmarks/blackbox.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 

@@ -9,12 +9,24 @@ Read in this order: models, rewards, what a guidance is made of, the guidances, 
 tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
-from tiltjax import interpolants, metrics, plotting, potentials, problems, proposals, resampling, rewards, tempering
+from tiltjax import (
+    interpolants,
+    metrics,
+    objectives,
+    plotting,
+    potentials,
+    problems,
+    proposals,
+    resampling,
+    rewards,
+    tempering,
+)
 from tiltjax.anisotropic import gibbs
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
 from tiltjax.discrete import Completions, MarkovChain, Masked, from_logits
+from tiltjax.external import External, Record, ValueOnly, failures, from_torch
 from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
@@ -55,6 +67,12 @@ __all__ = [
     # rewards: what is wanted
     "Reward",
     "rewards",
+    "External",
+    "from_torch",
+    "Record",
+    "failures",
+    "ValueOnly",
+    "objectives",
     # a guidance's parts: draws of X_1 given X_t, and how strongly they count
     "Posterior",
     "Exact",

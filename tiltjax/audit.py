@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import external, inputs
 from tiltjax.guidance import Guidance
 from tiltjax.models import Model
 from tiltjax.particles import Particles
@@ -113,6 +113,7 @@ class Audit(eqx.Module):
         return "\n".join([self.verdict, *lines])
 
 
+@external.failures()
 def audit(
     key: Array,
     model: Model,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import external, inputs
 from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
@@ -24,6 +24,7 @@ from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams, Unmask
 
 
+@external.failures()
 def sample(
     key: Array,
     model: Model,

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, rewards
+from tiltjax import external, inputs, rewards
 from tiltjax.particles import Particles, unweighted
 
 
+@external.failures()
 def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     """The particle of largest reward in each consecutive group of `n`.
 
@@ -28,6 +29,7 @@ def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
 
 
+@external.failures()
 def softmax_of_n(key: Array, particles: Particles, reward: Callable, n: int, scale: float | Array) -> Particles:
     """One particle of each consecutive group of `n`, with probability proportional to `exp(scale * r)`.
 

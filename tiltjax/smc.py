@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, resampling
+from tiltjax import external, inputs, resampling
 from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
@@ -42,6 +42,7 @@ from tiltjax.tempering import Adaptive, Exponential, Tempering
 _SCARCE = 0.05
 
 
+@external.failures()
 def smc(
     key: Array,
     model: Model,
