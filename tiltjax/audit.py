@@ -23,6 +23,7 @@ What is judged is the guided *diffusion* (`Ancestral(eta)`, whose last jump is n
 base chain's. It uses the same guidance, but this report is not about its output.
 """
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -90,9 +91,11 @@ class Audit(eqx.Module):
                 f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}); the tilt has mass that these paths do not reach. "
                 f"As far as they do, the path KL is about {kl:.2g} nats."
             )
-        if self.share > 0.9:
+        # Log-normal weights have a share of exp(-2 KL). Where the divergence says less, most samples carry hardly any weight.
+        good = min(self.share, math.exp(-2 * max(kl, 0.0)))
+        if good > 0.9:
             return f"Tilting: {self.share:.0%} of the samples count, path KL {kl:.2g} nats."
-        if self.share > 0.2:
+        if good > 0.2:
             return f"Nearly: {self.share:.0%} of the samples count, path KL {kl:.2g} nats. Weighted, as smc does, they are the tilt as far as they reach."
         return (
             f"Not tilting: {self.share:.1%} of the samples count, path KL {kl:.2g} nats (an upper bound for the samples themselves). Damp, use "

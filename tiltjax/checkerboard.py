@@ -76,7 +76,7 @@ def _intervals(snr: Array, eta: Array) -> tuple[Array, Array]:
     z = left[:, None] + u[None, :]
     wide = jnp.minimum(snr, _WIDE)
     exponent = eta * z - wide * z**2 / 2
-    peak = jnp.max(exponent, axis=1)
+    peak = jax.lax.stop_gradient(jnp.max(exponent, axis=1))  # it cancels
     terms = jnp.asarray(_WEIGHTS, eta.dtype)[None, :] * jnp.exp(exponent - peak[:, None])
     total = jnp.sum(terms, axis=1)
     wide_mass, wide_mean = peak + jnp.log(total / 2), left + jnp.sum(terms * u[None, :], axis=1) / total

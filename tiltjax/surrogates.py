@@ -49,7 +49,7 @@ class GaussianProcess(Surrogate):
         rows = x.reshape(len(x), -1)
         squares = _squares(rows, rows)
         pairs = known[:, None] & known[None]
-        unit = jnp.sum(jnp.where(pairs, squares, 0)) / jnp.maximum(jnp.sum(pairs), 1)
+        unit = _or_one(jnp.sum(jnp.where(pairs, squares, 0)) / jnp.maximum(jnp.sum(pairs, dtype=y.dtype), 1))
 
         def factor(length: Array, noise: Array) -> Array:
             # Rows that do not count are independent of all others and have the value zero.
@@ -120,7 +120,8 @@ class Bootstrap(Surrogate):
         rows = x.reshape(len(x), -1)
         count = jnp.maximum(jnp.sum(known, dtype=rows.dtype), 1)
         middle = jnp.sum(jnp.where(known[:, None], rows, 0), axis=0) / count
-        scale = jnp.sqrt(jnp.sum(jnp.where(known[:, None], (rows - middle[None]) ** 2, 0)) / (count * rows.shape[1]))
+        square = jnp.sum(jnp.where(known[:, None], (rows - middle[None]) ** 2, 0)) / (count * rows.shape[1])
+        scale = jnp.sqrt(_or_one(square))
         scaled = (rows - middle[None]) / scale
         optimiser = optax.adam(self.rate)
 
@@ -134,8 +135,11 @@ class Bootstrap(Surrogate):
 
             def step(carry: tuple, _: None) -> tuple[tuple, None]:
                 layers, state = carry
-                updates, state = optimiser.update(jax.grad(loss)(layers), state)
-                return (optax.apply_updates(layers, updates), state), None
+                gradients = jax.grad(loss)(layers)
+                # Adam's powers of a float to a whole number are refused under strict promotion.
+                with jax.numpy_dtype_promotion("standard"):
+                    updates, state = optimiser.update(gradients, state)
+                    return (optax.apply_updates(layers, updates), state), None
 
             layers = _layers(key_start, (rows.shape[1], self.width, self.width, 1), y.dtype)
             (layers, _), _ = jax.lax.scan(step, (layers, optimiser.init(layers)), None, length=self.steps)
@@ -159,16 +163,22 @@ class Heads(Reward):
         return self.centre + self.spread * jax.vmap(lambda layers: _answer(layers, row))(self.layers)
 
     def __call__(self, x: Array) -> Array:
-        return jnp.max(self.answers(x))
+        # By index: the gradient of a maximum compares floats that a compiler may have computed twice, in two ways.
+        answers = self.answers(x)
+        return answers[jnp.argmax(answers)]
 
 
 def _standardised(values: Array, known: Array) -> tuple[Array, Array, Array]:
     """Mean and deviation of the values that count, and all of them in these units, zero where they do not."""
     count = jnp.maximum(jnp.sum(known, dtype=values.dtype), 1)
     centre = jnp.sum(jnp.where(known, values, 0)) / count
-    spread = jnp.sqrt(jnp.sum(jnp.where(known, (values - centre) ** 2, 0)) / count)
-    spread = jnp.where(spread > 0, spread, 1)
+    spread = jnp.sqrt(_or_one(jnp.sum(jnp.where(known, (values - centre) ** 2, 0)) / count))
     return centre, spread, jnp.where(known, (values - centre) / spread, 0)
+
+
+def _or_one(square: Array) -> Array:
+    """A mean square as a unit; one query, or equal ones, have none."""
+    return jnp.where(square > 0, square, 1)
 
 
 def _squares(a: Array, b: Array) -> Array:
