@@ -8,8 +8,9 @@ the mean of `exp(log_norm) / Z` over independent runs,
 
 Potentials that add up along a path count twice on the way, as their weights' variance grows without bound otherwise; `Adaptive` tempering is for
 `Difference` and proposals without children, and needs a threshold above its share. As many runs a cell as bring the relative standard error below
-6% and the largest run below 5% of the sum, decided by 500 others; a cell that misses is run again, with other keys and four times as many. Resampling
-schemes and tables of factors are arguments of one compiled program, the rest makes one each.
+6% and the largest run below 5% of the sum, decided by 250 others; a cell that misses is run again, with other keys and four times as many. Guidances,
+resampling schemes and tables of factors are arguments of one compiled program, the rest makes one each. One draw a state is left out: its weights
+have tails that ask for tens of thousands of runs a cell.
 
     python benchmarks/unbiased.py [--quick]
 """
@@ -27,8 +28,9 @@ import numpy as np
 
 import tiltjax as tj
 from tiltjax import potentials, proposals, resampling, tempering
+from tiltjax.guidance import Guidance
 
-SCALE, STEPS, NUM, CHUNK, MOST = 0.3, 20, 8, 500, 128
+SCALE, STEPS, NUM, CHUNK, MOST = 0.3, 20, 8, 250, 64
 ERROR, LARGEST = 0.06, 0.05
 SCHEMES = (resampling.multinomial, resampling.stratified, resampling.systematic, resampling.residual, resampling.ssp)
 EACH, TWICE = tj.Every(), tj.Every(6, start=5, stop=11)
@@ -48,6 +50,21 @@ class Chosen(eqx.Module):
 
     def __call__(self, key, log_weights, num=None):
         return jax.lax.switch(self.which, [lambda k, w, s=s: s(k, w) for s in SCHEMES], key, log_weights)
+
+
+class Any(Guidance):
+    """The guidance of number `which`; none of them has memory."""
+
+    model: tj.Model
+    parts: tuple[Guidance, ...]
+    which: jax.Array
+
+    def __call__(self, key, t, x, state):
+        ask = lambda part: lambda key, t, x: part(key, t, x, state)[0]
+        return jax.lax.switch(self.which, [ask(part) for part in self.parts], key, t, x), state
+
+    def log_tilt(self, x1):
+        return self.parts[0].log_tilt(x1)
 
 
 class Given(tempering.Tempering):
@@ -80,16 +97,20 @@ def chain_log_norm() -> float:
     return float(total)
 
 
-def programs(quick: bool) -> list[tuple[dict[str, str], dict, list[str]]]:
-    """Names of a cell's parts, settings of its program, and the temperings that the program takes as arguments."""
+def guidances() -> dict[str, Guidance]:
     problem = tj.problems.quadratic()
     model, reward = tj.Analytic(problem.prior), problem.reward
-    guidances = {
+    draws = tj.Exact(model)
+    return {
         "DPS": tj.dps(model, reward, SCALE),
-        "1 draw": tj.PlugIn(tj.Exact(model), reward, SCALE),
-        "4 draws": tj.PlugIn(tj.Exact(model), reward, SCALE, k=4),
+        "2 draws": tj.PlugIn(draws, reward, SCALE, k=2),
+        "4 draws": tj.PlugIn(draws, reward, SCALE, k=4),
         "Laplace": tj.Laplace(model, reward, SCALE),
     }
+
+
+def programs(quick: bool) -> list[tuple[dict[str, str], dict, list[str]]]:
+    """Names of a program's parts, its settings, and the temperings that it takes as arguments."""
     moves = {
         "Base": proposals.Base(),
         "Guided": proposals.Guided(),
@@ -99,20 +120,19 @@ def programs(quick: bool) -> list[tuple[dict[str, str], dict, list[str]]]:
     }
     kinds = (potentials.Difference(), potentials.Max(), potentials.Sum(), potentials.Immediate())
     found = []
-    for (guidance, guide), (move, proposal), potential, (gate, (schedule, threshold)), temper in itertools.product(
-        guidances.items(), moves.items(), kinds, GATES.items(), ("none", "table", "Adaptive")
+    for (move, proposal), potential, (gate, (schedule, threshold)), temper in itertools.product(
+        moves.items(), kinds, GATES.items(), ("none", "table", "Adaptive")
     ):
         telescopes = isinstance(potential, potentials.Difference)
         if not telescopes and schedule is EACH:
             continue
         if temper == "Adaptive" and not (telescopes and proposal.tries == 1 and threshold > 0.6):
             continue
-        names = {"guidance": guidance, "proposal": move, "potential": type(potential).__name__, "gate": gate}
+        names = {"proposal": move, "potential": type(potential).__name__, "gate": gate}
         settings = {"proposal": proposal, "potential": potential, "schedule": schedule, "ess_threshold": threshold}
         if temper == "Adaptive":
             settings["tempering"] = tempering.Adaptive(0.6)
-        temperings = list(TABLES) if temper == "table" else [temper]
-        found.append((names, {"model": model, "guidance": guide, **settings}, temperings))
+        found.append((names, settings, list(TABLES) if temper == "table" else [temper]))
     return found[:: len(found) // 4] if quick else found
 
 
@@ -154,23 +174,26 @@ def main() -> None:
     args = parser.parse_args()
     truth, begun, cells = chain_log_norm(), time.perf_counter(), []
     tables = {name: temper.factors(STEPS) for name, temper in TABLES.items()}
-    chosen = programs(args.quick)
+    chosen, guides = programs(args.quick), guidances()
+    model = guides["DPS"].model
     for done, (names, settings, temperings) in enumerate(chosen):
 
         @jax.jit
-        def chunk(number, which, table, settings=settings, tabled=temperings[0] in TABLES):
+        def chunk(number, guide, scheme, table, settings=settings, tabled=temperings[0] in TABLES):
+            guidance = Any(model, tuple(guides.values()), guide)
             over = settings | ({"tempering": Given(table)} if tabled else {})
-            run = lambda key: tj.smc(key, num=NUM, steps=STEPS, resample=Chosen(which), **over).log_norm
+            run = lambda key: (
+                tj.smc(key, model, guidance, num=NUM, steps=STEPS, resample=Chosen(scheme), **over).log_norm
+            )
             return jax.vmap(run)(jax.random.split(jax.random.fold_in(jax.random.key(0), number), CHUNK))
 
-        for which, scheme in enumerate(SCHEMES):
-            for temper in temperings:
-                table = tables.get(temper, jnp.ones(STEPS))
-                sample = lambda i, chunk=chunk, which=which, table=table: np.exp(
-                    np.asarray(chunk(i, which, table), np.float64) - truth
-                )
-                cell = {**names, "tempering": temper, "resampling": scheme.__name__}
-                cells.append(cell | judge(sample, len(cells)))
+        for (guide, guidance), (which, scheme), temper in itertools.product(
+            enumerate(guides), enumerate(SCHEMES), temperings
+        ):
+            numbers = guide, which, tables.get(temper, jnp.ones(STEPS))
+            sample = lambda i, chunk=chunk, numbers=numbers: np.exp(np.asarray(chunk(i, *numbers), np.float64) - truth)
+            cell = {"guidance": guidance, **names, "tempering": temper, "resampling": scheme.__name__}
+            cells.append(cell | judge(sample, len(cells)))
         jax.clear_caches()
         if done % 10 == 0 or args.quick:
             took = time.perf_counter() - begun
