@@ -8,9 +8,9 @@ the mean of `exp(log_norm) / Z` over independent runs,
 
 Potentials that add up along a path count twice on the way, as their weights' variance grows without bound otherwise; `Adaptive` tempering is for
 `Difference` and proposals without children, and needs a threshold above its share. As many runs a cell as bring the relative standard error below
-6% and the largest run below 5% of the sum, decided by 250 others; a cell that misses is run again, with other keys and four times as many. Guidances,
-resampling schemes and tables of factors are arguments of one compiled program, the rest makes one each. One draw a state is left out: its weights
-have tails that ask for tens of thousands of runs a cell.
+6% and the largest run below 5% of the sum, decided by 250 others; a cell that misses is run again, with other keys and four times as many. What a
+compiled program can choose by number (guidance, potential, resampling, a table of factors, guided proposals) is an argument of it. Of each kind one
+size: 2 draws, 2 children, `Exponential`.
 
     python benchmarks/unbiased.py [--quick]
 """
@@ -19,6 +19,7 @@ import argparse
 import itertools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import common
 import equinox as eqx
@@ -40,10 +41,11 @@ GATES = {
     "twice, below .5": (TWICE, 0.5),
     "twice, always": (TWICE, 1.0),
 }
-TABLES = {"Exponential": tempering.Exponential(), "Polynomial": tempering.Polynomial(1.0)}
+KINDS = (potentials.Difference(), potentials.Max(), potentials.Sum(), potentials.Immediate())
+MOVES = (proposals.Guided(), proposals.Shifted())
 
 
-class Chosen(eqx.Module):
+class AnyScheme(eqx.Module):
     """The resampling scheme of number `which`."""
 
     which: jax.Array
@@ -52,7 +54,7 @@ class Chosen(eqx.Module):
         return jax.lax.switch(self.which, [lambda k, w, s=s: s(k, w) for s in SCHEMES], key, log_weights)
 
 
-class Any(Guidance):
+class AnyGuidance(Guidance):
     """The guidance of number `which`; none of them has memory."""
 
     model: tj.Model
@@ -67,13 +69,26 @@ class Any(Guidance):
         return self.parts[0].log_tilt(x1)
 
 
-class Given(tempering.Tempering):
-    """The factors of a table."""
+class AnyMove(proposals.Proposal):
+    """The guided proposal of number `which`."""
 
-    table: jax.Array
+    which: jax.Array
 
-    def factors(self, steps):
-        return self.table
+    def shift(self, kernel, pull):
+        return jnp.stack([move.shift(kernel, pull) for move in MOVES])[self.which]
+
+
+class AnyPotential(potentials.Potential):
+    """The potential of number `which`, with the memories of all."""
+
+    which: jax.Array
+
+    def init(self):
+        return tuple(kind.init() for kind in KINDS)
+
+    def __call__(self, applied, memory, value):
+        found = [kind(applied, held, value) for kind, held in zip(KINDS, memory, strict=True)]
+        return jnp.stack([total for total, _ in found])[self.which], tuple(held for _, held in found)
 
 
 def chain_log_norm() -> float:
@@ -100,50 +115,65 @@ def chain_log_norm() -> float:
 def guidances() -> dict[str, Guidance]:
     problem = tj.problems.quadratic()
     model, reward = tj.Analytic(problem.prior), problem.reward
-    draws = tj.Exact(model)
     return {
         "DPS": tj.dps(model, reward, SCALE),
-        "2 draws": tj.PlugIn(draws, reward, SCALE, k=2),
-        "4 draws": tj.PlugIn(draws, reward, SCALE, k=4),
+        "2 draws": tj.PlugIn(tj.Exact(model), reward, SCALE, k=2),
         "Laplace": tj.Laplace(model, reward, SCALE),
     }
 
 
-def programs(quick: bool) -> list[tuple[dict[str, str], dict, list[str]]]:
-    """Names of a program's parts, its settings, and the temperings that it takes as arguments."""
-    moves = {
-        "Base": proposals.Base(),
-        "Guided": proposals.Guided(),
-        "Shifted": proposals.Shifted(),
-        "Children(3)": proposals.Children(3),
-        "Children(2, Guided)": proposals.Children(2, proposals.Guided()),
-    }
-    kinds = (potentials.Difference(), potentials.Max(), potentials.Sum(), potentials.Immediate())
-    found = []
-    for (move, proposal), potential, (gate, (schedule, threshold)), temper in itertools.product(
-        moves.items(), kinds, GATES.items(), ("none", "table", "Adaptive")
-    ):
-        telescopes = isinstance(potential, potentials.Difference)
-        if not telescopes and schedule is EACH:
-            continue
-        if temper == "Adaptive" and not (telescopes and proposal.tries == 1 and threshold > 0.6):
-            continue
-        names = {"proposal": move, "potential": type(potential).__name__, "gate": gate}
-        settings = {"proposal": proposal, "potential": potential, "schedule": schedule, "ess_threshold": threshold}
-        if temper == "Adaptive":
-            settings["tempering"] = tempering.Adaptive(0.6)
-        found.append((names, settings, list(TABLES) if temper == "table" else [temper]))
-    return found[:: len(found) // 4] if quick else found
+# What is one program: proposals by kind, gates, temperings.
+KINDS_OF_MOVE = {
+    "Base": lambda which: proposals.Base(),
+    "guided": AnyMove,
+    "Children(2)": lambda which: proposals.Children(2),
+    "Children(2), guided": lambda which: proposals.Children(2, AnyMove(which)),
+}
+NAMES_OF_MOVE = {
+    "Base": ("Base",),
+    "guided": ("Guided", "Shifted"),
+    "Children(2)": ("Children(2)",),
+    "Children(2), guided": ("Children(2, Guided)", "Children(2, Shifted)"),
+}
 
 
-def judge(sample, number: int) -> dict:
-    """`sample(i)` is a chunk of ratios to the truth, by number."""
-    pilot = sample(number << 16)
+def programs() -> list[tuple[str, str, str]]:
+    every = itertools.product(KINDS_OF_MOVE, GATES, ("none", "Exponential", "Adaptive"))
+    adapts = lambda move, gate: move in ("Base", "guided") and GATES[gate][1] == 1.0
+    return [row for row in every if row[2] != "Adaptive" or adapts(*row[:2])]
+
+
+def compiled(guides: tuple[Guidance, ...], move: str, gate: str, temper: str):
+    """Chunks of ratios to Z by number, of one program."""
+    model, (schedule, threshold) = guides[0].model, GATES[gate]
+    over = {"none": None, "Exponential": tempering.Exponential(), "Adaptive": tempering.Adaptive(0.6)}[temper]
+
+    @jax.jit
+    def chunk(number, guide, moves, kind, scheme):
+        guidance = AnyGuidance(model, guides, guide)
+        potential = AnyPotential(kind) if temper != "Adaptive" else potentials.Difference()
+        settings = {"proposal": KINDS_OF_MOVE[move](moves), "resample": AnyScheme(scheme), "tempering": over}
+        run = lambda key: (
+            tj.smc(
+                key, model, guidance, num=NUM, steps=STEPS, schedule=schedule, ess_threshold=threshold, potential=potential,
+                **settings,
+            ).log_norm
+        )  # fmt: skip
+        return jax.vmap(run)(jax.random.split(jax.random.fold_in(jax.random.key(0), number), CHUNK))
+
+    return chunk
+
+
+def runs_for(pilot: np.ndarray) -> int:
+    """How many chunks a cell needs, by a pilot."""
     spread = pilot.std(ddof=1) / pilot.mean()
-    chunks = int(np.clip(math.ceil((spread / (0.75 * ERROR)) ** 2 / CHUNK), 2, MOST))
-    start = (number << 16) + 1
+    return int(np.clip(math.ceil((spread / (0.75 * ERROR)) ** 2 / CHUNK), 1, MOST))
+
+
+def judge(sample, chunks: int, first: int) -> dict:
+    """`sample(i)` is chunk number i of ratios to the truth."""
     while True:
-        ratio = np.concatenate([sample(start + i) for i in range(chunks)])
+        ratio = np.concatenate([sample(first + i) for i in range(chunks)])
         error, largest = ratio.std(ddof=1) / np.sqrt(len(ratio)), ratio.max() / ratio.sum()
         held = bool(error <= ERROR and largest <= LARGEST)
         if held or 4 * chunks > MOST:
@@ -151,7 +181,28 @@ def judge(sample, number: int) -> dict:
                 "runs": len(ratio), "mean": float(ratio.mean()), "error": float(error), "largest": float(largest),
                 "held": held, "z": float((ratio.mean() - 1) / error),
             }  # fmt: skip
-        start, chunks = start + chunks, 4 * chunks
+        first, chunks = first + chunks, 4 * chunks
+
+
+def cells_of(number: int, program: tuple[str, str, str], guides: dict[str, Guidance], truth: float) -> list[dict]:
+    """All cells of program `number`."""
+    move, gate, temper = program
+    chunk, cells = compiled(tuple(guides.values()), move, gate, temper), []
+    adds_up = temper != "Adaptive" and GATES[gate][0] is TWICE
+    for (guide, guidance), (which, name), kind in itertools.product(
+        enumerate(guides), enumerate(NAMES_OF_MOVE[move]), range(len(KINDS) if adds_up else 1)
+    ):
+
+        def ratios(i, scheme, guide=guide, which=which, kind=kind):
+            return np.exp(np.asarray(chunk(i, guide, which, kind, scheme), np.float64) - truth)
+
+        first = lambda: (number * 128 + len(cells)) << 12  # of the keys of a cell
+        needed = runs_for(ratios(first(), 0))
+        for scheme, function in enumerate(SCHEMES):
+            result = judge(lambda i, scheme=scheme, ratios=ratios: ratios(i, scheme), needed, first() + 1)
+            parts = {"guidance": guidance, "proposal": name, "potential": type(KINDS[kind]).__name__, "gate": gate}
+            cells.append(parts | {"tempering": temper, "resampling": function.__name__} | result)
+    return cells
 
 
 def summary(cells: list[dict]) -> dict:
@@ -173,29 +224,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four programs")
     args = parser.parse_args()
     truth, begun, cells = chain_log_norm(), time.perf_counter(), []
-    tables = {name: temper.factors(STEPS) for name, temper in TABLES.items()}
-    chosen, guides = programs(args.quick), guidances()
-    model = guides["DPS"].model
-    for done, (names, settings, temperings) in enumerate(chosen):
-
-        @jax.jit
-        def chunk(number, guide, scheme, table, settings=settings, tabled=temperings[0] in TABLES):
-            guidance = Any(model, tuple(guides.values()), guide)
-            over = settings | ({"tempering": Given(table)} if tabled else {})
-            run = lambda key: (
-                tj.smc(key, model, guidance, num=NUM, steps=STEPS, resample=Chosen(scheme), **over).log_norm
-            )
-            return jax.vmap(run)(jax.random.split(jax.random.fold_in(jax.random.key(0), number), CHUNK))
-
-        for (guide, guidance), (which, scheme), temper in itertools.product(
-            enumerate(guides), enumerate(SCHEMES), temperings
-        ):
-            numbers = guide, which, tables.get(temper, jnp.ones(STEPS))
-            sample = lambda i, chunk=chunk, numbers=numbers: np.exp(np.asarray(chunk(i, *numbers), np.float64) - truth)
-            cell = {"guidance": guidance, **names, "tempering": temper, "resampling": scheme.__name__}
-            cells.append(cell | judge(sample, len(cells)))
-        jax.clear_caches()
-        if done % 10 == 0 or args.quick:
+    guides = guidances()
+    chosen = programs()[:: 12 if args.quick else 1]
+    with ThreadPoolExecutor(2) as pool:  # one compiles while another runs
+        work = pool.map(lambda numbered: cells_of(*numbered, guides, truth), enumerate(chosen))
+        for done, found in enumerate(work):
+            cells += found
             took = time.perf_counter() - begun
             print(f"{done + 1} of {len(chosen)} programs, {len(cells)} cells, {took:.0f} s", flush=True)
     axes = ("guidance", "proposal", "potential", "gate", "tempering", "resampling")
