@@ -227,9 +227,9 @@ def main() -> None:
     guides = guidances()
     chosen = programs()[:: 12 if args.quick else 1]
     with ThreadPoolExecutor(2) as pool:  # one compiles while another runs
-        work = pool.map(lambda numbered: cells_of(*numbered, guides, truth), enumerate(chosen))
+        work = [pool.submit(cells_of, number, program, guides, truth) for number, program in enumerate(chosen)]
         for done, found in enumerate(work):
-            cells += found
+            cells += found.result()
             took = time.perf_counter() - begun
             print(f"{done + 1} of {len(chosen)} programs, {len(cells)} cells, {took:.0f} s", flush=True)
     axes = ("guidance", "proposal", "potential", "gate", "tempering", "resampling")
