@@ -2,8 +2,9 @@
 
 W2 of 2,000 particles after 200 steps to the exact tilt, over the floor of two exact sets, mean over five runs; log Z less that of the continuous tilt,
 after 200 steps and after 1,000 (two runs): what is left there is the stepped chain's own, of order one over the steps. Proposals by the kernel at the
-tilted denoiser (`Guided`) and by the score (`Shifted`), with Laplace's twist, and with the exact one. `double_well`, folded by the sign of x_1: its reward
-is convex between the wells, where Laplace's twist expects what is not there; a plain twist that counts by and by holds.
+tilted denoiser (`Guided`) and by the score (`Shifted`), with Laplace's twist, and with the exact one. `double_well` is even: it is folded by the sign
+of x_1, and the share of the right half stands beside it. Its reward is convex between the wells, where Laplace's twist expects what is not there;
+a plain twist that counts by and by holds.
 
 The bump on the line: P(X >= 0), by twists that know the answer and that do not. The checkerboard: mean reward and covariance trace, by the drift of
 `Conjugate` and by none, with the twist `scale * r(D)`, at once and by and by, and without any twist. Means and standard errors over runs; z against
@@ -63,15 +64,16 @@ def planar(name: str, num: int, runs: int, long: int) -> dict:
     model = tj.Analytic(problem.prior)
     closed = theory.is_quadratic(problem.reward)
     truth = (theory.tilt if closed else theory.quadrature.tilt)(problem.prior, problem.reward, problem.scale)
-    fold = (lambda x: x) if closed else (lambda x: x.at[:, 0].set(jnp.abs(x[:, 0])))
+    fold = (lambda x: x) if closed else (lambda x: x * jnp.where(x[:, :1] < 0, -1.0, 1.0))
     exact = [fold(truth.sample(jax.random.key(1000 + i), num)) for i in range(runs + 1)]
     floor = float(np.mean([tj.metrics.wasserstein(exact[i], exact[i + 1]) for i in range(runs)]))
     row: dict = {"floor": floor, "log_norm": float(truth.log_norm)}
     for method, settings in (smooth if closed else wells)(problem, model).items():
-        distances, shares, norms = [], [], []
+        distances, shares, norms, rights = [], [], [], []
         for i in range(runs):
             found = tj.smc(jax.random.key(i), model, num=num, steps=200, **settings)
             points = fold(found.resample(jax.random.key(100 + i), num))
+            rights.append(float(found.mean(lambda x: jnp.where(x[0] >= 0, 1.0, 0.0))))
             distances.append(float(tj.metrics.wasserstein(points, exact[i])) / floor)
             shares.append(float(found.ess) / num)
             norms.append(log_norm(found) - float(truth.log_norm))
@@ -79,6 +81,7 @@ def planar(name: str, num: int, runs: int, long: int) -> dict:
         row[method] = {
             "over_floor": average(distances),
             "share": float(np.mean(shares)),
+            "right": average(rights),
             "log_norm_off": average(norms),
             "log_norm_off_long": average([log_norm(found) - float(truth.log_norm) for found in finer]),
         }
