@@ -1,9 +1,9 @@
 """What does an audit see of each method, and what is the truth?
 
 On the five mixtures with a quadratic reward and on `double_well` (scale 1, 100 ancestral steps, 4,000 paths): effective share, Pareto k of the weights'
-tail, path KL with its standard error, log Z less that of the continuous tilt, and beside them W2 of the same diffusion's samples to the exact tilt over the floor (2,000 samples; `double_well`,
-which is even, folded by the sign of x_1). The path KL is an upper bound of the samples' own divergence: it may be large where W2 is small, not the
-other way round.
+tail, path KL with its standard error, log Z less that of the continuous tilt, and beside them W2 of the same diffusion's samples to the exact tilt
+over the floor (2,000 samples; `double_well`, which is even, folded by the sign of x_1). The path KL is an upper bound of the samples' own divergence:
+it may be large where W2 is small, not the other way round.
 
     python benchmarks/audits.py [--quick]
 """

@@ -81,14 +81,18 @@ def planar(name: str, num: int, runs: int, long: int) -> dict:
         row[method] = {
             "over_floor": average(distances),
             "share": float(np.mean(shares)),
-            "right": average(rights),
             "log_norm_off": average(norms),
             "log_norm_off_long": average([log_norm(found) - float(truth.log_norm) for found in finer]),
         }
         cell = row[method]
+        if not closed:
+            cell["right"] = average(rights)
         over = "{:.2f} ± {:.2f}".format(*cell["over_floor"])
+        right = "" if closed else "{:.3f} ± {:.3f}".format(*cell["right"])
         off, late = ("{:+.3f} ± {:.3f}".format(*cell[key]) for key in ("log_norm_off", "log_norm_off_long"))
-        print(f"| {name} | {floor:.3f} | {method} | {over} | {cell['share']:.2f} | {off} | {late} |", flush=True)
+        print(
+            f"| {name} | {floor:.3f} | {method} | {over} | {cell['share']:.2f} | {right} | {off} | {late} |", flush=True
+        )
     return row
 
 
@@ -174,7 +178,7 @@ def main() -> None:
     print("\n| checkerboard | mean reward | covariance trace | log Z | share | families |\n|---|---|---|---|---|---|")
     checkerboard = board(num, runs + 1)
     print(
-        "\n| problem | floor | weighted | W2 / floor | share | log Z off | 1,000 steps |\n|---|---|---|---|---|---|---|"
+        "\n| problem | floor | weighted | W2 / floor | share | right half | log Z off | 1,000 steps |\n|---|---|---|---|---|---|---|---|"
     )
     table = {name: planar(name, num, runs, long) for name in (*MIXTURES, "double_well")}
     if not args.quick:

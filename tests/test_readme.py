@@ -86,8 +86,9 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
         for method in methods if problem == "double_well" else ["Laplace, Guided"]:
             cell = row[method]
             over = "{:.2f} ± {:.2f} | {:.2f}".format(*cell["over_floor"], cell["share"])
+            right = plain(*cell["right"]) if "right" in cell else ""
             logs = " | ".join(signed(*cell[key]) for key in ("log_norm_off", "log_norm_off_long"))
-            expect(f"| {problem} | {method} | {over} | {logs} |")
+            expect(f"| {problem} | {method} | {over} | {right} | {logs} |")
     for method, row in weighted["checkerboard"].items():
         if method == "exact":
             expect("| *the tilt* | {reward:.4f} | {trace:.4f} | {log_norm:.4f} |".format(**row))
@@ -107,7 +108,7 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
         for method, row in rows.items():
             if method != "floor" and f"| {problem} | {method} |" in text:
                 kl = plain(*row["path_kl"])
-                over = f"{row['over_floor']:.2f}"
+                over = f"{row['log_norm_off'][0]:+.2f} | {row['over_floor']:.2f}"
                 expect(f"| {problem} | {method} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {over} |")
     for axis, rows in read("unbiased")["axes"].items():
         for value, row in rows.items():
