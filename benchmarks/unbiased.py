@@ -8,7 +8,8 @@ the mean of `exp(log_norm) / Z` over independent runs,
 
 Potentials that add up along a path count twice on the way, as their weights' variance grows without bound otherwise; `Adaptive` tempering is for
 `Difference` and proposals without children, and needs a threshold above its share. As many runs a cell as bring the relative standard error below
-6% and the largest run below 5% of the sum, decided by 250 others; a cell that misses is run again, with other keys and four times as many. What a
+6% and the largest run below 5% of the sum, decided by 250 others; a cell that misses is run again, with other keys and four times as many: that
+discards large runs and pulls means down, as skewness does z. What a
 compiled program can choose by number (guidance, potential, resampling, a table of factors, guided proposals) is an argument of it. Of each kind one
 size: 2 draws, 2 children, `Exponential`.
 
