@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/learned.py
 	$(BIN)/python benchmarks/predictions.py
 	$(BIN)/python benchmarks/weighted.py
+	$(BIN)/python benchmarks/unbiased.py
 	$(BIN)/python benchmarks/audits.py
 	$(BIN)/python benchmarks/toys.py
 	$(BIN)/python benchmarks/pareto.py

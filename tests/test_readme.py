@@ -67,3 +67,52 @@ def test_the_tables_are_those_of_the_results():
     )
     for option in predicted["plans"]["1000"]:
         assert f"| `{option['method']}` | {option['steps']} | {option['cost']:,.0f} | {option['w2']:.4f} |" in text
+
+
+def test_the_tables_of_weighted_particles_are_those_of_the_results():
+    text, results = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    read = lambda name: json.loads((results / f"{name}.json").read_text())
+    signed, plain = "{:+.3f} ± {:.3f}".format, "{:.3f} ± {:.3f}".format
+    shown = 0
+
+    def expect(line):
+        nonlocal shown
+        shown += 1
+        assert line in text
+
+    weighted = read("weighted")
+    for problem, row in weighted["planar"].items():
+        methods = [name for name in row if f"| {problem} | {name} |" in text and isinstance(row[name], dict)]
+        for method in methods if problem == "double_well" else ["Laplace, Guided"]:
+            cell = row[method]
+            over = "{:.2f} ± {:.2f} | {:.2f}".format(*cell["over_floor"], cell["share"])
+            right = plain(*cell["right"]) if "right" in cell else ""
+            logs = " | ".join(signed(*cell[key]) for key in ("log_norm_off", "log_norm_off_long"))
+            expect(f"| {problem} | {method} | {over} | {right} | {logs} |")
+    for method, row in weighted["checkerboard"].items():
+        if method == "exact":
+            expect("| *the tilt* | {reward:.4f} | {trace:.4f} | {log_norm:.4f} |".format(**row))
+        else:
+            cells = " | ".join("{:.4f} ± {:.4f}".format(*row[key]) for key in ("reward", "trace", "log_norm"))
+            expect(f"| {method} | {cells} | {row['families'][0]:,.0f} |")
+    for rows in read("toys")["table"].values():
+        for method in (name for name in rows if f"| {name} |" in text):
+            mean = f"{rows[method]['reward'][0]:.3f} " if method == "target (floor)" else plain(*rows[method]["reward"])
+            number = rows[method]["published"]
+            published = "" if number is None else f"{number:.2f}"
+            line = next(line for line in text.splitlines() if line.startswith(f"| {method} |") and line.count("|") == 8)
+            assert mean in line
+            assert "| {:.2f} ± {:.2f} | {} |".format(*rows[method]["emd"], published) in line
+            shown += 1
+    for problem, rows in read("audits")["table"].items():
+        for method, row in rows.items():
+            if method != "floor" and f"| {problem} | {method} |" in text:
+                kl = plain(*row["path_kl"])
+                over = f"{row['log_norm_off'][0]:+.2f} | {row['over_floor']:.2f}"
+                expect(f"| {problem} | {method} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {over} |")
+    for axis, rows in read("unbiased")["axes"].items():
+        for value, row in rows.items():
+            name = "*all*" if axis == "all" else f"{axis}: {value}"
+            numbers = f"{row['mean']:+.2f} | {row['sd']:.2f} | {row['max']:.2f} | {row['above_2']:.1%}"
+            expect(f"| {name} | {row['cells']:,} | {numbers} | " + "{:.4f} ± {:.4f} |".format(*row["pooled"]))
+    assert shown > 60
