@@ -1,7 +1,8 @@
 """What do weights cost, and does the weighted loop scale?
 
-The weighted loop against `sample` with the same guidance, solver and steps (`Ancestral`, as many denoiser calls), run time without compilation, in
-one process in turn; then its cost a particle and peak memory from a thousand particles to a million, one fresh process a row.
+The weighted loop against `sample` with the same guidance, solver and steps (`Ancestral`, as many denoiser calls and gradients through them), run time
+without compilation, in one process in turn: with the mixture in closed form, whose call costs tens of nanoseconds and is next to nothing, and with
+networks of two layers. Then its cost a particle and peak memory from a thousand particles to a million, one fresh process a row.
 
     python benchmarks/smc_scaling.py [--quick]
 """
@@ -15,31 +16,39 @@ import sys
 import warnings
 
 import common
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 import tiltjax as tj
 
 STEPS = 50
 
 
-def problem():
+WIDTHS = (0, 64, 256)  # of the network; 0: the mixture in closed form
+
+
+def problem(width: int = 0):
     chosen = tj.problems.quadratic()
     model = tj.Analytic(chosen.prior)
+    if width:
+        mlp = eqx.nn.MLP(3, 2, width, 2, key=jax.random.key(0))
+        model = tj.from_velocity(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp, shape=(2,))
     return model, tj.dps(model, chosen.reward, chosen.scale)
 
 
-def ratio(num: int, repeats: int) -> dict:
+def ratio(width: int, num: int, steps: int, repeats: int) -> dict:
     """Weighted over unweighted run time, in turn."""
-    model, guidance = problem()
+    model, guidance = problem(width)
     table = {"none resampled": 0.0, "below half": 0.5, "every step": 1.0}
     runs = {
         name: lambda seed, gate=gate: (
-            tj.smc(jax.random.key(seed), model, guidance, num=num, steps=STEPS, ess_threshold=gate).x
+            tj.smc(jax.random.key(seed), model, guidance, num=num, steps=steps, ess_threshold=gate).x
         )
         for name, gate in table.items()
     }
     runs["sample"] = lambda seed: (
-        tj.sample(jax.random.key(seed), model, guidance, num=num, steps=STEPS, solver=tj.Ancestral()).x
+        tj.sample(jax.random.key(seed), model, guidance, num=num, steps=steps, solver=tj.Ancestral()).x
     )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -71,10 +80,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", "the effective share")
     if args.row:
         return measure(args.row)
-    ratios = ratio(10_000 if args.quick else 100_000, 3 if args.quick else 7)
-    print("| resampling | CPU-s | over sample |\n|---|---|---|")
-    for name, cell in ratios.items():
-        print(f"| {name} | {cell['cpu']:.2f} | {cell['ratio']:.2f} |")
+    ratios = {}
+    print("| model | sample, CPU-s | none resampled | below half | every step |\n|---|---|---|---|---|")
+    for width in WIDTHS[: 2 if args.quick else 3]:
+        # Wide networks take long: fewer steps and repeats say the same.
+        found = ratio(width, 10_000 if args.quick else 100_000, STEPS if width < 256 else 10, 3 if width else 7)
+        name = f"network, 2 x {width}" if width else "mixture"
+        ratios[name] = found
+        cells = " | ".join(f"{found[gate]['ratio']:.2f}" for gate in ("none resampled", "below half", "every step"))
+        print(f"| {name} | {found['sample']['cpu']:.2f} | {cells} |", flush=True)
     rows = []
     print("\n| particles | run, s | CPU-s | microseconds a particle | peak memory, GB |\n|---|---|---|---|---|")
     for num in (1000, 10_000) if args.quick else (1000, 10_000, 100_000, 1_000_000):
