@@ -110,6 +110,8 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
                 kl = plain(*row["path_kl"])
                 over = f"{row['log_norm_off'][0]:+.2f} | {row['over_floor']:.2f}"
                 expect(f"| {problem} | {method} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {over} |")
+    for method, row in read("blackbox")["table"].items():
+        expect(f"| {method} | {' | '.join(plain(*cell) for cell in row['regret'].values())} | {row['found']:.2f} |")
     for axis, rows in read("unbiased")["axes"].items():
         for value, row in rows.items():
             name = "*all*" if axis == "all" else f"{axis}: {value}"

@@ -16,8 +16,9 @@ read only if the weights have a variance: few paths may carry most of Z, and be 
 they are compared with a generalised Pareto law, whose shape `pareto_k` is 0 for light tails and 1/2 where the variance ends. From .7 on nothing that
 rests on averages of w can be trusted, whatever the number of paths (Vehtari et al., arXiv 1507.02646).
 
-No weights know of a mode that no path has visited: `log_norm` that disagrees with that of an audit of weaker guidance (or of scale 0, where it is
-0) says that there is one.
+No weights know of paths that none has taken: those to a mode that is not visited, or those that change their mind where a guidance with memory
+(`Conjugate`) commits to one of two modes early, visits both, and misses log 2 of log Z with a share of .9. `log_norm` that disagrees with that of an audit of weaker guidance (or of scale 0, where it is
+0) says that there are some.
 
 What is judged is the guided *diffusion* (`Ancestral(eta)`, whose last jump is not guided): a flow has no noise, and no path of it is one of the
 base chain's. It uses the same guidance, but this report is not about its output.
