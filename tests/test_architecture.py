@@ -13,7 +13,7 @@ LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling"},
     {"models", "external", "objectives"},
-    {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard"},
+    {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},

@@ -10,6 +10,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
 from tiltjax import (
+    annealed,
     interpolants,
     metrics,
     objectives,
@@ -22,6 +23,7 @@ from tiltjax import (
     tempering,
 )
 from tiltjax.anisotropic import gibbs
+from tiltjax.annealed import Annealed
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
@@ -59,6 +61,8 @@ __all__ = [
     "from_logits",
     "Tilted",
     "Rescheduled",
+    "Annealed",
+    "annealed",
     "Interpolant",
     "Linear",
     "VP",
