@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling"},
-    {"models", "external", "objectives"},
+    {"models", "external", "objectives", "lora"},
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
     {"sampling", "selection", "flows"},

@@ -12,6 +12,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 from tiltjax import (
     annealed,
     interpolants,
+    lora,
     metrics,
     objectives,
     plotting,
@@ -63,6 +64,7 @@ __all__ = [
     "Rescheduled",
     "Annealed",
     "annealed",
+    "lora",
     "Interpolant",
     "Linear",
     "VP",
