@@ -31,6 +31,16 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def peak_gb() -> float:
+    """The largest resident memory of this process; where it can be read, of this program alone (`ru_maxrss` remembers who started it)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return float(lines["VmHWM"].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
     """Time `call(seed)`: once for compilation, then `repeats` times with other seeds."""
     start = time.perf_counter()

@@ -8,7 +8,6 @@ memory is that row's.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
@@ -26,7 +25,7 @@ def measure(num: int) -> None:
     timing = common.timed(
         lambda seed: tj.sample(jax.random.key(seed), model, guidance, num=num, times=times, batch=10_000).x, repeats=1
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = common.peak_gb()
     print(json.dumps({"num": num, "peak_gb": peak, **timing._asdict()}))
 
 

@@ -9,7 +9,6 @@ networks of two layers. Then its cost a particle and peak memory from a thousand
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -68,7 +67,7 @@ def measure(num: int) -> None:
         lambda seed: tj.smc(jax.random.key(seed), model, guidance, num=num, steps=STEPS).x,
         repeats=1 if num > 10**5 else 3,
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = common.peak_gb()
     print(json.dumps({"num": num, "peak_gb": peak, **timing._asdict()}))
 
 
