@@ -76,7 +76,7 @@ def unbiased(runs, num, model=MODEL, truth=TRUTH, seed=0, **settings):
 def test_the_denoiser_is_enumeration_for_all_patterns():
     length = 3
     model = tj.MarkovChain(INITIAL, TRANSITION, length)
-    prior = theory.token_tilt(model, lambda x: 0.0 * x[0], 1.0)
+    prior = theory.token_tilt(model, lambda x: jnp.zeros(()))
     patterns = np.asarray(list(itertools.product(range(VOCAB + 1), repeat=length)))
     found = np.asarray(jax.vmap(lambda x: model.denoise(jnp.asarray(0.3), x))(jnp.asarray(patterns, jnp.int32)))
     states, probs = np.asarray(prior.states), np.asarray(prior.probs)
@@ -104,14 +104,14 @@ def test_all_at_once_is_the_product_of_marginals():
     x = tj.sample(jax.random.key(1), MODEL, num=20_000, steps=1).x
     product = tokens.independent(PRIOR, VOCAB)
     assert chi_square(x, product) > LEVEL
-    assert 0.5 * np.abs(np.asarray(product.probs - PRIOR.probs)).sum() == pytest.approx(0.33, abs=0.02)
+    assert 0.5 * np.abs(np.asarray(product.probs - PRIOR.probs)).sum() == pytest.approx(0.380, abs=1e-3)
     assert chi_square(x, PRIOR) < 1e-12
 
 
 def test_random_numbers_of_tokens_are_biased_towards_independence():
     # Two tokens in two steps fall into the same one half of the time, and are independent then.
     model = tj.MarkovChain(INITIAL, TRANSITION, 2)
-    exact = theory.token_tilt(model, lambda x: 0.0 * x[0])
+    exact = theory.token_tilt(model, lambda x: jnp.zeros(()))
     mixed = exact._replace(probs=(exact.probs + tokens.independent(exact, VOCAB).probs) / 2)
     x = tj.sample(jax.random.key(2), model, num=20_000, steps=2, solver=tj.Unmask(even=False)).x
     assert chi_square(x, mixed) > LEVEL
@@ -142,26 +142,26 @@ def test_prompts_are_kept_and_conditioned_on():
     law = theory.token_tilt(model, reward, 0.0, given=prompt)
     assert chi_square(x, law) > LEVEL
     # As an argument of a compiled program.
-    run = jax.jit(lambda prompt: tj.sample(jax.random.key(4), tj.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt), num=9).x)
+    run = jax.jit(
+        lambda prompt: tj.sample(jax.random.key(4), tj.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt), num=9).x
+    )
     assert np.all(np.asarray(run(jnp.asarray(prompt)))[:, 1] == 2)
 
 
 # Steering.
 
 ROWS = {
-    "difference": {"num": 8, "runs": 4000},
-    "difference, many": {"num": 1000, "runs": 60},
-    "max": {"num": 16, "runs": 2000, "potential": potentials.Max(), **FEW},
-    "sum": {"num": 16, "runs": 2000, "potential": potentials.Sum(), **FEW},
-    "immediate": {"num": 16, "runs": 2000, "potential": potentials.Immediate(), **FEW},
-    "lean": {"num": 8, "runs": 4000, "lean": 0.5, "proposal": proposals.Guided()},
-    "leaner, random numbers, eight steps": {
-        "num": 8, "runs": 2000, "lean": 0.9, "proposal": proposals.Guided(), "steps": LENGTH, "ess_threshold": 0.0,
-    },
+    "difference": {"num": 8, "runs": 2000},
+    "difference, many": {"num": 1000, "runs": 40},
+    "max": {"num": 16, "runs": 1000, "potential": potentials.Max(), **FEW},
+    "sum": {"num": 16, "runs": 1000, "potential": potentials.Sum(), **FEW},
+    "immediate": {"num": 16, "runs": 1000, "potential": potentials.Immediate(), **FEW},
+    "lean": {"num": 8, "runs": 2000, "lean": 0.5, "proposal": proposals.Guided()},
+    "lean, unresampled": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Guided(), "ess_threshold": 0.0},
     "children": {"num": 8, "runs": 2000, "proposal": proposals.Children(2)},
     "children of lean": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Children(2, proposals.Guided())},
     "tempered": {"num": 8, "runs": 2000, "tempering": tempering.Exponential(1.0)},
-    "one particle": {"num": 1, "runs": 8000, "lean": 0.5, "proposal": proposals.Guided()},
+    "one particle": {"num": 1, "runs": 6000, "lean": 0.5, "proposal": proposals.Guided()},
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ ROWS = {
 def test_weights_are_unbiased_for_every_class_of_states(name):
     settings = {"proposal": proposals.Base(), "ess_threshold": 1.0} | ROWS[name]
     p, ratio, error = unbiased(settings.pop("runs"), settings.pop("num"), **settings)
-    assert error < 0.03
+    assert error < 0.04
     assert abs(ratio - 1) < 4 * error
     assert p > LEVEL
 

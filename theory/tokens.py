@@ -83,7 +83,9 @@ def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given
     law, values = _tilted(chain, reward, scale, given)
     log_norm = jax.nn.logsumexp(law + values)
     if inputs.concrete(log_norm) and not np.isfinite(log_norm):
-        raise ValueError(f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite")
+        raise ValueError(
+            f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite"
+        )
     return TokenLaw(token_states(len(chain.log_initial), chain.length), jnp.exp(law + values - log_norm), log_norm)
 
 
