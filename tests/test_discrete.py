@@ -228,18 +228,21 @@ def test_completions_know_h_on_average():
 
 
 def test_a_tilted_chain_as_a_drift():
-    """A reward of single tokens tilts a chain into a chain; any guidance with the right denoiser leaves nothing to weigh."""
-    single = np.asarray([0.0, 1.0, -0.5])
+    """Any guidance with a denoiser of its own proposes; where it is that of the tilt only the last token, which is not guided, is weighed."""
+    single, length = np.asarray([0.0, 1.0, -0.5]), 3
     weigh = lambda x: jnp.sum(jnp.asarray(single)[x])
-    after, rows = np.ones(VOCAB), TRANSITION
-    tilted = theory.token_tilt(tj.MarkovChain(INITIAL, TRANSITION, 2), weigh, SCALE)
-    model = tj.MarkovChain(INITIAL, TRANSITION, 2)
-    boosted = rows * np.exp(SCALE * single)[None]
-    after = boosted.sum(1)
-    drift = tj.MarkovChain(INITIAL * np.exp(SCALE * single) * after, boosted, 2)
-    particles = tj.smc(jax.random.key(0), model, tj.toward(model, drift, weigh, SCALE), num=50, ess_threshold=0.0)
-    np.testing.assert_allclose(particles.log_norm, tilted.log_norm, atol=1e-12)
-    np.testing.assert_allclose(particles.log_weights, tilted.log_norm, atol=1e-12)
+    model = tj.MarkovChain(INITIAL, TRANSITION, length)
+    law = theory.token_tilt(model, weigh, SCALE)
+    # By a reward of the first token the tilt is a chain with another start.
+    first = lambda x: jnp.asarray(single)[x[0]]
+    drift = tj.MarkovChain(INITIAL * np.exp(SCALE * single), TRANSITION, length)
+    for reward, truth, share in ((first, theory.token_tilt(model, first, SCALE), 0.85), (weigh, law, 0.3)):
+        particles = tj.smc(
+            jax.random.key(0), model, tj.toward(model, drift, reward, SCALE), num=4000, ess_threshold=0.0
+        )
+        ratio = np.exp(np.asarray(particles.log_weights - truth.log_norm))
+        assert abs(ratio.mean() - 1) < 5 * ratio.std() / math.sqrt(len(ratio))
+        assert float(particles.ess) > share * len(ratio)
 
 
 def test_exclusions_and_failures_are_told():
