@@ -153,15 +153,15 @@ def test_prompts_are_kept_and_conditioned_on():
 ROWS = {
     "difference": {"num": 8, "runs": 2000},
     "difference, many": {"num": 1000, "runs": 40},
-    "max": {"num": 16, "runs": 1000, "potential": potentials.Max(), **FEW},
-    "sum": {"num": 16, "runs": 1000, "potential": potentials.Sum(), **FEW},
-    "immediate": {"num": 16, "runs": 1000, "potential": potentials.Immediate(), **FEW},
-    "lean": {"num": 8, "runs": 2000, "lean": 0.5, "proposal": proposals.Guided()},
+    "max": {"num": 16, "runs": 2000, "potential": potentials.Max(), **FEW},
+    "sum": {"num": 16, "runs": 2000, "potential": potentials.Sum(), **FEW},
+    "immediate": {"num": 16, "runs": 2000, "potential": potentials.Immediate(), **FEW},
+    "lean": {"num": 8, "runs": 4000, "lean": 0.5, "proposal": proposals.Guided()},
     "lean, unresampled": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Guided(), "ess_threshold": 0.0},
     "children": {"num": 8, "runs": 2000, "proposal": proposals.Children(2)},
     "children of lean": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Children(2, proposals.Guided())},
     "tempered": {"num": 8, "runs": 2000, "tempering": tempering.Exponential(1.0)},
-    "one particle": {"num": 1, "runs": 6000, "lean": 0.5, "proposal": proposals.Guided()},
+    "one particle": {"num": 1, "runs": 8000, "lean": 0.5, "proposal": proposals.Guided()},
 }  # fmt: skip
 
 
