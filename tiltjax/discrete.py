@@ -29,8 +29,24 @@ from jaxtyping import Array, PyTree
 
 from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model, Net, ask
+
+
+class Hiding(Interpolant):
+    """The path of hidden tokens: shown with chance `alpha_t = t`, and no noise."""
+
+    def alpha(self, t: Array) -> Array:
+        return t
+
+    def sigma(self, t: Array) -> Array:
+        raise TypeError(
+            "tokens are hidden, not noised: a model of tokens has no score, no velocity and no gradient. The guidance for it is "
+            "Completions(model, reward, scale), the solver Unmask()"
+        )
+
+    def time(self, snr: Array) -> Array:
+        return self.sigma(snr)
 
 
 class Masked(Model):
@@ -49,7 +65,7 @@ class Masked(Model):
 
     @property
     def interpolant(self) -> Interpolant:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return Linear()
+        return Hiding()
 
     @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -74,7 +90,14 @@ class Masked(Model):
         raise NotImplementedError
 
     def denoise(self, t: Array, x: Array) -> Array:
-        """The law of each token given what `x` shows, `(length, vocab)`; that of a known one is certain."""
+        """The law of each token given what `x` shows, `(length, vocab)`; that of a known one is certain.
+
+        **Raises:** `ValueError` where `x` is not `length` integers.
+        """
+        if x.shape != self.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(
+                f"a state is {self.length} integers, {self.mask} where one is hidden, got {x.dtype} of shape {x.shape}"
+            )
         known = jax.nn.one_hot(x, self.vocab, dtype=self.dtype)
         return jnp.where((x == self.mask)[:, None], self.predict(x).astype(self.dtype), known)
 
@@ -83,7 +106,7 @@ class Masked(Model):
 
     def grid(self, steps: int) -> Array:
         """Equal steps on [0, 1]."""
-        return jnp.linspace(0, 1, inputs.count(steps, "steps") + 1)
+        return jnp.linspace(0.0, 1.0, inputs.count(steps, "steps") + 1)
 
     def check_start(self, t: Array) -> None:
         """A run may start at any time: hidden tokens are hidden whenever."""
@@ -112,6 +135,8 @@ class MarkovChain(Masked):
     def __init__(self, initial: inputs.Numbers, transition: inputs.Numbers, length: int, *, prompt: Any = None):
         initial, transition = inputs.finite(initial, "initial", 1), inputs.finite(transition, "transition", 2)
         n = len(initial)
+        if not n:
+            raise ValueError("initial must hold the probability of one token or more, got none")
         if transition.shape != (n, n):
             raise ValueError(f"transition must be square, {(n, n)} for {n} tokens, got {transition.shape}")
         if inputs.concrete((initial, transition)):
@@ -246,13 +271,13 @@ class Completions(Guidance):
 def _prompt(prompt: Any, length: int, vocab: int) -> Array:
     if prompt is None:
         return jnp.full(length, vocab, jnp.int32)
-    prompt = np.asarray(prompt)
-    if prompt.shape != (length,) or not np.issubdtype(prompt.dtype, np.integer):
+    prompt = np.asarray(prompt) if inputs.concrete(prompt) else jnp.asarray(prompt)
+    if prompt.shape != (length,) or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"prompt must hold {length} integers, {vocab} where a token is hidden, got shape {prompt.shape} of {prompt.dtype}"
         )
-    if np.any(prompt < 0) or np.any(prompt > vocab):
+    if inputs.concrete(prompt) and (np.any(prompt < 0) or np.any(prompt > vocab)):
         raise ValueError(
             f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {prompt.min()} to {prompt.max()}"
         )
-    return jnp.asarray(prompt, jnp.int32)
+    return jnp.asarray(prompt).astype(jnp.int32)

@@ -79,7 +79,7 @@ class Reveal(NamedTuple):
         if self.even:
             # The expected number, up or down; the offset makes it right on average, and right where it is a whole one.
             number = jnp.floor(self.chance * jnp.sum(hidden, dtype=denoised.dtype) + chosen[-1])
-            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0)))
+            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0))).astype(number.dtype)
             shown = hidden & (rank < number)
         else:
             shown = hidden & (chosen[:-1] < self.chance)
@@ -196,6 +196,12 @@ class Unmask(Solver):
 
     stochastic = True
     order = 1
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.even, bool):
+            raise TypeError(
+                f"even is True or False, got {self.even!r}: how many tokens a step shows is decided by steps="
+            )
 
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Reveal:
         """The step from t to u."""

@@ -1,0 +1,153 @@
+r"""Sequences of tokens, enumerated: what steering a model of tokens should produce.
+
+For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens everything is a finite sum over `vocab^length` sequences:
+
+    tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
+    h-function   log h(x) = log E[exp(scale r(X)) | X agrees with what x shows],
+
+the law of the hidden tokens given the shown ones (`posterior`), and of a step that shows all of them at once, each drawn by itself: the product of
+their marginals (`independent`), from which `Unmask` with few steps is not far. For rewards that are sums over positions and neighbours, at
+any length, `pair_log_norm` has Z by transfer matrices.
+
+A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`, such as `tiltjax.MarkovChain`; a hidden token is
+the integer `vocab`. Its prompt is ignored: condition by `posterior`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import inputs, rewards
+
+LARGEST = 2_000_000
+
+
+class Chain(Protocol):
+    """What is needed of a Markov chain."""
+
+    length: int
+
+    @property
+    def log_initial(self) -> Array: ...
+
+    @property
+    def log_transition(self) -> Array: ...
+
+
+class TokenLaw(NamedTuple):
+    """A law on sequences: `states` `(n, length)`, integers in lexicographic order; `probs` `(n,)`; `log_norm`, scalar, log Z of what was tilted."""
+
+    states: Array
+    probs: Array
+    log_norm: Array
+
+    def expect(self, fn: Callable) -> Array:
+        """`E[fn(X)]` of a function of one sequence."""
+        values = jax.vmap(fn)(self.states)
+        return jnp.tensordot(self.probs, values.astype(self.probs.dtype), axes=1)
+
+    def index(self, x: Array) -> Array:
+        """The row of `states` that a sequence is."""
+        vocab = self.states[-1, 0] + 1
+        return jnp.polyval(x.astype(vocab.dtype), vocab)
+
+
+def token_states(vocab: int, length: int) -> Array:
+    """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two million."""
+    vocab, length = inputs.count(vocab, "vocab"), inputs.count(length, "length")
+    if vocab**length > LARGEST:
+        raise ValueError(
+            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {LARGEST:,} can be listed: take fewer, or pair_log_norm for "
+            "rewards of neighbours"
+        )
+    return jnp.asarray(np.indices((vocab,) * length).reshape(length, -1).T, jnp.int32)
+
+
+def token_log_prob(chain: Chain, x: Array) -> Array:
+    """`log P(x)` of one sequence without hidden tokens."""
+    return chain.log_initial[x[0]] + jnp.sum(chain.log_transition[x[:-1], x[1:]])
+
+
+def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given: Any = None) -> TokenLaw:
+    """The tilt of a chain by `exp(scale * r)`, by enumeration.
+
+    **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`; `scale`; `given` `(length,)`: tokens that are shown, and
+    `vocab` elsewhere. Then the law is that given them, and `log_norm` is `log h` at `given`.
+
+    **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that excludes all.
+    """
+    law, values = _tilted(chain, reward, scale, given)
+    log_norm = jax.nn.logsumexp(law + values)
+    if inputs.concrete(log_norm) and not np.isfinite(log_norm):
+        raise ValueError(
+            f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite"
+        )
+    return TokenLaw(token_states(len(chain.log_initial), chain.length), jnp.exp(law + values - log_norm), log_norm)
+
+
+def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
+    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence `scale * r(x)`."""
+    return token_tilt(chain, reward, scale, given=x).log_norm
+
+
+def token_marginals(law: TokenLaw, vocab: int) -> Array:
+    """`P(X_i = v)`, `(length, vocab)`."""
+    return jnp.einsum("n,niv->iv", law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype))
+
+
+def independent(law: TokenLaw, vocab: int) -> TokenLaw:
+    """The product of a law's marginals: what is sampled if all tokens are shown in one step."""
+    log_marginals = jnp.log(token_marginals(law, vocab))
+    places = jnp.arange(law.states.shape[1], dtype=law.states.dtype)
+    log_probs = jnp.sum(log_marginals[places[None], law.states], axis=1)
+    return law._replace(probs=jnp.exp(log_probs), log_norm=jnp.zeros_like(law.log_norm))
+
+
+def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale: float | Array = 1.0) -> Array:
+    """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any length.
+
+    **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default; `scale`.
+    """
+    dtype, vocab = chain.log_initial.dtype, len(chain.log_initial)
+    scale = inputs.finite(scale, "scale", 0).astype(dtype)
+    single = inputs.floating(single, "single", 2).astype(dtype)
+    pair = jnp.zeros((vocab, vocab), dtype) if pair is None else inputs.floating(pair, "pair", 2).astype(dtype)
+    if single.shape != (chain.length, vocab) or pair.shape != (vocab, vocab):
+        raise ValueError(
+            f"single must have shape {(chain.length, vocab)} and pair {(vocab, vocab)}, got {single.shape} and {pair.shape}"
+        )
+    step = chain.log_transition + scale * pair
+
+    def forth(message: Array, here: Array) -> tuple[Array, None]:
+        return jax.nn.logsumexp(message[:, None] + step, axis=0) + scale * here, None
+
+    message, _ = jax.lax.scan(forth, chain.log_initial + scale * single[0], single[1:])
+    return jax.nn.logsumexp(message)
+
+
+def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any) -> tuple[Array, Array]:
+    """The log-law that is tilted, and `scale * r`, of all states."""
+    vocab = len(chain.log_initial)
+    states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
+    scale, fn = inputs.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
+    log_law = jax.vmap(lambda x: token_log_prob(chain, x))(states)
+    if given is not None:
+        given = jnp.asarray(given)
+        if given.shape != (chain.length,) or not jnp.issubdtype(given.dtype, jnp.integer):
+            raise ValueError(
+                f"given must hold {chain.length} integers, {vocab} where a token is hidden, got shape {given.shape} of {given.dtype}"
+            )
+        given = given.astype(states.dtype)
+        agrees = jnp.all((states == given[None]) | (given[None] == vocab), axis=1)
+        log_law = jnp.where(agrees, log_law, -jnp.inf)
+        mass = jax.nn.logsumexp(log_law)
+        if inputs.concrete(mass) and not np.isfinite(mass):
+            raise ValueError(f"what is given has probability zero under the chain: {np.asarray(given).tolist()}")
+        log_law = log_law - mass
+    values = jax.vmap(lambda x: rewards.value(fn, x))(states).astype(dtype)
+    # At scale 0 an exclusion is none.
+    return log_law, jnp.where(scale == 0, 0.0, scale * values)
