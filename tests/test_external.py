@@ -252,6 +252,8 @@ def test_an_error_comes_out_as_itself(model, error, within):
 def test_without_failures_the_message_is_there(model):
     reward = tj.External(failing(0, Unavailable("503: no more")))
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"Unavailable: 503: no more"):
+        jax.jit(jax.vmap(reward))(jnp.asarray(POINTS)).block_until_ready()
+    with pytest.raises(Unavailable):  # the verbs do it for you
         tj.best_of_n(tj.sample(KEY, model, num=4, steps=1), reward, 2)
     with pytest.raises(ZeroDivisionError), tj.failures():
         raise ZeroDivisionError  # of something else

@@ -88,8 +88,46 @@ def test_bad_settings_are_refused(over, message):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [(lambda x: np.zeros(3), "round 0 it gave shape"), (lambda x: np.full(len(x), np.nan), "8 that are not finite")],
+    [
+        (lambda x: x.sum(1) * 1j, "real numbers"),
+        (lambda x: np.full(len(x), "good"), "real numbers"),
+        (lambda x: np.zeros(3), "8 values for 8 states, it gave shape"),
+        (lambda x: np.full(len(x), np.nan), "8 of 8 are not"),
+    ],
 )
 def test_bad_answers_are_refused(answer, message):
     with pytest.raises(ValueError, match=message):
         tj.optimise(jax.random.key(0), MODEL, answer, **SETTINGS)
+
+
+def test_a_search_goes_on_where_it_failed():
+    calls = []
+
+    def fragile(x):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise RuntimeError("the lamp went out")
+        return query(x)
+
+    with pytest.raises(RuntimeError, match="the lamp went out") as caught:
+        tj.optimise(jax.random.key(0), MODEL, fragile, **SETTINGS)
+    found = caught.value.search
+    np.testing.assert_allclose(found.values, query(found.x), rtol=1e-12)
+    assert len(found.values) == 16
+    more = tj.optimise(jax.random.key(1), MODEL, query, **SETTINGS | {"rounds": 2}, earlier=found)
+    np.testing.assert_array_equal(more.x[:16], found.x)
+    np.testing.assert_array_equal(more.rounds, np.repeat(np.arange(4), 8))
+
+
+def test_values_without_noise_on_a_line_in_single_precision_are_no_trouble():
+    single = lambda values: jnp.asarray(values, jnp.float32)
+    prior = tj.GaussianMixture(single([0.5, 0.5]), single([[-2.0], [2.0]]), single([[[0.3]], [[0.3]]]))
+    settings = {"scale": 2.0, "rounds": 3, "batch": 16, "num": 64, "steps": 20}
+    found = tj.optimise(jax.random.key(0), tj.Analytic(prior), lambda x: -np.abs(x[:, 0] - 2), **settings)
+    assert found.x.dtype == np.float32
+    assert found.regret(0.0)[-1] < 0.05
+
+
+def test_tokens_are_refused():
+    with pytest.raises(ValueError, match="states of numbers"):
+        tj.optimise(jax.random.key(0), tj.MarkovChain([0.5, 0.5], jnp.full((2, 2), 0.5), 3), query, **SETTINGS)

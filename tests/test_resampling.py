@@ -112,3 +112,16 @@ def test_particles_are_saved_and_read_again(tmp_path):
     for name in ("other.npz", "array.npy", "text"):
         with pytest.raises(ValueError, match="holds no particles"):
             tj.load(tmp_path / name)
+
+
+def test_the_last_point_is_never_handed_to_a_weight_of_zero(monkeypatch):
+    # The largest offset there is, where a difference of single precision rounds up.
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.full(shape, 1 - 2.0**-24, dtype))
+    log_weights = jnp.zeros(1000, jnp.float32).at[-100:].set(-jnp.inf)
+    assert int(resampling.systematic(jax.random.key(0), log_weights)[-1]) == 899
+
+
+def test_equal_weights_keep_everybody_in_single_precision():
+    for seed in range(3):
+        ancestors = resampling.systematic(jax.random.key(seed), jnp.zeros(100_000, jnp.float32))
+        np.testing.assert_array_equal(ancestors, np.arange(100_000))

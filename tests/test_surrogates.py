@@ -43,7 +43,7 @@ def test_the_chosen_length_and_noise_have_the_largest_likelihood():
         cov = np.exp(-squares / (2 * square)) + noise**2 * np.eye(len(y))
         return -y @ np.linalg.solve(cov, y) / 2 - np.linalg.slogdet(cov)[1] / 2
 
-    lengths, noises = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0]), (0.01, 0.1, 1.0)
+    lengths, noises = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0]), (0.03, 0.1, 1.0)
     others = [log_likelihood(length**2 * squares.mean(), noise) for length in lengths for noise in noises]
     assert log_likelihood(float(learned.square), float(learned.noise)) >= max(others) - 1e-9
 

@@ -75,7 +75,9 @@ class Annealed(Model):
     def __init__(self, base: Model, tuned: Model, weight: Callable[[Array], Array] | float | Array | None = None):
         inputs.instance(base, Model, "base", "Annealed(base, tuned, weight)")
         inputs.instance(tuned, Model, "tuned", "Annealed(base, tuned, weight)")
-        if base.shape != tuned.shape or base.dtype != tuned.dtype or base.tokens != tuned.tokens:
+        if base.tokens or tuned.tokens:
+            raise ValueError("Annealed mixes denoisers of numbers: models of tokens have other marginals in between")
+        if base.shape != tuned.shape or base.dtype != tuned.dtype:
             raise ValueError(
                 f"base and tuned must be models of the same states, got {base.shape} of {base.dtype} and {tuned.shape} of {tuned.dtype}"
             )

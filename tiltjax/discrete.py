@@ -13,8 +13,8 @@ the posterior mean of the one-hot sequence, and thus a denoiser. It does not dep
 | `from_logits(fn, length=, vocab=)` | a network |
 | `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions, drawn position by position; no gradients |
 
-Feynman-Kac steering of a token model is `smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(...))`; the reward sees
-whole sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524, masked diffusion); Singhal et al. (arXiv 2501.06848).
+Feynman-Kac steering of a token model is `smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(schedule=Every(1)))`
+(the published window is for a hundred steps and more); the reward sees whole sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524, masked diffusion); Singhal et al. (arXiv 2501.06848).
 """
 
 import math
@@ -149,10 +149,27 @@ class MarkovChain(Masked):
         self.log_transition = jnp.log(transition / jnp.sum(transition, axis=1, keepdims=True))
         self.length = inputs.count(length, "length")
         self.prompt = _prompt(prompt, self.length, n)
+        if inputs.concrete((self.log_initial, self.log_transition, self.prompt)):
+            with jax.ensure_compile_time_eval():
+                if not np.all(np.isfinite(np.asarray(self.predict(self.prompt)))):
+                    raise ValueError(
+                        f"this chain gives its prompt {np.asarray(self.prompt).tolist()} the probability zero"
+                    )
 
     @property
     def vocab(self) -> int:
         return len(self.log_initial)
+
+    def check_times(self, times: Array) -> None:
+        """Refuse, with a `ValueError`, steps of several tokens where these may have the probability zero together."""
+        steps = len(times) - 1
+        if not 1 < steps < self.length or not inputs.concrete((self.log_initial, self.log_transition)):
+            return
+        if np.any(np.isneginf(np.asarray(self.log_transition))):
+            raise ValueError(
+                f"{steps} steps for {self.length} tokens show several at once, drawn independently, and this chain has transitions of "
+                f"probability zero, after which it knows nothing: take steps={self.length}, or give all transitions some probability"
+            )
 
     @property
     def dtype(self) -> Any:

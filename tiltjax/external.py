@@ -232,7 +232,7 @@ class External(rewards.Reward):
                     f"the external reward {self.name!r} returned {name} of shape {array.shape}, expected {expected} for an input of shape "
                     f"{x.shape if self.batched else x.shape[1:]}" + ("" if self.batched else " (batched=False)")
                 )
-            array = array.reshape(shape).astype(x.dtype)
+            array = array.reshape(shape).astype(x.dtype if x.dtype.kind == "f" else np.float64)
             # A state that is not finite is the model's fault, which the run reports.
             wrong = np.isnan(array) | (array == np.inf) if name == "values" else np.isnan(array)
             wrong = np.any(wrong.reshape(len(x), -1), axis=1) & np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
@@ -371,15 +371,17 @@ class _Host(NamedTuple):
 
 
 def _program(host: _Host, x: Array) -> tuple[Array, ...]:
-    # Half precision is JAX's own affair.
-    wide = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
-    out = (jax.ShapeDtypeStruct((), wide.dtype), jax.ShapeDtypeStruct(x.shape, wide.dtype))[: 1 + host.gradient]
+    # Half precision is JAX's own affair. Tokens are valued in its default precision.
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    wide = x.astype(jnp.float32) if floating and jnp.finfo(x.dtype).bits < 32 else x
+    kind = wide.dtype if floating else jnp.dtype(jnp.result_type(float))
+    out = (jax.ShapeDtypeStruct((), kind), jax.ShapeDtypeStruct(x.shape, kind))[: 1 + host.gradient]
     results = jax.lax.platform_dependent(
         wide,
         cpu=buffer_callback(host.into_buffers, out, vmap_method="expand_dims"),
         default=lambda x: jax.pure_callback(host.on_the_cpu, out, x, vmap_method="expand_dims"),
     )
-    return tuple(result.astype(x.dtype) for result in results)
+    return tuple(result.astype(x.dtype) if floating else result for result in results)
 
 
 _ask = jax.jit(_program, static_argnums=0)

@@ -27,12 +27,12 @@ from tiltjax.surrogates import GaussianProcess, Surrogate
 
 
 class Search(NamedTuple):
-    """All queries in order: states `x` `(n, *shape)`, `values` `(n,)`, the round of each `(n,)`, and the last surrogate."""
+    """All queries in order: states `x` `(n, *shape)`, `values` `(n,)`, the round of each `(n,)`, and the last surrogate (`None` if the search failed)."""
 
     x: np.ndarray
     values: np.ndarray
     rounds: np.ndarray
-    surrogate: Reward
+    surrogate: Reward | None
 
     @property
     def best(self) -> np.ndarray:
@@ -55,6 +55,7 @@ def optimise(
     batch: int = 16,
     num: int = 256,
     guide: Callable[[Model, Reward, Any], Guidance] = dps,
+    earlier: Search | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Search:
@@ -67,9 +68,11 @@ def optimise(
     - `scale`: how strongly the surrogate tilts the model. Large ones exploit; the model holds against them.
     - `num`: particles of each round, of which `batch` are drawn by weight; no state is asked twice in a round if it can be helped.
     - `guide`: makes a guidance of a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
+    - `earlier`: a search to go on from: that of another call, or of one that failed.
     - `settings`: of `smc`: `steps`, `proposal`, `tempering` and so on.
 
-    **Raises:** `ValueError` for answers of another number or that are not finite.
+    **Raises:** `ValueError` for answers of another number or that are not finite, and whatever `query` raises; the error's `.search` holds the
+    queries that were answered until then.
     """
     key = inputs.typed_key(key)
     rounds, batch, num = inputs.count(rounds, "rounds"), inputs.count(batch, "batch"), inputs.count(num, "num")
@@ -77,31 +80,62 @@ def optimise(
         raise ValueError(f"a round asks for {batch} of the particles: num must be as many at least, got {num}")
     surrogate = GaussianProcess() if surrogate is None else surrogate
     inputs.instance(surrogate, Surrogate, "surrogate", "use GaussianProcess() or Bootstrap()")
-    key_start, *keys = jax.random.split(key, rounds + 1)
-    x = np.zeros((rounds * batch, *model.shape), model.dtype)
-    values, known = np.zeros(rounds * batch, model.dtype), np.zeros(rounds * batch, bool)
+    key_start, key_last, *keys = jax.random.split(key, rounds + 2)
+    if model.tokens:
+        raise ValueError("optimise is for states of numbers: surrogates of tokens would take them for coordinates")
+    if earlier is not None:
+        inputs.instance(earlier, Search, "earlier", "what optimise returned")
+        if earlier.x.shape[1:] != model.shape:
+            raise ValueError(f"earlier queries must be states of shape {model.shape}, got {earlier.x.shape[1:]}")
+    before = 0 if earlier is None else len(earlier.values)
+    x = np.zeros((before + rounds * batch, *model.shape), model.dtype)
+    values, known = np.zeros(len(x), model.dtype), np.zeros(len(x), bool)
+    number = np.concatenate(
+        [np.zeros(before, int) if earlier is None else earlier.rounds, np.repeat(np.arange(rounds), batch)]
+    )
+    if earlier is not None:
+        number[before:] += 1 + (number[:before].max() if before else 0)
+        x[:before], values[:before], known[:before] = earlier.x, earlier.values, True
 
     def ask(j: int, states: np.ndarray) -> None:
-        answer = np.asarray(query(states))
-        if answer.shape != (batch,) or not np.all(np.isfinite(answer)):
-            raise ValueError(
-                f"query must return {batch} finite values for {batch} states, in round {j} it gave shape {answer.shape}"
-                + ("" if answer.shape != (batch,) else f" with {np.sum(~np.isfinite(answer))} that are not finite")
-            )
-        rows = slice(j * batch, (j + 1) * batch)
+        try:
+            answer = _checked(query(states.copy()), batch, values.dtype)
+        except Exception as error:
+            if np.any(known):
+                error.add_note(
+                    f"The {np.sum(known)} queries before are in this error's .search: go on with earlier=error.search."
+                )
+            error.search = Search(x[known], values[known], number[known], None)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        rows = slice(before + j * batch, before + (j + 1) * batch)
         x[rows], values[rows], known[rows] = states, answer, True
 
     with progress_bar.bar("asking", rounds, enabled=progress) as bar:
-        ask(0, np.asarray(sample(key_start, model, num=batch).x))
-        bar.tick(jnp.zeros((), jnp.int32))
-        for j in range(1, rounds):
+        for j in range(rounds):
+            if not np.any(known):
+                ask(j, np.asarray(sample(key_start, model, num=batch).x))
+                bar.tick(jnp.asarray(j, jnp.int32))
+                continue
             key_fit, key_run, key_choice = jax.random.split(keys[j], 3)
             learned = _fit(key_fit, surrogate, *map(jnp.asarray, (x, values, known)))
             particles = smc(key_run, model, guide(model, learned, scale), num=num, **settings)
             ask(j, np.asarray(_distinct(key_choice, particles.x, particles.log_weights, batch)))
             bar.tick(jnp.asarray(j, jnp.int32))
-        learned = _fit(keys[0], surrogate, *map(jnp.asarray, (x, values, known)))
-    return Search(x, values, np.repeat(np.arange(rounds), batch), learned)
+        learned = _fit(key_last, surrogate, *map(jnp.asarray, (x, values, known)))
+    return Search(x, values, number, learned)
+
+
+def _checked(answer: Any, batch: int, dtype: Any) -> np.ndarray:
+    answer = np.asarray(answer)
+    if answer.dtype.kind not in "fiub":
+        raise ValueError(f"query must return real numbers, got {answer.dtype}")
+    with np.errstate(over="ignore"):  # what it makes of such a number is found below
+        answer = answer.astype(dtype)
+    if answer.shape != (batch,):
+        raise ValueError(f"query must return {batch} values for {batch} states, it gave shape {answer.shape}")
+    if wrong := np.sum(~np.isfinite(answer)):
+        raise ValueError(f"query must return finite values (in {answer.dtype}), {wrong} of {batch} are not")
+    return answer
 
 
 @eqx.filter_jit

@@ -99,7 +99,7 @@ class Every(eqx.Module):
         chosen = (index >= self.start) & (index <= stop) & ((index - self.start) % self.n == 0)
         if total > 1 and not np.any(chosen[:-1]):
             raise ValueError(
-                f"no step to weigh at: {self} on {total} steps, numbered from 0. For the last alone use ess_threshold=0, which keeps all "
+                f"no step to weigh at: {self} on {total} steps, numbered from 0: take Every(1), say, schedule=Every(1). For the last alone use ess_threshold=0, which keeps all "
                 "weights"
             )
         return chosen

@@ -12,7 +12,8 @@ that are marked.
 | `residual` | `floor(num W_i)` copies each, the rest multinomial | at least floor |
 | `ssp` | none: pairs of particles exchange their fractions until one is whole | yes |
 
-Weights need not be normalised; `-inf` is a weight of zero. Ancestors come in no particular order. Reference: Chopin and Papaspiliopoulos,
+Floor and ceil hold up to the rounding of the cumulative weights, of which a million in single precision leave an offspring more or less to a few
+hundred. Weights need not be normalised; `-inf` is a weight of zero. Ancestors come in no particular order. Reference: Chopin and Papaspiliopoulos,
 *An Introduction to Sequential Monte Carlo*, chapter 9; Gerber, Chopin and Whiteley (2019) for ssp.
 """
 
@@ -48,9 +49,11 @@ def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
     num = _number(log_weights, num)
     offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
     cumulative = _cumulative(log_weights)
-    # Equally spaced points below a cumulative weight can be counted, which is faster than to look each of them up.
-    below = jnp.ceil(cumulative / cumulative[-1] * num - offset)
-    ends = jnp.clip(below, 0, num).astype(jnp.int32)
+    # Equally spaced points below a cumulative weight can be counted, which is faster than to look each of them up. The whole of the weight
+    # is above all of them, whatever is lost in the product.
+    scaled = cumulative * (num / cumulative[-1])
+    below = jnp.floor(scaled) + jnp.where(scaled - jnp.floor(scaled) > offset, 1, 0)
+    ends = jnp.where(cumulative == cumulative[-1], num, jnp.clip(below, 0, num)).astype(jnp.int32)
     passed = jnp.zeros(num + 1, jnp.int32).at[ends].add(1)
     ancestors = jax.lax.associative_scan(jnp.add, passed[:num])
     return jnp.minimum(ancestors, len(log_weights) - 1)

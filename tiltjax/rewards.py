@@ -217,12 +217,16 @@ class Custom(Reward):
         if not isinstance(result, jax.Array | np.ndarray | float):
             raise TypeError(f"a reward must return one scalar for one sample, got {type(result).__name__}")
         result = jnp.asarray(result)
+        if not jnp.issubdtype(
+            x.dtype, jnp.floating
+        ):  # tokens: nothing is differentiated, and counts are as good as any
+            return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(float)
         if not jnp.issubdtype(result.dtype, jnp.floating):
             raise TypeError(
-                f"a reward must return a floating number, got {result.dtype}: cast it (whole numbers have no gradient to guide by, but "
-                "best_of_n and softmax_of_n can choose by them)"
+                f"a reward must return a floating number, got {result.dtype}: cast it, if its gradient, zero, will not be asked for, as in "
+                "best_of_n and softmax_of_n"
             )
-        return result.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else result
+        return result.astype(x.dtype)
 
 
 def as_reward(reward: Callable) -> Reward:

@@ -79,7 +79,14 @@ def sample(
             raise TypeError("start takes states, an array, got Particles: pass particles.x")
         if given is None:
             raise ValueError("start needs times=, the first of which says when these states are")
-        start = jnp.asarray(start, jnp.int32) if model.tokens else inputs.floating(start, "start")
+        start = jnp.asarray(start) if model.tokens else inputs.floating(start, "start")
+        if model.tokens:
+            most = model.denoised_shape[-1]
+            if not jnp.issubdtype(start.dtype, jnp.integer):
+                raise ValueError(f"states of {type(model).__name__} are integers, got start of {start.dtype}")
+            if inputs.concrete(start) and (np.any(np.asarray(start) < 0) or np.any(np.asarray(start) > most)):
+                raise ValueError(f"tokens are integers from 0 to {most - 1}, {most} hides one, got others in start")
+            start = start.astype(jnp.int32)
         if inputs.concrete(start) and not np.all(np.isfinite(start)):
             raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):

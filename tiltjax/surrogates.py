@@ -22,7 +22,7 @@ from tiltjax.rewards import Reward
 
 # Candidates for the kernel's length, in units of the mean distance of the queries, and for the noise, in standard deviations of the values.
 _LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
-_NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_NOISES = (0.03, 0.1, 0.3, 1.0)
 
 
 class Surrogate(eqx.Module):
@@ -67,9 +67,10 @@ class GaussianProcess(Surrogate):
         scores = jax.lax.map(lambda pair: log_likelihood(*pair), (lengths, noises))
         best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
         lower = factor(lengths[best], noises[best])
-        inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(y), dtype=y.dtype))
+        whiten = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(y), dtype=y.dtype), lower=True)
+        weights = jax.scipy.linalg.cho_solve((lower, True), y)
         return Optimist(
-            rows, known, inverse, inverse @ y, lengths[best] ** 2 * unit, noises[best], centre, spread, self.bonus
+            rows, known, whiten, weights, lengths[best] ** 2 * unit, noises[best], centre, spread, self.bonus
         )
 
 
@@ -78,7 +79,7 @@ class Optimist(Reward):
 
     rows: Array
     known: Array
-    inverse: Array
+    whiten: Array
     weights: Array
     square: Array
     noise: Array
@@ -87,10 +88,10 @@ class Optimist(Reward):
     bonus: Array
 
     def posterior(self, x: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the value of one query."""
+        """Mean and standard deviation of the noisy value of one query."""
         near = jnp.where(self.known, jnp.exp(-_squares(x.reshape(1, -1), self.rows)[0] / (2 * self.square)), 0)
-        # That of a noisy value: what is left of the process alone rounds to less than nothing next to a query.
-        variance = 1 + self.noise**2 - near @ self.inverse @ near
+        # What is left of the process next to a query rounds to less than nothing.
+        variance = self.noise**2 + jnp.maximum(1 - jnp.sum((self.whiten @ near) ** 2), 0.0)
         return self.centre + self.spread * (near @ self.weights), self.spread * jnp.sqrt(variance)
 
     def __call__(self, x: Array) -> Array:
@@ -172,7 +173,10 @@ def _standardised(values: Array, known: Array) -> tuple[Array, Array, Array]:
     """Mean and deviation of the values that count, and all of them in these units, zero where they do not."""
     count = jnp.maximum(jnp.sum(known, dtype=values.dtype), 1)
     centre = jnp.sum(jnp.where(known, values, 0)) / count
-    spread = jnp.sqrt(_or_one(jnp.sum(jnp.where(known, (values - centre) ** 2, 0)) / count))
+    square = jnp.sum(jnp.where(known, (values - centre) ** 2, 0)) / count
+    # Equal values differ from their mean by rounding.
+    rounding = 8 * jnp.finfo(values.dtype).eps * jnp.max(jnp.where(known, jnp.abs(values), 0))
+    spread = jnp.sqrt(_or_one(jnp.where(square > rounding**2, square, 0)))
     return centre, spread, jnp.where(known, (values - centre) / spread, 0)
 
 
