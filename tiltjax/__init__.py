@@ -12,6 +12,7 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 from tiltjax import (
     interpolants,
     metrics,
+    networks,
     objectives,
     plotting,
     potentials,
@@ -20,6 +21,7 @@ from tiltjax import (
     resampling,
     rewards,
     tempering,
+    training,
 )
 from tiltjax.anisotropic import gibbs
 from tiltjax.audit import Audit, audit
@@ -44,6 +46,7 @@ from tiltjax.smc import das, fk_steering, smc, tds
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver, Unmask
 from tiltjax.surrogates import Bootstrap, GaussianProcess, Surrogate
 from tiltjax.tilted import Rescheduled, Tilted
+from tiltjax.training import fit
 
 __all__ = [
     # models: what is known of the base law
@@ -64,6 +67,9 @@ __all__ = [
     "VP",
     "DiscreteVP",
     "interpolants",
+    "fit",
+    "training",
+    "networks",
     # rewards: what is wanted
     "Reward",
     "rewards",
