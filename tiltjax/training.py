@@ -245,6 +245,8 @@ def fit(
         raise ValueError("give rate or optimiser, not both: the optimiser has a rate of its own")
     if every is not None and checkpoint is None:
         raise ValueError("every= says how often to write a checkpoint: say where, checkpoint=")
+    if checkpoint is not None and not (folder := Path(checkpoint).absolute().parent).is_dir():
+        raise ValueError(f"there is no folder {folder} to write the checkpoint to: make it first")
     every = 1000 if every is None else inputs.count(every, "every")
     if optimiser is None:
         rate = 1e-3 if rate is None else float(rate)
