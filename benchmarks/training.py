@@ -75,6 +75,7 @@ def main() -> None:
 
     def train(steps: int) -> tuple[tj.training.Fit, float, float]:
         wall, cpu = time.perf_counter(), common.cpu_seconds()
+        # A new function each time, so that every run compiles.
         sampler = lambda key: board.sample(key, BATCH)
         settings = {"interpolant": board.interpolant, "batched": True, "progress": steps > 1}
         fit = tj.fit(jax.random.key(1), network, sampler, steps=steps, **settings)
@@ -90,7 +91,7 @@ def main() -> None:
     rows = []
     for steps in runs:
         fit, wall, cpu = train(steps)
-        # All runs compile, one of a single step does little else.
+        # A run of a single step does little but compile.
         speed, cpu_step = (steps - 1) / (wall - compile_wall), (cpu - compile_cpu) / (steps - 1)
         row = {"steps": steps, "steps_per_second": speed, "cpu_seconds_per_step": cpu_step, "gflops": speed * work}
         for name, net in (("average", fit.average), ("last", fit.network)):

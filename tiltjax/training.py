@@ -24,6 +24,7 @@ References: Lipman et al. (arXiv 2210.02747), flow matching; Loshchilov and Hutt
 AdamW; Polyak and Juditsky (1992), averages of weights.
 """
 
+import functools
 import math
 import os
 import time
@@ -139,6 +140,10 @@ def adamw(
     return optax.chain(optax.clip_by_global_norm(clip), step)
 
 
+# One object for equal arguments: a program is kept for an optimiser, and another seed must not compile it again.
+_usual = functools.lru_cache(maxsize=16)(adamw)
+
+
 class Curve(NamedTuple):
     """What every step saw before it moved: the `loss` and the global `norm` of its gradient before clipping, each `(steps,)`."""
 
@@ -230,7 +235,8 @@ def fit(
     - `target`, `interpolant`, `times`, `batched`: as in `loss`. Models are then built with the same ones.
     - `sharding`: a `NamedSharding` of the batch axis over devices, each of which holds the parameters and the data.
     - `checkpoint`, `every`: a file to continue from if it exists, and written after every so many steps (1000 by default) and at the end.
-      It is replaced at once or not at all, and refused if it is of another run: other settings, data, weights to start from or shapes. Functions are told apart by name only.
+      It is replaced at once or not at all, and refused if it is of another run: other settings, data, weights to start from or shapes.
+      Functions, and an `optimiser`, are told apart by name only.
     - `progress`: show a bar with the loss.
 
     **Returns:** `Fit(network, average, curve)`: `tj.from_velocity(fit.average, shape=...)`.
@@ -250,7 +256,7 @@ def fit(
     every = 1000 if every is None else inputs.count(every, "every")
     if optimiser is None:
         rate = 1e-3 if rate is None else float(rate)
-        rule, law = adamw(rate, steps), "adamw"
+        rule, law = _usual(rate, steps), "adamw"
     else:
         inputs.instance(optimiser, optax.GradientTransformation, "optimiser", "such as optax.adam(1e-3)")
         rule, law = optimiser, checkpoints.name(optimiser.update)
@@ -277,13 +283,13 @@ def fit(
     state, done, curve = start, 0, Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
     settings: dict[str, Any] = {}
     if checkpoint is not None:
-        settings = {
+        settings = names | {
             "steps": steps,
-            "batch": example.shape[0],
+            "batch": task.batch,
             "rate": rate,
-            "ema": ema,
+            "ema": float(ema),
             "batched": task.batched,
-        } | names
+        }
         settings |= {"key": checkpoints.digest(key), "interpolant": f"{type(path).__name__} {checkpoints.digest(path)}"}
         settings |= {"network at the start": checkpoints.digest((parameters, frame))}
         settings |= {"state": f"{example.dtype}{example.shape[1:]}"}
@@ -301,7 +307,7 @@ def fit(
                 whole[done:stop] = np.asarray(part)[: stop - done]
             _check_finite(curve, done, stop)
             # The first round holds the compilation, and is one step.
-            size = max(1, min(_LONGEST, int((stop - done) * _DISPATCH / (time.monotonic() - began))))
+            size = max(1, min(_LONGEST, int((stop - done) * _DISPATCH / max(time.monotonic() - began, 1e-9))))
             done = stop
             if checkpoint is not None and (done % every == 0 or done == steps):
                 checkpoints.write(checkpoint, settings, (state, curve), done)
