@@ -51,6 +51,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/pareto.py
 	$(BIN)/python benchmarks/blackbox.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py
+	$(BIN)/python benchmarks/text.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg"},
-    {"interpolants", "mixtures", "rewards", "progress", "resampling"},
+    {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints"},
     {"models", "external", "objectives", "lora"},
-    {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard"},
+    {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},

@@ -14,6 +14,7 @@ from tiltjax import (
     interpolants,
     lora,
     metrics,
+    networks,
     objectives,
     plotting,
     potentials,
@@ -22,6 +23,7 @@ from tiltjax import (
     resampling,
     rewards,
     tempering,
+    training,
 )
 from tiltjax.anisotropic import gibbs
 from tiltjax.annealed import Annealed
@@ -47,6 +49,7 @@ from tiltjax.smc import das, fk_steering, smc, tds
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver, Unmask
 from tiltjax.surrogates import Bootstrap, GaussianProcess, Surrogate
 from tiltjax.tilted import Rescheduled, Tilted
+from tiltjax.training import fit
 
 __all__ = [
     # models: what is known of the base law
@@ -70,6 +73,9 @@ __all__ = [
     "VP",
     "DiscreteVP",
     "interpolants",
+    "fit",
+    "training",
+    "networks",
     # rewards: what is wanted
     "Reward",
     "rewards",
