@@ -371,8 +371,6 @@ def test_bad_input_says_what_to_do():
         tj.Completions(MODEL, reward, lean=1.0)
     with pytest.raises(TypeError, match="a model of tokens: MarkovChain or from_logits"):
         tj.Completions(tj.Analytic(tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])), reward)
-    with pytest.raises(TypeError, match="must return a floating number, got int"):
-        tj.smc(jax.random.key(0), MODEL, tj.Completions(MODEL, jnp.sum), num=4)
     with pytest.raises(ValueError, match="one scalar"):
         tj.smc(jax.random.key(0), MODEL, tj.Completions(MODEL, lambda x: x.astype(float)), num=4)
     with pytest.raises(TypeError, match="even is True or False"):
@@ -386,3 +384,24 @@ def test_bad_input_says_what_to_do():
         tj.from_logits(network, MODEL, length=4, vocab=3, dtype=jnp.bfloat16)
     with pytest.raises(TypeError, match=r"called as fn\(t, x\)"):
         tj.from_logits(lambda x: x, length=4, vocab=3)
+    with pytest.raises(ValueError, match="Annealed mixes denoisers of numbers"):
+        tj.Annealed(MODEL, MODEL)
+    for start, message in (([[0.0, 1, 2, 3]], "are integers, got start of"), ([[0, 9, 3, 3]], "integers from 0 to 2")):
+        with pytest.raises(ValueError, match=message):
+            tj.sample(jax.random.key(0), MODEL, num=1, start=start, times=[0.5, 1.0])
+    gapped = tj.MarkovChain(INITIAL, [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]], LENGTH)
+    with pytest.raises(ValueError, match="take steps=4"):
+        tj.sample(jax.random.key(0), gapped, num=4, steps=2)
+    with pytest.raises(ValueError, match="the probability zero"):
+        tj.MarkovChain(INITIAL, [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]], LENGTH, prompt=[0, 2, 3, 3])
+
+
+def test_counts_and_functions_on_the_host_are_rewards_of_tokens():
+    host = tj.External(lambda x: 0.5 * (x == 1).sum(axis=1))
+    drawn = tj.sample(jax.random.key(1), MODEL, num=40)
+    chosen = tj.best_of_n(drawn, lambda x: jnp.sum(x == 1), 4)
+    np.testing.assert_array_equal(chosen.x, tj.best_of_n(drawn, host, 4).x)
+    counted = tj.Completions(MODEL, lambda x: jnp.sum(x == 1), 0.5)
+    runs = [tj.smc(jax.random.key(2), MODEL, guide, num=50) for guide in (counted, tj.Completions(MODEL, host))]
+    np.testing.assert_array_equal(runs[0].x, runs[1].x)
+    np.testing.assert_allclose(runs[0].log_norm, runs[1].log_norm, rtol=1e-12)

@@ -112,6 +112,12 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
                 expect(f"| {problem} | {method} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {over} |")
     for method, row in read("blackbox")["table"].items():
         expect(f"| {method} | {' | '.join(plain(*cell) for cell in row['regret'].values())} | {row['found']:.2f} |")
+    for row in read("text")["rows"]:
+        cells = " | ".join("{:.2f} ± {:.2f}".format(*row["draw"][key]) for key in ("glad", "reward", "nats"))
+        expect(f"| {row['method']} | {row['n']} | {cells} |")
+    for model, row in read("smc_scaling")["ratios"].items():
+        ratios = " | ".join(f"{row[gate]['ratio']:.2f}" for gate in ("none resampled", "below half", "every step"))
+        expect(f"| {model} | {ratios} |")
     for axis, rows in read("unbiased")["axes"].items():
         for value, row in rows.items():
             name = "*all*" if axis == "all" else f"{axis}: {value}"
