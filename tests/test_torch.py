@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import tiltjax as tj
-
-torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(0)
 W, V, POINTS = RNG.normal(size=(16, 4)), RNG.normal(size=16), RNG.normal(size=(7, 4))

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 
 import tiltjax as tj
 from tiltjax import checkpoints, training
@@ -275,7 +276,7 @@ def test_the_bar_shows_the_loss(capfd, monkeypatch):
 
 
 def test_the_curve_draws_itself():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure = Figure()
     ax = figure.subplots()
     training.Curve(np.linspace(2, 1, 250), np.ones(250)).plot(ax)
     raw, means = ax.lines
