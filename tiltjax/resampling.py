@@ -17,6 +17,7 @@ hundred. Weights need not be normalised; `-inf` is a weight of zero. Ancestors c
 *An Introduction to Sequential Monte Carlo*, chapter 9; Gerber, Chopin and Whiteley (2019) for ssp.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -48,15 +49,7 @@ def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """The same point in each of `num` equal strata."""
     num = _number(log_weights, num)
     offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
-    cumulative = _cumulative(log_weights)
-    # Equally spaced points below a cumulative weight can be counted, which is faster than to look each of them up. The whole of the weight
-    # is above all of them, whatever is lost in the product.
-    scaled = cumulative * (num / cumulative[-1])
-    below = jnp.floor(scaled) + jnp.where(scaled - jnp.floor(scaled) > offset, 1, 0)
-    ends = jnp.where(cumulative == cumulative[-1], num, jnp.clip(below, 0, num)).astype(jnp.int32)
-    passed = jnp.zeros(num + 1, jnp.int32).at[ends].add(1)
-    ancestors = jax.lax.associative_scan(jnp.add, passed[:num])
-    return jnp.minimum(ancestors, len(log_weights) - 1)
+    return _counted(log_weights, offset, num)
 
 
 def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
@@ -113,11 +106,26 @@ def _weights(log_weights: Array) -> Array:
     return jnp.exp(log_weights - jnp.max(log_weights))
 
 
+@jax.jit  # a scan of many operations, each of which would be compiled by itself
 def _cumulative(log_weights: Array) -> Array:
     """Partial sums of the weights; those of zero add nothing at all, whatever the order of summation rounds to."""
     weights = _weights(log_weights)
     sums = jax.lax.associative_scan(jnp.add, weights)
     return jax.lax.associative_scan(jnp.maximum, jnp.where(weights > 0, sums, 0.0))
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def _counted(log_weights: Array, offset: Array, num: int) -> Array:
+    """The particles under the points `(j + offset) / num`."""
+    cumulative = _cumulative(log_weights)
+    # Equally spaced points below a cumulative weight can be counted, which is faster than to look each of them up. The whole of the weight
+    # is above all of them, whatever is lost in the product.
+    scaled = cumulative * (num / cumulative[-1])
+    below = jnp.floor(scaled) + jnp.where(scaled - jnp.floor(scaled) > offset, 1, 0)
+    ends = jnp.where(cumulative == cumulative[-1], num, jnp.clip(below, 0, num)).astype(jnp.int32)
+    passed = jnp.zeros(num + 1, jnp.int32).at[ends].add(1)
+    ancestors = jax.lax.associative_scan(jnp.add, passed[:num])
+    return jnp.minimum(ancestors, len(log_weights) - 1)
 
 
 def _look_up(log_weights: Array, points: Array) -> Array:
