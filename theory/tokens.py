@@ -80,13 +80,13 @@ def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given
 
     **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that excludes all.
     """
-    law, values = _tilted(chain, reward, scale, given)
+    states, law, values = _tilted(chain, reward, scale, given)
     log_norm = jax.nn.logsumexp(law + values)
     if inputs.concrete(log_norm) and not np.isfinite(log_norm):
         raise ValueError(
             f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite"
         )
-    return TokenLaw(token_states(len(chain.log_initial), chain.length), jnp.exp(law + values - log_norm), log_norm)
+    return TokenLaw(states, jnp.exp(law + values - log_norm), log_norm)
 
 
 def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
@@ -129,8 +129,8 @@ def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale:
     return jax.nn.logsumexp(message)
 
 
-def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any) -> tuple[Array, Array]:
-    """The log-law that is tilted, and `scale * r`, of all states."""
+def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any) -> tuple[Array, Array, Array]:
+    """All states, the log-law that is tilted, and `scale * r`."""
     vocab = len(chain.log_initial)
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
     scale, fn = inputs.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
@@ -150,4 +150,4 @@ def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any) ->
         log_law = log_law - mass
     values = jax.vmap(lambda x: rewards.value(fn, x))(states).astype(dtype)
     # At scale 0 an exclusion is none.
-    return log_law, jnp.where(scale == 0, 0.0, scale * values)
+    return states, log_law, jnp.where(scale == 0, 0.0, scale * values)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import inputs
+from tiltjax import inputs, networks
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
@@ -359,15 +359,10 @@ def _checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batche
 def _refuse_training_mode(fn: Any) -> None:
     if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
         return
-    from flax import nnx
-
-    for path, module in nnx.iter_modules(fn):
-        if getattr(module, "deterministic", True) is False or getattr(module, "use_running_average", True) is False:
-            name = "/".join(map(str, path)) or "the module itself"
-            raise ValueError(
-                f"{type(module).__name__} ({name}) is in training mode and would change its state while sampling: call "
-                ".eval() on the network first"
-            )
+    if (part := networks.in_training_mode(fn)) is not None:
+        raise ValueError(
+            f"{part} is in training mode and would change its state while sampling: call .eval() on the network first"
+        )
 
 
 # A network that wants a batch, called from code for one sample. `custom_vmap` turns every `vmap` axis around the call

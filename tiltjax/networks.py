@@ -130,13 +130,19 @@ def taken_apart(network: PyTree) -> tuple[dict[str, Array], Frame]:
     return parameters, Frame(rest, static, names, treedef)
 
 
+def in_training_mode(network: Any) -> str | None:
+    """Which part of a Flax module is in training mode, and changes while it is called; `None` if none is."""
+    for path, module in nnx.iter_modules(network):
+        if getattr(module, "deterministic", True) is False or getattr(module, "use_running_average", True) is False:
+            return f"{type(module).__name__} ({'/'.join(map(str, path)) or 'the module itself'})"
+    return None
+
+
 def _refuse_training_mode(network: PyTree) -> None:
     is_module = lambda node: isinstance(node, nnx.Module)
     for whole in filter(is_module, jax.tree.leaves(network, is_leaf=is_module)):
-        for path, module in nnx.iter_modules(whole):
-            if getattr(module, "deterministic", True) is False or getattr(module, "use_running_average", True) is False:
-                name = "/".join(map(str, path)) or "the module itself"
-                raise ValueError(
-                    f"{type(module).__name__} ({name}) is in training mode: dropout and running statistics change a module while it "
-                    "is called, and a training step here is a function of its parameters alone. Call .eval() on the network first"
-                )
+        if (part := in_training_mode(whole)) is not None:
+            raise ValueError(
+                f"{part} is in training mode: dropout and running statistics change a module while it is called, and a training step here "
+                "is a function of its parameters alone. Call .eval() on the network first"
+            )

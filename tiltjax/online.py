@@ -83,46 +83,43 @@ def optimise(
     key_start, key_last, *keys = jax.random.split(key, rounds + 2)
     if model.tokens:
         raise ValueError("optimise is for states of numbers: surrogates of tokens would take them for coordinates")
-    if earlier is not None:
-        inputs.instance(earlier, Search, "earlier", "what optimise returned")
-        if earlier.x.shape[1:] != model.shape:
-            raise ValueError(f"earlier queries must be states of shape {model.shape}, got {earlier.x.shape[1:]}")
-    before = 0 if earlier is None else len(earlier.values)
-    x = np.zeros((before + rounds * batch, *model.shape), model.dtype)
-    values, known = np.zeros(len(x), model.dtype), np.zeros(len(x), bool)
-    number = np.concatenate(
-        [np.zeros(before, int) if earlier is None else earlier.rounds, np.repeat(np.arange(rounds), batch)]
-    )
-    if earlier is not None:
-        number[before:] += 1 + (number[:before].max() if before else 0)
-        x[:before], values[:before], known[:before] = earlier.x, earlier.values, True
+    if earlier is None:
+        earlier = Search(np.zeros((0, *model.shape)), np.zeros(0), np.zeros(0, int), None)
+    inputs.instance(earlier, Search, "earlier", "what optimise returned")
+    if earlier.x.shape[1:] != model.shape:
+        raise ValueError(f"earlier queries must be states of shape {model.shape}, got {earlier.x.shape[1:]}")
+    new, before = rounds * batch, len(earlier.values)
+    x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
+    values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
+    first = earlier.rounds.max(initial=-1) + 1
+    number = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), batch)])
+    fit = lambda key, done: _fit(key, surrogate, jnp.asarray(x), jnp.asarray(values), jnp.arange(len(x)) < done)
 
-    def ask(j: int, states: np.ndarray) -> None:
+    def ask(done: int, states: np.ndarray) -> None:
         try:
             answer = _checked(query(states.copy()), batch, values.dtype)
         except Exception as error:
-            if np.any(known):
+            if done:
                 error.add_note(
-                    f"The {np.sum(known)} queries before are in this error's .search: go on with earlier=error.search."
+                    f"The {done} queries before are in this error's .search: go on with earlier=error.search."
                 )
-            error.search = Search(x[known], values[known], number[known], None)  # pyright: ignore[reportAttributeAccessIssue]
+            error.search = Search(x[:done], values[:done], number[:done], None)  # pyright: ignore[reportAttributeAccessIssue]
             raise
-        rows = slice(before + j * batch, before + (j + 1) * batch)
-        x[rows], values[rows], known[rows] = states, answer, True
+        x[done : done + batch], values[done : done + batch] = states, answer
 
     with progress_bar.bar("asking", rounds, enabled=progress) as bar:
         for j in range(rounds):
-            if not np.any(known):
-                ask(j, np.asarray(sample(key_start, model, num=batch).x))
-                bar.tick(jnp.asarray(j, jnp.int32))
-                continue
-            key_fit, key_run, key_choice = jax.random.split(keys[j], 3)
-            learned = _fit(key_fit, surrogate, *map(jnp.asarray, (x, values, known)))
-            particles = smc(key_run, model, guide(model, learned, scale), num=num, **settings)
-            ask(j, np.asarray(_distinct(key_choice, particles.x, particles.log_weights, batch)))
+            done = before + j * batch
+            if done:
+                key_fit, key_run, key_choice = jax.random.split(keys[j], 3)
+                guidance = guide(model, fit(key_fit, done), scale)
+                particles = smc(key_run, model, guidance, num=num, **settings)
+                states = _distinct(key_choice, particles.x, particles.log_weights, batch)
+            else:
+                states = sample(key_start, model, num=batch).x
+            ask(done, np.asarray(states))
             bar.tick(jnp.asarray(j, jnp.int32))
-        learned = _fit(key_last, surrogate, *map(jnp.asarray, (x, values, known)))
-    return Search(x, values, number, learned)
+        return Search(x, values, number, fit(key_last, len(x)))
 
 
 def _checked(answer: Any, batch: int, dtype: Any) -> np.ndarray:

@@ -152,13 +152,29 @@ class Heun(Solver):
         return jax.lax.cond(u < 1, trapezoid, lambda state: (denoised, state), state)
 
 
-class Ancestral(Solver):
-    """The Gaussian kernel of one step. **Arguments:** `eta >= 0`, the noise: 1 ancestral (DDPM), 0 deterministic (DDIM)."""
-
-    eta: Array
+class Stochastic(Solver):
+    """A step that is a draw from a kernel, which a weighted run can shift and weigh; subclasses define `kernel` and `finish`."""
 
     stochastic = True
     order = 1
+
+    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel | Reveal:
+        """The step from t to u."""
+        raise NotImplementedError
+
+    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
+        """The last step of a weighted run, to t = 1, from the unguided denoiser."""
+        raise NotImplementedError
+
+    def step(self, keys, interpolant, field, t, u, x, state):
+        denoised, state = field(keys.guidance, t, x, state)
+        return self.kernel(interpolant, t, u).propose(keys.noise, x, denoised, None)[0], state
+
+
+class Ancestral(Stochastic):
+    """The Gaussian kernel of one step. **Arguments:** `eta >= 0`, the noise: 1 ancestral (DDPM), 0 deterministic (DDIM)."""
+
+    eta: Array
 
     def __init__(self, eta: float | Array = 1.0):
         self.eta = inputs.nonnegative(eta, "eta")
@@ -174,16 +190,12 @@ class Ancestral(Solver):
         std = self.eta * sigma_u * jnp.sqrt(1 - rho**2)
         return Kernel(keep, interpolant.alpha(u) - keep * interpolant.alpha(t), std, interpolant.tweedie(t), self.eta)
 
-    def step(self, keys, interpolant, field, t, u, x, state):
-        denoised, state = field(keys.guidance, t, x, state)
-        return self.kernel(interpolant, t, u).propose(keys.noise, x, denoised, None)[0], state
-
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
         """The last step: a jump to the denoiser, without noise."""
         return denoised
 
 
-class Unmask(Solver):
+class Unmask(Stochastic):
     """Tokens: every hidden one is shown with chance `(alpha_u - alpha_t) / (1 - alpha_t)`, drawn from its law given what is known.
 
     Tokens of one step are drawn independently of each other: fewer at a time follow the model more closely, one at a time exactly.
@@ -194,9 +206,6 @@ class Unmask(Solver):
 
     even: bool = eqx.field(static=True, default=True)
 
-    stochastic = True
-    order = 1
-
     def __check_init__(self) -> None:
         if not isinstance(self.even, bool):
             raise TypeError(
@@ -206,10 +215,6 @@ class Unmask(Solver):
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Reveal:
         """The step from t to u."""
         return Reveal((interpolant.alpha(u) - interpolant.alpha(t)) / (1 - interpolant.alpha(t)), self.even)
-
-    def step(self, keys, interpolant, field, t, u, x, state):
-        denoised, state = field(keys.guidance, t, x, state)
-        return self.kernel(interpolant, t, u).propose(keys.noise, x, denoised, None)[0], state
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
         """The last step: all that is hidden is shown."""
