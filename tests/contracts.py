@@ -4,6 +4,11 @@ A new guidance, posterior or solver is tested by being listed in `all_guidances`
 witnesses (`np_condition`, `np_tilt`, ...) are dense NumPy, sharing no code with the library.
 """
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,3 +251,10 @@ def traced(fn):
         return fn(*args)
 
     return counted, calls
+
+
+def on_eight_devices(script):
+    """What an indented program printed, in a process of its own with eight virtual devices."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)

@@ -4,10 +4,6 @@ Tiers: exact (float64, 1e-9 between batchings), statistical (5 standard errors).
 """
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 
 import chex
 import contracts
@@ -87,15 +83,7 @@ def test_over_eight_devices_as_on_one():
         np.testing.assert_allclose(eight.log_norm, one.log_norm, rtol=1e-9)
         print("equal")
     """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = contracts.on_eight_devices(script)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 

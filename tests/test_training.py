@@ -4,7 +4,6 @@ Tier: exact (formulas, bits), statistical (|estimate - truth| < 5 standard error
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -523,13 +522,5 @@ def test_over_eight_devices_as_on_one():
                 raise AssertionError(words)
         print("equal")
     """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = contracts.on_eight_devices(script)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
