@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints"},
-    {"models", "external", "objectives", "lora"},
+    {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
-    {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
+    {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates", "finetuning"},
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},
     {"audit", "online"},

@@ -21,7 +21,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import tiltjax as tj
-from tiltjax import checkpoints, training
+from tiltjax import checkpoints, descent, training
 
 KEY = jax.random.key(0)
 PATHS = contracts.paths()
@@ -265,8 +265,8 @@ def test_networks_of_every_kind_are_trained(name):
 
 
 def test_the_bar_shows_the_loss(capfd, monkeypatch):
-    monkeypatch.setattr(tj.training.progress_bar, "_DELAY", 0.0)
-    monkeypatch.setattr(tj.training.progress_bar, "_INTERVAL", 0.0)
+    monkeypatch.setattr(descent.progress_bar, "_DELAY", 0.0)
+    monkeypatch.setattr(descent.progress_bar, "_INTERVAL", 0.0)
     training.fit(KEY, network(), gaussian(50), steps=3)
     assert capfd.readouterr().err == ""
     training.fit(KEY, network(), gaussian(50), steps=3, progress=True)
@@ -357,7 +357,7 @@ def stopping(file, steps, every, at):
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.progress_bar._Bar, "update", update)
+        patch.setattr(descent.progress_bar._Bar, "update", update)
         with pytest.raises(Stop):
             run(file, steps=steps, every=every, progress=True)
 
@@ -380,7 +380,7 @@ def test_a_run_that_was_interrupted_continues_to_the_same_bits(tmp_path):
 
 def test_how_often_the_host_asks_changes_no_bit(monkeypatch):
     whole = run()
-    monkeypatch.setattr(training, "_LONGEST", 3)
+    monkeypatch.setattr(descent, "_LONGEST", 3)
     assert same_bits(run(), whole)
 
 

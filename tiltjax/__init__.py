@@ -11,6 +11,8 @@ tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 
 from tiltjax import (
     annealed,
+    descent,
+    finetuning,
     interpolants,
     lora,
     metrics,
@@ -32,6 +34,7 @@ from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
 from tiltjax.discrete import Completions, MarkovChain, Masked, from_logits
 from tiltjax.external import External, Record, ValueOnly, failures, from_torch
+from tiltjax.finetuning import finetune
 from tiltjax.flows import Flow, flow
 from tiltjax.guidance import Clipped, Doob, Estimate, Guidance, Laplace, Normalized, PlugIn, Unscaled, dps, fmrg
 from tiltjax.interpolants import VP, DiscreteVP, Interpolant, Linear
@@ -74,7 +77,10 @@ __all__ = [
     "DiscreteVP",
     "interpolants",
     "fit",
+    "finetune",
     "training",
+    "finetuning",
+    "descent",
     "networks",
     # rewards: what is wanted
     "Reward",

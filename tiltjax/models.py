@@ -59,6 +59,10 @@ class Model(eqx.Module):
         """`∇ log p_t(x)`."""
         return self.interpolant.score(t, x, self.denoise(t, x))
 
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        """`denoise` of states `(n, *shape)` at one time; differentiable also in the parameters of a network that wants a batch."""
+        return jax.vmap(lambda x: self.denoise(t, x))(x)
+
     def noise(self, t: Array, x: Array) -> Array:
         """`E[X_0 | X_t = x]`."""
         return self.interpolant.noise(t, x, self.denoise(t, x))
@@ -210,6 +214,13 @@ class Network(Model):
         t = jnp.asarray(t, x.dtype)
         output = ask(self.net, t, x, x.shape, self.batched)
         return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        if not self.batched:
+            return super().denoise_batch(t, x)
+        t = jnp.asarray(t, x.dtype)
+        output = _checked(self.net(jnp.broadcast_to(t, len(x)), x), x.shape, x.shape[1:], True).astype(x.dtype)
+        return jax.vmap(lambda x, output: self.to_denoised(self.interpolant, t, x, output))(x, output)
 
 
 def from_velocity(
@@ -411,7 +422,9 @@ def _call_forward(net, t, x):
     # By type: a Flax variable forwards unknown attributes to its array, so it would pass for anything.
     primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
     if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=primal) if primal(leaf)):
-        raise TypeError("a batched=True network is not differentiable in its parameters here: use batched=False")
+        raise TypeError(
+            "a batched=True network is not differentiable in its parameters here: use batched=False, or Model.denoise_batch"
+        )
     values = jax.tree.map(lambda leaf: leaf.value if primal(leaf) else leaf, (net, t, x), is_leaf=primal)
     return _forward(*values), values
 
