@@ -16,7 +16,7 @@ LAYERS = (
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates", "finetuning"},
     {"sampling", "selection", "flows"},
-    {"conjugate", "smc", "discrete"},
+    {"conjugate", "smc", "discrete", "densities"},
     {"audit", "online"},
     {"problems", "metrics", "plotting"},
 )

@@ -32,6 +32,7 @@ from tiltjax.annealed import Annealed
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
+from tiltjax.densities import Density, density
 from tiltjax.discrete import Completions, MarkovChain, Masked, from_logits
 from tiltjax.external import External, Record, ValueOnly, failures, from_torch
 from tiltjax.finetuning import finetune
@@ -123,6 +124,8 @@ __all__ = [
     "smc",
     "audit",
     "Audit",
+    "density",
+    "Density",
     "fk_steering",
     "das",
     "tds",

@@ -1,0 +1,51 @@
+"""The density of what a flow makes: against an affine flow (exact) and the identity `E_q[p / q] = 1` (statistical)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import theory
+import tiltjax as tj
+
+KEY = jax.random.key(0)
+MIXTURE = tj.GaussianMixture([0.4, 0.6], [[-1.5, 0.0], [1.5, 0.5]], 0.4 * jnp.stack([jnp.eye(2)] * 2))
+MODEL = tj.Analytic(MIXTURE)
+REWARD = tj.rewards.Quadratic([0.5, 1.0], weight=0.3)
+
+
+@pytest.mark.parametrize("solver", [tj.Heun(), tj.Euler()], ids=["heun", "euler"])
+def test_an_affine_flow_makes_a_gaussian(solver):
+    # The map of a coordinate is x -> a x + b: two points tell it, and with it the law of seven coarse steps.
+    gaussian = tj.GaussianMixture([1.0], [[1.0, -2.0]], [jnp.diag(jnp.asarray([0.5, 0.9]))])
+    model, run = tj.Analytic(gaussian), {"times": jnp.linspace(0.01, 1.0, 8), "solver": solver}
+    ends = tj.sample(KEY, model, num=2, start=jnp.asarray([[0.0, 0.0], [1.0, 1.0]]), **run).x
+    slope, sigma = np.asarray(ends[1] - ends[0]), 0.99
+    got = tj.density(KEY, model, num=20, **run)
+    law = tj.GaussianMixture([1.0], ends[:1], [jnp.diag(jnp.asarray((slope * sigma) ** 2))])
+    np.testing.assert_allclose(got.log_prob, jax.vmap(law.log_prob)(got.x), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["base", "guided", "tilted"])
+def test_importance_weights_have_mean_one(name):
+    model = tj.Tilted(MODEL, REWARD, 2.0) if name == "tilted" else MODEL
+    guidance = tj.Laplace(MODEL, REWARD, 2.0) if name == "guided" else None
+    num = 2000
+    x, log_prob = tj.density(KEY, model, guidance, num=num, steps=12)
+    truth = MIXTURE if name == "base" else theory.tilt(MIXTURE, REWARD, 2.0).mixture
+    ratio = np.exp(np.asarray(jax.vmap(truth.log_prob)(x) - log_prob))
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(num)
+    assert ratio.std() / np.sqrt(num) < 0.1
+    assert np.mean(np.log(ratio)) < 0
+
+
+def test_what_has_no_density_is_refused():
+    with pytest.raises(ValueError, match="no density to follow"):
+        tj.density(KEY, MODEL, num=2, solver=tj.Ancestral())
+    with pytest.raises(ValueError, match="no density to follow"):
+        tj.density(KEY, MODEL, num=2, solver=tj.Adaptive())
+    with pytest.raises(ValueError, match="draws at random"):
+        tj.density(KEY, MODEL, tj.PlugIn(tj.Exact(MODEL), REWARD, 2.0), num=2)
+    constant = tj.from_denoiser(lambda t, x: jnp.zeros_like(x), shape=(2,))
+    with pytest.raises(FloatingPointError, match="3 of 3 log-densities"):
+        tj.density(KEY, constant, num=3, steps=4)

@@ -1,0 +1,115 @@
+r"""`density`: samples of a flow, with the log-density of the law that they come from.
+
+A deterministic solver maps the noise that a run starts from to its sample, `x_1 = F(x_0)`, and the law of the samples has the density
+
+    log q(x_1) = log N(x_0; 0, sigma^2 I) - log |det F'(x_0)|,        sigma that of the first time,
+
+exactly, whatever the number of steps: it is the law of what the solver makes, not of the flow it approximates. Where the density of the target is
+known, the mean of `log q - log target` is the divergence of the two, and the mean of `target / q` a normalising constant; no weights and no noise are
+needed, which an `audit` is made of. The d columns of `F'` are pushed through the run together: this is for small d.
+
+F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of which one term is seen: the mean of `base / q` above 1 tells.
+A guidance that draws at random folds at every step, and is refused.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import inputs
+from tiltjax.guidance import Guidance, check
+from tiltjax.models import Model
+from tiltjax.sampling import fitting, how_many, sample
+from tiltjax.solvers import Adaptive, Heun, Solver
+from tiltjax.tilted import Tilted
+
+
+class Density(NamedTuple):
+    """Samples `(num, *shape)`, and the log-density of their law at each, `(num,)`."""
+
+    x: Array
+    log_prob: Array
+
+
+def density(
+    key: Array,
+    model: Model,
+    guidance: Guidance | None = None,
+    *,
+    num: int,
+    steps: int | None = None,
+    times: Array | None = None,
+    solver: Solver | None = None,
+    batch: int | None = None,
+) -> Density:
+    """`num` samples of `model`, tilted as far as `guidance` manages, and the log-density of their law.
+
+    Arguments as in `sample`.
+
+    **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function of the start), for `Adaptive` (without forward
+    derivatives), for guidances that draw at random, and for models that do not start from Gaussian noise; `FloatingPointError` for a density that is not
+    finite.
+    """
+    key = inputs.typed_key(key)
+    inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
+    solver = fitting(model, solver, Heun())
+    if solver.stochastic or isinstance(solver, Adaptive):
+        raise ValueError(
+            f"{type(solver).__name__} has no density to follow: use Heun() or Euler(); noise is weighed by audit"
+        )
+    plain = model
+    while isinstance(plain, Tilted):
+        plain = plain.model  # from whose noise it starts
+    if type(plain).initial is not Model.initial:
+        raise ValueError(f"{type(model).__name__} starts from a law of its own, whose density is not known here")
+    num = inputs.count(num, "num")
+    batch = None if batch is None else min(inputs.count(batch, "batch"), num)
+    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
+    model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
+    if guidance is not None:
+        check(guidance, model)
+        answers = [np.asarray(_answer(model, guidance, jax.random.key(seed), times)) for seed in range(2)]
+        if not np.array_equal(*answers, equal_nan=True):
+            raise ValueError(
+                f"{type(guidance).__name__} draws at random, and its flow has no density that one path can tell: use audit, or a guidance without draws"
+            )
+    drawn = _density(key, model, guidance, solver, times, num, batch)
+    if inputs.concrete(drawn) and not np.all(np.isfinite(drawn.log_prob)):
+        bad = ~np.isfinite(np.asarray(drawn.log_prob))
+        raise FloatingPointError(
+            f"{bad.sum()} of {num} log-densities are not finite, the first that of sample {bad.argmax()}: the flow is not invertible there, or NaN"
+        )
+    return drawn
+
+
+@eqx.filter_jit
+def _answer(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
+    """What the guidance says of one state in the middle of a run."""
+    model, guidance, times = inputs.cast((model, guidance, times), model.dtype)
+    x = model.initial(jax.random.key(0), times[0])
+    return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted
+
+
+@eqx.filter_jit
+def _density(key, model, guidance, solver, times, num, batch) -> Density:
+    sigma = inputs.cast(model.interpolant, model.dtype).sigma(jnp.asarray(times[0], model.dtype))
+
+    def one(key: Array) -> Density:
+        key_start, key_run = jax.random.split(key)
+        start = model.initial(key_start, jnp.asarray(times[0], model.dtype))
+
+        def run(flat: Array) -> tuple[Array, Array]:
+            x = sample(
+                key_run, model, guidance, num=1, times=times, start=flat.reshape(1, *model.shape), solver=solver
+            ).x[0]
+            return x.reshape(-1), x
+
+        slope, x = jax.jacfwd(run, has_aux=True)(start.reshape(-1))
+        of_start = jnp.sum(jax.scipy.stats.norm.logpdf(start.reshape(-1) / sigma) - jnp.log(sigma))
+        return Density(x, of_start - jnp.linalg.slogdet(slope)[1])
+
+    return jax.lax.map(one, jax.random.split(key, num), batch_size=num if batch is None else batch)
