@@ -15,9 +15,9 @@ LAYERS = (
     {"models", "external", "objectives", "lora"},
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
-    {"sampling", "selection", "flows"},
+    {"sampling", "selection", "flows", "populations"},
     {"conjugate", "smc", "discrete"},
-    {"audit", "online"},
+    {"audit", "online", "diversity"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]
