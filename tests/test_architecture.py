@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"inputs", "linalg"},
+    {"inputs", "linalg", "files"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints"},
     {"models", "external", "objectives", "lora"},
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
