@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"inputs", "linalg"},
+    {"inputs", "linalg", "files"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints"},
     {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "annealed", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates", "finetuning"},
-    {"sampling", "selection", "flows"},
+    {"sampling", "selection", "flows", "populations"},
     {"conjugate", "smc", "discrete", "densities"},
-    {"audit", "online"},
+    {"audit", "online", "diversity"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

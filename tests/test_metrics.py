@@ -179,33 +179,6 @@ def test_mode_weights_refuse_point_masses():
         metrics.mode_weights(normal(0, 4, 1), points)
 
 
-# --- diversity
-
-
-def test_pairwise_diversity_is_the_mean_distance():
-    x = normal(0, 70, 4)
-    distances = np.linalg.norm(x[:, None] - x[None], axis=-1)[np.triu_indices(70, 1)]
-    assert metrics.pairwise_diversity(x) == pytest.approx(distances.mean(), abs=1e-12)
-    assert metrics.pairwise_diversity(jnp.array([[0.0], [3.0]])) == 3
-    assert metrics.pairwise_diversity(jnp.ones((5, 2))) == 0
-    assert metrics.pairwise_diversity(weighted(x, jnp.arange(70) < 2)) == pytest.approx(distances[0], abs=1e-12)
-
-
-def test_spectral_diversity_counts_directions():
-    corners = jnp.concatenate([jnp.eye(5), -jnp.eye(5)])
-    assert metrics.spectral_diversity(corners) == pytest.approx(5, abs=1e-12)
-    assert metrics.spectral_diversity(corners * jnp.array([[1.0, 1.0, 0.0, 0.0, 0.0]])) == pytest.approx(2, abs=1e-12)
-    assert metrics.spectral_diversity(jnp.arange(10.0)[:, None] * jnp.arange(5.0)[None]) == pytest.approx(1, abs=1e-9)
-    assert metrics.spectral_diversity(jnp.full((10, 5), 0.1)) == 0
-    x = normal(0, 50, 3) * jnp.array([[1.0, 2.0, 5.0]])
-    values = np.linalg.eigvalsh(np.cov(x.T))
-    expected = np.exp(stats.entropy(values / values.sum()))
-    assert metrics.spectral_diversity(7 * x + 3) == pytest.approx(expected, abs=1e-10)
-    repeated = jnp.concatenate([x[:25], x[:25]])
-    got = metrics.spectral_diversity(weighted(x, jnp.arange(50) < 25))
-    assert got == pytest.approx(float(metrics.spectral_diversity(repeated)), abs=1e-10)
-
-
 # --- errors of estimates
 
 

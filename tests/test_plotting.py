@@ -289,3 +289,41 @@ def test_an_audit_is_drawn(tmp_path):
     np.testing.assert_allclose(shares[-1], 1)
     assert np.all(shares >= alike.get_ydata() - 1e-9)  # the heaviest first
     assert plotting.save(figure, tmp_path / "audit.png").stat().st_size > 10_000
+
+
+# --- reward against diversity
+
+
+def test_the_frontier_fills_what_nothing_dominates():
+    marks = [
+        plotting.Mark("a", 0.0, 1.0),
+        plotting.Mark("a", 1.0, 0.5, 0.1, 0.2),
+        plotting.Mark("b", 0.5, 0.4, 0.05, 0.05),  # below the second in both
+    ]
+    figure = plotting.frontier(marks, [[0, 2], [1, 1.5], [2, 0]], diversity="nats", suptitle="S")
+    (ax,) = figure.axes
+    dots = [c for c in ax.collections if not isinstance(c, LineCollection)]
+    np.testing.assert_allclose(np.concatenate([c.get_offsets() for c in dots]), [mark[1:3] for mark in marks])
+    white = [np.all(face == 1) for c in dots for face in c.get_facecolors()]
+    assert white == [False, False, True]
+    curve = next(line for line in ax.lines if line.get_label() == "exact tilts")
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 2], [1, 1.5], [2, 0]])
+    bars = np.concatenate([np.asarray(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)])
+    lengths = sorted(np.round(np.abs(bars[:, 1] - bars[:, 0]).max(axis=1), 12))
+    assert lengths == [0, 0, 0.1, 0.1, 0.2, 0.4]  # twice the standard errors
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["exact tilts", "base", "a", "b"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), figure.get_suptitle()) == ("mean reward", "nats", "S")
+
+
+@pytest.mark.parametrize(
+    ("marks", "curve", "message"),
+    [
+        ([], None, "one Mark"),
+        ([("a", 0.0, np.nan)], None, "all finite"),
+        ([("a", 0.0, 1.0)], [0.0, 1.0], r"shape \(2,\)"),
+        ([("a", 0.0, 1.0)], [[0.0, np.inf]], "finite pairs"),
+    ],
+)
+def test_a_frontier_of_nothing_is_refused(marks, curve, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.frontier(marks, curve)

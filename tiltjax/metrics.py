@@ -6,10 +6,10 @@ r"""How far two populations are apart, how spread one is, and how sure that numb
     `sliced_wasserstein`   `(E W2(u.X, u.Y)^2)^(1/2)`, u uniform on the sphere                 JAX, random directions
     `mmd`                  `E k(X,X') + E k(Y,Y') - 2 E k(X,Y)`, Gaussian k                    JAX, in blocks
     `mode_weights`         `E P(component k | X)` under a Gaussian mixture                     JAX
-    `pairwise_diversity`   `E|X - X'|`                                                         JAX, in blocks
-    `spectral_diversity`   `exp(-sum p log p)`, p the shares of the covariance's eigenvalues   JAX
     `standard_error`       of a mean of independent values                                     JAX
     `bootstrap`            of any statistic                                                    JAX, or a loop on the host
+
+and `tiltjax.diversity`: how spread a population is, and how much of a base law it reaches. All of it is found here, as `metrics.recall`.
 
 Populations are `(num, d)`, or `(num, *shape)` with the trailing axes flattened, or `Particles`, whose weights then count.
 Distances are in the units of the samples, `mmd` (a squared distance between kernel means) has none.
@@ -31,8 +31,34 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from tiltjax import inputs
+from tiltjax.diversity import (
+    cosine_diversity,
+    coverage,
+    pairwise_diversity,
+    recall,
+    spectral_distance,
+    spectral_diversity,
+    truncated_entropy,
+)
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.particles import Particles
+from tiltjax.populations import at_least_two, or_equal, pair, same_dimension, states, unpack
+
+__all__ = [
+    "wasserstein",
+    "sliced_wasserstein",
+    "mmd",
+    "mode_weights",
+    "pairwise_diversity",
+    "cosine_diversity",
+    "spectral_diversity",
+    "truncated_entropy",
+    "spectral_distance",
+    "recall",
+    "coverage",
+    "standard_error",
+    "bootstrap",
+]
 
 _ROWS = 256  # rows of a kernel matrix held at once
 _NUMBERS = 2**22  # floats held at once where the block's size can be chosen
@@ -61,7 +87,7 @@ def wasserstein(
     """
     x, weights_x = _on_host(x, weights_x, "x")
     y, weights_y = _on_host(y, weights_y, "y")
-    _same_dimension(x, y)
+    same_dimension(x, y)
     if x.shape[1] == 1:
         order_x, order_y = np.argsort(x[:, 0]), np.argsort(y[:, 0])
         mass_x = np.ones(len(x)) / len(x) if weights_x is None else weights_x
@@ -98,7 +124,7 @@ def sliced_wasserstein(
     **Raises:** `ValueError` or `TypeError` for shapes that disagree, empty sets, samples that are not finite.
     """
     key, num_projections = inputs.typed_key(key), inputs.count(num_projections, "num_projections")
-    x, weights_x, y, weights_y = _pair(x, y)
+    x, weights_x, y, weights_y = pair(x, y)
     return _sliced(key, x, y, weights_x, weights_y, num_projections)
 
 
@@ -118,7 +144,7 @@ def _sliced(key, x, y, weights_x, weights_y, num_projections) -> Array:
             return jnp.sum(mass * (along_x[rank_x] - along_y[rank_y]) ** 2)
 
     else:
-        weights_x, weights_y = _or_equal(weights_x, x), _or_equal(weights_y, y)
+        weights_x, weights_y = or_equal(weights_x, x), or_equal(weights_y, y)
 
         def squared(direction: Array) -> Array:
             along_x, along_y = _project(x, direction), _project(y, direction)
@@ -142,16 +168,16 @@ def mmd(x: ArrayLike | Particles, y: ArrayLike | Particles, bandwidth: float | A
 
     **Raises:** `ValueError` as `wasserstein`, for a bandwidth that is not positive, and for sets of fewer than two points.
     """
-    x, weights_x, y, weights_y = _pair(x, y)
-    _at_least_two(x, weights_x, "x")
-    _at_least_two(y, weights_y, "y")
+    x, weights_x, y, weights_y = pair(x, y)
+    at_least_two(x, weights_x, "x")
+    at_least_two(y, weights_y, "y")
     if bandwidth is None:
         width = _median_distance(x, y)
         if inputs.concrete(width) and float(width) == 0:
             raise ValueError("the median distance is 0, most points coincide: pass a positive bandwidth")
     else:
         width = inputs.positive(bandwidth, "bandwidth").astype(x.dtype)
-    return _mmd(x, y, _or_equal(weights_x, x), _or_equal(weights_y, y), width)
+    return _mmd(x, y, or_equal(weights_x, x), or_equal(weights_y, y), width)
 
 
 @jax.jit
@@ -190,11 +216,11 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
     """
     if not isinstance(mixture, GaussianMixture):
         raise TypeError(f"expected a GaussianMixture, got {type(mixture).__name__}")
-    points, weights = _states(x, "x")
+    points, weights = states(x, "x")
     if points.shape[1] != mixture.dim:
         raise ValueError(f"x has d = {points.shape[1]}, the mixture d = {mixture.dim}: they must agree")
     dtype = np.promote_types(points.dtype, mixture.means.dtype)
-    shares = _mode_weights(*inputs.cast((points, _or_equal(weights, points), mixture), dtype))
+    shares = _mode_weights(*inputs.cast((points, or_equal(weights, points), mixture), dtype))
     if inputs.concrete(shares) and not np.all(np.isfinite(shares)):
         raise ValueError(f"responsibilities are not finite, got {np.asarray(shares)}: covariances must be nonsingular")
     return shares
@@ -203,47 +229,6 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
 @jax.jit
 def _mode_weights(x: Array, weights: Array, mixture: GaussianMixture) -> Array:
     return weights @ jax.vmap(lambda point: jax.nn.softmax(mixture.component_log_probs(point)))(x)
-
-
-def pairwise_diversity(x: ArrayLike | Particles) -> Array:
-    """The mean distance `sum_{i != j} v_i v_j |x_i - x_j| / (1 - sum v_i^2)` between two distinct samples, a scalar.
-
-    **Raises:** `ValueError` as `wasserstein`, and for fewer than two samples.
-    """
-    x, weights = _states(x, "x")
-    _at_least_two(x, weights, "x")
-    return _pairwise(x, _or_equal(weights, x))
-
-
-@jax.jit
-def _pairwise(x: Array, weights: Array) -> Array:
-    # Differences rather than inner products: the root would turn a rounding error of 1e-16 into 1e-8.
-    row = lambda point: jnp.sqrt(jnp.sum((x - point[None]) ** 2, axis=1)) @ weights
-    rows = jax.lax.map(row, x, batch_size=max(1, min(len(x), _NUMBERS // x.size)))
-    return weights @ rows / (1 - jnp.sum(weights**2))
-
-
-def spectral_diversity(x: ArrayLike | Particles) -> Array:
-    """The effective number of directions `exp(-sum_i p_i log p_i)`, `p_i = l_i / sum_j l_j`, `l` the covariance's eigenvalues.
-
-    A scalar between 1 (all samples on a line) and `min(d, num - 1)` (equal variance in every direction); it does not change
-    with scale, and samples that all coincide have 0. Source: Roy and Vetterli 2007, *The effective rank*, for the covariance.
-
-    **Raises:** `ValueError` as `wasserstein`, and for fewer than two samples.
-    """
-    x, weights = _states(x, "x")
-    _at_least_two(x, weights, "x")
-    return _spectral(x, _or_equal(weights, x))
-
-
-@jax.jit
-def _spectral(x: Array, weights: Array) -> Array:
-    x = x - x[:1]  # exactly zero where all samples coincide, which a mean is not
-    spread = jnp.sqrt(weights)[:, None] * (x - (weights @ x)[None])
-    values = jnp.linalg.svd(spread, compute_uv=False) ** 2
-    total = jnp.sum(values)
-    shares = values / jnp.where(total > 0, total, 1)
-    return jnp.where(total > 0, jnp.exp(jnp.sum(jax.scipy.special.entr(shares))), 0)
 
 
 def standard_error(values: ArrayLike, axis: int = 0) -> Array:
@@ -319,31 +304,11 @@ def _quantiles(cumulative_x, cumulative_y, xp):
     return xp.searchsorted(cumulative_x, middle), xp.searchsorted(cumulative_y, middle), mass
 
 
-def _or_equal(weights: Array | None, x: Array) -> Array:
-    return jnp.full(len(x), 1 / len(x), x.dtype) if weights is None else weights
-
-
-def _states(value: Any, name: str) -> tuple[Array, Array | None]:
-    """Samples as `(num, d)`, in at least float32, and normalised weights, or `None` if those are known to be equal."""
-    x, log_weights = _unpack(value, name)
-    x = jnp.asarray(x).reshape(len(x), -1)
-    x = x.astype(
-        np.promote_types(x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float), np.float32)
-    )
-    return x, None if log_weights is None else jax.nn.softmax(log_weights.astype(x.dtype))
-
-
-def _pair(x: Any, y: Any) -> tuple[Array, Array | None, Array, Array | None]:
-    (x, weights_x), (y, weights_y) = _states(x, "x"), _states(y, "y")
-    _same_dimension(x, y)
-    return inputs.cast((x, weights_x, y, weights_y), np.promote_types(x.dtype, y.dtype))
-
-
 def _on_host(value: Any, weights: ArrayLike | None, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples as `(num, d)` and normalised weights, `None` if equal, both in float64; points without mass are dropped."""
     if isinstance(value, Particles) and weights is not None:
         raise TypeError(f"{name} is Particles and has its weights: leave weights_{name} out, or pass {name}.x")
-    x, log_weights = _unpack(value, name)
+    x, log_weights = unpack(value, name)
     x = np.asarray(x, np.float64).reshape(len(x), -1)
     if log_weights is not None:
         log_weights = np.asarray(log_weights, np.float64)
@@ -357,45 +322,3 @@ def _on_host(value: Any, weights: ArrayLike | None, name: str) -> tuple[np.ndarr
         raise ValueError(f"weights_{name} must be finite and non-negative with positive mass, got {weights}")
     kept = weights > 0
     return x[kept], weights[kept] / np.sum(weights[kept])
-
-
-def _unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
-    """The samples as they came, and the log-weights, `None` if those are known to be equal; both checked."""
-    log_weights = None
-    if isinstance(value, Particles):
-        value, log_weights = value.x, value.log_weights
-        if log_weights.shape != (len(value),):
-            raise ValueError(f"{name}.log_weights must have shape ({len(value)},), got {log_weights.shape}")
-        if inputs.concrete(log_weights) and len(log_weights):
-            read = np.asarray(log_weights, np.float64)
-            if not np.isfinite(read.max()):  # NaN if any of them is
-                raise ValueError(
-                    f"{name}.log_weights must be finite or -inf, not all -inf: their maximum is {read.max()}"
-                )
-            log_weights = None if np.ptp(read) == 0 else log_weights
-    x = value if isinstance(value, jax.Array) else np.asarray(value)
-    if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise TypeError(f"{name} must be real numbers, got {type(value).__name__} of dtype {x.dtype}")
-    if x.ndim < 2:
-        hint = f": for samples on the line pass {name}[:, None]" if x.ndim == 1 else ""
-        raise ValueError(f"{name} must be samples of shape (num, d) or (num, *shape), got shape {x.shape}{hint}")
-    if x.size == 0:
-        raise ValueError(f"{name} must hold at least one sample of at least one number, got shape {x.shape}")
-    if inputs.concrete(x):
-        bad = ~np.isfinite(np.asarray(x).reshape(len(x), -1)).all(axis=1)
-        if bad.any():
-            where = f"{bad.sum()} of {len(x)} samples hold NaN or infinity, the first at index {bad.argmax()}"
-            raise ValueError(f"{name} must be finite: {where}")
-    return x, log_weights
-
-
-def _same_dimension(x: Any, y: Any) -> None:
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have one dimension, got d = {x.shape[1]} and d = {y.shape[1]}")
-
-
-def _at_least_two(x: Array, weights: Array | None, name: str) -> None:
-    alone = weights is not None and inputs.concrete(weights) and np.max(np.asarray(weights)) == 1
-    if len(x) < 2 or alone:
-        got = "one that carries all of the weight" if alone else f"{len(x)}"
-        raise ValueError(f"{name} must hold at least two samples, for the pairs they make; got {got}")

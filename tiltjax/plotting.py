@@ -6,6 +6,7 @@ r"""The figures people look at: samples and paths over the law they should follo
     `panel`              one method: the density, its samples (dots, or a histogram) and a few of its paths
     `comparison`         a grid of panels over one density with one legend
     `audit`              what the weights of an audit say: their law, and how few paths carry them
+    `frontier`           reward against diversity: every method a mark, the exact tilts the curve
     `save`               the file: all of it or nothing
 
 A contour is labelled by mass: level 0.9 encloses the smallest region of the plotted window that holds 90% of the mass in it.
@@ -15,12 +16,7 @@ Matplotlib is imported when a figure is made, and its global state (`pyplot`, `r
 changed. Colours are those of Okabe and Ito, which readers with any colour vision can tell apart.
 """
 
-import contextlib
-import io
-import os
-import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,18 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from tiltjax import inputs
+from tiltjax import inputs, objectives
 from tiltjax.audit import Audit
+from tiltjax.files import save as save
+from tiltjax.files import target as target
 from tiltjax.particles import Particles
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#007A5E"
+_CYCLE = (BLUE, VERMILION, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "#8A7A00")
 _INK, _MUTED, _RULE = "#222222", "#6B6B6B", "#BDBDBD"
 _LAND = ("#F7F5F0", "#ECE7DB", "#DDD5C2", "#C9BDA2")  # filled regions, from the outermost inwards
 _CONTOUR = "#6E6551"
 LEVELS = (0.3, 0.6, 0.9, 0.99)
 _GRID = {1: 1024, 2: 192}
 _DOTS, _LINES = 4000, 24
-_FORMATS = ("png", "pdf", "svg")
 
 
 class Panel(NamedTuple):
@@ -54,6 +52,16 @@ class Panel(NamedTuple):
     path: Any = None
     note: str = ""
     highlight: bool = False
+
+
+class Mark(NamedTuple):
+    """What `frontier` shows of one run of a method: two numbers and their standard errors. Marks of one title are a sweep."""
+
+    title: str
+    reward: float
+    diversity: float
+    reward_error: float = 0.0
+    diversity_error: float = 0.0
 
 
 class _Field(NamedTuple):
@@ -205,65 +213,65 @@ def audit(report: Audit) -> Any:
     right.set_xlabel("heaviest paths, as a share of all", color=_MUTED, fontsize=9)
     right.set_title(f"share of the weight (Pareto k = {report.pareto_k:.2f})", loc="left", fontsize=10, color=_INK)
     for ax in (left, right):
-        ax.tick_params(length=2.5, width=0.6, color=_RULE, labelcolor=_MUTED, labelsize=8)
-        for side, spine in ax.spines.items():
-            spine.set(color=_RULE, linewidth=0.6, visible=side in ("left", "bottom"))
+        _plain(ax)
     left.spines["left"].set_visible(False)
-    figure.suptitle(
-        report.verdict.split(":")[0] + f" · {report.sampler}",
-        x=0.012,
-        ha="left",
-        fontsize=11,
-        fontweight="bold",
-        color=_INK,
-    )
+    title = report.verdict.split(":")[0] + f" · {report.sampler}"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=_INK)
     return figure
 
 
-def save(figure: Any, path: str | os.PathLike, dpi: int = 160) -> Path:
-    """Write a figure as `.png`, `.pdf` or `.svg`: either the whole file appears, or nothing changes.
+def frontier(
+    marks: Sequence[Mark],
+    curve: ArrayLike | None = None,
+    *,
+    reward: str = "mean reward",
+    diversity: str = "diversity",
+    suptitle: str = "",
+) -> Any:
+    """Reward against diversity: each method a mark with bars of one standard error, the sweep of one method a thin line.
 
-    **Returns:** the path. **Raises:** as `target`.
+    Filled are the marks that no other dominates (`objectives.front`). A mark above the curve of exact tilts is no better sampler, only another
+    one: at its mean reward the tilt is the law nearest to the base (in divergence), and what is more diverse than that is further from the base.
+
+    **Arguments:** `marks`, any number of `Mark(title, reward, diversity, ...)`; `curve`, `(m, 2)`, the same two numbers of the exact tilts by
+    rising scale, a star at the first; `reward`, `diversity`, the names of the axes.
+
+    **Raises:** `ImportError` without matplotlib; `ValueError` without marks, for numbers that are not finite, and another shape of `curve`.
     """
-    path = target(path)
-    folder = path.parent
-    content = io.BytesIO()  # what cannot be drawn fails here, before any file exists
-    figure.savefig(content, format=path.suffix.lower().removeprefix("."), dpi=dpi)
-    temporary = folder / f".{path.stem}-{uuid.uuid4().hex}.tmp"
-    try:
-        temporary.write_bytes(content.getbuffer())
-        os.replace(temporary, path)
-    except PermissionError as error:
-        raise PermissionError(f"the folder {str(folder)!r} is not writable: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    marks = [Mark(*entry) for entry in marks]
+    values = np.asarray([entry[1:] for entry in marks], np.float64).reshape(-1, 4)
+    line = np.zeros((0, 2)) if curve is None else np.asarray(curve, np.float64)
+    if not len(marks) or not np.all(np.isfinite(values)):
+        raise ValueError(f"marks must be one Mark(title, reward, diversity) or more, all finite, got {marks}")
+    if line.ndim != 2 or line.shape[1] != 2 or not np.all(np.isfinite(line)):
+        raise ValueError(f"curve must hold finite pairs (reward, diversity), shape (m, 2), got shape {line.shape}")
+    figure = _matplotlib("figure")[0].Figure(figsize=(8.0, 4.6), layout="constrained", facecolor="white")
+    ax, best = figure.subplots(), objectives.front(values[:, :2])
+    if len(line):
+        ax.plot(*line.T, color=_INK, linewidth=1.6, zorder=1, label="exact tilts")
+        ax.plot(*line[0], color=_INK, marker="*", markersize=11, linestyle="", zorder=4, label="base")
+    for i, title in enumerate(dict.fromkeys(entry.title for entry in marks)):
+        mine = np.array([entry.title == title for entry in marks])
+        x, y, x_error, y_error = values[mine].T
+        colour, marker = _CYCLE[i % len(_CYCLE)], "osD^vPX"[i // len(_CYCLE) % 7]
+        ax.errorbar(x, y, y_error, x_error, color=colour, linewidth=0.8, elinewidth=1.0, zorder=2)
+        face = [colour if filled else "white" for filled in best[mine]]
+        ax.scatter(x, y, s=34, marker=marker, facecolors=face, edgecolors=colour, linewidths=1.3, zorder=3)
+        ax.plot([], [], color=colour, marker=marker, markersize=5.5, linestyle="", label=title)
+    ax.set_xlabel(reward, color=_MUTED, fontsize=9)
+    ax.set_ylabel(diversity, color=_MUTED, fontsize=9)
+    _plain(ax)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=_INK)
+    if suptitle:
+        figure.suptitle(suptitle, x=0.012, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    return figure
 
 
-def target(path: str | os.PathLike) -> Path:
-    """The path, if `save` could write there now: what a long computation asks before it starts.
-
-    **Raises:** `ValueError` for a suffix other than `.png`, `.pdf` and `.svg`; `FileNotFoundError`, `NotADirectoryError`,
-    `IsADirectoryError` or `PermissionError` for a place that cannot be written.
-    """
-    path = Path(path)
-    if path.suffix.lower().removeprefix(".") not in _FORMATS:
-        raise ValueError(f"cannot write {str(path)!r}: the name must end in .png, .pdf or .svg")
-    folder = path.parent
-    if not folder.exists():
-        raise FileNotFoundError(f"the folder {str(folder)!r} does not exist: create it first")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is not a folder")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file")
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PermissionError(f"the folder {str(folder)!r} is not writable: {error.strerror}") from error
-    return path
+def _plain(ax: Any) -> None:
+    """Axes with two quiet sides."""
+    ax.tick_params(length=2.5, width=0.6, color=_RULE, labelcolor=_MUTED, labelsize=8)
+    for side, spine in ax.spines.items():
+        spine.set(color=_RULE, linewidth=0.6, visible=side in ("left", "bottom"))
 
 
 def _draw_panel(
@@ -300,9 +308,7 @@ def _draw_density(ax: Any, field: _Field, levels: Sequence[float]) -> None:
     shades = [_LAND[round(i * (len(_LAND) - 1) / max(len(thresholds) - 1, 1))] for i in range(len(thresholds))]
     top = max(field.density.max(), thresholds[-1]) * 1.01
     ax.contourf(*field.axes, field.density.T, levels=[*thresholds, top], colors=shades, zorder=1)
-    edges = [
-        threshold for threshold in thresholds if threshold > field.density.min()
-    ]  # the others hold the whole window
+    edges = [low for low in thresholds if low > field.density.min()]  # the others hold the whole window
     if edges:
         ax.contour(*field.axes, field.density.T, levels=edges, colors=_CONTOUR, linewidths=0.6, alpha=0.9, zorder=4)
 
@@ -326,9 +332,8 @@ def _draw_histogram(
 ) -> None:
     low, high = bounds[0]
     edges = np.linspace(low, high, 61)
-    heights = np.histogram(x, edges, weights=weights)[0] / np.diff(
-        edges
-    )  # shares of all samples, also of those outside
+    # Shares of all samples, also of those outside.
+    heights = np.histogram(x, edges, weights=weights)[0] / np.diff(edges)
     ax.stairs(heights, edges, fill=True, color=colour, alpha=0.5, linewidth=0, zorder=2)
     peak = max([heights.max(), *(line.get_ydata().max() for line in ax.lines)])
     peak = peak if peak > 0 else 1.0
