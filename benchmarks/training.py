@@ -6,14 +6,21 @@ of one bare product of 4096 x 256 by 256 x 256 matrices, which bounds it. Of 20,
 the exact denoiser at the same solver steps (what it lacks of 1 is the solver's); and the excess of the loss over the exact model's on the same draws,
 which is the mean square of the velocity's error.
 
-The published PyTorch code was recorded at 22.9 steps a second with this batch on two idle cores, of another machine maybe; it is not run
-here. Compare on an idle machine only.
+With `--reference CHECKOUT`, a checkout of the published PyTorch code (github.com/sanjitdp/reward-guidance) in an environment with torch, matplotlib and
+tqdm, both are trained in turn, three rounds of each: processes as a user starts them, the seconds of a step being those that more steps add. Its network has a
+fifth hidden layer, and so has ours there. It was once recorded at 22.9 steps a second on two idle cores, of another machine maybe.
 
-    python benchmarks/training.py [--quick] [--steps 10000]
+    python benchmarks/training.py [--quick] [--steps 10000] [--reference CHECKOUT --python OTHER_PYTHON]
 """
 
 import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import common
 import jax
@@ -24,7 +31,15 @@ from flax import nnx
 import tiltjax as tj
 
 BATCH = 4096
-RECORDED = {"steps_per_second": 22.9, "what": "published PyTorch code, two idle cores, recorded earlier, not run here"}
+RECORDED = {"steps_per_second": 22.9, "what": "published PyTorch code, two idle cores, recorded earlier"}
+OURS = """
+import sys, jax, tiltjax as tj
+from flax import nnx
+board = tj.Checkerboard()
+network = tj.networks.Velocity(board.shape, depth=5, rngs=nnx.Rngs(0))
+data = lambda key: board.sample(key, 4096)
+tj.fit(jax.random.key(0), network, data, steps=int(sys.argv[1]), interpolant=board.interpolant, batched=True)
+"""
 
 
 def gigaflops(network: tj.networks.Velocity) -> float:
@@ -39,6 +54,44 @@ def bare_product() -> float:
     many = jax.jit(lambda x, w: jax.lax.fori_loop(0, 50, lambda _, x: x @ w * (1 / 256), x))
     timing = common.timed(lambda seed: many(x + seed, w))
     return 50 * 2 * BATCH * 256**2 / timing.run_wall / 1e9
+
+
+def process(command: list[str], folder: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of a process."""
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def side_by_side(checkout: Path, python: str, steps: int, rounds: int = 3) -> dict:
+    """Seconds a step, wall and CPU, of both, taken in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = lambda n: [
+            python,
+            str(checkout / "checkerboard" / "train.py"),
+            "--num-steps",
+            str(n),
+            "--output-dir",
+            f"{folder}/results",
+        ]
+        ours = lambda n: [sys.executable, "-c", OURS, str(n)]
+        seconds: dict[str, list] = {"published": [], "tiltjax": []}
+        for _ in range(rounds):
+            for name, command, work in (
+                ("published", theirs, checkout / "checkerboard"),
+                ("tiltjax", ours, Path.cwd()),
+            ):
+                short, long = (process(command(n), work) for n in (20, 20 + steps))
+                seconds[name].append([(b - a) / steps for a, b in zip(short, long, strict=True)])
+                print(f"{name}: {seconds[name][-1][0]:.4f} s a step, {seconds[name][-1][1]:.4f} CPU-s", flush=True)
+    median = lambda name, i: statistics.median(values[i] for values in seconds[name])
+    results = {
+        name: {"steps_per_second": 1 / median(name, 0), "cpu_seconds_per_step": median(name, 1)} for name in seconds
+    }
+    results["ratio"] = median("published", 0) / median("tiltjax", 0)
+    results["ratio_cpu"] = median("published", 1) / median("tiltjax", 1)
+    return results
 
 
 def share(board: tj.Checkerboard, model: tj.Model, num: int, steps: int) -> tuple[float, float]:
@@ -66,7 +119,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="300 training steps, 2,000 samples; nothing is written")
     parser.add_argument("--steps", type=int, default=10_000, help="of the longest run; others have an eighth to a half")
+    parser.add_argument("--reference", type=Path, help="a checkout of the published code")
+    parser.add_argument("--python", default=sys.executable, help="of an environment in which it runs")
     args = parser.parse_args()
+    beside = None
+    if args.reference is not None:
+        beside = side_by_side(args.reference.absolute(), args.python, 50 if args.quick else 300)
+        print(
+            f"{beside['ratio']:.2f} times the steps a second, {beside['ratio_cpu']:.2f} times fewer CPU-seconds\n",
+            flush=True,
+        )
     runs = [300] if args.quick else [args.steps // 8, args.steps // 4, args.steps // 2, args.steps]
     num, solver_steps, rounds = (2000, 30, 10) if args.quick else (20_000, 60, 100)
     board = tj.Checkerboard()
@@ -115,11 +177,10 @@ def main() -> None:
             f"{row['excess_average'][0]:.4f} ± {row['excess_average'][1]:.4f} |"
         )
     print(f"| exact denoiser |  |  |  | {exact:.1%} ± {exact_error:.1%} |  | 0 |")
-    print(f"\nRecorded of the published code: {RECORDED['steps_per_second']} steps/s (not measured here).")
     if not args.quick:
         settings = {"batch": BATCH, "num": num, "solver_steps": solver_steps, "gigaflop_per_step": work}
         results = {"settings": settings, "compile": {"wall": compile_wall, "cpu": compile_cpu}, "bare_product": product}
-        results |= {"exact_share": (exact, exact_error), "recorded": RECORDED, "rows": rows}
+        results |= {"exact_share": (exact, exact_error), "recorded": RECORDED, "side_by_side": beside, "rows": rows}
         print(f"\nwritten: {common.write('training', results)}")
 
 
