@@ -21,7 +21,6 @@ from pathlib import Path
 
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import toys
