@@ -26,7 +26,7 @@ from tiltjax import (
     training,
 )
 from tiltjax.anisotropic import gibbs
-from tiltjax.annealed import Annealed
+from tiltjax.annealed import Annealed, Tuned
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
@@ -108,6 +108,7 @@ __all__ = [
     "calibrate",
     "Probe",
     "toward",
+    "Tuned",
     "Completions",
     "Clipped",
     "Normalized",
