@@ -86,7 +86,7 @@ def study(name: str, toy, args) -> dict:
     train, tune, num, runs = (300, 20, 500, 3) if args.quick else (6000, 400, 3000, 8)
     network = tj.networks.Velocity(shape, width=128, depth=3, rngs=nnx.Rngs(0))
     network = tj.fit(jax.random.key(0), network, toy.draw, steps=train, rate=2e-3, batched=True).average
-    build = lambda network: tj.from_velocity(network, shape=shape, batched=True)
+    build = lambda network: tj.from_velocity(network, shape=shape)
     adapted = jax.tree_util.Partial(lambda network, adapters: build(tj.lora.merge(network, adapters)), network)
     base = build(network)
     draws = toy.prior.sample(jax.random.key(4), num)

@@ -46,6 +46,9 @@ def test_what_has_no_density_is_refused():
         tj.density(KEY, MODEL, num=2, solver=tj.Adaptive())
     with pytest.raises(ValueError, match="draws at random"):
         tj.density(KEY, MODEL, tj.PlugIn(tj.Exact(MODEL), REWARD, 2.0), num=2)
+    rows = tj.from_denoiser(lambda t, x: x, shape=(2,), batched=True)
+    with pytest.raises(ValueError, match="batched=False"):
+        tj.density(KEY, rows, num=2)
     constant = tj.from_denoiser(lambda t, x: jnp.zeros_like(x), shape=(2,))
     with pytest.raises(FloatingPointError, match="3 of 3 log-densities"):
         tj.density(KEY, constant, num=3, steps=4)

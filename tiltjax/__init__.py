@@ -28,7 +28,7 @@ from tiltjax import (
     training,
 )
 from tiltjax.anisotropic import gibbs
-from tiltjax.annealed import Annealed
+from tiltjax.annealed import Annealed, Tuned
 from tiltjax.audit import Audit, audit
 from tiltjax.checkerboard import Checkerboard
 from tiltjax.conjugate import Conjugate, Probe, calibrate, toward
@@ -115,6 +115,7 @@ __all__ = [
     "calibrate",
     "Probe",
     "toward",
+    "Tuned",
     "Completions",
     "Clipped",
     "Normalized",

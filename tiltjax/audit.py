@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import external, inputs
-from tiltjax.guidance import Guidance
+from tiltjax.guidance import Guidance, check
 from tiltjax.models import Model
 from tiltjax.particles import Particles
 from tiltjax.smc import smc
@@ -133,7 +133,7 @@ def audit(
 ) -> Audit:
     """Weigh `num` guided paths, and report how far they are from the tilt.
 
-    Any guidance will do, with `log_h` or without: weights need `guidance.log_tilt` alone. **Arguments:** as in `smc`. Not to be called under
+    Any guidance of a reward will do, with `log_h` or without: weights need `guidance.log_tilt` alone. **Arguments:** as in `smc`. Not to be called under
     `jit`: a report is made of numbers.
 
     **Raises:** as `smc`; `ValueError` for fewer than 100 paths, of which no tail can be judged.
@@ -141,6 +141,10 @@ def audit(
     num = inputs.count(num, "num")
     if num < 100:
         raise ValueError(f"an audit needs 100 paths or more to judge a tail, got num={num}")
+    inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
+    check(guidance, model)
+    # One that has no reward says so now, not after the run.
+    jax.eval_shape(guidance.log_tilt, jax.ShapeDtypeStruct(model.shape, np.int32 if model.tokens else model.dtype))
     particles = smc(
         key, model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
         batch=batch, sharding=sharding, progress=progress,

@@ -51,7 +51,7 @@ def density(
     Arguments as in `sample`.
 
     **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function of the start), for `Adaptive` (without forward
-    derivatives), for guidances that draw at random, and for models that do not start from Gaussian noise; `FloatingPointError` for a density that is not
+    derivatives) and networks with batched=True (likewise), for guidances that draw at random, and for models that do not start from Gaussian noise; `FloatingPointError` for a density that is not
     finite.
     """
     key = inputs.typed_key(key)
@@ -77,7 +77,14 @@ def density(
             raise ValueError(
                 f"{type(guidance).__name__} draws at random, and its flow has no density that one path can tell: use audit, or a guidance without draws"
             )
-    drawn = _density(key, model, guidance, solver, times, num, batch)
+    try:
+        drawn = _density(key, model, guidance, solver, times, num, batch)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            "this run has no forward derivatives, which a density is made of: a network needs batched=False here"
+        ) from error
     if inputs.concrete(drawn) and not np.all(np.isfinite(drawn.log_prob)):
         bad = ~np.isfinite(np.asarray(drawn.log_prob))
         raise FloatingPointError(

@@ -11,6 +11,7 @@ method here is a choice along four axes:
 | `fmrg(model, reward, scale)` | `FlowMap` | 1 | any law | `2 / g_t^2` |
 | `Laplace(model, reward, scale)` | a Gaussian at the denoiser | | constant | 1 |
 | `Conjugate(model, reward, scale)` | see `tiltjax.conjugate` | | constant | 1 |
+| `Tuned(base, tuned, weight)` | a model that was fine-tuned: see `tiltjax.annealed` | | | 1 |
 
 and `Clipped` and `Normalized` wrap any of them. What they sample is not the tilt, in general: `theory` says by how much.
 
@@ -19,7 +20,8 @@ that shares network evaluations and draws; what moves a sampler is the tilted de
 
     D~_t(x) = E[X_1 | X_t = x] under the tilt = D_t(x) + (sigma_t^2 / alpha_t) ∇ log h_t(x).
 
-`log_tilt(x1)` is the exact `scale * r(x1)` at the data end.
+`log_tilt(x1)` is the exact `scale * r(x1)` at the data end; `final(x1, state)` is what weighted paths are completed to, the same unless the target
+is not a reward's tilt.
 
 References: Dandapanthula and Boffi (arXiv 2606.02884); Chung et al. (arXiv 2209.14687, DPS); FMRG is the unscaled
 flow-map guidance analysed in the first.
@@ -38,6 +40,7 @@ from tiltjax import inputs, linalg, rewards, scales
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model
 from tiltjax.posteriors import FlowMap, Posterior, Tweedie
+from tiltjax.solvers import Solver
 
 
 class Estimate(NamedTuple):
@@ -73,10 +76,16 @@ class Estimate(NamedTuple):
 class Guidance(eqx.Module):
     """An estimator of the tilt's h-function.
 
-    Subclasses define `__call__`, `log_tilt` and `model`, the one they guide; `init` if they have memory.
+    Subclasses define `__call__`, `log_tilt` and `model`, the one they guide; `init` if they have memory; and, if the memory is the path's own
+    history rather than a warm start, `follows`, `final` and `check_run`.
     """
 
     model: eqx.AbstractVar[Model]
+
+    @property
+    def follows(self) -> bool:
+        """Whether the memory has to see every state of a path: `smc` then asks at each, also where nothing is weighed."""
+        return False
 
     def init(self, x: Array) -> Any:
         """The memory carried along one trajectory, `()` for most."""
@@ -88,6 +97,13 @@ class Guidance(eqx.Module):
     def log_tilt(self, x1: Array) -> Array:
         """`scale * r(x1)`, exactly: what `log h` is at t = 1."""
         raise NotImplementedError
+
+    def final(self, x1: Array, state: Any) -> Array:
+        """What all log-potentials of a path add up to that ends at `x1`, `state` being the memory of its last look: `log_tilt(x1)`."""
+        return self.log_tilt(x1)
+
+    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
+        """Refuse, with a `ValueError`, times or a noise that do not suit; `weighs` is the solver of a weighted run, `None` in `sample`."""
 
 
 def check(guidance: Guidance, model: Model) -> None:
@@ -259,8 +275,18 @@ class _Wrapper(Guidance):
     def init(self, x: Array) -> Any:
         return self.guidance.init(x)
 
+    @property
+    def follows(self) -> bool:
+        return self.guidance.follows
+
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
+
+    def final(self, x1: Array, state: Any) -> Array:
+        return self.guidance.final(x1, state)
+
+    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
+        self.guidance.check_run(times, weighs)
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         raise NotImplementedError

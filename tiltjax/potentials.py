@@ -78,7 +78,7 @@ class Immediate(Potential):
 class Every(eqx.Module):
     """Weigh and resample after the steps `start, start + n, ...` up to `stop` (inclusive; `None`: to the end). The last always counts.
 
-    Between them no twist is evaluated; particles of a guided proposal gather its weights all the same.
+    Between them no twist is evaluated (but `Tuned`, which has to see every state); particles of a guided proposal gather its weights all the same.
     """
 
     n: int = eqx.field(static=True, default=1)

@@ -94,6 +94,7 @@ def sample(
     model.check_times(times)
     if guidance is not None:
         check_start(model, times)
+        guidance.check_run(times)
     with progress_bar.bar("sampling", len(times) - 1, enabled=progress) as bar:
         particles = _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path)
         if particles.trace is not None and inputs.concrete(particles):

@@ -74,7 +74,7 @@ def smc(
     - `tempering`: none by default; `Exponential()`, `Polynomial()`, `Adaptive()`.
     - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: if the effective share is below (0: never, and no
       twist is needed then; 1: always).
-    - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed.
+    - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed; 1 for `Tuned`.
 
     **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` holds the effective sample size, the tempering and whether particles were
     resampled after each step; `particles.standard_error(fn)` rests on its genealogy.
@@ -107,6 +107,9 @@ def smc(
             f"weights are complete at t = 1 only: times must end there, got {float(np.asarray(times)[-1]):g}"
         )
     check_start(model, times)
+    for guide in (guidance, twist):
+        if guide is not None:
+            guide.check_run(times, solver)
     if tempering is not None:
         inputs.instance(tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()")
         if isinstance(tempering, Adaptive) and (proposal.tries > 1 or not isinstance(potential, Difference)):
@@ -230,7 +233,9 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )
     factors = factors.astype(log_dtype)
-    twisting, separate = guidance if twist is None else twist, twist is not None or not proposal.guided
+    # A proposal that is not guided asks its guidance at no state, unless that has to see them all.
+    asked = proposal.guided or guidance.follows
+    twisting, separate = guidance if twist is None else twist, twist is not None or not asked
 
     def read(guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool) -> tuple[Array, ...]:
         """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
@@ -252,21 +257,21 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
         key_guidance, key_twist = jax.random.split(key)
         of_guidance, of_twist = memory
-        if proposal.guided:
+        if asked:
             weighing = not separate and any(weighs[:-1])
             denoised, pull, log_h, of_guidance = read(guidance, key_guidance, t, x, of_guidance, weighing)
             unguided = lambda: denoised
         else:
             unguided = lambda: model.denoise(t, x)
             pull, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
-        if separate:  # a twist of its own is asked only where it counts
+        if separate:  # a twist of its own is asked only where it counts, unless it has to see every state
 
             def ask(of_twist: Any) -> tuple[Array, Array, Any]:
                 denoised, _, log_h, of_twist = read(twisting, key_twist, t, x, of_twist, True)
-                return (unguided() if proposal.guided else denoised), log_h, of_twist
+                return (unguided() if asked else denoised), log_h, of_twist
 
             pass_by = lambda of_twist: (unguided(), log_h, of_twist)
-            denoised, log_h, of_twist = jax.lax.cond(weigh, ask, pass_by, of_twist)
+            denoised, log_h, of_twist = jax.lax.cond(weigh | twisting.follows, ask, pass_by, of_twist)
         else:
             denoised = unguided()
         bad = failures(x, Estimate(denoised + pull, denoised, log_h))
@@ -275,7 +280,7 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
     def begin(i: Array, key: Array) -> tuple[_Particle, Array]:
         key_initial, key_look = jax.random.split(key)
         x = model.initial(key_initial, times[0])
-        memory = guidance.init(x), twisting.init(x)
+        memory = guidance.init(x), twisting.init(x) if separate else ()
         denoised, pull, _, memory, bad = look(key_look, times[0], x, memory, jnp.zeros((), bool))
         zero = jnp.zeros((), log_dtype)
         return _Particle(x, denoised, pull, zero, potential.init(), memory, i), bad
@@ -358,10 +363,10 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
     )  # fmt: skip
     (particles, log_weights, log_norm, _), (bad, ess, tempered, resampled) = jax.lax.scan(advance, carry, scanned)
 
-    # The last step jumps to the denoiser, and completes the reward.
+    # The last step jumps to the denoiser, and completes the reward (or what a guidance has of its own to complete).
     finish = lambda i, particle: solver.finish(own_key(keys[inner], i), particle.x, particle.denoised)
     x = over_particles(finish)(indices, particles)
-    log_tilt = over_particles(guidance.log_tilt)(x).astype(log_dtype)
+    log_tilt = over_particles(guidance.final)(x, particles.memory[0]).astype(log_dtype)
     log_weights = log_weights + less(log_tilt, particles.applied)
     log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)
     last = effective(log_weights)
