@@ -116,8 +116,8 @@ def study(name: str, toy, args) -> dict:
     for label, p in SCHEDULES.items():
         row("annealed", f"g = {label}", judge(toy, tj.Annealed(base, tip, tj.annealed.power(p)), draws, num))
     row("annealed", "step .6", judge(toy, tj.Annealed(base, tip, tj.annealed.step(0.6)), draws, num))
-    same = judge(toy, tj.Annealed(base, base, tj.annealed.power(2.0)), draws, num)
-    assert same == judge(toy, base, draws, num), "two equal models are the base"
+    flow = lambda model: np.asarray(tj.sample(jax.random.key(3), model, num=500).x)
+    same = bool(np.array_equal(flow(tj.Annealed(base, base, tj.annealed.power(2.0))), flow(base)))
     for share in SHARES[:-1]:
         row("weighted annealing", f"g = {share:g}", weighted(toy, base, tip, share, num, runs))
 
@@ -138,7 +138,12 @@ def study(name: str, toy, args) -> dict:
             print(f"{name}: after {length} steps: {error}")
             break
         print(f"{name}: {length} steps without the divergence: {collapse[-1]}", flush=True)
-    return {"rows": rows, "collapse": collapse, "frontier": frontier(toy).tolist()}
+    return {
+        "identical_models_to_the_last_bit": same,
+        "rows": rows,
+        "collapse": collapse,
+        "frontier": frontier(toy).tolist(),
+    }
 
 
 def figure(name: str, result: dict) -> None:
@@ -188,6 +193,9 @@ def main() -> None:
             print(
                 f"| {row['steps']} | {row['reward'][0]:.3f} | {row['divergence'][0]:.2f} | {row['entropy']:.2f} | {row['coverage']:.2f} |"
             )
+        print(
+            f"\nAnnealing between two equal models is the base sampler to the last bit: {result['identical_models_to_the_last_bit']}"
+        )
         if not args.quick:
             figure(name, result)
     if not args.quick:

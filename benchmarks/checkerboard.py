@@ -7,13 +7,16 @@ The plug-in rows are in the published setting (200 Euler steps from t = 0, 50 GL
 respected, and once as published: there the posterior draws and the gain of guidance take the noise to have unit scale. Published numbers:
 Dandapanthula and Boffi (arXiv 2606.02884), with a learned network.
 
-    python benchmarks/checkerboard.py [--quick]
+With `--network CHECKPOINT` every method asks the network of `training.py` instead, trained for 10,000 steps or taken from the checkpoint that was kept there.
+
+    python benchmarks/checkerboard.py [--quick] [--network CHECKPOINT]
 """
 
 import argparse
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -21,6 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import training
 
 import tiltjax as tj
 
@@ -29,14 +33,14 @@ WITHIN = 0.01, 0.04  # what counts as the tilt: of its mean reward, of its trace
 
 
 class UnitNoise(tj.Model):
-    """The checkerboard's denoiser and starting law on a path that takes the noise to have unit scale."""
+    """A model's denoiser and starting law on a path that takes the noise to have unit scale."""
 
-    board: tj.Checkerboard
+    board: tj.Model
     interpolant: tj.Interpolant
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
-    def __init__(self, board: tj.Checkerboard):
+    def __init__(self, board: tj.Model):
         self.board, self.interpolant = board, tj.Linear(1.0)
         self.shape, self.dtype = board.shape, board.dtype
 
@@ -79,7 +83,7 @@ def summary(x) -> tuple[tuple[float, float], tuple[float, float]]:
     return (rewards.mean(), error(rewards)), (squares.mean() * len(x) / (len(x) - 1), error(squares))
 
 
-def plug_in_rows(board: tj.Checkerboard, model: tj.Model, label: str) -> list[Row]:
+def plug_in_rows(model: tj.Model, label: str) -> list[Row]:
     steps, inner = 200, 50
     # The first step is at t = 0 there; its guidance is asked at the second time, where this run begins.
     times = jnp.linspace(0.0, 1.0, steps + 1)[1:]
@@ -107,7 +111,7 @@ def plug_in_rows(board: tj.Checkerboard, model: tj.Model, label: str) -> list[Ro
     ]
 
 
-def guided_row(board: tj.Checkerboard, name: str, guidance: tj.Guidance | None, steps: int, calls: int, pulls: int):
+def guided_row(board: tj.Model, name: str, guidance: tj.Guidance | None, steps: int, calls: int, pulls: int):
     def samples(seed, num):
         return tj.sample(jax.random.key(seed), board, guidance, num=num, steps=steps).x
 
@@ -115,7 +119,7 @@ def guided_row(board: tj.Checkerboard, name: str, guidance: tj.Guidance | None, 
     return Row(f"{name}, {steps} Heun steps", samples, calls * evaluations, pulls * evaluations)
 
 
-def softmax_row(board: tj.Checkerboard, n: int) -> Row:
+def softmax_row(board: tj.Model, n: int) -> Row:
     def samples(seed, num):
         run = tj.sample(jax.random.key(seed), board, num=n * num, steps=20, batch=20_000)
         return tj.softmax_of_n(jax.random.key(seed + 1), run, REWARD, n, SCALE).x
@@ -129,15 +133,20 @@ def main() -> None:
     parser.add_argument(
         "--keep-plug-in", action="store_true", help="take the plug-in rows, the slow ones, from the last results"
     )
+    parser.add_argument("--network", type=Path, help="with the learned network of this checkpoint")
     args = parser.parse_args()
-    board = tj.Checkerboard()
+    law = board = tj.Checkerboard()
+    if args.network is not None:
+        network = training.velocity(law, 300 if args.quick else 10_000, None if args.quick else args.network).average
+        board = tj.from_velocity(network, shape=law.shape, batched=True, interpolant=law.interpolant)
+    file = "checkerboard" if args.network is None else "checkerboard_network"
     reward, trace, log_norm = exact()
     print(f"the tilt: mean reward {reward:.4f}, covariance trace {trace:.4f}, log Z {log_norm:.4f}\n", flush=True)
 
     variance = tj.calibrate(board, jax.random.key(1))
     conjugate = lambda **settings: tj.Conjugate(board, REWARD, SCALE, variance=variance, **settings)
     many, few = (2000, 0) if args.quick else (20_000, 500)
-    rows = [(many, Row("exact samples of the base", lambda seed, num: board.sample(jax.random.key(seed), num), 0, 0))]
+    rows = [(many, Row("exact samples of the base", lambda seed, num: law.sample(jax.random.key(seed), num), 0, 0))]
     settings = {
         "Conjugate": conjugate(),
         "Conjugate, 4 draws, keep = 0": conjugate(keep=0.0),
@@ -150,8 +159,8 @@ def main() -> None:
     rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
     rows += [(many, softmax_row(board, n)) for n in (4, 16)]
     if few and not args.keep_plug_in:
-        rows += [(few, row) for row in plug_in_rows(board, board, "base scale respected")]
-        rows += [(few, row) for row in plug_in_rows(board, UnitNoise(board), "as published")]
+        rows += [(few, row) for row in plug_in_rows(board, "base scale respected")]
+        rows += [(few, row) for row in plug_in_rows(UnitNoise(board), "as published")]
 
     table = []
     for num, row in rows:
@@ -170,7 +179,7 @@ def main() -> None:
         )
 
     if args.keep_plug_in:
-        last = json.loads((common.RESULTS / "checkerboard.json").read_text())["rows"]
+        last = json.loads((common.RESULTS / f"{file}.json").read_text())["rows"]
         table += [row for row in last if row["method"] not in {new["method"] for new in table}]
 
     cost = lambda row: row["calls"] + row["pullbacks"]
@@ -189,7 +198,7 @@ def main() -> None:
         print(f"\nThe cheapest within 1% and 4%: {hits[0]['method']}, {cost(hits[0])} calls and pullbacks a sample.")
     if not args.quick:
         truth = {"mean_reward": reward, "trace": trace, "log_norm": log_norm}
-        print(f"\nwritten: {common.write('checkerboard', {'truth': truth, 'rows': table})}")
+        print(f"\nwritten: {common.write(file, {'truth': truth, 'rows': table})}")
 
 
 if __name__ == "__main__":

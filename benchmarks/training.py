@@ -42,6 +42,15 @@ tj.fit(jax.random.key(0), network, data, steps=int(sys.argv[1]), interpolant=boa
 """
 
 
+def velocity(board: tj.Checkerboard, steps: int, checkpoint: Path | None = None) -> tj.training.Fit:
+    """The network of 4 x 256 units after so many steps."""
+    # A new function each time, so that every run compiles.
+    data = lambda key: board.sample(key, BATCH)
+    network = tj.networks.Velocity(board.shape, rngs=nnx.Rngs(0))
+    settings = {"interpolant": board.interpolant, "batched": True, "progress": steps > 1, "checkpoint": checkpoint}
+    return tj.fit(jax.random.key(1), network, data, steps=steps, **settings)
+
+
 def gigaflops(network: tj.networks.Velocity) -> float:
     """Of a step: forward, by the weights, and, but for the first layer, by its input; elementwise work is not counted."""
     sizes = [layer.kernel.size for layer in (*network.layers, network.last)]
@@ -121,6 +130,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="of the longest run; others have an eighth to a half")
     parser.add_argument("--reference", type=Path, help="a checkout of the published code")
     parser.add_argument("--python", default=sys.executable, help="of an environment in which it runs")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="where the longest run is kept, for benchmarks/checkerboard.py --network"
+    )
     args = parser.parse_args()
     beside = None
     if args.reference is not None:
@@ -137,10 +149,7 @@ def main() -> None:
 
     def train(steps: int) -> tuple[tj.training.Fit, float, float]:
         wall, cpu = time.perf_counter(), common.cpu_seconds()
-        # A new function each time, so that every run compiles.
-        sampler = lambda key: board.sample(key, BATCH)
-        settings = {"interpolant": board.interpolant, "batched": True, "progress": steps > 1}
-        fit = tj.fit(jax.random.key(1), network, sampler, steps=steps, **settings)
+        fit = velocity(board, steps, args.checkpoint if steps == args.steps else None)
         return fit, time.perf_counter() - wall, common.cpu_seconds() - cpu
 
     train(1)  # what is done once a process is in no figure
