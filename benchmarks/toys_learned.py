@@ -1,0 +1,242 @@
+"""The toys of DAS with learned networks: how much of a method's error is the network's?
+
+The two mixtures of `toys.py` and the swiss roll, `(s cos s / 2, s sin s / 2, z) + N(0, .3^2 I)` with s uniform on 3 pi [1/2, 3/2] and z on [-3, 3], reward
+`-x^2 / 100 - y^2 / 100 - z^2`. For each a network of the published size (two layers of 64 units) is trained from scratch to tell the noise at 1,000
+levels, and every method runs twice: with the exact denoiser and with the network. Mean reward with its standard error (over runs of 100 particles,
+ten of each kept; over single points where there are no runs) and the earth mover's distance of 500 points to 500 of the target, mean and
+standard deviation over twenty subsets; the floor is the target's own. 100 ancestral steps, scale 1; `published` as in `toys.py`.
+
+The roll is a product of a curve in the plane and an interval. Small Gaussians of its own noise, closer to each other than they are wide, stand for
+both: then the denoiser and the tilt are closed forms. Beside the table what `tj.audit` says of two guidances on either model.
+
+    python benchmarks/toys_learned.py [--quick]
+"""
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toys
+from flax import nnx
+
+import theory
+import tiltjax as tj
+
+WIDTH, DEPTH, BATCH = 64, 2, 1024
+NOISE, SPACING = 0.3, 0.25
+
+
+class Toy(NamedTuple):
+    """A data law: `prior`, a mixture, with the exact model, a sampler of clean states and the width of a mode."""
+
+    prior: tj.GaussianMixture
+    exact: tj.Model
+    draw: Callable
+    reward: tj.Reward
+    width: float
+
+
+def mixture(means: list, reward: tj.Reward, path: tj.DiscreteVP) -> Toy:
+    prior = tj.GaussianMixture(np.ones(len(means)), means, 0.3 * np.stack([np.eye(2)] * len(means)))
+    return Toy(prior, tj.Analytic(prior, path), lambda key: prior.sample(key, BATCH), reward, 0.3**0.5)
+
+
+def roll(path: tj.DiscreteVP) -> Toy:
+    """The swiss roll; its grid of centres is that of equal steps along the curve, weighed by the s that each step takes."""
+    point = lambda s: np.stack([s * np.cos(s), s * np.sin(s)], axis=-1) / 2
+    fine = np.linspace(1.5 * np.pi, 4.5 * np.pi, 100_001)
+    length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(point(fine), axis=0), axis=1))])
+    num = int(length[-1] / SPACING)
+    at = np.interp(np.arange(2 * num + 1) / (2 * num) * length[-1], length, fine)  # edges and middles by turns
+    curve, shares = point(at[1::2]), np.diff(at[::2]) / np.ptp(fine)
+    count = int(6 / SPACING)
+    line = -3 + 6 * (np.arange(count) + 0.5) / count
+    means = np.concatenate([np.repeat(curve, count, axis=0), np.tile(line, num)[:, None]], axis=1)
+    covs = np.broadcast_to(NOISE**2 * np.eye(3), (len(means), 3, 3))
+    prior = tj.GaussianMixture(np.repeat(shares, count), means, covs)
+
+    def mean(t, x, centres, weights):
+        alpha, spread = path.alpha(t), path.alpha(t) ** 2 * NOISE**2 + path.sigma(t) ** 2
+        off = jnp.sum((x[None] - alpha * centres) ** 2, axis=1) / (2 * spread)
+        centre = jax.nn.softmax(jnp.log(weights) - off) @ centres
+        return centre + alpha * NOISE**2 / spread * (x - alpha * centre)
+
+    plane = jnp.asarray(curve), jnp.asarray(shares)
+    height = jnp.asarray(line[:, None]), jnp.full(count, 1 / count)
+    denoise = lambda t, x: jnp.concatenate([mean(t, x[:2], *plane), mean(t, x[2:], *height)])
+
+    def draw(key):
+        key_s, key_z, key_noise = jax.random.split(key, 3)
+        s = 3 * jnp.pi * (0.5 + jax.random.uniform(key_s, (BATCH,)))
+        z = 6 * jax.random.uniform(key_z, (BATCH,)) - 3
+        on = jnp.stack([s * jnp.cos(s) / 2, s * jnp.sin(s) / 2, z], axis=1)
+        return on + NOISE * jax.random.normal(key_noise, on.shape)
+
+    reward = tj.rewards.Quadratic([0.0, 0.0, 0.0], weight=[0.01, 0.01, 1.0])
+    return Toy(prior, tj.from_denoiser(denoise, shape=(3,), interpolant=path), draw, reward, NOISE)
+
+
+def trained(toy: Toy, path: tj.DiscreteVP, steps: int) -> tuple[tj.Model, float]:
+    """The model of a network after `steps` steps, and the mean loss of its last tenth."""
+    shape = toy.exact.shape
+    network = tj.networks.Velocity(shape, width=WIDTH, depth=DEPTH, rngs=nnx.Rngs(0))
+    levels = lambda key: path.clock(jax.random.randint(key, (), 0, len(toys.LEVELS)))
+    settings: dict[str, Any] = {"interpolant": path, "batched": True}
+    fit = tj.fit(
+        jax.random.key(0), network, toy.draw, steps=steps, target=tj.from_noise, times=levels, rate=3e-3, **settings
+    )
+    return tj.from_noise(fit.average, shape=shape, **settings), float(fit.curve.loss[-steps // 10 :].mean())
+
+
+def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str, Callable]:
+    """Functions of a key: points by run, `(runs, n, d)`."""
+    reward, width, total = toy.reward, toy.width, runs * toys.KEPT
+    dps, laplace = tj.dps(model, reward, 1.0), tj.Laplace(model, reward, 1.0)
+    conjugate = tj.Conjugate(model, reward, 1.0, variance=tj.calibrate(model, jax.random.key(0)))
+    draws, noisy = tj.Glass(model, steps=5, order=2), tj.Renoise(model, 4.0, steps=3)
+
+    # It asks closer to the data than its time says, and no closer than level 0 is the network trained: the jump comes ten levels earlier.
+    inner = jnp.delete(times, -2)
+
+    def walk(guidance=None, n=1, times=times, solver=None):
+        solver = tj.Ancestral() if solver is None else solver
+        return lambda key: tj.sample(key, model, guidance, num=n * total, times=times, solver=solver)
+
+    def shifted(proposal):
+        settings = {"num": total, "times": times, "ess_threshold": 0.0}
+        return single(lambda key: tj.smc(key, model, dps, proposal=proposal, **settings))
+
+    def weighted(guidance, times=times, **settings):
+        return many(lambda key: tj.smc(key, model, guidance, num=100, times=times, **settings))
+
+    single = lambda run: lambda key: run(key).x[:, None]
+
+    def many(run):
+        def one(key):
+            key_run, key_keep = jax.random.split(key)
+            return run(key_run).resample(key_keep, toys.KEPT)
+
+        return lambda key: jax.lax.map(one, jax.random.split(key, runs), batch_size=50)
+
+    faults = functools.partial(toys.notebook, model=model, reward=reward, times=times, num=100)
+    plug = lambda posterior, k, scale=1.0: single(walk(tj.PlugIn(posterior, reward, scale, k=k)))
+    return {
+        "base": single(walk()),
+        "guided, no weights": shifted(tj.proposals.Shifted()),
+        "guided by ∇ r(D), no weights": shifted(toys.Unscaled()),
+        "FMRG": single(walk(tj.fmrg(model, reward, 1.0, steps=3), solver=tj.Heun())),
+        "plug-in, Glass, k = 1": plug(draws, 1),
+        "plug-in, Glass, k = 8": plug(draws, 8),
+        "plug-in, Renoise, k = 8": plug(noisy, 8),
+        "damped plug-in": plug(draws, 1, tj.Damped(1.0, width)),
+        "Laplace": single(walk(laplace)),
+        "Conjugate": single(walk(conjugate, times=inner)),
+        "Gibbs": single(lambda key: tj.gibbs(key, model, reward, 1.0, num=total // 4, steps=20)[0]),
+        "best-of-16": single(lambda key: tj.best_of_n(walk(n=16)(key), reward, 16)),
+        "softmax-of-16": single(
+            lambda key: tj.softmax_of_n(
+                jax.random.fold_in(key, 1), walk(n=16)(jax.random.fold_in(key, 0)), reward, 16, 1.0
+            )
+        ),
+        "DAS, both faults": many(lambda key: faults(key, descends=False, weighs_last=False)),
+        "DAS": weighted(dps, **tj.das(toys.GAMMA)),
+        "TDS": weighted(dps, **tj.tds()),
+        "FK steering": weighted(dps, **tj.fk_steering()),
+        "Laplace twist": weighted(laplace),
+        "Conjugate, Laplace twist": weighted(conjugate, times=inner, twist=laplace),
+    }
+
+
+def audits(toy: Toy, model: tj.Model, times: jax.Array, num: int) -> dict:
+    """What `tj.audit` says of two guidances; log Z is judged against the tilt's."""
+    log_norm = float(theory.tilt(toy.prior, toy.reward, 1.0).log_norm)
+    guidances = {"DPS": tj.dps(model, toy.reward, 1.0), "Laplace": tj.Laplace(model, toy.reward, 1.0)}
+    rows = {}
+    for name, guidance in guidances.items():
+        report = tj.audit(jax.random.key(5), model, guidance, num=num, times=times)
+        rows[name] = {
+            "share": report.share,
+            "pareto_k": report.pareto_k,
+            "path_kl": list(report.path_kl),
+            "log_norm_off": [report.log_norm.value - log_norm, report.log_norm.error],
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="500 training steps, few runs; nothing is written")
+    quick = parser.parse_args().quick
+    warnings.filterwarnings("ignore", "the effective share")
+    runs, steps = (20, 500) if quick else (300, 8000)
+    path = tj.DiscreteVP(toys.LEVELS)
+    times = toys.grid(path)
+    problems = {name: mixture(*law, path) for name, law in toys.TOYS.items()} | {"swiss roll": roll(path)}
+    began, table, seen, losses = common.cpu_seconds(), {}, {}, {}
+    for place, (name, toy) in enumerate(problems.items()):
+        start = common.cpu_seconds()
+        network, losses[name] = trained(toy, path, steps)
+        print(
+            f"\n{name}: loss {losses[name]:.4f} after {steps} steps, {common.cpu_seconds() - start:.0f} CPU-s",
+            flush=True,
+        )
+        truth = theory.tilt(toy.prior, toy.reward, 1.0)
+        target = np.asarray(truth.sample(jax.random.key(1), 10_000))
+        judge = functools.partial(toys.judged, reward=toy.reward, target=target, rng=np.random.default_rng(0))
+        floor = judge(truth.sample(jax.random.key(2), 10_000)[:, None])
+        floor["reward"] = [float(theory.expected_reward(truth.mixture, toy.reward)), 0.0]
+        models = {"exact": toy.exact, "learned": network}
+        rows: dict[str, dict] = {"target (floor)": dict.fromkeys(models, floor)}
+        for which, model in models.items():
+            for method, run in methods(toy, model, times, runs).items():
+                start = common.cpu_seconds()
+                try:
+                    row = judge(run(jax.random.key(3)))
+                except FloatingPointError as error:
+                    row = {"failed": str(error)}
+                rows.setdefault(method, {})[which] = row
+                print(
+                    f"{which} {method}: {' '.join(cells(row))} ({common.cpu_seconds() - start:.1f} CPU-s)", flush=True
+                )
+            seen.setdefault(name, {})[which] = audits(toy, model, times, 400 if quick else 2000)
+        for method, row in rows.items():
+            row["published"] = toys.PUBLISHED[method][place] if method in toys.PUBLISHED else None
+        table[name] = rows
+        show(name, rows, seen[name])
+    cpu = common.cpu_seconds() - began
+    print(f"\n{cpu:.0f} CPU-s in all")
+    if not quick:
+        settings = {"runs": runs, "training_steps": steps, "batch": BATCH, "width": WIDTH, "depth": DEPTH}
+        results = {"settings": settings, "cpu_seconds": cpu, "loss": losses, "table": table, "audits": seen}
+        print(f"written: {common.write('toys_learned', results)}")
+
+
+def cells(row: dict) -> list[str]:
+    """Mean reward and EMD of a row, in words where the run failed."""
+    if "failed" in row:
+        return ["not finite"] * 2
+    return ["{:.3f} ± {:.3f}".format(*row["reward"]), "{:.2f} ± {:.2f}".format(*row["emd"])]
+
+
+def show(name: str, rows: dict, reports: dict) -> None:
+    """Print the tables of one toy."""
+    print(f"\n| {name} | reward, exact | learned | EMD, exact | learned | published |\n|---|---|---|---|---|---|")
+    for method, row in rows.items():
+        rewards, distances = zip(*(cells(row[which]) for which in ("exact", "learned")), strict=True)
+        published = "" if row["published"] is None else f"{row['published']:.2f}"
+        print(f"| {method} | {' | '.join(rewards + distances)} | {published} |")
+    print("\n| audit | model | effective share | Pareto k | path KL | log Z off |\n|---|---|---|---|---|---|")
+    for which, report in reports.items():
+        for method, row in report.items():
+            kl, off = ("{:.3f} ± {:.3f}".format(*row[key]) for key in ("path_kl", "log_norm_off"))
+            print(f"| {method} | {which} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {off} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
