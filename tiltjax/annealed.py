@@ -182,7 +182,7 @@ class Tuned(Guidance):
         )
         self.reward = None if reward is None else rewards.as_reward(reward)
         self.scale = inputs.nonnegative(scale, "scale")
-        if reward is None and not (inputs.concrete(self.scale) and np.asarray(self.scale) == 1):
+        if reward is None and not (inputs.concrete(scale) and np.asarray(scale) == 1):
             raise ValueError("scale multiplies a reward, and there is none: give reward=, or change weight")
 
     @property
