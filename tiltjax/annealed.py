@@ -33,12 +33,12 @@ and it adds up from the kernels of the steps, of means m_p, m_q and variance s^2
 
 and weighted particles are `p_t^(1 - g) q_t^g` at each time, up to its integral, whose log at `g(1)` is `log_norm`. For a constant g this is the
 Feynman-Kac corrector of geometric means (Skreta et al., arXiv 2503.02819); at g = 1 and g = 0 the chains of the two models, without weights. A
-share beyond [0, 1] extrapolates: with an unconditional base and a conditional `tuned`, g > 1 is classifier-free guidance, corrected. Its steps weigh more
-than they should lose: within [0, 1] no constant share has a weight above 1, beyond it weights may have heavy tails.
+share beyond [0, 1] extrapolates: with an unconditional base and a conditional `tuned`, g > 1 is classifier-free guidance, corrected. No step of a
+constant share in [0, 1] weighs more than 1; beyond, all weigh at least 1, without a bound, and weights may have heavy tails.
 
-What finite steps cost: kernels of variance s^2 leave out what `X_1` varies given `X_t`, so that L strays from `log q_t / p_t` by the square root of a
-step, and the law at the end, `E_P[exp(g(1) L) ...]` exactly, from the geometric mean by the order of a step. At `g(1) = 1` the law is that of the
-chain Q whatever the schedule.
+Which schedule leads to `g(1)` is a matter of variance and of the laws on the way: the potentials of a path add up to `g(1) L`, and with `g(1) = 1`, as in
+the table, the weighted end is that of the chain Q. What finite steps cost: a kernel of variance s^2 leaves out how `X_1` varies given `X_t`, so that
+L strays from `log q_t / p_t` by about the square root of a step, and the end, `E_P[exp(g(1) L) ...]` exactly, is off the geometric mean by the order of one.
 
 **With a reward** the same object is an amortised proposal: the pull is the tuned model's, and the twist is the value function it has learned. At the optimum of
 KL-regularised fine-tuning q is the tilt, and `L_t = log h_t(x_t) - log Z` along each path; weights are then even, and say otherwise how
@@ -182,7 +182,7 @@ class Tuned(Guidance):
         )
         self.reward = None if reward is None else rewards.as_reward(reward)
         self.scale = inputs.nonnegative(scale, "scale")
-        if reward is None and not (inputs.concrete(self.scale) and np.asarray(self.scale) == 1):
+        if reward is None and not (inputs.concrete(scale) and np.asarray(scale) == 1):
             raise ValueError("scale multiplies a reward, and there is none: give reward=, or change weight")
 
     @property
