@@ -1,0 +1,90 @@
+r"""What the networks of this package share: stacks of equal blocks, attention, and how a published configuration is read.
+
+    h_{i+1} = block_i(h_i),  i < n:     `stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them
+
+A scanned stack is compiled once whatever its depth. With `remat` only the h_i are kept for the gradient, and each block is computed again.
+
+    attention(q, k, v) = softmax(scale * q k^T + bias) v
+
+The softmax is taken in float32 at least. **Stacks hold no convolutions**: their gradients inside of `lax.scan` take XLA 6 to 9 times as long on
+a CPU as outside, so that networks of convolutions are Python loops here, and so should be loops over them whose gradient is taken on a CPU.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+M = TypeVar("M", bound=nnx.Module)
+C = TypeVar("C")
+
+
+def stacked(build: Callable[[nnx.Rngs], M], num: int, rngs: nnx.Rngs) -> M:
+    """`num` independent modules `build(rngs)` as one, whose parameters have a leading axis."""
+    return nnx.vmap(build)(rngs.fork(split=num))
+
+
+def scanned(blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Array], *, remat: bool = False) -> Array:
+    """`hidden` through the blocks of a stack, one after the other; `call(block, hidden)` applies one."""
+    graph, parameters = nnx.split(blocks)
+
+    def body(hidden: Array, parameters: Any) -> tuple[Array, None]:
+        return call(nnx.merge(graph, parameters), hidden), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, parameters)[0]
+
+
+def attention(
+    q: Float[Array, "*lead n heads d"],
+    k: Float[Array, "*lead m heads d"],
+    v: Float[Array, "*lead m heads d"],
+    *,
+    scale: float,
+    bias: Float[Array, "#heads #n m"] | None = None,
+) -> Float[Array, "*lead n heads d"]:
+    """`softmax(scale * q k^T + bias) v`; a bias of `-inf` hides a key from a query."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide) * scale
+    if bias is not None:
+        scores += jnp.broadcast_to(bias.astype(wide), scores.shape)
+    return jnp.einsum("...hnm,...mhd->...nhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def causal(n: int, dtype: Any) -> Float[Array, "1 n n"]:
+    """The bias under which a token sees itself and those before it."""
+    return jnp.where(jnp.tri(n, dtype=bool), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))[None]
+
+
+def configuration(kind: type[C], published: Mapping[str, Any], implied: Mapping[str, tuple[Any, ...]]) -> C:
+    """A `Config` from a published JSON configuration.
+
+    **Arguments:** `kind`, a dataclass: its fields are read by name, and where a field has no default it must be there; `published`, the JSON object;
+    `implied`, settings that are not fields, as `{name: (values that are implemented, the first where the setting is absent)}`. Everything else in
+    the object says how the model was trained or used, and is left alone.
+
+    **Raises:** `ValueError` for a missing field, and for a setting that is not implemented, with its name.
+    """
+    for name, values in implied.items():
+        value = published.get(name, values[0])
+        value = tuple(value) if isinstance(value, list) else value
+        if value not in values:
+            raise ValueError(
+                f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for {' or '.join(map(repr, values))}"
+            )
+    found = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if field.name in published:
+            value = published[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"the configuration has no {field.name!r}: is this the config.json of the right folder?")
+    return kind(**found)
+
+
+def dtype_of(network: nnx.Module) -> Any:
+    """The dtype that a network's parameters have, and in which it computes."""
+    return jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))})
