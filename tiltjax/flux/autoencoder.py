@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tiltjax import inputs
 from tiltjax.flux import layers
@@ -92,9 +92,7 @@ class Autoencoder(nnx.Module):
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
-    def moments(
-        self, pictures: Float[Array, "*lead H W 3"]
-    ) -> tuple[Float[Array, "*lead h w c"], Float[Array, "*lead h w c"]]:
+    def moments(self, pictures: Array) -> tuple[Array, Array]:
         """The mean and the log-variance of the encoder's Gaussian, before scaling. **Raises:** `ValueError` for another shape."""
         config = self.config
         *lead, height, width, channels = _places(pictures, "pictures", config.in_channels)
@@ -109,7 +107,7 @@ class Autoencoder(nnx.Module):
         limited = jnp.clip(log_variance, -30, 20)
         return mean.astype(pictures.dtype).reshape(shape), limited.astype(pictures.dtype).reshape(shape)
 
-    def encode(self, pictures: Float[Array, "*lead H W 3"], key: Array | None = None) -> Float[Array, "*lead h w c"]:
+    def encode(self, pictures: Array, key: Array | None = None) -> Array:
         """Latents of pictures in [0, 1]: the mean, or with a key a draw. **Raises:** `ValueError` for another shape."""
         latents, log_variance = self.moments(pictures)
         if key is not None:
@@ -117,7 +115,7 @@ class Autoencoder(nnx.Module):
             latents += jnp.exp(log_variance / 2) * noise
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: Float[Array, "*lead h w c"]) -> Float[Array, "*lead H W 3"]:
+    def decode(self, latents: Array) -> Array:
         """Pictures of latents, in [0, 1] but for overshoots, which are not clipped. **Raises:** `ValueError` for another shape."""
         config = self.config
         *lead, height, width, channels = _places(latents, "latents", config.latent_channels)
@@ -143,7 +141,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = make.norm(last)
         self.conv_out = make.conv(last, 2 * config.latent_channels)
 
-    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w 2c"]:
+    def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -167,7 +165,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = make.norm(widths[-1])
         self.conv_out = make.conv(widths[-1], config.out_channels)
 
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def __call__(self, z: Array) -> Array:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)

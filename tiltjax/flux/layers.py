@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from tiltjax import inputs
 
 M = TypeVar("M", bound=nnx.Module)
 C = TypeVar("C")
@@ -39,14 +42,18 @@ def scanned(blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Arra
 
 
 def attention(
-    q: Float[Array, "*lead n heads d"],
-    k: Float[Array, "*lead m heads d"],
-    v: Float[Array, "*lead m heads d"],
+    q: Array,
+    k: Array,
+    v: Array,
     *,
     scale: float,
-    bias: Float[Array, "#heads #n m"] | None = None,
-) -> Float[Array, "*lead n heads d"]:
-    """`softmax(scale * q k^T + bias) v`; a bias of `-inf` hides a key from a query."""
+    bias: Array | None = None,
+) -> Array:
+    """`softmax(scale * q k^T + bias) v`, `(*lead, n, heads, d)`.
+
+    **Arguments:** `q`, `(*lead, n, heads, d)`; `k` and `v`, `(*lead, m, heads, d)`; `bias`, `(heads or 1, n or 1, m)`: where it is `-inf`, a query
+    does not see a key.
+    """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide) * scale
     if bias is not None:
@@ -54,8 +61,8 @@ def attention(
     return jnp.einsum("...hnm,...mhd->...nhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def causal(n: int, dtype: Any) -> Float[Array, "1 n n"]:
-    """The bias under which a token sees itself and those before it."""
+def causal(n: int, dtype: Any) -> Array:
+    """The bias, `(1, n, n)`, under which a token sees itself and those before it."""
     return jnp.where(jnp.tri(n, dtype=bool), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))[None]
 
 
@@ -88,3 +95,13 @@ def configuration(kind: type[C], published: Mapping[str, Any], implied: Mapping[
 def dtype_of(network: nnx.Module) -> Any:
     """The dtype that a network's parameters have, and in which it computes."""
     return jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))})
+
+
+def check_ids(ids: Array, vocabulary: int) -> None:
+    """Refuse what are no token ids `(*lead, n)`: another dtype, or, where they can be read, ids outside of the vocabulary."""
+    if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"token ids must be whole numbers (..., n), got {ids.dtype} of shape {ids.shape}")
+    if inputs.concrete(ids) and ids.size and not (np.min(ids) >= 0 and np.max(ids) < vocabulary):
+        raise ValueError(
+            f"token ids must lie in [0, {vocabulary}), got [{np.min(ids)}, {np.max(ids)}]: is this the tokenizer of this model?"
+        )
