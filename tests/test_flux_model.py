@@ -168,6 +168,22 @@ def test_the_grid_is_the_published_one():
         model.times(28, 512, 512, start=0.5)
 
 
+def test_the_full_size_lowers_without_memory():
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
+    net = nnx.eval_shape(lambda: Transformer(Config(), **options, rngs=nnx.Rngs(0)))
+    given = jax.ShapeDtypeStruct
+
+    def gradient(net, text, pooled, x):
+        flow = FluxModel(net, text, pooled, height=512, width=512)
+        return jax.vmap(jax.grad(lambda x: jnp.sum(flow.denoise(jnp.float32(0.5), x) ** 2)))(x)
+
+    text, pooled = given((512, 4096), jnp.bfloat16), given((768,), jnp.bfloat16)
+    lowered = jax.jit(gradient).lower(net, text, pooled, given((2, 64, 64, 16), jnp.float32))
+    assert jax.tree.leaves(lowered.out_info)[0].shape == (2, 64, 64, 16)
+    # One block of each kind, forward and backward, not 57.
+    assert len(lowered.as_text()) < 1_000_000
+
+
 def test_wrong_sizes_and_texts_are_errors():
     with pytest.raises(ValueError, match=r"multiples of 16, got 500 x 512: 496 x 512 is near"):
         made(height=500, width=512)
