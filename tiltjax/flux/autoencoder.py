@@ -88,7 +88,7 @@ class Autoencoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        make = _Make(config.norm_num_groups, bool(remat), chunk and inputs.count(chunk, "chunk"), param_dtype, rngs)
+        make = _Make(config.norm_num_groups, bool(remat), None if chunk is None else inputs.count(chunk, "chunk"), param_dtype, rngs)
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
@@ -295,11 +295,10 @@ class _Make:
     def linear(self, n: int) -> nnx.Linear:
         return nnx.Linear(n, n, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
 
-    def norm(self, n: int) -> nnx.GroupNorm:
+    def norm(self, n: int) -> layers.Norm:
         if n % self.groups:
             raise ValueError(f"{n} channels are no multiple of norm_num_groups = {self.groups}")
-        kind = {"dtype": self.dtype, "param_dtype": self.dtype}
-        return nnx.GroupNorm(n, num_groups=self.groups, epsilon=1e-6, use_fast_variance=False, **kind, rngs=self.rngs)
+        return layers.Norm(n, groups=self.groups, epsilon=1e-6, dtype=self.dtype)
 
 
 def _places(x: Array, name: str, channels: int) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ class Text(nnx.Module):
         self.config = config
         self.embeddings = _TextEmbeddings(config, param_dtype, rngs)
         self.encoder = Encoder(config, bool(remat), param_dtype, rngs)
-        self.final_layer_norm = _norm(config, param_dtype, rngs)
+        self.final_layer_norm = _norm(config, param_dtype)
 
     def __call__(self, ids: Array) -> Array:
         layers.check_ids(ids, self.config.vocab_size)
@@ -149,9 +149,9 @@ class Picture(nnx.Module):
     def __init__(self, config: PictureConfig, *, remat: bool = False, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = _PictureEmbeddings(config, param_dtype, rngs)
-        self.pre_layrnorm = _norm(config, param_dtype, rngs)
+        self.pre_layrnorm = _norm(config, param_dtype)
         self.encoder = Encoder(config, bool(remat), param_dtype, rngs)
-        self.post_layernorm = _norm(config, param_dtype, rngs)
+        self.post_layernorm = _norm(config, param_dtype)
 
     def __call__(self, pictures: Array) -> Array:
         size = self.config.image_size
@@ -222,8 +222,8 @@ class Layer(nnx.Module):
     """Attention, then two linear maps with an activation between them; both added to what comes in."""
 
     def __init__(self, config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs):
-        self.layer_norm1, self.self_attn = _norm(config, dtype, rngs), _Heads(config, dtype, rngs)
-        self.layer_norm2, self.mlp = _norm(config, dtype, rngs), _Perceptron(config, dtype, rngs)
+        self.layer_norm1, self.self_attn = _norm(config, dtype), _Heads(config, dtype, rngs)
+        self.layer_norm2, self.mlp = _norm(config, dtype), _Perceptron(config, dtype, rngs)
 
     def __call__(self, hidden: Array, bias: Array | None) -> Array:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden), bias)
@@ -302,6 +302,5 @@ def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(n, m, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def _norm(config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    kind = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **kind)
+def _norm(config: TextConfig | PictureConfig, dtype: Any) -> layers.Norm:
+    return layers.Norm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype)
