@@ -1,6 +1,8 @@
 """What `diffusers` and `transformers` say of the small parts of `tests/flux_parts.py`.
 
-    python tests/parity/flux_parts_reference.py        store it for the tests that run without these packages
+In float64 the answers are the truth that both implementations round, each in its own way, in float32.
+
+python tests/parity/flux_parts_reference.py        store it, in float64, for the tests that run without these packages
 """
 
 import sys
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,9 +67,18 @@ def t5_model(dtype=torch.float32):
     return given(transformers.T5EncoderModel(transformers.T5Config(**parts.T5)), dtype)
 
 
+def _rms(self, x):
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 def t5(dtype=torch.float32):
+    norm = T5LayerNorm.forward
+    if dtype == torch.float64:  # the published one takes its variance in float32 whatever it is given
+        T5LayerNorm.forward = _rms
     with torch.no_grad():
-        return {"states": t5_model(dtype)[0](torch.from_numpy(parts.T5_IDS).long())[0].numpy()}
+        states = t5_model(dtype)[0](torch.from_numpy(parts.T5_IDS).long())[0].numpy()
+    T5LayerNorm.forward = norm
+    return {"states": states}
 
 
 def clip_model(name, dtype=torch.float32):
@@ -92,9 +104,11 @@ def clip(name, dtype=torch.float32):
     }
 
 
-ALL = {"autoencoder": autoencoder, "t5": t5} | {f"clip_{name}": lambda name=name, **k: clip(name, **k) for name in parts.CLIPS}
+ALL = {"autoencoder": autoencoder, "t5": t5} | {
+    f"clip_{name}": lambda name=name, **k: clip(name, **k) for name in parts.CLIPS
+}
 
 if __name__ == "__main__":
     fixtures.FIXTURES.mkdir(parents=True, exist_ok=True)
     for which, reference in ALL.items():
-        np.savez_compressed(fixtures.FIXTURES / f"{which}.npz", **reference())
+        np.savez_compressed(fixtures.FIXTURES / f"{which}.npz", **reference(dtype=torch.float64))

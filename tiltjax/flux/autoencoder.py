@@ -88,7 +88,13 @@ class Autoencoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        make = _Make(config.norm_num_groups, bool(remat), None if chunk is None else inputs.count(chunk, "chunk"), param_dtype, rngs)
+        make = _Make(
+            config.norm_num_groups,
+            bool(remat),
+            None if chunk is None else inputs.count(chunk, "chunk"),
+            param_dtype,
+            rngs,
+        )
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 

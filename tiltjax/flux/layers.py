@@ -28,7 +28,7 @@ C = TypeVar("C")
 
 def stacked(build: Callable[[nnx.Rngs], M], num: int, rngs: nnx.Rngs) -> M:
     """`num` independent modules `build(rngs)` as one, whose parameters have a leading axis."""
-    return nnx.vmap(build)(rngs.fork(split=num))
+    return nnx.vmap(build)(rngs.split(num))
 
 
 def scanned(blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Array], *, remat: bool = False) -> Array:
