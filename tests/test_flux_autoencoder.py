@@ -135,8 +135,8 @@ def test_what_it_refuses(network):
         network.encode(PICTURES[0].T)
     with pytest.raises(ValueError, match=r"latents must be \(..., height, width, 4\)"):
         network.decode(VALUES["latents"][..., :3])
+    bad = autoencoder.Config.from_json({**parts.AUTOENCODER, "norm_num_groups": 3})
     with pytest.raises(ValueError, match="8 channels are no multiple of norm_num_groups = 3"):
-        bad = autoencoder.Config.from_json({**parts.AUTOENCODER, "norm_num_groups": 3})
         autoencoder.Autoencoder(bad, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         parts.small_autoencoder(chunk=0)
