@@ -18,7 +18,7 @@ LAYERS = (
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},
     {"audit", "online"},
-    {"flux.weights", "flux.files"},
+    {"flux.weights", "flux.files", "flux.layers"},
     {"flux.published"},
     {"flux.transformer", "flux.autoencoder", "flux.text"},
     {"flux.model"},
