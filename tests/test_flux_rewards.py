@@ -119,7 +119,8 @@ def test_decoded_through_the_autoencoder_follows_its_weights_and_guides():
     network = parts.small_autoencoder()
     reward = flux_rewards.Decoded(network.decode, flux_rewards.blue_minus_red_green)
     z = jnp.asarray(parts.inputs()["latents"])
-    values = jax.jit(jax.vmap(reward))(z)
+    rewarded = jax.jit(jax.vmap(reward))
+    values = rewarded(z)
     assert values.dtype == jnp.float32
     stored = np.clip(parts.stored("autoencoder")["decoded"], 0, 1)
     parts.close(values, [by_hand(one)["blue_minus_red_green"] for one in stored], 1e-6)
@@ -127,9 +128,9 @@ def test_decoded_through_the_autoencoder_follows_its_weights_and_guides():
     assert (3, 3, 8, 3) in arrays  # the last convolution is an argument of a compiled program, not a constant in it
 
     model = tj.from_denoiser(lambda t, x: t * x / (t**2 + (1 - t) ** 2), shape=(3, 4, 4), dtype=jnp.float32)
-    run = lambda scale: tj.sample(jax.random.key(0), model, tj.fmrg(model, reward, scale), num=2, steps=2).x
-    guided, free = (jax.vmap(reward)(run(scale)) for scale in (5.0, 0.0))
-    assert np.all(np.asarray(guided) > np.asarray(free))
+    free = tj.sample(jax.random.key(0), model, num=2, steps=2).x
+    guided = tj.sample(jax.random.key(0), model, tj.dps(model, reward, 5.0), num=2, steps=2).x
+    assert np.all(np.asarray(rewarded(guided)) > np.asarray(rewarded(free)))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -135,6 +135,10 @@ def test_ids_that_are_none():
         encoder(np.asarray([0, 50]))
     with pytest.raises(TypeError, match="whole numbers"):
         encoder(np.zeros(3))
+    within = jax.jit(
+        lambda x: x + jnp.sum(encoder(jnp.asarray(parts.T5_IDS[:, :3])))
+    )  # ids that are constants of a program
+    assert np.isfinite(within(jnp.float32(0)))
 
 
 def test_a_prompt_is_padded_and_one_too_long_is_cut_with_a_warning_that_quotes_the_rest():

@@ -132,7 +132,10 @@ def check_ids(ids: Array, vocabulary: int) -> None:
     """Refuse what are no token ids `(*lead, n)`: another dtype, or, where they can be read, ids outside of the vocabulary."""
     if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"token ids must be whole numbers (..., n), got {ids.dtype} of shape {ids.shape}")
-    if inputs.concrete(ids) and ids.size and not (np.min(ids) >= 0 and np.max(ids) < vocabulary):
+    if not inputs.concrete(ids) or not ids.size:
+        return
+    read = np.asarray(ids)
+    if read.min() < 0 or read.max() >= vocabulary:
         raise ValueError(
-            f"token ids must lie in [0, {vocabulary}), got [{np.min(ids)}, {np.max(ids)}]: is this the tokenizer of this model?"
+            f"token ids must lie in [0, {vocabulary}), got [{read.min()}, {read.max()}]: is this the tokenizer of this model?"
         )
