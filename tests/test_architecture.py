@@ -18,10 +18,10 @@ LAYERS = (
     {"sampling", "selection", "flows"},
     {"conjugate", "smc", "discrete"},
     {"audit", "online"},
-    {"flux.weights", "flux.files", "flux.layers"},
-    {"flux.published"},
-    {"flux.transformer", "flux.autoencoder", "flux.text"},
-    {"flux.model"},
+    {"flux.weights", "flux.layers", "flux.waves"},
+    {"flux.files", "flux.forms"},
+    {"flux.transformer", "flux.autoencoder", "flux.clip", "flux.t5"},
+    {"flux.model", "flux.text", "flux.judges", "flux.rewards"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

@@ -14,7 +14,7 @@ from contracts import on_eight_devices
 from flax import nnx
 from flux_fixtures import GRID, TEXT_LENGTH, TRANSFORMERS, close, stored, transformer_inputs, weights
 
-from tiltjax.flux import transformer
+from tiltjax.flux import transformer, waves
 from tiltjax.flux.transformer import Config, Transformer
 from tiltjax.flux.weights import from_state_dict, shapes
 
@@ -66,7 +66,7 @@ def test_output_and_gradient_are_the_published_ones(name):
 def test_each_kind_of_block_is_the_published_one():
     expected = {key: jnp.asarray(array) for key, array in stored("transformer_dev").items()}
     net = network("dev")
-    rotation = transformer.rotations(net.config, TEXT_LENGTH, GRID, jnp.float32)
+    rotation = waves.rotations(net.config.axes_dims_rope, TEXT_LENGTH, GRID, jnp.float32)
     of = lambda kind, *parts: [expected[f"{kind}.{part}"] for part in parts]
     image, text, temb = of("transformer_blocks", "hidden_states", "encoder_hidden_states", "temb")
     apply = jax.jit(lambda block, *arrays: block(*arrays, rotation, "xla"))
@@ -188,7 +188,7 @@ def test_a_mesh_of_eight_gives_the_gradient_of_one_device():
         import jax, jax.numpy as jnp, numpy as np
         from flux_fixtures import transformer_inputs, stored, close
         from test_flux_transformer import _both, arguments, network, shapes, weights
-        from tiltjax.flux import transformer
+        from tiltjax.flux import transformer, waves
         from tiltjax.flux.weights import from_state_dict
         mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         plain = network("dev")

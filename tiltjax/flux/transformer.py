@@ -29,12 +29,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tiltjax import inputs
+from tiltjax.flux import waves
 from tiltjax.flux.weights import Placement
 
 RENAMES = {
@@ -47,8 +47,6 @@ RENAMES = {
 STACKED = ("transformer_blocks", "single_transformer_blocks")
 
 _EPSILON = 1e-6
-_FREQUENCIES = 128  # of a time
-_LONGEST = 10_000.0  # wavelength, over 2 pi, of times and of positions
 
 Attention = str | Callable[[Array, Array, Array], Array]
 
@@ -125,7 +123,7 @@ class HeadNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((n,), param_dtype))
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(_wide(x.dtype))
+        wide = x.astype(waves.wide(x.dtype))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
         scale = self.scale[...].astype(wide.dtype)
         return (normed * jnp.broadcast_to(scale, normed.shape)).astype(x.dtype)
@@ -146,15 +144,15 @@ class TimeTextEmbed(nnx.Module):
     """What modulates every block: time, guidance and pooled text, `(batch, width)`."""
 
     def __init__(self, config: Config, make: _Layers):
-        self.timestep_embedder = Embedder(2 * _FREQUENCIES, config.width, make)
+        self.timestep_embedder = Embedder(2 * waves.FREQUENCIES, config.width, make)
         if config.guidance_embeds:
-            self.guidance_embedder = Embedder(2 * _FREQUENCIES, config.width, make)
+            self.guidance_embedder = Embedder(2 * waves.FREQUENCIES, config.width, make)
         self.text_embedder = Embedder(config.pooled_projection_dim, config.width, make)
 
     def __call__(self, sigma: Array, guidance: Array | None, pooled: Array) -> Array:
-        embedded = self.timestep_embedder(_waves(sigma))
+        embedded = self.timestep_embedder(waves.of_time(sigma))
         if guidance is not None:
-            embedded = embedded + self.guidance_embedder(_waves(guidance))
+            embedded = embedded + self.guidance_embedder(waves.of_time(guidance))
         return embedded + self.text_embedder(pooled)
 
 
@@ -326,7 +324,7 @@ class Transformer(nnx.Module):
         image = self.x_embedder(tokens.astype(self.dtype))
         text = self.context_embedder(text.astype(self.dtype))
         text = jnp.broadcast_to(text, (len(image), *text.shape[1:]))
-        rotation = rotations(self.config, text.shape[1], grid, self.dtype)
+        rotation = waves.rotations(self.config.axes_dims_rope, text.shape[1], grid, self.dtype)
 
         def double(carry: tuple[Array, Array], block: DoubleBlock) -> tuple[tuple[Array, Array], None]:
             return block(*carry, temb, rotation, self.attention), None
@@ -369,29 +367,6 @@ class Transformer(nnx.Module):
             )
 
 
-def rotations(config: Config, length: int, grid: tuple[int, int], dtype: Any) -> tuple[Array, Array]:
-    """The cosines and sines, `(length + rows * columns, 1, attention_head_dim / 2)`, by which each token's pairs are rotated.
-
-    The host makes one float64 table for rows and one for columns; only these are constants of the program.
-    """
-    rows, columns = grid
-    parts = []
-    for axis, n in enumerate((1, rows, columns)):
-        d = config.axes_dims_rope[axis]
-        angles = np.outer(np.arange(n), _LONGEST ** -(np.arange(0, d, 2) / d))
-        parts.append(angles.reshape([n if i == axis else 1 for i in range(3)] + [d // 2]))
-
-    def table(wave: Callable) -> Array:
-        shape = lambda part: (rows, columns, part.shape[-1])
-        wide = _wide(dtype)
-        image = [jnp.broadcast_to(jnp.asarray(wave(part)[0], wide), shape(part)) for part in parts]
-        image = jnp.concatenate(image, axis=-1).reshape(rows * columns, -1)
-        text = jnp.full((length, image.shape[-1]), wave(0.0), wide)
-        return jnp.concatenate([text, image])[:, None]
-
-    return table(np.cos), table(np.sin)
-
-
 def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
     """Where a parameter goes on a mesh: matrices are divided on both of its axes, everything else is on every device.
 
@@ -411,24 +386,9 @@ def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
     return placement
 
 
-def _wide(dtype: Any) -> Any:
-    """At least single precision."""
-    return np.promote_types(dtype, np.float32)
-
-
-def _waves(value: Array) -> Array:
-    """Cosines and sines of `(batch,)` numbers, `(batch, 256)`."""
-    wide = _wide(value.dtype)
-    # Rounded where single precision rounds: of 1000 times a time, the last digits of a frequency are seen.
-    exponents = np.float32(-np.log(_LONGEST)) * np.arange(_FREQUENCIES, dtype=np.float32) / np.float32(_FREQUENCIES)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = value.astype(wide)[:, None] * jnp.asarray(frequencies, wide)[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 def _normed(x: Array) -> Array:
     """Mean 0 and variance 1 over the last axis."""
-    wide = x.astype(_wide(x.dtype))
+    wide = x.astype(waves.wide(x.dtype))
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     return (centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)
 
@@ -439,7 +399,7 @@ def _modulated(x: Array, shift: Array, scale: Array) -> Array:
 
 def _attend(attention: Attention, q: Array, k: Array, v: Array, rotation: tuple[Array, Array]) -> Array:
     """Values `(batch, tokens, width)` for rotated queries and keys."""
-    q, k = _rotated(q, rotation), _rotated(k, rotation)
+    q, k = waves.rotated(q, rotation), waves.rotated(k, rotation)
     if attention == "xla":
         values = _attended(q, k, v)
     elif attention == "cudnn":
@@ -450,13 +410,5 @@ def _attend(attention: Attention, q: Array, k: Array, v: Array, rotation: tuple[
 
 
 def _attended(q: Array, k: Array, v: Array) -> Array:
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=_wide(q.dtype)) / math.sqrt(q.shape[-1])
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=waves.wide(q.dtype)) / math.sqrt(q.shape[-1])
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-
-
-def _rotated(x: Array, rotation: tuple[Array, Array]) -> Array:
-    cos, sin = (table[None] for table in rotation)
-    pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
