@@ -79,10 +79,10 @@ def pictures(*shape: int) -> np.ndarray:
     return (1 / (1 + np.exp(-fixtures.draws(3, pictures=shape)["pictures"]))).astype(np.float32)
 
 
-def made(abstract, renames=None, stacked=(), published=lambda state_dict: state_dict):
+def made(abstract, renames=None, stacked=()):
     """A network with the weights that its published names and shapes lead to."""
     state_dict = fixtures.weights(weights.shapes(abstract, renames, stacked))
-    return weights.from_state_dict(abstract, published(state_dict), renames=renames, stacked=stacked)
+    return weights.from_state_dict(abstract, state_dict, renames=renames, stacked=stacked)
 
 
 def small_autoencoder(**options) -> autoencoder.Autoencoder:

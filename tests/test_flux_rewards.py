@@ -3,6 +3,7 @@
 Tiers: exact (1e-12 in float64); parity.
 """
 
+import json
 import types
 
 import flux_parts as parts
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import tiltjax as tj
-from tiltjax.flux import clip, judges
+from tiltjax.flux import clip, files, judges, weights
 from tiltjax.flux import rewards as flux_rewards
 
 PICTURE = jnp.asarray(parts.pictures(6, 8, 3), jnp.float64)
@@ -154,6 +155,21 @@ def test_unit_vectors_in_single_precision(name):
     parts.close(picture, expected["picture"], 5e-7)
 
 
+def test_a_whole_clip_from_a_folder(tmp_path):
+    network = parts.small_clip("recent")
+    arrays = weights.to_state_dict(network, stacked=clip.STACKED)
+    arrays["vision_model.embeddings.position_ids"] = np.arange(5)[None]
+    files.write(tmp_path / "model.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps(parts.CLIPS["recent"]))
+    again = clip.load(tmp_path, param_dtype=jnp.float64)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(network), strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.float64))
+    with pytest.raises(ValueError, match=r"1 missing: visual_projection\.weight"):
+        clip.from_state_dict(
+            {k: v for k, v in arrays.items() if k != "visual_projection.weight"}, parts.CLIPS["recent"]
+        )
+
+
 def test_a_network_keeps_its_dtype_within_a_reward():
     score = flux_rewards.ClipScore(parts.small_clip(), IDS[0])
     cast = tj.inputs.cast(score, jnp.float64)
@@ -200,13 +216,13 @@ def test_scores_that_are_none():
         flux_rewards.ClipScore(network, IDS)
     with pytest.raises(ValueError, match=r"takes pictures \(..., 8, 8, 3\)"):
         network.vision_model(jnp.zeros((6, 8, 3)))
-    for weights, message in (
+    for head, message in (
         ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "for an input of 20"),
         ({"weight": np.ones((2, 20)), "bias": np.ones(2)}, "must give one number, got 2"),
         ({"0.weight": np.ones((1, 20))}, "a weight and a bias"),
     ):
         with pytest.raises(ValueError, match=message):
-            flux_rewards.Aesthetic(network, weights)
+            flux_rewards.Aesthetic(network, head)
 
 
 # What stands for the models of two packages, by the interfaces that are used of them.
@@ -226,8 +242,8 @@ class Blip(torch.nn.Module):
         assert return_dict
         assert encoder_attention_mask.shape == encoder_hidden_states.shape[:2]
         words = self.read(ids) * attention_mask[..., None]
-        weights = torch.softmax(words @ encoder_hidden_states.mT, -1)
-        return types.SimpleNamespace(last_hidden_state=torch.tanh(words + weights @ encoder_hidden_states))
+        seen = torch.softmax(words @ encoder_hidden_states.mT, -1) @ encoder_hidden_states
+        return types.SimpleNamespace(last_hidden_state=torch.tanh(words + seen))
 
     def tokenizer(self, prompt, padding=False, truncation=False, max_length=None, return_tensors=None):
         ids = [ord(c) % 100 for c in prompt]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tiltjax import flux
 from tiltjax.flux import clip, t5, text, weights
 
 TOLERANCE = {jnp.float32: 1e-6, jnp.float64: 1e-12}
@@ -84,30 +85,18 @@ def test_default_sizes_are_those_of_flux():
     assert (len(shapes), sum(map(np.prod, shapes.values()))) == (196, 123_060_480)
 
 
-def test_both_forms_of_the_keys_of_clip():
-    tower = parts.small_clip().text_model
+def test_published_keys_in_every_form():
+    config, tower = parts.CLIPS["legacy"]["text_config"], parts.small_clip().text_model
     bare = weights.to_state_dict(tower, stacked=clip.STACKED)
     old = {f"text_model.{name}": array for name, array in bare.items()}
     old["text_model.embeddings.position_ids"] = np.arange(12)[None]
+    expected = np.asarray(tower(parts.CLIP_IDS))
     for form in (bare, old):
-        again = weights.from_state_dict(tower, clip.published(form), stacked=clip.STACKED)
-        np.testing.assert_array_equal(again(parts.CLIP_IDS), tower(parts.CLIP_IDS))
-    with pytest.raises(ValueError, match=r"unused: vision_model.post_layernorm.weight \(2,\)"):
-        weights.from_state_dict(
-            tower, clip.published({**old, "vision_model.post_layernorm.weight": np.ones(2)}), stacked=clip.STACKED
-        )
-
-
-def test_the_embedding_of_t5_may_be_there_twice_or_under_either_name():
-    bare = weights.to_state_dict(parts.small_t5(), t5.RENAMES, t5.STACKED)
-    assert t5.published(bare) is bare
-    for form in (
-        {**bare, t5.TIED: bare["shared.weight"]},
-        {t5.TIED if k == "shared.weight" else k: v for k, v in bare.items()},
-    ):
-        assert sorted(t5.published(form)) == sorted(bare)
-    with pytest.raises(ValueError, match="one array in a T5 encoder, but differ"):
-        t5.published({**bare, t5.TIED: bare["shared.weight"] + 1})
+        np.testing.assert_array_equal(flux.from_state_dict("clip", form, config)(parts.CLIP_IDS), expected)
+    encoder = parts.small_t5()
+    bare = weights.to_state_dict(encoder, t5.RENAMES, t5.STACKED)
+    again = flux.from_state_dict("t5", {**bare, t5.TIED: bare["shared.weight"]}, parts.T5)
+    np.testing.assert_array_equal(again(parts.T5_IDS[:, :5]), encoder(parts.T5_IDS[:, :5]))
 
 
 def test_configurations():

@@ -15,6 +15,7 @@ Attributes are named as the published parameters (`tiltjax.flux.weights`). Refer
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tiltjax.flux import layers
+from tiltjax.flux import files, layers, weights
 
 STACKED = ("encoder.layers", "text_model.encoder.layers", "vision_model.encoder.layers")
+_TABLES = tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))  # 0, 1, 2, ... in older files
 _LEGACY_END = 2
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
@@ -190,6 +192,25 @@ class CLIP(nnx.Module):
         return jnp.exp(self.logit_scale.get_value())
 
 
+def from_state_dict(state_dict: Mapping[str, Any], config: Mapping[str, Any], **options: Any) -> CLIP:
+    """Both towers with published weights: for rewards. (The text tower of FLUX.1 alone: `tiltjax.flux.from_state_dict("clip", ...)`.)
+
+    **Arguments:** `state_dict`, NumPy arrays by the names of `CLIPModel`; `config`, its published JSON; `options` of `CLIP`.
+    **Raises:** `ValueError` for keys that are missing, unused or of another shape, and for another configuration.
+    """
+    settings = Config.from_json(config)
+    abstract = nnx.eval_shape(lambda: CLIP(settings, **options, rngs=nnx.Rngs(0)))
+    return weights.from_state_dict(abstract, state_dict, stacked=STACKED, ignored=_TABLES)
+
+
+def load(folder: str | os.PathLike, **options: Any) -> CLIP:
+    """Both towers from a local folder with `config.json` and safetensors files, such as a copy of `openai/clip-vit-large-patch14`.
+
+    **Raises:** `FileNotFoundError`, and as `from_state_dict`.
+    """
+    return from_state_dict(files.read_folder(folder), files.configuration(folder), **options)
+
+
 def prepared(pictures: Array, size: int) -> Array:
     """Pictures in [0, 1] as CLIP was trained on them: the shorter side made `size`, the middle cut out, channels standardised.
 
@@ -278,20 +299,6 @@ class _PictureEmbeddings(nnx.Module):
         *lead, _, _, n = patches.shape
         tokens = jnp.concatenate([jnp.broadcast_to(first, (*lead, 1, n)), patches.reshape(*lead, -1, n)], axis=-2)
         return tokens + jnp.broadcast_to(self.position_embedding.embedding.get_value(), tokens.shape)
-
-
-def published(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of a text tower without the prefix `text_model.` that older files have, and without tables of 0, 1, 2, ..."""
-    return {
-        name.removeprefix("text_model."): array
-        for name, array in state_dict.items()
-        if not name.endswith("embeddings.position_ids")
-    }
-
-
-def published_whole(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of both towers without tables of 0, 1, 2, ... that older files have."""
-    return {name: array for name, array in state_dict.items() if not name.endswith("embeddings.position_ids")}
 
 
 def _unit(x: Array) -> Array:

@@ -23,7 +23,7 @@ from tiltjax.flux import layers
 
 RENAMES = {"encoder.relative_attention_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
 STACKED = ("encoder.block",)
-TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, in some files
+TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, where a file has both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +151,6 @@ def buckets(n: int, num: int, farthest: int) -> np.ndarray:
     )
     far = np.minimum(near + (ratio * np.float32(half - near)).astype(np.int32), half - 1)
     return np.where(distance < near, distance, far) + half * (offset > 0).astype(np.int32)
-
-
-def published(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict without the second name of the embedding. **Raises:** `ValueError` if the two differ."""
-    if TIED not in state_dict:
-        return state_dict
-    if "shared.weight" in state_dict and not np.array_equal(state_dict[TIED], state_dict["shared.weight"]):
-        raise ValueError(f"shared.weight and {TIED} are one array in a T5 encoder, but differ here")
-    renamed = {name: array for name, array in state_dict.items() if name != TIED}
-    return {"shared.weight": state_dict[TIED]} | renamed
 
 
 def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
