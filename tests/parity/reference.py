@@ -13,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flux_fixtures as fixtures
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 
 class Dual(torch.nn.Module):
@@ -72,7 +73,21 @@ def transformer(name, dtype=torch.float32):
     return shapes, {"output": output.detach().float().numpy(), "gradient": tokens.grad.float().numpy(), **found}
 
 
+def times():
+    """The scheduler's sigmas of FLUX.1-dev, for some sizes and numbers of steps."""
+    settings = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
+    found = {}
+    for size in (512, 1024):
+        for steps in (4, 28):
+            mu = calculate_shift((size // 16) ** 2, *settings.values())
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+            found[f"{size}_{steps}"] = scheduler.sigmas.numpy()
+    return found
+
+
 if __name__ == "__main__":
+    np.savez_compressed(fixtures.FIXTURES / "times.npz", **times())
     fixtures.FIXTURES.mkdir(parents=True, exist_ok=True)
     for which in fixtures.TRANSFORMERS:
         np.savez_compressed(fixtures.FIXTURES / f"transformer_{which}.npz", **transformer(which)[1])

@@ -17,7 +17,7 @@ Blocks of a kind are stacked on a leading axis and scanned, so that the program 
 | `dtype`, `param_dtype` | of the computation and of the parameters; statistics, rotations and times are float32 at least |
 | `remat` | recompute the inside of a block in the backward pass: memory for one third more time; or a checkpoint policy of JAX |
 | `attention` | `"xla"`, `"cudnn"` (GPU, 16 bit, no forward mode), or any `(query, key, value) -> values` on `(batch, tokens, heads, dim)` |
-| `timestep_dtype` | what sigma and the guidance are rounded to before they are multiplied by 1000: float32; bfloat16 reproduces the published pipeline |
+| `timestep_dtype` | what sigma and the guidance are rounded to before they are multiplied by 1000: float32 at least; bfloat16 reproduces the published pipeline |
 
 Reference: Black Forest Labs, FLUX.1; Esser et al. (arXiv 2403.03206), the architecture; Su et al. (arXiv 2104.09864), rotations.
 """
@@ -274,14 +274,15 @@ class Transformer(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: bool | Callable = False,
         attention: Attention = "xla",
-        timestep_dtype: Any = jnp.float32,
+        timestep_dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         inputs.instance(config, Config, "config", "Config.from_json(published configuration)")
         if attention not in ("xla", "cudnn") and not callable(attention):
             raise ValueError(f"attention must be 'xla', 'cudnn' or a function (query, key, value), got {attention!r}")
         make = _Layers(dtype, param_dtype, rngs)
-        self.config, self.dtype, self.timestep_dtype = config, jnp.dtype(dtype), jnp.dtype(timestep_dtype)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.timestep_dtype = jnp.dtype(waves.wide(dtype) if timestep_dtype is None else timestep_dtype)
         self.remat, self.attention = remat, attention
         self.x_embedder = make.linear(config.in_channels, config.width)
         self.context_embedder = make.linear(config.joint_attention_dim, config.width)
