@@ -97,6 +97,22 @@ def test_it_computes_in_the_dtype_of_its_parameters_and_answers_in_that_of_its_i
     assert 1e-4 < np.sqrt(np.mean(difference**2)) / np.sqrt(np.mean(EXPECTED["decoded"] ** 2)) < 0.02
 
 
+def test_remat_keeps_less_and_chunks_hold_fewer_scores():
+    def kept(network):
+        pullback = jax.eval_shape(lambda z: jax.vjp(network.decode, z)[1], jnp.zeros((16, 16, 4), jnp.float32))
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept(parts.small_autoencoder(remat=True)) < 0.5 * kept(parts.small_autoencoder())
+
+    def memory(network):
+        attend = jax.grad(lambda x, attend: jnp.sum(attend(x)))
+        x = jax.ShapeDtypeStruct((1, 16, 32, 16), jnp.float32)
+        compiled = jax.jit(attend).lower(x, network.decoder.mid_block.attentions[0]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(parts.small_autoencoder(chunk=32)) < 0.25 * memory(parts.small_autoencoder())
+
+
 def test_the_default_sizes_are_those_of_flux():
     abstract = nnx.eval_shape(lambda: autoencoder.Autoencoder(autoencoder.Config(), rngs=nnx.Rngs(0)))
     shapes = weights.shapes(abstract)

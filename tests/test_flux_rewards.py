@@ -4,6 +4,7 @@ Tiers: exact (1e-12 in float64); parity.
 """
 
 import json
+import sys
 import types
 
 import flux_parts as parts
@@ -296,10 +297,18 @@ def test_image_reward_is_the_standardised_score_with_its_gradient():
     assert jnp.isfinite(reward(jnp.asarray(parts.pictures(20, 30, 3))))
 
 
-def test_image_reward_says_what_is_missing_or_cut(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ImageReward", None)
-    with pytest.raises(ImportError, match="pip install image-reward"):
-        judges.image_reward("a bird")
+def test_without_the_packages(monkeypatch):
+    for package, message in (("ImageReward", "image-reward"), ("torch", "PyTorch")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"needs .*{message}"):
+            judges.image_reward("a bird")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="needs Pillow"):
+        judges.yes_or_no("?", Judge().eval(), Processor(), size=(8, 16))
+
+
+def test_image_reward_says_what_is_cut_or_wrong():
     with pytest.raises(ValueError, match="training mode"):
         judges.image_reward("a bird", ImageReward())
     with pytest.warns(UserWarning, match="reads 35 tokens"):

@@ -44,6 +44,8 @@ def test_the_end_may_be_another_id_than_the_largest():
     abstract = nnx.eval_shape(lambda: clip.Text(config, rngs=nnx.Rngs(0)))
     tower = parts.made(abstract, stacked=clip.STACKED)
     parts.close(tower.pooled(parts.CLIP_IDS[1]), tower(parts.CLIP_IDS[1])[3], 0)
+    with pytest.raises(ValueError, match="no end, token 8"):
+        tower.pooled(parts.CLIP_IDS)
 
 
 def test_a_token_sees_no_later_one_in_clip_and_all_in_t5():

@@ -21,9 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from tiltjax import inputs
 from tiltjax.flux import files, layers, weights
 
 STACKED = ("encoder.layers", "text_model.encoder.layers", "vision_model.encoder.layers")
@@ -134,8 +136,15 @@ class Text(nnx.Module):
         return self.final_layer_norm(self.encoder(hidden, layers.causal(n, hidden.dtype)))
 
     def pooled(self, ids: Array) -> Array:
-        """The state at the first end-of-text token, which has seen the whole text; padding comes after it."""
+        """The state at the first end-of-text token, `(*lead, d)`, which has seen the whole text; padding comes after it.
+
+        **Raises:** `ValueError` for a text without an end, where the ids can be read.
+        """
         end = self.config.eos_token_id
+        if end != _LEGACY_END and inputs.concrete(ids) and not np.all(np.any(np.asarray(ids) == end, axis=-1)):
+            raise ValueError(
+                f"a text has no end, token {end}, whose state stands for it: append it, as a Tokenizer does"
+            )
         # Files that predate this setting say 2, which is no end: there the end is the largest id of the vocabulary.
         place = jnp.argmax(ids if end == _LEGACY_END else ids == end, axis=-1)
         states = self(ids)
