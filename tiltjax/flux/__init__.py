@@ -6,7 +6,7 @@
 | kind | module | published as |
 |---|---|---|
 | `transformer` | `tiltjax.flux.transformer.Transformer` | `FluxTransformer2DModel`, or the single-file form |
-| `autoencoder` | `tiltjax.flux.autoencoder.Autoencoder` | `AutoencoderKL` |
+| `autoencoder` | `tiltjax.flux.autoencoder.Autoencoder` | `AutoencoderKL`, or the single-file form |
 | `clip` | `tiltjax.flux.clip.Text` | `CLIPTextModel`, with or without the prefix `text_model.` |
 | `t5` | `tiltjax.flux.t5.T5` | `T5EncoderModel` |
 """
@@ -65,7 +65,7 @@ def from_state_dict(
     **Arguments:**
 
     - `kind`: one of `KINDS`.
-    - `state_dict`: NumPy arrays by published names, read one by one; those of a transformer also in the single-file form.
+    - `state_dict`: NumPy arrays by published names, read one by one; those of a transformer and of an autoencoder also in the single-file form.
     - `config`: the published JSON configuration, as a dictionary; `dual_time: True` for a flow map (`forms.dual`, `forms.merged`).
     - `sharding`: `sharding(path, array)`, where a parameter belongs, such as `transformer.sharded(mesh)`.
     - `options`: of the module: `dtype`, `param_dtype`, `remat`, ...
@@ -76,6 +76,10 @@ def from_state_dict(
     settings = reader.from_json(config)
     if kind == "transformer":
         state_dict = forms.diffusers(state_dict)
+    if kind == "autoencoder":
+        from tiltjax.flux import autoencoder
+
+        state_dict = autoencoder.published(state_dict)
     if kind == "clip":
         state_dict = forms.renamed(state_dict, lambda key: key.removeprefix("text_model."))
     abstract = nnx.eval_shape(lambda: network(settings, **options, rngs=nnx.Rngs(0)))

@@ -17,7 +17,7 @@ or halve it by a convolution of stride 2 padded below and to the right alone. No
 | `chunk` | queries of the attention in portions of so many: `n chunk` instead of n^2 scores for n = (H W / f^2) places |
 | `param_dtype` | of the parameters and all that is computed |
 
-A decoded picture is not clipped: `tiltjax.flux.rewards.Decoded` does that, and says so. **On a CPU** gradients of convolutions inside of `lax.scan`
+`remat` is for accelerators: XLA undoes it on a CPU. A decoded picture is not clipped: `tiltjax.flux.rewards.Decoded` does that, and says so. **On a CPU** gradients of convolutions inside of `lax.scan`
 take 6 to 9 times as long as outside: a loop with a gradient through `decode` is better written in Python there.
 
 Attributes are named as the published parameters (`tiltjax.flux.weights`). Reference: Rombach et al., arXiv 2112.10752; FLUX.1 by Black Forest Labs.
@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from tiltjax import inputs
-from tiltjax.flux import layers
+from tiltjax.flux import layers, weights
 
 _IMPLIED = {"act_fn": ("silu",), "mid_block_add_attention": (True,), "latents_mean": (None,), "latents_std": (None,)}
 
@@ -88,7 +88,13 @@ class Autoencoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        make = _Make(config.norm_num_groups, bool(remat), chunk and inputs.count(chunk, "chunk"), param_dtype, rngs)
+        make = _Make(
+            config.norm_num_groups,
+            bool(remat),
+            None if chunk is None else inputs.count(chunk, "chunk"),
+            param_dtype,
+            rngs,
+        )
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
@@ -295,11 +301,10 @@ class _Make:
     def linear(self, n: int) -> nnx.Linear:
         return nnx.Linear(n, n, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
 
-    def norm(self, n: int) -> nnx.GroupNorm:
+    def norm(self, n: int) -> layers.Norm:
         if n % self.groups:
             raise ValueError(f"{n} channels are no multiple of norm_num_groups = {self.groups}")
-        kind = {"dtype": self.dtype, "param_dtype": self.dtype}
-        return nnx.GroupNorm(n, num_groups=self.groups, epsilon=1e-6, use_fast_variance=False, **kind, rngs=self.rngs)
+        return layers.Norm(n, groups=self.groups, epsilon=1e-6, dtype=self.dtype)
 
 
 def _places(x: Array, name: str, channels: int) -> tuple[int, ...]:
@@ -312,7 +317,7 @@ def _inner(network: Any, x: Array) -> Array:
     return x.astype(network.conv_in.kernel.dtype)
 
 
-_ORIGINAL = (  # of the single-file form: patterns and what they become; `{up}` levels are numbered from the latent outwards
+_ORIGINAL = (  # names of the single-file form, and what they become
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -326,17 +331,17 @@ _ORIGINAL = (  # of the single-file form: patterns and what they become; `{up}` 
 )
 
 
-def published(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the single-file form (`ae.safetensors`) under the published names; one that has them already as it is."""
-    ups = [int(match[1]) for name in state_dict if (match := re.match(r"decoder\.up\.(\d+)\.", name))]
-    if not ups:
-        return dict(state_dict)
-    renamed = {}
-    for name, array in state_dict.items():
-        # These levels are numbered by resolution, the published ones in the order in which they are called.
-        name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{max(ups) - int(match[1])}.", name)
+def published(state_dict: Mapping[str, Any]) -> weights.View:
+    """The weights under the names of `AutoencoderKL`, whichever form they have: that, or the single-file form (`ae.safetensors`)."""
+    levels = [int(match[1]) for name in state_dict if (match := re.match(r"decoder\.up\.(\d+)\.", name))]
+    parts = {}
+    for key in state_dict:
+        # There levels are numbered by resolution, here in the order in which they are called.
+        name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{max(levels) - int(match[1])}.", key)
         for pattern, replacement in _ORIGINAL:
             name = re.sub(pattern, replacement, name)
-        is_attention = ".attentions." in name and np.ndim(array) == 4
-        renamed[name] = np.asarray(array)[:, :, 0, 0] if is_attention else array  # 1 x 1 convolutions
-    return renamed
+        shape, read = weights.shape_of(state_dict, key), lambda key=key: np.asarray(state_dict[key])
+        if ".attentions." in name and len(shape) == 4:  # 1 x 1 convolutions
+            shape, read = shape[:2], lambda read=read: read()[:, :, 0, 0]
+        parts[name] = shape, read
+    return weights.View(parts)

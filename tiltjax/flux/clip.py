@@ -15,17 +15,21 @@ Attributes are named as the published parameters (`tiltjax.flux.weights`). Refer
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from tiltjax.flux import layers
+from tiltjax import inputs
+from tiltjax.flux import files, layers, weights
 
 STACKED = ("encoder.layers", "text_model.encoder.layers", "vision_model.encoder.layers")
+_TABLES = tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))  # 0, 1, 2, ... in older files
 _LEGACY_END = 2
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
@@ -122,7 +126,7 @@ class Text(nnx.Module):
         self.config = config
         self.embeddings = _TextEmbeddings(config, param_dtype, rngs)
         self.encoder = Encoder(config, bool(remat), param_dtype, rngs)
-        self.final_layer_norm = _norm(config, param_dtype, rngs)
+        self.final_layer_norm = _norm(config, param_dtype)
 
     def __call__(self, ids: Array) -> Array:
         layers.check_ids(ids, self.config.vocab_size)
@@ -132,8 +136,15 @@ class Text(nnx.Module):
         return self.final_layer_norm(self.encoder(hidden, layers.causal(n, hidden.dtype)))
 
     def pooled(self, ids: Array) -> Array:
-        """The state at the first end-of-text token, which has seen the whole text; padding comes after it."""
+        """The state at the first end-of-text token, `(*lead, d)`, which has seen the whole text; padding comes after it.
+
+        **Raises:** `ValueError` for a text without an end, where the ids can be read.
+        """
         end = self.config.eos_token_id
+        if end != _LEGACY_END and inputs.concrete(ids) and not np.all(np.any(np.asarray(ids) == end, axis=-1)):
+            raise ValueError(
+                f"a text has no end, token {end}, whose state stands for it: append it, as a Tokenizer does"
+            )
         # Files that predate this setting say 2, which is no end: there the end is the largest id of the vocabulary.
         place = jnp.argmax(ids if end == _LEGACY_END else ids == end, axis=-1)
         states = self(ids)
@@ -149,9 +160,9 @@ class Picture(nnx.Module):
     def __init__(self, config: PictureConfig, *, remat: bool = False, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = _PictureEmbeddings(config, param_dtype, rngs)
-        self.pre_layrnorm = _norm(config, param_dtype, rngs)
+        self.pre_layrnorm = _norm(config, param_dtype)
         self.encoder = Encoder(config, bool(remat), param_dtype, rngs)
-        self.post_layernorm = _norm(config, param_dtype, rngs)
+        self.post_layernorm = _norm(config, param_dtype)
 
     def __call__(self, pictures: Array) -> Array:
         size = self.config.image_size
@@ -190,6 +201,25 @@ class CLIP(nnx.Module):
         return jnp.exp(self.logit_scale.get_value())
 
 
+def from_state_dict(state_dict: Mapping[str, Any], config: Mapping[str, Any], **options: Any) -> CLIP:
+    """Both towers with published weights: for rewards. (The text tower of FLUX.1 alone: `tiltjax.flux.from_state_dict("clip", ...)`.)
+
+    **Arguments:** `state_dict`, NumPy arrays by the names of `CLIPModel`; `config`, its published JSON; `options` of `CLIP`.
+    **Raises:** `ValueError` for keys that are missing, unused or of another shape, and for another configuration.
+    """
+    settings = Config.from_json(config)
+    abstract = nnx.eval_shape(lambda: CLIP(settings, **options, rngs=nnx.Rngs(0)))
+    return weights.from_state_dict(abstract, state_dict, stacked=STACKED, ignored=_TABLES)
+
+
+def load(folder: str | os.PathLike, **options: Any) -> CLIP:
+    """Both towers from a local folder with `config.json` and safetensors files, such as a copy of `openai/clip-vit-large-patch14`.
+
+    **Raises:** `FileNotFoundError`, and as `from_state_dict`.
+    """
+    return from_state_dict(files.read_folder(folder), files.configuration(folder), **options)
+
+
 def prepared(pictures: Array, size: int) -> Array:
     """Pictures in [0, 1] as CLIP was trained on them: the shorter side made `size`, the middle cut out, channels standardised.
 
@@ -222,8 +252,8 @@ class Layer(nnx.Module):
     """Attention, then two linear maps with an activation between them; both added to what comes in."""
 
     def __init__(self, config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs):
-        self.layer_norm1, self.self_attn = _norm(config, dtype, rngs), _Heads(config, dtype, rngs)
-        self.layer_norm2, self.mlp = _norm(config, dtype, rngs), _Perceptron(config, dtype, rngs)
+        self.layer_norm1, self.self_attn = _norm(config, dtype), _Heads(config, dtype, rngs)
+        self.layer_norm2, self.mlp = _norm(config, dtype), _Perceptron(config, dtype, rngs)
 
     def __call__(self, hidden: Array, bias: Array | None) -> Array:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden), bias)
@@ -280,20 +310,6 @@ class _PictureEmbeddings(nnx.Module):
         return tokens + jnp.broadcast_to(self.position_embedding.embedding.get_value(), tokens.shape)
 
 
-def published(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of a text tower without the prefix `text_model.` that older files have, and without tables of 0, 1, 2, ..."""
-    return {
-        name.removeprefix("text_model."): array
-        for name, array in state_dict.items()
-        if not name.endswith("embeddings.position_ids")
-    }
-
-
-def published_whole(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of both towers without tables of 0, 1, 2, ... that older files have."""
-    return {name: array for name, array in state_dict.items() if not name.endswith("embeddings.position_ids")}
-
-
 def _unit(x: Array) -> Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -302,6 +318,5 @@ def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(n, m, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def _norm(config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    kind = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **kind)
+def _norm(config: TextConfig | PictureConfig, dtype: Any) -> layers.Norm:
+    return layers.Norm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype)

@@ -1,4 +1,4 @@
-r"""What the networks of this package share: stacks of equal blocks, attention, and how a published configuration is read.
+r"""What the networks of this package share: stacks of equal blocks, norms, attention, and how a published configuration is read.
 
     h_{i+1} = block_i(h_i),  i < n:     `stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them
 
@@ -41,6 +41,38 @@ def scanned(blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Arra
     return jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, parameters)[0]
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype in which sums over many terms are taken: float32 for anything shorter."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+class Norm(nnx.Module):
+    """`scale * (x - mean) / sqrt(var + epsilon) + bias` over the last axis, or over each of `groups` parts of it and all places of a picture.
+
+    With `center=False` without mean and bias: the RMS norm. Statistics are taken in float32 at least.
+
+    **Arguments:** `n`, the size of the last axis; `groups`, for x of shape `(batch, H, W, n)`.
+    """
+
+    def __init__(self, n: int, *, epsilon: float, dtype: Any, groups: int | None = None, center: bool = True):
+        self.epsilon, self.groups, self.center = epsilon, groups, center
+        self.scale = nnx.Param(jnp.ones(n, dtype))
+        if center:
+            self.bias = nnx.Param(jnp.zeros(n, dtype))
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(wide(x.dtype))
+        if self.groups is not None:
+            h = h.reshape(*x.shape[:-1], self.groups, -1)
+        axes = -1 if self.groups is None else (1, 2, 4)
+        if self.center:
+            h -= jnp.mean(h, axis=axes, keepdims=True)
+        h *= jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=axes, keepdims=True) + self.epsilon)
+        over = lambda leaf: jnp.broadcast_to(leaf.get_value().astype(h.dtype), x.shape)
+        h = h.reshape(x.shape) * over(self.scale)
+        return (h + over(self.bias) if self.center else h).astype(x.dtype)
+
+
 def attention(
     q: Array,
     k: Array,
@@ -54,10 +86,9 @@ def attention(
     **Arguments:** `q`, `(*lead, n, heads, d)`; `k` and `v`, `(*lead, m, heads, d)`; `bias`, `(heads or 1, n or 1, m)`: where it is `-inf`, a query
     does not see a key.
     """
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide) * scale
+    scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide(q.dtype)) * scale
     if bias is not None:
-        scores += jnp.broadcast_to(bias.astype(wide), scores.shape)
+        scores += jnp.broadcast_to(bias.astype(scores.dtype), scores.shape)
     return jnp.einsum("...hnm,...mhd->...nhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
@@ -101,7 +132,10 @@ def check_ids(ids: Array, vocabulary: int) -> None:
     """Refuse what are no token ids `(*lead, n)`: another dtype, or, where they can be read, ids outside of the vocabulary."""
     if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"token ids must be whole numbers (..., n), got {ids.dtype} of shape {ids.shape}")
-    if inputs.concrete(ids) and ids.size and not (np.min(ids) >= 0 and np.max(ids) < vocabulary):
+    if not inputs.concrete(ids) or not ids.size:
+        return
+    read = np.asarray(ids)
+    if read.min() < 0 or read.max() >= vocabulary:
         raise ValueError(
-            f"token ids must lie in [0, {vocabulary}), got [{np.min(ids)}, {np.max(ids)}]: is this the tokenizer of this model?"
+            f"token ids must lie in [0, {vocabulary}), got [{read.min()}, {read.max()}]: is this the tokenizer of this model?"
         )

@@ -23,7 +23,7 @@ from tiltjax.flux import layers
 
 RENAMES = {"encoder.relative_attention_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
 STACKED = ("encoder.block",)
-TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, in some files
+TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, where a file has both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Encoder(nnx.Module):
             config.relative_attention_num_buckets, config.num_heads, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         self.block = layers.stacked(lambda rngs: Block(config, dtype, rngs), config.num_layers, rngs)
-        self.final_layer_norm = _norm(config, dtype, rngs)
+        self.final_layer_norm = _norm(config, dtype)
 
     def __call__(self, hidden: Array) -> Array:
         config = self.config
@@ -93,18 +93,17 @@ class Block(nnx.Module):
     """Attention, then the gated network; both of them added to what comes in."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
-        self.layer = nnx.List([_Attention(config, dtype, rngs), _FeedForward(config, dtype, rngs)])
+        self.layer: Any = nnx.List([_Attention(config, dtype, rngs), _FeedForward(config, dtype, rngs)])
 
     def __call__(self, hidden: Array, bias: Array) -> Array:
-        attend, feed = self.layer
-        hidden = attend(hidden, bias)
-        return feed(hidden)
+        hidden = self.layer[0](hidden, bias)
+        return self.layer[1](hidden)
 
 
 class _Attention(nnx.Module):
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         self.SelfAttention = _Heads(config, dtype, rngs)
-        self.layer_norm = _norm(config, dtype, rngs)
+        self.layer_norm = _norm(config, dtype)
 
     def __call__(self, hidden: Array, bias: Array) -> Array:
         return hidden + self.SelfAttention(self.layer_norm(hidden), bias)
@@ -125,7 +124,7 @@ class _Heads(nnx.Module):
 class _FeedForward(nnx.Module):
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         self.DenseReluDense = _Gated(config, dtype, rngs)
-        self.layer_norm = _norm(config, dtype, rngs)
+        self.layer_norm = _norm(config, dtype)
 
     def __call__(self, hidden: Array) -> Array:
         return hidden + self.DenseReluDense(self.layer_norm(hidden))
@@ -154,19 +153,9 @@ def buckets(n: int, num: int, farthest: int) -> np.ndarray:
     return np.where(distance < near, distance, far) + half * (offset > 0).astype(np.int32)
 
 
-def published(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict without the second name of the embedding. **Raises:** `ValueError` if the two differ."""
-    if TIED not in state_dict:
-        return state_dict
-    if "shared.weight" in state_dict and not np.array_equal(state_dict[TIED], state_dict["shared.weight"]):
-        raise ValueError(f"shared.weight and {TIED} are one array in a T5 encoder, but differ here")
-    renamed = {name: array for name, array in state_dict.items() if name != TIED}
-    return {"shared.weight": state_dict[TIED]} | renamed
-
-
 def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(n, m, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def _norm(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
+def _norm(config: Config, dtype: Any) -> layers.Norm:
+    return layers.Norm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, center=False)

@@ -116,7 +116,7 @@ def to_state_dict(
         whole = np.asarray(entry.leaf)
         for name, array in zip(entry.names, whole if entry.is_stack else [whole], strict=True):
             axes = _FROM_KERNEL.get(array.ndim) if entry.path[-1] == "kernel" else None
-            arrays[name] = np.ascontiguousarray(array if axes is None else array.transpose(axes))
+            arrays[name] = np.asarray(array if axes is None else array.transpose(axes), order="C")
     return arrays
 
 
