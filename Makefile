@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint format bench notebooks clean
+.PHONY: help demo test test-parity lint format bench notebooks clean
 
 help:
 	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
 	@echo "make test       run the test suite"
+	@echo "make test-parity  compare the port of FLUX.1 with diffusers and transformers, in an environment of its own"
 	@echo "make lint       check format, lint and types"
 	@echo "make format     format the sources"
 	@echo "make bench      reproduce the tables of benchmarks/results"
@@ -26,6 +27,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+PARITY := .venv-parity/bin
+$(PARITY)/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	$(PARITY)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PARITY)/python -m pip install --quiet --editable . --group parity
+	@touch $@
+
+test-parity: $(PARITY)/.ready
+	$(PARITY)/python -m pytest tests/parity $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -55,9 +66,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
+	$(BIN)/python benchmarks/flux_memory.py
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,62 @@
+"""The FLUX.1 transformer against `diffusers`, live; the stored answers against what it says today.
+
+Run by `make test-parity`, in an environment of its own.
+"""
+
+import flux_fixtures
+import jax
+import numpy as np
+import pytest
+from flux_fixtures import CONFIGS, FIXTURES, GRID, TRANSFORMERS, close, stored, transformer_inputs, weights
+from keys import published
+from reference import transformer as reference
+from safetensors.numpy import load_file, save_file
+
+from tiltjax import flux
+from tiltjax.flux import files
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_forward_and_gradient(name):
+    shapes, expected = reference(name)
+    given = transformer_inputs(name)
+    guidance = given["guidance"] if TRANSFORMERS[name]["guidance_embeds"] else None
+    network = flux.from_state_dict("transformer", weights(shapes), TRANSFORMERS[name])
+    call = lambda x: network(x, given["sigma"], given["text"], given["pooled"], guidance, grid=GRID)
+    output, pullback = jax.jit(lambda x: jax.vjp(call, x))(given["tokens"])
+    forward = close(output, expected["output"], 1e-5)
+    gradient = close(pullback(given["cotangent"])[0], expected["gradient"], 1.5e-5)
+    print(
+        f"{name}: forward {forward:.2g}, gradient {gradient:.2g}, rms {np.sqrt(np.mean(expected['output'] ** 2)):.3g}"
+    )
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_stored_answers_are_those_of_today(name):
+    _, expected = reference(name)
+    kept = stored(f"transformer_{name}")
+    assert kept.keys() == expected.keys()
+    for part, array in expected.items():
+        close(kept[part], array, 2e-5)
+
+
+def test_stored_keys_are_those_of_today():
+    assert flux_fixtures.keys() == {
+        kind: {name: tuple(shape) for name, shape in sizes.items()} for kind, sizes in published().items()
+    }
+    assert CONFIGS.keys() == set(flux.KINDS)
+    assert (FIXTURES / "keys.json.gz").stat().st_size < 20_000
+
+
+def test_files_are_those_of_the_package_safetensors(tmp_path):
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.ones((3,), np.float16),
+        "c": np.full((), 2.0),
+    }
+    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    files.write(tmp_path / "ours.safetensors", arrays)
+    for found in (files.read(tmp_path / "theirs.safetensors"), load_file(tmp_path / "ours.safetensors")):
+        assert found.keys() == arrays.keys()
+        for name in arrays:
+            np.testing.assert_array_equal(found[name], arrays[name])

@@ -1,0 +1,141 @@
+r"""What the networks of this package share: stacks of equal blocks, norms, attention, and how a published configuration is read.
+
+    h_{i+1} = block_i(h_i),  i < n:     `stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them
+
+A scanned stack is compiled once whatever its depth. With `remat` only the h_i are kept for the gradient, and each block is computed again.
+
+    attention(q, k, v) = softmax(scale * q k^T + bias) v
+
+The softmax is taken in float32 at least. **Stacks hold no convolutions**: their gradients inside of `lax.scan` take XLA 6 to 9 times as long on
+a CPU as outside, so that networks of convolutions are Python loops here, and so should be loops over them whose gradient is taken on a CPU.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from tiltjax import inputs
+
+M = TypeVar("M", bound=nnx.Module)
+C = TypeVar("C")
+
+
+def stacked(build: Callable[[nnx.Rngs], M], num: int, rngs: nnx.Rngs) -> M:
+    """`num` independent modules `build(rngs)` as one, whose parameters have a leading axis."""
+    return nnx.vmap(build)(rngs.split(num))
+
+
+def scanned(blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Array], *, remat: bool = False) -> Array:
+    """`hidden` through the blocks of a stack, one after the other; `call(block, hidden)` applies one."""
+    graph, parameters = nnx.split(blocks)
+
+    def body(hidden: Array, parameters: Any) -> tuple[Array, None]:
+        return call(nnx.merge(graph, parameters), hidden), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, parameters)[0]
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which sums over many terms are taken: float32 for anything shorter."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+class Norm(nnx.Module):
+    """`scale * (x - mean) / sqrt(var + epsilon) + bias` over the last axis, or over each of `groups` parts of it and all places of a picture.
+
+    With `center=False` without mean and bias: the RMS norm. Statistics are taken in float32 at least.
+
+    **Arguments:** `n`, the size of the last axis; `groups`, for x of shape `(batch, H, W, n)`.
+    """
+
+    def __init__(self, n: int, *, epsilon: float, dtype: Any, groups: int | None = None, center: bool = True):
+        self.epsilon, self.groups, self.center = epsilon, groups, center
+        self.scale = nnx.Param(jnp.ones(n, dtype))
+        if center:
+            self.bias = nnx.Param(jnp.zeros(n, dtype))
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(wide(x.dtype))
+        if self.groups is not None:
+            h = h.reshape(*x.shape[:-1], self.groups, -1)
+        axes = -1 if self.groups is None else (1, 2, 4)
+        if self.center:
+            h -= jnp.mean(h, axis=axes, keepdims=True)
+        h *= jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=axes, keepdims=True) + self.epsilon)
+        over = lambda leaf: jnp.broadcast_to(leaf.get_value().astype(h.dtype), x.shape)
+        h = h.reshape(x.shape) * over(self.scale)
+        return (h + over(self.bias) if self.center else h).astype(x.dtype)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    bias: Array | None = None,
+) -> Array:
+    """`softmax(scale * q k^T + bias) v`, `(*lead, n, heads, d)`.
+
+    **Arguments:** `q`, `(*lead, n, heads, d)`; `k` and `v`, `(*lead, m, heads, d)`; `bias`, `(heads or 1, n or 1, m)`: where it is `-inf`, a query
+    does not see a key.
+    """
+    scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide(q.dtype)) * scale
+    if bias is not None:
+        scores += jnp.broadcast_to(bias.astype(scores.dtype), scores.shape)
+    return jnp.einsum("...hnm,...mhd->...nhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def causal(n: int, dtype: Any) -> Array:
+    """The bias, `(1, n, n)`, under which a token sees itself and those before it."""
+    return jnp.where(jnp.tri(n, dtype=bool), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))[None]
+
+
+def configuration(kind: type[C], published: Mapping[str, Any], implied: Mapping[str, tuple[Any, ...]]) -> C:
+    """A `Config` from a published JSON configuration.
+
+    **Arguments:** `kind`, a dataclass: its fields are read by name, and where a field has no default it must be there; `published`, the JSON object;
+    `implied`, settings that are not fields, as `{name: (values that are implemented, the first where the setting is absent)}`. Everything else in
+    the object says how the model was trained or used, and is left alone.
+
+    **Raises:** `ValueError` for a missing field, and for a setting that is not implemented, with its name.
+    """
+    for name, values in implied.items():
+        value = published.get(name, values[0])
+        value = tuple(value) if isinstance(value, list) else value
+        if value not in values:
+            raise ValueError(
+                f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for {' or '.join(map(repr, values))}"
+            )
+    found = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if field.name in published:
+            value = published[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"the configuration has no {field.name!r}: is this the config.json of the right folder?")
+    return kind(**found)
+
+
+def dtype_of(network: nnx.Module) -> Any:
+    """The dtype that a network's parameters have, and in which it computes."""
+    return jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))})
+
+
+def check_ids(ids: Array, vocabulary: int) -> None:
+    """Refuse what are no token ids `(*lead, n)`: another dtype, or, where they can be read, ids outside of the vocabulary."""
+    if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"token ids must be whole numbers (..., n), got {ids.dtype} of shape {ids.shape}")
+    if not inputs.concrete(ids) or not ids.size:
+        return
+    read = np.asarray(ids)
+    if read.min() < 0 or read.max() >= vocabulary:
+        raise ValueError(
+            f"token ids must lie in [0, {vocabulary}), got [{read.min()}, {read.max()}]: is this the tokenizer of this model?"
+        )
