@@ -34,7 +34,7 @@ FIGURES = Path(__file__).parent.parent / "docs"
 SCALES = (0.1, 0.3, 1.0, 3.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 SCHEDULES = {"t": 1.0, "t^2": 2.0, "t^4": 4.0}
-LENGTHS = (10, 30, 100, 300, 1000)
+LENGTHS = (10, 30, 100, 300)
 
 
 def frontier(toy, base_scale: float = 1.0) -> np.ndarray:
@@ -83,7 +83,7 @@ def weighted(toy, base: tj.Model, tuned: tj.Model, share: float, num: int, runs:
 
 def study(name: str, toy, args) -> dict:
     shape = toy.exact.shape
-    train, tune, num, runs = (300, 20, 500, 3) if args.quick else (6000, 400, 3000, 8)
+    train, tune, num, runs = (300, 20, 500, 3) if args.quick else (4000, 300, 3000, 6)
     network = tj.networks.Velocity(shape, width=128, depth=3, rngs=nnx.Rngs(0))
     network = tj.fit(jax.random.key(0), network, toy.draw, steps=train, rate=2e-3, batched=True).average
     build = lambda network: tj.from_velocity(network, shape=shape)
