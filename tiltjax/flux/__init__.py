@@ -2,6 +2,8 @@
 
     network = flux.load("transformer", "black-forest-labs/FLUX.1-dev", param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     network = flux.from_state_dict("transformer", arrays, config)          NumPy arrays by published names, the published JSON as a dictionary
+    model   = flux.FluxModel(network, text, pooled, height=512, width=512, autoencoder=flux.load("autoencoder", folder))
+    points  = tiltjax.sample(key, model, num=4, times=flux.times(28, 512, 512), solver=tiltjax.Euler())
 
 | kind | module | published as |
 |---|---|---|
@@ -18,6 +20,9 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from tiltjax.flux import files, forms, weights
+from tiltjax.flux.model import FluxModel, Lookahead, times
+
+__all__ = ["KINDS", "FluxModel", "Lookahead", "files", "forms", "from_state_dict", "load", "times", "weights"]
 
 _FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 KINDS = tuple(_FOLDERS)
