@@ -167,7 +167,9 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
         "damped plug-in": plug_in(1, tj.Damped(1.0, toy.width)),
         "Laplace": sampled(laplace),
         "Conjugate": sampled(conjugate, times=inner),
-        "Gibbs": lambda key: tj.gibbs(key, model, toy.reward, 1.0, num=total // 4, steps=20)[0].x[:, None],
+        "Gibbs": lambda key: tj.gibbs(key, model, toy.reward, 1.0, num=total // 4, steps=20, max_sweeps=500)[0].x[
+            :, None
+        ],
         "best-of-16": lambda key: tj.best_of_n(many(key), reward, 16).x[:, None],
         "softmax-of-16": lambda key: tj.softmax_of_n(jax.random.key(6), many(key), reward, 16, 1.0).x[:, None],
         "DAS, both faults": lambda key: faulty(jax.random.split(key, runs), model, reward, times),
@@ -177,6 +179,13 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
         "Laplace twist": weighted(laplace),
         "Conjugate, Laplace twist": weighted(conjugate, times=inner, twist=laplace),
     }
+
+
+def slope(model: tj.Model, path: tj.DiscreteVP) -> float:
+    """The root mean square of the entries of `∂D/∂x` at the noisiest level, where a network's error of noise is multiplied by sigma / alpha."""
+    t = path.clock(jnp.asarray(len(toys.LEVELS) - 1.0))
+    x = jax.random.normal(jax.random.key(7), (1000, *model.shape))
+    return float(jnp.sqrt(jnp.mean(jax.vmap(jax.jacrev(lambda x: model.denoise(t, x)))(x) ** 2)))
 
 
 def audits(toy: Toy, model: tj.Model, times: jax.Array, num: int) -> dict:
@@ -204,7 +213,7 @@ def main() -> None:
     path = tj.DiscreteVP(toys.LEVELS)
     times = toys.grid(path)
     problems = {name: mixture(*law, path) for name, law in toys.TOYS.items()} | {"swiss roll": roll(path)}
-    began, table, seen, losses = common.cpu_seconds(), {}, {}, {}
+    began, table, seen, losses, slopes = common.cpu_seconds(), {}, {}, {}, {}
     for place, (name, toy) in enumerate(problems.items()):
         start = common.cpu_seconds()
         network, losses[name] = trained(toy, path, steps)
@@ -218,6 +227,8 @@ def main() -> None:
         floor = judge(truth.sample(jax.random.key(2), 10_000)[:, None])
         floor["reward"] = [float(theory.expected_reward(truth.mixture, toy.reward)), 0.0]
         models = {"exact": toy.exact, "learned": network}
+        slopes[name] = {which: slope(model, path) for which, model in models.items()}
+        print(f"slope of the denoiser at the noisiest level: {slopes[name]}", flush=True)
         rows: dict[str, dict] = {"target (floor)": dict.fromkeys(models, floor)}
         for which, model in models.items():
             for method, run in methods(toy, model, times, runs).items():
@@ -225,7 +236,9 @@ def main() -> None:
                 try:
                     row = judge(run(jax.random.key(3)))
                 except FloatingPointError as error:
-                    row = {"failed": str(error)}
+                    row = {"failed": "not finite", "why": str(error)}
+                except RuntimeError as error:  # of Gibbs, which says when it has not forgotten its start
+                    row = {"failed": "not mixed", "why": str(error)}
                 rows.setdefault(method, {})[which] = row
                 print(
                     f"{which} {method}: {' '.join(cells(row))} ({common.cpu_seconds() - start:.1f} CPU-s)", flush=True
@@ -239,14 +252,21 @@ def main() -> None:
     print(f"\n{cpu:.0f} CPU-s in all")
     if not quick:
         settings = {"runs": runs, "training_steps": steps, "batch": BATCH, "width": WIDTH, "depth": DEPTH}
-        results = {"settings": settings, "cpu_seconds": cpu, "loss": losses, "table": table, "audits": seen}
+        results = {
+            "settings": settings,
+            "cpu_seconds": cpu,
+            "loss": losses,
+            "slope": slopes,
+            "table": table,
+            "audits": seen,
+        }
         print(f"written: {common.write('toys_learned', results)}")
 
 
 def cells(row: dict) -> list[str]:
     """Mean reward and EMD of a row, in words where the run failed."""
     if "failed" in row:
-        return ["not finite"] * 2
+        return [row["failed"]] * 2
     return ["{:.3f} ± {:.3f}".format(*row["reward"]), "{:.2f} ± {:.2f}".format(*row["emd"])]
 
 
