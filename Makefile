@@ -59,6 +59,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/unbiased.py
 	$(BIN)/python benchmarks/audits.py
 	$(BIN)/python benchmarks/toys.py
+	$(BIN)/python benchmarks/toys_learned.py
 	$(BIN)/python benchmarks/pareto.py
 	$(BIN)/python benchmarks/blackbox.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py

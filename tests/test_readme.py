@@ -122,3 +122,23 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
     numbers = f"{row['mean']:+.2f} | {row['sd']:.2f} | {row['max']:.2f} | {row['above_2']:.1%}"
     expect(f"| {row['cells']:,} | {numbers} | " + "{:.4f} ± {:.4f} |".format(*row["pooled"]))
     assert shown > 60
+
+
+def test_the_table_of_learned_toys_is_that_of_the_results():
+    text, results = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    study = json.loads((results / "toys_learned.json").read_text())
+    methods = list(next(iter(study["table"].values())))
+    assert len(methods) > 15
+
+    def pair(row, key, form):
+        return " / ".join(row[w].get("failed") or form(row[w][key][0]) for w in ("exact", "learned"))
+
+    for method in methods:
+        cells = []
+        for rows in study["table"].values():
+            row = rows[method]
+            published = "" if row["published"] is None else f"{row['published']:.2f}"
+            cells += [pair(row, "reward", "{:.3f}".format), pair(row, "emd", "{:.2f}".format), published]
+        assert f"| {method} | {' | '.join(cells)} |" in text
+    for model in ("exact", "learned"):
+        assert "{:.2f}".format(study["audits"]["eight modes"][model]["Laplace"]["share"]) in text
