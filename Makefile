@@ -65,6 +65,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/annealing.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 	$(BIN)/python benchmarks/flux_memory.py

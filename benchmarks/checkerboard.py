@@ -7,7 +7,8 @@ The plug-in rows are in the published setting (200 Euler steps from t = 0, 50 GL
 respected, and once as published: there the posterior draws and the gain of guidance take the noise to have unit scale. Published numbers:
 Dandapanthula and Boffi (arXiv 2606.02884), with a learned network.
 
-With `--network CHECKPOINT` every method asks the network of `training.py` instead, trained for 10,000 steps or taken from the checkpoint that was kept there.
+With `--network CHECKPOINT` every method asks the network of `training.py` instead, trained for 10,000 steps or taken from the checkpoint that was kept there;
+fewer settings then, and fewer samples of the plug-in rows, as published.
 
     python benchmarks/checkerboard.py [--quick] [--network CHECKPOINT]
 """
@@ -145,7 +146,8 @@ def main() -> None:
 
     variance = tj.calibrate(board, jax.random.key(1))
     conjugate = lambda **settings: tj.Conjugate(board, REWARD, SCALE, variance=variance, **settings)
-    many, few = (2000, 0) if args.quick else (20_000, 500)
+    many, few = (2000, 0) if args.quick else (20_000, 500) if args.network is None else (10_000, 200)
+    grids = (10, 15, 20, 30, 60) if args.network is None else (20, 60)
     rows = [(many, Row("exact samples of the base", lambda seed, num: law.sample(jax.random.key(seed), num), 0, 0))]
     settings = {
         "Conjugate": conjugate(),
@@ -153,13 +155,14 @@ def main() -> None:
         "Conjugate, 2 draws": conjugate(draws=2),
     }
     for name, guidance in settings.items():
-        rows += [(many, guided_row(board, name, guidance, steps, 2, 0)) for steps in (10, 15, 20, 30, 60)]
+        rows += [(many, guided_row(board, name, guidance, steps, 2, 0)) for steps in grids]
     rows.append((many, guided_row(board, "Conjugate, 4 anisotropic draws", conjugate(anisotropic=True), 60, 4, 0)))
     rows.append((many, guided_row(board, "Laplace", tj.Laplace(board, REWARD, SCALE), 60, 1, 2)))
     rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
     rows += [(many, softmax_row(board, n)) for n in (4, 16)]
     if few and not args.keep_plug_in:
-        rows += [(few, row) for row in plug_in_rows(board, "base scale respected")]
+        if args.network is None:
+            rows += [(few, row) for row in plug_in_rows(board, "base scale respected")]
         rows += [(few, row) for row in plug_in_rows(UnitNoise(board), "as published")]
 
     table = []
