@@ -121,6 +121,12 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
     row = read("unbiased")["axes"]["all"][""]
     numbers = f"{row['mean']:+.2f} | {row['sd']:.2f} | {row['max']:.2f} | {row['above_2']:.1%}"
     expect(f"| {row['cells']:,} | {numbers} | " + "{:.4f} ± {:.4f} |".format(*row["pooled"]))
+    training = read("training")
+    for row in training["rows"]:
+        share = "{:.1%} ± {:.1%}".format(*row["share_average"])
+        expect(f"| {row['steps']:,} | {share} | {row['excess_average'][0]:.4f} | {row['steps_per_second']:.0f} |")
+    for name in ("tiltjax", "published"):
+        expect(f"{training['side_by_side'][name]['steps_per_second']:.1f}")
     assert shown > 60
 
 
