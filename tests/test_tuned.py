@@ -411,6 +411,13 @@ def test_bad_input_says_what_to_do(make, message):
         make()
 
 
+def test_a_reward_in_the_place_of_the_weight_is_refused():
+    with pytest.raises(TypeError, match=r"got the reward Quadratic: .*reward="):
+        tj.Tuned(*TWO, REWARD)
+    with pytest.raises(TypeError, match=r"got the class Power: use power\(p\)"):
+        tj.Annealed(*TWO, annealed.Power)
+
+
 def test_a_tuned_network_is_not_asked_where_it_was_not_trained():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17)))
     base, tuned = (model(*law, path) for law in MIXTURES)
