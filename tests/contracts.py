@@ -124,7 +124,9 @@ def all_guidances():
         "laplace": tj.Laplace,
         "clipped": lambda model, reward, scale: tj.Clipped(tj.Laplace(model, reward, scale), 0.5),
         "unscaled": lambda model, reward, scale: tj.Unscaled(tj.dps(model, reward, scale)),
-        "tuned": lambda model, reward, scale: tj.Tuned(model, tj.Tilted(model, reward, scale), None, reward, scale),
+        "tuned": lambda model, reward, scale: tj.Tuned(
+            model, tj.Tilted(model, reward, scale), reward=reward, scale=scale
+        ),
     }
 
 

@@ -175,6 +175,7 @@ class Tuned(Guidance):
         base: Model,
         tuned: Model,
         weight: Weight = None,
+        *,
         reward: Callable | None = None,
         scale: float | Array = 1.0,
     ):
