@@ -121,6 +121,13 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
     row = read("unbiased")["axes"]["all"][""]
     numbers = f"{row['mean']:+.2f} | {row['sd']:.2f} | {row['max']:.2f} | {row['above_2']:.1%}"
     expect(f"| {row['cells']:,} | {numbers} | " + "{:.4f} ± {:.4f} |".format(*row["pooled"]))
+    for row in read("annealing")["eight modes"]["rows"]:
+        if f"| {row['method']} | {row['setting']} |" in text:
+            cells = f"{plain(*row['reward'])} | {plain(*row['divergence'])} | {row['tilt']:.3f} |"
+            expect(f"| {row['method']} | {row['setting']} | {cells}")
+    for row in read("annealing")["eight modes"]["collapse"]:
+        numbers = f"{row['divergence'][0]:.2f} | {row['entropy']:.2f} | {row['coverage']:.2f} |"
+        expect(f"| {row['steps']} | {row['reward'][0]:.3f} | {numbers}")
     training = read("training")
     for row in training["rows"]:
         share = "{:.1%} ± {:.1%}".format(*row["share_average"])
