@@ -9,7 +9,8 @@ Dandapanthula and Boffi (arXiv 2606.02884), with a learned network.
 
 With `--network CHECKPOINT` every method asks the network of `training.py` instead, trained for 10,000 steps or taken from the checkpoint that was kept there;
 fewer settings then, and fewer samples of the plug-in rows, as published. Outside of its data a network answers with anything, and a guidance that asks there
-is thrown out further: without a bound one percent of `Conjugate`'s samples do not end. Its denoiser is held within the square of the data.
+is thrown out further: without a bound one percent of `Conjugate`'s samples do not end. Its denoiser is held within the square of the data, but not that of methods
+that differentiate the network, as a bound has no gradient.
 
     python benchmarks/checkerboard.py [--quick] [--network CHECKPOINT]
 """
@@ -143,9 +144,10 @@ def main() -> None:
     )
     parser.add_argument("--network", type=Path, help="with the learned network of this checkpoint")
     args = parser.parse_args()
-    law = board = tj.Checkerboard()
+    law = board = raw = tj.Checkerboard()
     if args.network is not None:
         network = training.velocity(law, 300 if args.quick else 10_000, None if args.quick else args.network).average
+        raw = tj.from_velocity(network, shape=law.shape, batched=True, interpolant=law.interpolant)
         board = tj.from_denoiser(bounded, network, shape=law.shape, batched=True, interpolant=law.interpolant)
     file = "checkerboard" if args.network is None else "checkerboard_network"
     reward, trace, log_norm = exact()
@@ -164,13 +166,13 @@ def main() -> None:
     for name, guidance in settings.items():
         rows += [(many, guided_row(board, name, guidance, steps, 2, 0)) for steps in grids]
     rows.append((many, guided_row(board, "Conjugate, 4 anisotropic draws", conjugate(anisotropic=True), 60, 4, 0)))
-    rows.append((many, guided_row(board, "Laplace", tj.Laplace(board, REWARD, SCALE), 60, 1, 2)))
-    rows.append((many, guided_row(board, "DPS", tj.dps(board, REWARD, SCALE), 60, 1, 1)))
+    rows.append((many, guided_row(raw, "Laplace", tj.Laplace(raw, REWARD, SCALE), 60, 1, 2)))
+    rows.append((many, guided_row(raw, "DPS", tj.dps(raw, REWARD, SCALE), 60, 1, 1)))
     rows += [(many, softmax_row(board, n)) for n in (4, 16)]
     if few and not args.keep_plug_in:
         if args.network is None:
-            rows += [(few, row) for row in plug_in_rows(board, "base scale respected")]
-        rows += [(few, row) for row in plug_in_rows(UnitNoise(board), "as published")]
+            rows += [(few, row) for row in plug_in_rows(raw, "base scale respected")]
+        rows += [(few, row) for row in plug_in_rows(UnitNoise(raw), "as published")]
 
     table = []
     for num, row in rows:
