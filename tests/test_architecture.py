@@ -21,8 +21,8 @@ LAYERS = (
     {"flux.weights", "flux.layers", "flux.waves"},
     {"flux.files", "flux.forms"},
     {"flux.transformer", "flux.autoencoder", "flux.clip", "flux.t5"},
-    {"flux.model", "flux.text", "flux.judges", "flux.rewards"},
-    {"flux.published", "flux.pipeline", "flux.album"},
+    {"flux.model", "flux.text", "flux.judges", "flux.rewards", "flux.album", "flux.loading"},
+    {"flux.published", "flux.pipeline"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]
