@@ -14,6 +14,7 @@ from tiltjax.flux import autoencoder, clip, files, t5, transformer
 from tiltjax.flux.weights import from_state_dict, shapes
 
 HEIGHT, WIDTH = 16, 8
+TEXT_LENGTH = 12
 WORDS = ("a", "red", "blue", "square", "circle", "on", "green")
 
 
@@ -70,6 +71,7 @@ def folder(path, name="dual", **config):
         (path / directory).mkdir()
         names = [*special, "<unk>", *WORDS]
         (path / directory / "tokenizer.json").write_text(json.dumps(_words(names)))
+    (path / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": TEXT_LENGTH}))
     (path / "scheduler").mkdir()
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0}
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
