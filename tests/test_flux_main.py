@@ -15,7 +15,7 @@ from PIL import Image
 
 from tiltjax import flux
 from tiltjax.flux import __main__ as command
-from tiltjax.flux import album, pipeline
+from tiltjax.flux import album, autoencoder, pipeline, transformer
 
 PROMPT = "a red square on green"
 
@@ -66,8 +66,16 @@ def test_a_batch_is_made_continued_and_not_made_again(folder, tmp_path, capsys):
     assert "other settings (seed 0, now 1)" in capsys.readouterr().err
 
 
+def _simple(monkeypatch):
+    """Networks that compile at once: what is tested is around them."""
+    flat = lambda coder, x: jax.numpy.repeat(jax.numpy.repeat(x[..., :3] / 4 + 0.5, 2, axis=-3), 2, axis=-2)
+    monkeypatch.setattr(autoencoder.Autoencoder, "decode", flat)
+    monkeypatch.setattr(transformer.Transformer, "__call__", lambda net, tokens, *rest, **grid: 0.5 * tokens)
+
+
 @pytest.mark.parametrize("method", ["none", "best-of-n", "conjugate", "weighted"])
 def test_every_other_method_makes_pictures(folder, tmp_path, method, monkeypatch):
+    _simple(monkeypatch)
     monkeypatch.setattr(command, "_CALIBRATION", {"num": 2, "levels": 3})
     particles = ("--particles", 2) if method in ("best-of-n", "weighted") else ()
     assert run(folder, tmp_path, "--method", method, *particles) == 0
@@ -168,7 +176,7 @@ def test_pictures_that_are_none_are_not_written(tmp_path):
 
 def test_a_nan_is_named_by_step_and_cause(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(command.REWARDS, "blueness", lambda options: lambda x: jax.numpy.sum(x) * np.nan)
-    # Without a gradient, which compiles in a fraction of the time.
+    _simple(monkeypatch)
     assert run(folder, tmp_path / "out", "--method", "weighted") == 2
     assert "sampling failed in step 0 of 3, from t = 0.001" in capsys.readouterr().err
 
