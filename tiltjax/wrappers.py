@@ -129,17 +129,20 @@ class Averaged(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         # What no key touches, the unguided denoiser above all, is not repeated.
-        estimates, state = jax.vmap(
-            lambda key, state: self.guidance(key, t, x, state), out_axes=(Estimate(0, None, 0), 0)
-        )(jax.random.split(key, self.k), state)
-        if estimates.log_h is None or estimates.denoised is None:
+        def draw(key: Array, state: Any) -> tuple[Any, ...]:
+            estimate, state = self.guidance(key, t, x, state)
+            return *estimate, state
+
+        keys = jax.random.split(key, self.k)
+        tilted, denoised, found, state = jax.vmap(draw, out_axes=(0, None, 0, 0))(keys, state)
+        if found is None or denoised is None:
             raise ValueError(
                 f"{type(self.guidance).__name__} gives no log_h or no unguided denoiser, by which its draws would be averaged"
             )
-        weights = jax.nn.softmax(estimates.log_h).astype(x.dtype)
-        pull = jnp.tensordot(weights, estimates.tilted - estimates.denoised[None], 1)
-        log_h = jax.nn.logsumexp(estimates.log_h) - jnp.log(np.asarray(self.k, estimates.log_h.dtype))
-        return Estimate(estimates.denoised + pull, estimates.denoised, log_h), state
+        weights = jax.nn.softmax(found).astype(x.dtype)
+        pull = jnp.tensordot(weights, tilted - denoised[None], 1)
+        log_h = jax.nn.logsumexp(found) - jnp.log(np.asarray(self.k, found.dtype))
+        return Estimate(denoised + pull, denoised, log_h), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)

@@ -32,7 +32,6 @@ weigh (`tiltjax.smc`). References: Dandapanthula and Boffi (arXiv 2606.02884); H
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -95,7 +94,7 @@ def published(
     if limit is not None:
         guidance = Capped(guidance, limit)
     # Read off with NumPy, so that the window's ends are the grid's own numbers also inside of someone's jit.
-    ends = grid if isinstance(grid, jax.core.Tracer) else np.asarray(grid)
+    ends = np.asarray(grid) if inputs.concrete(grid) else grid
     guidance = Window(guidance, ends[start], ends[stop])
     return {"model": leaping, "guidance": guidance, "times": grid, "solver": Euler()}
 
