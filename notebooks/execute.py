@@ -49,6 +49,8 @@ def execute(notebook: nbformat.NotebookNode, timeout: float = 300, size: str = "
         places["NOTEBOOK_SIZE"] = size
         if size == "reduced":  # most of the time goes into compiling
             places["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+            flags = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
+            places["XLA_FLAGS"] = " ".join(filter(None, flags))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with mock.patch.dict(os.environ, places | {"PYTHONPATH": path}):
             client = NotebookClient(

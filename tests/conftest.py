@@ -4,7 +4,10 @@ float64 is on (single precision is asked for explicitly where it is tested), imp
 errors, and so are warnings (pyproject.toml).
 """
 
+import os
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
@@ -13,10 +16,36 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Without these emitters XLA compiles in half the time. It reads its flags once, when it starts: here, so that processes which tests start
+# run as users run them.
+_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()):
+    jax.block_until_ready(jax.jit(lambda: 0)())
+
 # Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
 # compiler dies of a segmentation fault. The whole suite in two processes comes close.
 _MAPPINGS = Path("/proc/self/maps")
 _MANY = 30_000
+
+# What one process of a run has compiled the others read, those that tests start too. A folder named by JAX_COMPILATION_CACHE_DIR is
+# kept: the next run then compiles only what has changed.
+_SHARED = {
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def pytest_configure(config):
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # the first process of a run: its workers inherit
+        folder = tempfile.TemporaryDirectory(prefix="tiltjax-programs-", ignore_cleanup_errors=True)
+        environment = mock.patch.dict(os.environ, _SHARED | {"JAX_COMPILATION_CACHE_DIR": folder.name})
+        environment.start()
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(environment.stop)
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")
