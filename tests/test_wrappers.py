@@ -154,7 +154,7 @@ def test_wrappers_refuse_what_they_cannot_wrap():
     for wrap in (lambda g: tj.Window(g, 0.1), lambda g: tj.Capped(g, 1.0), lambda g: tj.Averaged(g, 2)):
         with pytest.raises(TypeError, match="guidance must be a Guidance"):
             wrap(base)
-    followed = tj.Tuned(base, tj.Tilted(base, REWARD, 1.0), None, REWARD, 1.0)
+    followed = tj.Tuned(base, tj.Tilted(base, REWARD, 1.0), reward=REWARD, scale=1.0)
     for wrap in (lambda g: tj.Window(g, 0.1), lambda g: tj.Averaged(g, 2)):
         with pytest.raises(ValueError, match="every state of its own path"):
             wrap(followed)
