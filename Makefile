@@ -59,11 +59,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/unbiased.py
 	$(BIN)/python benchmarks/audits.py
 	$(BIN)/python benchmarks/toys.py
+	$(BIN)/python benchmarks/toys_learned.py
 	$(BIN)/python benchmarks/pareto.py
 	$(BIN)/python benchmarks/blackbox.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/annealing.py
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 	$(BIN)/python benchmarks/flux_memory.py

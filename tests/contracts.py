@@ -124,7 +124,13 @@ def all_guidances():
         "laplace": tj.Laplace,
         "clipped": lambda model, reward, scale: tj.Clipped(tj.Laplace(model, reward, scale), 0.5),
         "unscaled": lambda model, reward, scale: tj.Unscaled(tj.dps(model, reward, scale)),
-        "tuned": lambda model, reward, scale: tj.Tuned(model, tj.Tilted(model, reward, scale), None, reward, scale),
+        "capped": lambda model, reward, scale: tj.Capped(tj.dps(model, reward, scale), 0.5),
+        "shortened": lambda model, reward, scale: tj.Shortened(tj.Laplace(model, reward, scale), 0.7),
+        "averaged": lambda model, reward, scale: tj.Averaged(tj.PlugIn(tj.Exact(model), reward, scale), 3),
+        "window": lambda model, reward, scale: tj.Window(tj.dps(model, reward, scale), 0.2, 0.8),
+        "tuned": lambda model, reward, scale: tj.Tuned(
+            model, tj.Tilted(model, reward, scale), reward=reward, scale=scale
+        ),
     }
 
 

@@ -85,16 +85,19 @@ def made(abstract, renames=None, stacked=()):
     return weights.from_state_dict(abstract, state_dict, renames=renames, stacked=stacked)
 
 
+@functools.cache
 def small_autoencoder(**options) -> autoencoder.Autoencoder:
     config = autoencoder.Config.from_json(AUTOENCODER)
     return made(nnx.eval_shape(lambda: autoencoder.Autoencoder(config, **options, rngs=nnx.Rngs(0))))
 
 
+@functools.cache
 def small_t5(**options) -> t5.T5:
     abstract = nnx.eval_shape(lambda: t5.T5(t5.Config.from_json(T5), **options, rngs=nnx.Rngs(0)))
     return made(abstract, t5.RENAMES, t5.STACKED)
 
 
+@functools.cache
 def small_clip(name: str = "legacy", **options) -> clip.CLIP:
     config = clip.Config.from_json(CLIPS[name])
     return made(nnx.eval_shape(lambda: clip.CLIP(config, **options, rngs=nnx.Rngs(0))), stacked=clip.STACKED)

@@ -48,6 +48,18 @@ def test_two_equal_models_are_the_base_sampler_to_the_last_bit():
     np.testing.assert_array_equal(draw(model), draw(BASE))
 
 
+def test_in_single_precision_outside_of_a_run_and_by_batches():
+    # Networks that want a batch can be trained through `denoise_batch` alone.
+    build = lambda p: tj.from_denoiser(lambda p, t, x: p * x, p, shape=(2,), batched=True, dtype=jnp.float32)
+    base, p = build(jnp.asarray(0.5, jnp.float32)), jnp.asarray(0.9, jnp.float32)
+    t, x = jnp.asarray(0.5, jnp.float32), X.astype(jnp.float32)
+    model = lambda p: tj.Annealed(base, build(p), annealed.power(2.0))
+    np.testing.assert_allclose(model(p).denoise(t, x[0]), 0.6 * x[0], rtol=1e-6)
+    value, slope = jax.value_and_grad(lambda p: jnp.sum(model(p).denoise_batch(t, x)))(p)
+    np.testing.assert_allclose(value, 0.6 * x.sum(), rtol=1e-5)
+    np.testing.assert_allclose(slope, 0.25 * x.sum(), rtol=1e-5)
+
+
 def test_the_weight_is_swept_without_tracing_again():
     traced = []
 

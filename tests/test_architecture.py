@@ -15,13 +15,14 @@ LAYERS = (
     {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
-    {"sampling", "selection", "flows", "populations", "annealed"},
+    {"sampling", "selection", "flows", "populations", "annealed", "wrappers"},
     {"conjugate", "smc", "discrete", "densities", "finetuning"},
     {"audit", "online", "diversity"},
     {"flux.weights", "flux.layers", "flux.waves"},
     {"flux.files", "flux.forms"},
     {"flux.transformer", "flux.autoencoder", "flux.clip", "flux.t5"},
-    {"flux.model", "flux.text", "flux.judges", "flux.rewards"},
+    {"flux.model", "flux.text", "flux.judges", "flux.rewards", "flux.album", "flux.loading"},
+    {"flux.published", "flux.pipeline"},
     {"problems", "metrics", "plotting"},
 )
 LEAVES = LAYERS[-1]

@@ -49,6 +49,26 @@ def test_what_has_no_density_is_refused():
     rows = tj.from_denoiser(lambda t, x: x, shape=(2,), batched=True)
     with pytest.raises(ValueError, match="batched=False"):
         tj.density(KEY, rows, num=2)
+    levels = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17)))
+    network = tj.from_noise(lambda t, x: x, shape=(2,), interpolant=levels)
+    with pytest.raises(ValueError, match="end the grid at t"):
+        tj.density(KEY, network, num=2, times=jnp.append(levels.clock(jnp.arange(16.0, -1.0, -2.0)), 0.9999))
+    with pytest.raises(ValueError, match="must start at t > 0"):
+        tj.density(KEY, MODEL, tj.Laplace(MODEL, REWARD), num=2, times=jnp.asarray([0.0, 0.5, 1.0]))
     constant = tj.from_denoiser(lambda t, x: jnp.zeros_like(x), shape=(2,))
     with pytest.raises(FloatingPointError, match="3 of 3 log-densities"):
         tj.density(KEY, constant, num=3, steps=4)
+
+
+def test_the_strength_of_a_guidance_may_be_traced():
+    run = lambda scale: tj.density(KEY, MODEL, tj.dps(MODEL, REWARD, scale), num=2, steps=3).log_prob
+    np.testing.assert_allclose(jax.jit(run)(2.0), run(2.0), rtol=1e-10)
+
+
+def test_an_external_failure_comes_out_as_what_it_was():
+    def broken(x):
+        raise OSError("no route to the host")
+
+    reward = tj.External(broken, value_and_grad=broken)
+    with pytest.raises(OSError, match="no route"):
+        tj.density(KEY, MODEL, tj.dps(MODEL, reward), num=2, steps=3)

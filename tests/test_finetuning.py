@@ -27,10 +27,10 @@ def log_norm():
     return -0.5 * math.log(spread) - SCALE * (1.5 - MEAN) ** 2 / (2 * spread)
 
 
-def gaussian(parameters):
+def gaussian(parameters, offset=0.0):
     """The model of a Gaussian of this mean and log-variance: the tilt is one of them."""
     mixture = tj.GaussianMixture(
-        jnp.ones(1), parameters["mean"][None], jnp.exp(parameters["log_variance"])[None, :, None]
+        jnp.ones(1), (parameters["mean"] + offset)[None], jnp.exp(parameters["log_variance"])[None, :, None]
     )
     return tj.Analytic(mixture)
 
@@ -144,6 +144,13 @@ def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"another run: scale is 1\.5 in the file and 2\.0 here"):
         run(2.0, checkpoint=file)
+    # Rewards and models of one name are told apart by their arrays: another target would be sought from the middle of the run on.
+    for match, reward, model in (
+        ("reward is Quadratic .* in the file", tj.rewards.Quadratic([-1.5], weight=0.5), gaussian),
+        ("model is gaussian .* in the file", REWARD, jax.tree_util.Partial(gaussian, offset=jnp.ones(1))),
+    ):
+        with pytest.raises(ValueError, match=f"another run: {match}"):
+            tj.finetune(KEY, START, BASE, reward, SCALE, checkpoint=file, **(settings | {"model": model}))
 
 
 def test_mistakes_are_named():
@@ -168,7 +175,19 @@ def test_mistakes_are_named():
         (ValueError, "through must", lambda: finetuning.reparametrised(0)),
         (TypeError, "objective", lambda: run(objective="draft")),
         (TypeError, "base", lambda: run(base=START)),
-        (TypeError, "tuned", lambda: run(model=lambda network: network)),
+        (TypeError, r"model\(network\) must be a Model, got dict", lambda: run(model=lambda network: network)),
+        (TypeError, "scale must be one number", lambda: run(scale=jnp.ones(2))),
+        (ValueError, "one scalar for one sample: got shape", lambda: run(reward=lambda x: x)),
+        (
+            ValueError,
+            "one scalar for one sample: got shape",
+            lambda: run(reward=lambda x: x, objective=finetuning.policy_gradient),
+        ),
+        (
+            ValueError,
+            "MarkovChain is a model of tokens",
+            lambda: run(base=tj.MarkovChain([1.0, 1.0], jnp.ones((2, 2)), 3)),
+        ),
         (FloatingPointError, "failed in step 0", lambda: run(reward=lambda x: jnp.sqrt(x[0] - 100))),
     ):
         with pytest.raises(error, match=match):

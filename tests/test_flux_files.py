@@ -25,7 +25,7 @@ DUAL = {**SMALL, "dual_time": True}
 
 
 def abstract(kind, config):
-    network, reader, naming = flux._kind(kind)
+    network, reader, naming = flux.loading._kind(kind)
     module = nnx.eval_shape(lambda: network(reader.from_json(config), rngs=nnx.Rngs(0)))
     return module, naming.get("renames"), naming.get("stacked", ())
 
@@ -355,4 +355,4 @@ def test_other_parts_are_built_from_their_configuration():
 
 def test_a_default_configuration_is_the_published_one():
     assert Config.from_json(CONFIGS["transformer"]) == Config()
-    assert Transformer.__name__ == flux._kind("transformer").network.__name__
+    assert Transformer.__name__ == flux.loading._kind("transformer").network.__name__

@@ -79,9 +79,9 @@ def test_particles_are_rows_of_one_batch():
     program = jax.jit(jax.vmap(gradient)).lower(t, x).as_text()
     assert "tensor<3x3x17x17xf64>" in program
     assert "1x3x17x17" not in program
-    one = jax.jit(flow.denoise)
+    one = jax.jit(lambda t, x: flow.denoise(t, x))
     alone = jnp.stack([one(*each) for each in zip(t, x, strict=True)])
-    close(jax.jit(jax.vmap(flow.denoise))(t, x), alone, 1e-11)
+    close(jax.jit(jax.vmap(one))(t, x), alone, 1e-11)
 
 
 def test_the_text_and_the_guidance_are_arguments_of_the_program():

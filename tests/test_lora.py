@@ -3,6 +3,7 @@
 Tiers: exact (identities), statistical (that adapters alone can be trained).
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,10 +96,13 @@ def test_the_scale_is_swept_without_tracing_again_and_models_take_the_result():
     assert np.abs(np.asarray(values[2] - values[0])).max() > 0.01
 
 
-def test_kernels_keep_their_dtype():
+def test_kernels_keep_their_dtype_and_adapters_can_be_trained():
     network = Network(dtype=jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), network)
-    assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
+    assert len(tj.networks.taken_apart(adapters)[0]) == 6  # which refuses parameters of fewer bits
+    for a, b in zip(*(jax.tree.leaves(one) for one in (lora.merge(network, adapters), network)), strict=True):
+        np.testing.assert_array_equal(a, b)
     assert lora.merge(network, perturbed(adapters), 0.5).first.kernel.dtype == jnp.bfloat16
 
 
@@ -107,6 +111,12 @@ def test_some_kernels_may_be_chosen():
         jax.random.key(0), NETWORK, only=lambda path, kernel: path[0] == "rest" and kernel.shape[1] == 8
     )
     assert list(adapters) == [("rest", 0, "kernel")]
+
+
+@pytest.mark.parametrize("network", [lambda t, x: x, eqx.nn.Linear(2, 2, key=jax.random.key(0))])
+def test_other_networks_are_refused(network):
+    with pytest.raises(TypeError, match=r"network must be a Module, got .* Flax modules"):
+        lora.init(jax.random.key(0), network)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,7 @@ def test_some_kernels_may_be_chosen():
             lambda: lora.merge(Network(16), lora.init(jax.random.key(0), NETWORK)),
             r"first/kernel has shape \(3, 16\), not \(3, 8\)",
         ),
+        (lambda: lora.merge(NETWORK, lora.init(jax.random.key(0), NETWORK), jnp.ones(2)), "scale is one number"),
         (lambda: lora.merge(NETWORK.first, lora.init(jax.random.key(0), NETWORK)), "first/kernel is missing"),
     ],
 )

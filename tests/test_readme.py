@@ -96,11 +96,12 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
             cells = " | ".join("{:.4f} ± {:.4f}".format(*row[key]) for key in ("reward", "trace", "log_norm"))
             expect(f"| {method} | {cells} | {row['families'][0]:,.0f} |")
     for rows in read("toys")["table"].values():
-        for method in (name for name in rows if f"| {name} |" in text):
+        lines = [line for line in text.splitlines() if line.count("|") == 8]
+        for method in (name for name in rows if any(line.startswith(f"| {name} |") for line in lines)):
             mean = f"{rows[method]['reward'][0]:.3f} " if method == "target (floor)" else plain(*rows[method]["reward"])
             number = rows[method]["published"]
             published = "" if number is None else f"{number:.2f}"
-            line = next(line for line in text.splitlines() if line.startswith(f"| {method} |") and line.count("|") == 8)
+            line = next(line for line in lines if line.startswith(f"| {method} |"))
             assert mean in line
             assert "| {:.2f} ± {:.2f} | {} |".format(*rows[method]["emd"], published) in line
             shown += 1
@@ -121,4 +122,41 @@ def test_the_tables_of_weighted_particles_are_those_of_the_results():
     row = read("unbiased")["axes"]["all"][""]
     numbers = f"{row['mean']:+.2f} | {row['sd']:.2f} | {row['max']:.2f} | {row['above_2']:.1%}"
     expect(f"| {row['cells']:,} | {numbers} | " + "{:.4f} ± {:.4f} |".format(*row["pooled"]))
+    for row in read("annealing")["eight modes"]["rows"]:
+        if f"| {row['method']} | {row['setting']} |" in text:
+            cells = f"{plain(*row['reward'])} | {plain(*row['divergence'])} | {row['tilt']:.3f} |"
+            expect(f"| {row['method']} | {row['setting']} | {cells}")
+    for row in read("annealing")["eight modes"]["collapse"]:
+        numbers = f"{row['divergence'][0]:.2f} | {row['entropy']:.2f} | {row['coverage']:.2f} |"
+        expect(f"| {row['steps']} | {row['reward'][0]:.3f} | {numbers}")
+    training = read("training")
+    for row in training["rows"]:
+        share = "{:.1%} ± {:.1%}".format(*row["share_average"])
+        expect(f"| {row['steps']:,} | {share} | {row['excess_average'][0]:.4f} | {row['steps_per_second']:.0f} |")
+    for name in ("tiltjax", "published"):
+        expect(f"{training['side_by_side'][name]['steps_per_second']:.1f}")
     assert shown > 60
+
+
+def test_the_table_of_learned_toys_is_that_of_the_results():
+    text, results = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    study = json.loads((results / "toys_learned.json").read_text())
+    methods = list(next(iter(study["table"].values())))
+    assert len(methods) > 15
+
+    def pair(row, key, form):
+        return " / ".join(row[w].get("failed") or form(row[w][key][0]) for w in ("exact", "learned"))
+
+    for method in methods:
+        cells = []
+        for rows in study["table"].values():
+            row = rows[method]
+            published = "" if row["published"] is None else f"{row['published']:.2f}"
+            cells += [pair(row, "reward", "{:.3f}".format), pair(row, "emd", "{:.2f}".format), published]
+        assert f"| {method} | {' | '.join(cells)} |" in text
+    share = lambda model: study["audits"]["eight modes"][model]["Laplace"]["share"]
+    assert (
+        f"share of {share('exact'):.2f} counts with the exact denoiser, {share('learned'):.2f} with the network" in text
+    )
+    slopes = study["slope"]["eight modes"]
+    assert f"a slope of {slopes['learned']:.1f}\ninstead of {slopes['exact']:.2f}" in text

@@ -65,7 +65,7 @@ EXACT = {
     "laplace": lambda m: tj.Laplace(m, function(m.shape), SCALE),
     "conjugate": lambda m: tj.Conjugate(m, reward(m.shape), SCALE),
     "toward": lambda m: tj.toward(m, tj.Tilted(m, reward(m.shape), SCALE), reward(m.shape), SCALE),
-    "tuned": lambda m: tj.Tuned(m, tj.Tilted(m, reward(m.shape), SCALE), None, reward(m.shape), SCALE),
+    "tuned": lambda m: tj.Tuned(m, tj.Tilted(m, reward(m.shape), SCALE), reward=reward(m.shape), scale=SCALE),
 }
 GUIDANCES = (
     EXACT

@@ -352,3 +352,15 @@ def test_a_rescheduled_mixture_is_refused_with_the_way_to_wrap_it():
         tj.Rescheduled(MIXTURE)
     with pytest.raises(TypeError, match=r"Interpolant, got the class Linear itself"):
         tj.Rescheduled(line(DISCRETE), tj.Linear)
+
+
+def test_batches_are_denoised_alike():
+    x = jax.random.normal(jax.random.key(3), (4, 2))
+    model = tj.Analytic(MIXTURE)
+    for moved in (
+        tj.Tilted(model, tj.rewards.Quadratic([0.5, 1.0]), 2.0),
+        tj.Rescheduled(model, tj.Linear(2.0)),
+        model,
+    ):
+        expected = jax.vmap(lambda x, moved=moved: moved.denoise(jnp.asarray(0.4), x))(x)
+        np.testing.assert_allclose(moved.denoise_batch(jnp.asarray(0.4), x), expected, rtol=1e-12)

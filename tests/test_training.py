@@ -282,6 +282,11 @@ def test_the_curve_draws_itself():
     assert len(raw.get_xdata()) == 250
     np.testing.assert_allclose(means.get_ydata(), np.linspace(2, 1, 250).reshape(125, 2).mean(1))
     np.testing.assert_allclose(means.get_xdata()[:2], [1.5, 3.5])
+    assert ax.get_yscale() == "log"
+    training.Curve(np.linspace(1, -1, 10), np.ones(10)).plot(
+        ax
+    )  # minus an objective: a logarithm would hide half of it
+    assert ax.get_yscale() == "linear"
 
 
 # Errors.

@@ -267,9 +267,9 @@ def test_the_integral_of_the_geometric_mean_is_unbiased(name):
 
 
 ROLES = {
-    "clipped": (tj.Clipped(tj.Tuned(TWO[0], HALF, 1.5, REWARD, SCALE), 0.5), {}),
+    "clipped": (tj.Clipped(tj.Tuned(TWO[0], HALF, 1.5, reward=REWARD, scale=SCALE), 0.5), {}),
     "another's twist, seldom": (DPS, {"twist": tj.Tuned(TWO[0], HALF)} | SPARSE),
-    "with another's twist": (tj.Tuned(TWO[0], HALF, None, REWARD, SCALE), {"twist": DPS}),
+    "with another's twist": (tj.Tuned(TWO[0], HALF, reward=REWARD, scale=SCALE), {"twist": DPS}),
 }
 
 
@@ -374,7 +374,7 @@ def test_networks_in_single_precision_by_batches():
         return tj.from_denoiser(net, shape=(2, 3, 1), batched=True, dtype=jnp.float32)
 
     base, tuned = constant(0.0), constant(1.0)
-    guidance = tj.Tuned(base, tuned, annealed.power(2.0), lambda x: -jnp.sum((x - 1) ** 2), 0.3)
+    guidance = tj.Tuned(base, tuned, annealed.power(2.0), reward=lambda x: -jnp.sum((x - 1) ** 2), scale=0.3)
     particles = tj.smc(
         KEY, base, guidance, num=12, steps=6, batch=5, proposal=proposals.Children(2, proposals.Guided())
     )
@@ -409,6 +409,13 @@ def test_networks_in_single_precision_by_batches():
 def test_bad_input_says_what_to_do(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reward_in_the_place_of_the_weight_is_refused():
+    with pytest.raises(TypeError, match=r"got the reward Quadratic: .*reward="):
+        tj.Tuned(*TWO, REWARD)
+    with pytest.raises(TypeError, match=r"got the class Power: use power\(p\)"):
+        tj.Annealed(*TWO, annealed.Power)
 
 
 def test_a_tuned_network_is_not_asked_where_it_was_not_trained():

@@ -54,6 +54,7 @@ from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun, Solver, Unmask
 from tiltjax.surrogates import Bootstrap, GaussianProcess, Surrogate
 from tiltjax.tilted import Rescheduled, Tilted
 from tiltjax.training import fit
+from tiltjax.wrappers import Averaged, Capped, Shortened, Window
 
 __all__ = [
     # models: what is known of the base law
@@ -120,6 +121,10 @@ __all__ = [
     "Clipped",
     "Normalized",
     "Unscaled",
+    "Capped",
+    "Shortened",
+    "Averaged",
+    "Window",
     # verbs
     "sample",
     "smc",

@@ -108,7 +108,7 @@ class Annealed(Model):
     weight: Any
 
     def __init__(self, base: Model, tuned: Model, weight: Weight = None):
-        _check_pair(base, tuned, "Annealed")
+        check_pair(base, tuned, "Annealed")
         self.base, self.tuned = base, tuned
         weight = Power(jnp.ones(())) if weight is None else weight
         self.weight = _schedule(weight, base.dtype, share=True) if callable(weight) else _share(weight, "weight")
@@ -135,6 +135,10 @@ class Annealed(Model):
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, self.dtype)
         return _mix(_at(self.weight, t), self.base.denoise(t, x), self.tuned.denoise(t, x))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        t = jnp.asarray(t, self.dtype)
+        return _mix(_at(self.weight, t), self.base.denoise_batch(t, x), self.tuned.denoise_batch(t, x))
 
 
 class Seen(NamedTuple):
@@ -171,10 +175,11 @@ class Tuned(Guidance):
         base: Model,
         tuned: Model,
         weight: Weight = None,
+        *,
         reward: Callable | None = None,
         scale: float | Array = 1.0,
     ):
-        _check_pair(base, tuned, "Tuned")
+        check_pair(base, tuned, "Tuned")
         self.base, self.tuned = base, tuned
         weight = 1.0 if weight is None else weight
         self.weight = (
@@ -243,7 +248,8 @@ class Tuned(Guidance):
         return jnp.where(moves, jnp.sum(shift * (noise - shift / 2)), 0.0)
 
 
-def _check_pair(base: Model, tuned: Model, name: str) -> None:
+def check_pair(base: Model, tuned: Model, name: str) -> None:
+    """Refuse, for `name`, two models that are not of the same states on the same path."""
     inputs.instance(base, Model, "base", f"{name}(base, tuned, weight)")
     inputs.instance(tuned, Model, "tuned", f"{name}(base, tuned, weight)")
     if base.tokens or tuned.tokens:
@@ -265,7 +271,7 @@ def _mix(share: Array, base: Array, tuned: Array) -> Array:
 
 
 def _at(weight: Any, t: Array) -> Array:
-    value = jnp.asarray(weight(t) if callable(weight) else weight, t.dtype)
+    value = jnp.asarray(inputs.cast(weight, t.dtype)(t) if callable(weight) else weight, t.dtype)
     if value.shape != ():
         raise ValueError(f"a weight is one number at one time, got shape {value.shape}")
     return value
@@ -280,12 +286,17 @@ def _share(value: float | Array, name: str) -> Array:
 
 def _schedule(weight: Callable, dtype: Any, *, share: bool) -> eqx.Module:
     """A function of t as a module, tried at the times of a fine run if its values can be read: finite, and in [0, 1] if it is to be a share."""
+    if isinstance(weight, rewards.Reward | type):
+        what = f"the class {weight.__name__}" if isinstance(weight, type) else f"the reward {type(weight).__name__}"
+        raise TypeError(
+            f"weight must be a number or a function of t, got {what}: use power(p) or step(f), and reward= for a reward"
+        )
     module = weight if isinstance(weight, eqx.Module) else inputs.Function(weight)
     if not inputs.concrete(module):
         return module
     with jax.ensure_compile_time_eval():
         times = jnp.linspace(1e-3, 1.0, _LOOKS, dtype=dtype)
-        values = jax.vmap(lambda t: _at(inputs.cast(module, dtype), t))(times)
+        values = jax.vmap(lambda t: _at(module, t))(times)
     if not inputs.concrete(values):  # a function of something that is being traced
         return module
     values, slack = np.asarray(values), 8 * float(jnp.finfo(dtype).eps) if share else np.inf

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
-from tiltjax.guidance import Guidance, check
+from tiltjax import external, inputs
+from tiltjax.guidance import Guidance, check, check_start
 from tiltjax.models import Model
 from tiltjax.sampling import fitting, how_many, sample
 from tiltjax.solvers import Adaptive, Heun, Solver
@@ -35,6 +35,7 @@ class Density(NamedTuple):
     log_prob: Array
 
 
+@external.failures()
 def density(
     key: Array,
     model: Model,
@@ -70,10 +71,12 @@ def density(
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
     model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
+    model.check_times(times)
     if guidance is not None:
         check(guidance, model)
-        answers = [np.asarray(_answer(model, guidance, jax.random.key(seed), times)) for seed in range(2)]
-        if not np.array_equal(*answers, equal_nan=True):
+        check_start(model, times)
+        guidance.check_run(times)
+        if inputs.concrete((model, guidance, times)) and _draws(model, guidance, times):
             raise ValueError(
                 f"{type(guidance).__name__} draws at random, and its flow has no density that one path can tell: use audit, or a guidance without draws"
             )
@@ -91,6 +94,13 @@ def density(
             f"{bad.sum()} of {num} log-densities are not finite, the first that of sample {bad.argmax()}: the flow is not invertible there, or NaN"
         )
     return drawn
+
+
+def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
+    """Whether two keys get two answers."""
+    with jax.ensure_compile_time_eval():
+        first, second = (np.asarray(_answer(model, guidance, jax.random.key(seed), times)) for seed in range(2))
+    return not np.array_equal(first, second, equal_nan=True)
 
 
 @eqx.filter_jit

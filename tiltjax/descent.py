@@ -84,7 +84,8 @@ class Curve(NamedTuple):
         means = self.loss[: whole * window].reshape(whole, window).mean(axis=1)
         ax.plot(np.arange(len(self.loss)) + 1, self.loss, color="#BDBDBD", linewidth=0.5)
         ax.plot((np.arange(whole) + 0.5) * window + 0.5, means, color="#0072B2", linewidth=1.5)
-        ax.set(xlabel="step", ylabel="loss", yscale="log")
+        # A loss of samples is positive; minus an objective need not be, and a logarithm would hide it.
+        ax.set(xlabel="step", ylabel="loss", yscale="log" if np.all(self.loss > 0) else "linear")
 
 
 class Fit(NamedTuple):

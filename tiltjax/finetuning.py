@@ -36,7 +36,7 @@ import optax
 from jaxtyping import Array
 
 from tiltjax import checkpoints, external, inputs, rewards
-from tiltjax.annealed import Annealed
+from tiltjax.annealed import check_pair
 from tiltjax.descent import Fit, minimise
 from tiltjax.models import Model
 from tiltjax.solvers import Ancestral, Kernel
@@ -68,7 +68,8 @@ class Chain(eqx.Module):
 
     def finish(self, x: Array) -> Array:
         """The rewards of paths that are at `times[-2]`, `(num,)`."""
-        return jax.vmap(self.reward)(self.base.denoise_batch(self.times[-2], x)).astype(x.dtype)
+        value = lambda x: rewards.value(self.reward, x)
+        return jax.vmap(value)(self.base.denoise_batch(self.times[-2], x)).astype(x.dtype)
 
     def noise(self, key: Array) -> Array:
         """That of a step."""
@@ -127,10 +128,10 @@ class PolicyGradient(Objective):
             return moved, (x, noise, cost)
 
         end, (states, noises, costs) = jax.lax.scan(roll, chain.start(key_start), scanned)
-        rewards = jax.lax.stop_gradient(chain.finish(end))
+        values = jax.lax.stop_gradient(chain.finish(end))
         # What a step still earns: costs before it are not its doing, its own has a gradient of its own.
         later = jnp.cumsum(costs[::-1], axis=0)[::-1] - costs
-        earned = rewards[None] - later
+        earned = values[None] - later
         others = (jnp.sum(earned, axis=1, keepdims=True) - earned) / (chain.num - 1)
         advantage = jax.lax.stop_gradient(earned - others)
 
@@ -144,7 +145,7 @@ class PolicyGradient(Objective):
         total, _ = jax.lax.scan(
             jax.checkpoint(score), jnp.zeros((), chain.base.dtype), (*scanned[:2], states, noises, advantage)
         )
-        objective = jnp.mean(rewards - jnp.sum(costs, axis=0))
+        objective = jnp.mean(values - jnp.sum(costs, axis=0))
         return -(jax.lax.stop_gradient(objective - total) + total)
 
 
@@ -201,13 +202,14 @@ def finetune(
     - `key`: decides paths.
     - `network`: what is trained, from where it is: the base model's own network, or any pytree of parameters, such as adapters of it with
       `model=jax.tree_util.Partial(lambda network, adapters: from_velocity(lora.merge(network, adapters), shape=...), network)`.
-    - `base`: the model to stay close to, left as it is. `reward`: any function of one sample.
+    - `base`: the model to stay close to, left as it is. `reward`: any function of one sample, finite at all of them.
     - `scale`: of the tilt; a higher one allows more divergence, `math.inf` any: then nothing but `steps` ends the collapse on the best sample.
     - `model`: what makes a model of the network, of the same states and on the same path as the base.
     - `objective`: `reparametrised(through)`, by default through all steps, or `policy_gradient`.
     - `batch`: paths in a step.
     - `times`: of the chain, increasing to 1, by default `base.grid(50)`. The fewer, the cheaper, and the less like the base model.
-    - `rate`, by default 1e-4, `optimiser`, `ema`, `checkpoint`, `every`, `progress`: as in `fit`.
+    - `rate`, by default 1e-4, `optimiser`, `ema`, `checkpoint`, `every`, `progress`: as in `fit`. Rewards and models of one name are told apart
+      by their arrays.
 
     **Returns:** `Fit(network, average, curve)`; the curve's loss is minus the objective, and never below `-log Z / scale` but for the batch's noise.
 
@@ -219,8 +221,19 @@ def finetune(
     objective = Reparametrised(None) if objective is None else objective
     inputs.instance(objective, Objective, "objective", "reparametrised(through) or policy_gradient")
     build = inputs.Function(model)
-    Annealed(base, build(network))  # refuses models that do not fit together
-    scale = float(scale)
+    tuned = build(network)
+    inputs.instance(
+        tuned, Model, "model(network)", "as model= give what makes a model of the network, such as from_velocity"
+    )
+    if base.tokens:
+        raise ValueError(
+            f"finetune is for states that are numbers: {type(base).__name__} is a model of tokens, whose steps are not Gaussian"
+        )
+    check_pair(base, tuned, "finetune")
+    try:
+        scale = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be one number, got {scale!r}: it is not swept in one run") from None
     if not scale > 0:
         raise ValueError(f"scale must be positive, or math.inf for no divergence at all, got {scale:g}")
     batch = inputs.count(batch, "batch")
@@ -238,13 +251,13 @@ def finetune(
         _check_gradient(chain, key)
     settings: dict[str, Any] = {}
     if checkpoint is not None:
-        settings = {
-            "reward": checkpoints.name(reward),
-            "model": checkpoints.name(model),
-            "scale": scale,
-            "batch": batch,
+        told = lambda name, tree: f"{name} {checkpoints.digest(eqx.filter(tree, eqx.is_array))}"
+        settings = {"scale": scale, "batch": batch, "objective": told(objective, objective)}
+        settings |= {
+            "reward": told(checkpoints.name(reward), chain.reward),
+            "model": told(checkpoints.name(model), build),
         }
-        settings |= {"objective": str(objective), "base": checkpoints.digest(base), "times": checkpoints.digest(times)}
+        settings |= {"base": told(type(base).__name__, base), "times": checkpoints.digest(times)}
     if rate is None and optimiser is None:
         rate = 1e-4
     kept: dict[str, Any] = {"checkpoint": checkpoint, "every": every, "settings": settings, "progress": progress}
@@ -259,7 +272,8 @@ def _slopes(chain: Chain, key: Array) -> Array:
     step = lambda x, scanned: (chain.step(chain.base, scanned[0], scanned[1], x, chain.noise(scanned[2]))[0], None)
     keys = jax.random.split(key_run, len(chain.times) - 2)
     x, _ = jax.lax.scan(step, chain.start(key_start), (chain.times[:-2], chain.times[1:-1], keys))
-    return jax.vmap(jax.grad(chain.reward))(chain.base.denoise_batch(chain.times[-2], x))
+    value = lambda x: rewards.value(chain.reward, x)
+    return jax.vmap(jax.grad(value))(chain.base.denoise_batch(chain.times[-2], x))
 
 
 def _check_gradient(chain: Chain, key: Array) -> None:

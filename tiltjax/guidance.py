@@ -13,7 +13,7 @@ method here is a choice along four axes:
 | `Conjugate(model, reward, scale)` | see `tiltjax.conjugate` | | constant | 1 |
 | `Tuned(base, tuned, weight)` | a model that was fine-tuned: see `tiltjax.annealed` | | | 1 |
 
-and `Clipped` and `Normalized` wrap any of them. What they sample is not the tilt, in general: `theory` says by how much.
+and `Clipped`, `Normalized` and `Unscaled` wrap any of them, as do those of `tiltjax.wrappers`. What they sample is not the tilt, in general: `theory` says by how much.
 
 A guidance is called as `guidance(key, t, x, state) -> (Estimate, state)` for one sample. One call returns everything
 that shares network evaluations and draws; what moves a sampler is the tilted denoiser
@@ -263,7 +263,7 @@ class Laplace(Guidance):
         return self.scale * self.reward(x1)
 
 
-class _Wrapper(Guidance):
+class Wrapper(Guidance):
     """A guidance whose score is multiplied by a factor and everything else kept."""
 
     guidance: eqx.AbstractVar[Guidance]
@@ -302,7 +302,7 @@ class _Wrapper(Guidance):
         return estimate._replace(tilted=estimate.tilted + extra), state
 
 
-class Clipped(_Wrapper):
+class Clipped(Wrapper):
     """`guidance` with its score shortened to the length `limit` where it is longer. A deviation from the mathematics."""
 
     guidance: Guidance
@@ -317,7 +317,7 @@ class Clipped(_Wrapper):
         return jnp.minimum(self.to_length(t, estimate, self.limit), 1.0)
 
 
-class Normalized(_Wrapper):
+class Normalized(Wrapper):
     """`guidance` with its score brought to the length `length`, whatever it was. A deviation from the mathematics.
 
     What published pipelines do to make a reward's scale inert: the estimate of `∇ log h` keeps its direction only. A zero stays zero.
@@ -335,7 +335,7 @@ class Normalized(_Wrapper):
         return self.to_length(t, estimate, self.length)
 
 
-class Unscaled(_Wrapper):
+class Unscaled(Wrapper):
     """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2` that tilting requires.
 
     **Arguments:** `guidance`, any that knows its unguided denoiser.

@@ -27,10 +27,12 @@ def init(
 ) -> Adapters:
     """Adapters of rank `rank` for the kernels of a network: parameters of two axes or more, of which the last two are adapted.
 
-    `only(path, kernel)`, if given, chooses among them. A is normal with variance `1 / n`, B is zero; both in the kernel's dtype.
+    `only(path, kernel)`, if given, chooses among them. A is normal with variance `1 / n`, B is zero; both in the kernel's dtype, but in single
+    precision where that has fewer bits: what is trained has to keep small updates.
 
-    **Raises:** `ValueError` for a network without such a parameter.
+    **Raises:** `ValueError` for a network without such a parameter, `TypeError` for what is no Flax module.
     """
+    inputs.instance(network, nnx.Module, "network", "adapters are found in the state of Flax modules")
     rank = inputs.count(rank, "rank")
     kernels = {
         path: kernel
@@ -46,16 +48,19 @@ def init(
     adapters = {}
     for one, (path, kernel) in zip(keys, kernels.items(), strict=True):
         *lead, n, m = kernel.shape
-        a = jax.random.normal(one, (*lead, n, rank), kernel.dtype) / jnp.sqrt(jnp.asarray(n, kernel.dtype))
-        adapters[path] = a, jnp.zeros((*lead, rank, m), kernel.dtype)
+        dtype = _wider(kernel.dtype, jnp.dtype(jnp.float32))
+        a = jax.random.normal(one, (*lead, n, rank), dtype) / jnp.sqrt(jnp.asarray(n, dtype))
+        adapters[path] = a, jnp.zeros((*lead, rank, m), dtype)
     return adapters
 
 
 def merge(network: Any, adapters: Adapters, scale: float | Array = 1.0) -> Any:
-    """A copy of the network with `W + scale * A B` for every adapted kernel; differentiable in the adapters and the scale.
+    """A copy of the network with `W + scale * A B`, in W's dtype, for every adapted kernel; differentiable in the adapters and the scale.
 
-    **Raises:** `ValueError` for adapters of another network.
+    **Raises:** `ValueError` for adapters of another network, and a scale that is not one number.
     """
+    if jnp.shape(scale) != ():
+        raise ValueError(f"scale is one number for all adapters, got shape {jnp.shape(scale)}")
     graph, state = nnx.split(network)
     flat = dict(nnx.to_flat_state(state))
     for path, (a, b) in adapters.items():
@@ -65,9 +70,14 @@ def merge(network: Any, adapters: Adapters, scale: float | Array = 1.0) -> Any:
             where = "/".join(map(str, path))
             found = "is missing" if kernel is None else f"has shape {kernel.shape}, not {product}"
             raise ValueError(f"these adapters belong to another network: {where} {found} in {type(network).__name__}")
-        shift = jnp.asarray(scale, a.dtype) * (a @ b)
-        flat[path] = kernel.replace(kernel.get_value() + shift)
+        shift, base = jnp.asarray(scale, a.dtype) * (a @ b), kernel.get_value()
+        wide = _wider(base.dtype, shift.dtype)
+        flat[path] = kernel.replace((base.astype(wide) + shift.astype(wide)).astype(base.dtype))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def _wider(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    return max(a, b, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _parameters(network: nnx.Module) -> dict[tuple, Array]:

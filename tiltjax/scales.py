@@ -58,10 +58,14 @@ class Damped(Scale):
         self.sigma = inputs.nonnegative(sigma, "sigma")
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
-        # A width of zero has nothing to damp, also at t = 1, where the snr is infinite.
-        known = self.sigma > 0
-        variance = jnp.where(known, 1 / (jnp.where(known, self.sigma, 1.0) ** -2 + snr), 0.0)
-        return self.final / (1 + 2 * self.final * variance)
+        return self.final / (1 + 2 * self.final * gaussian_variance(self.sigma, snr))
+
+
+def gaussian_variance(sigma: Array, snr: Array) -> Array:
+    """`v_t = sigma^2 / (1 + sigma^2 snr_t)`: the variance of one of `N(mu, sigma^2)`, seen at a signal-to-noise ratio."""
+    # A width of zero has nothing left to know, also at t = 1, where the snr is infinite.
+    known = sigma > 0
+    return jnp.where(known, 1 / (jnp.where(known, sigma, 1.0) ** -2 + snr), 0.0)
 
 
 class SelfDamped(Scale):

@@ -69,6 +69,11 @@ class Rescheduled(Model):
         natural = path.alpha(t) / path.sigma(t) ** 2 * x
         return self.model.denoise(*self.model.interpolant.observe(path.snr(t), natural))
 
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        path = self.interpolant
+        natural = path.alpha(t) / path.sigma(t) ** 2 * x
+        return self.model.denoise_batch(*self.model.interpolant.observe(path.snr(t), natural))
+
     def asks(self) -> tuple[Interpolant, Array | float]:
         return self.model.asks()
 
@@ -116,6 +121,11 @@ class Tilted(Model):
         path = self.interpolant
         natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
         return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        path = self.interpolant
+        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural[None]
+        return self.model.denoise_batch(*path.observe(path.snr(t) + self.precision, natural))
 
     def asks(self) -> tuple[Interpolant, Array | float]:
         path, ahead = self.model.asks()

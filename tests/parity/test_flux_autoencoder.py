@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from flax import nnx
 
 from tiltjax.flux import autoencoder, weights
 
@@ -128,3 +129,11 @@ def test_the_default_is_the_published_size():
         model = AutoencoderKL(**{name: value for name, value in config.items() if not name.startswith("_")})
     expected = {name: tuple(array.shape) for name, array in model.state_dict().items()}
     assert (len(expected), sum(map(np.prod, expected.values()))) == (244, 83_819_683)
+
+
+def test_what_a_file_leaves_out_is_the_default_of_the_published_class():
+    without = {"use_quant_conv": False, "use_post_quant_conv": False}
+    model, config = AutoencoderKL(**without), autoencoder.Config.from_json(without)
+    abstract = nnx.eval_shape(lambda: autoencoder.Autoencoder(config, rngs=nnx.Rngs(0)))
+    assert weights.shapes(abstract) == {name: tuple(array.shape) for name, array in model.state_dict().items()}
+    assert (config.scaling_factor, config.shift_factor) == (model.config.scaling_factor, 0)

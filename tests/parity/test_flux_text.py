@@ -45,6 +45,17 @@ def test_names_and_shapes():
         assert SHAPES(alone) == tower
 
 
+def test_what_a_file_leaves_out_is_the_default_of_the_published_class():
+    with torch.device("meta"):
+        published = transformers.CLIPModel(transformers.CLIPConfig())
+        encoder = transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu"))
+    build = lambda network, config: nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    assert weights.shapes(build(clip.CLIP, clip.Config.from_json({})), stacked=clip.STACKED) == SHAPES(published)
+    ours = build(t5.T5, t5.Config.from_json({"feed_forward_proj": "gated-gelu"}))
+    assert weights.shapes(ours, t5.RENAMES, t5.STACKED) | {t5.TIED: (32128, 512)} == SHAPES(encoder)
+    assert clip.TextConfig.from_json({}).eos_token_id == transformers.CLIPTextConfig().eos_token_id
+
+
 def test_t5_whole_in_single_precision_and_block_by_block():
     model, _ = reference.t5_model()
     network = parts.small_t5()

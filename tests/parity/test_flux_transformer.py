@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flux_fixtures import CONFIGS, FIXTURES, GRID, TRANSFORMERS, close, stored, transformer_inputs, weights
 from keys import published
+from reference import times
 from reference import transformer as reference
 from safetensors.numpy import load_file, save_file
 
@@ -38,6 +39,15 @@ def test_stored_answers_are_those_of_today(name):
     assert kept.keys() == expected.keys()
     for part, array in expected.items():
         close(kept[part], array, 2e-5)
+
+
+def test_the_grid_of_the_scheduler():
+    kept = stored("times")
+    for name, sigmas in times().items():
+        np.testing.assert_array_equal(kept[name], sigmas)
+        size, steps = map(int, name.split("_"))
+        worst = close(1 - np.asarray(flux.times(steps, size, size, start=0.0), np.float64), sigmas, 1e-7)
+        print(f"{name}: sigmas {worst:.2g}")
 
 
 def test_stored_keys_are_those_of_today():

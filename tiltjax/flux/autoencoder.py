@@ -57,15 +57,16 @@ class Config:
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "Config":
         """From the published `config.json` of an `AutoencoderKL`. **Raises:** `ValueError` for a setting that is not implemented."""
-        depth = len(published.get("block_out_channels", cls.block_out_channels))
+        absent = {"block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4, "scaling_factor": 0.18215}
+        depth = len(published.get("block_out_channels", absent["block_out_channels"]))
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         implied = _IMPLIED | {name: ((kind,) * depth,) for name, kind in kinds.items()}
-        # Where these are absent, the published classes take them for true.
+        # Where these are absent, the published class takes them for true.
         for name in ("use_quant_conv", "use_post_quant_conv"):
             if published.get(name, True) is not False:
                 raise ValueError(f"{name} = True is not implemented: the autoencoder of FLUX.1 has no such layer")
         published = {name: value for name, value in published.items() if (name, value) != ("shift_factor", None)}
-        return layers.configuration(cls, {"shift_factor": 0.0} | published, implied)
+        return layers.configuration(cls, published, implied, **absent, shift_factor=0.0)
 
     @property
     def factor(self) -> int:

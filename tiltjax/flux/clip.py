@@ -71,7 +71,8 @@ class TextConfig:
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "TextConfig":
         """From the published `config.json` of a `CLIPTextModel`. **Raises:** `ValueError` for a setting that is not implemented."""
-        return layers.configuration(cls, published, {})
+        absent = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+        return layers.configuration(cls, published, {}, **absent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ class PictureConfig:
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "PictureConfig":
         """From the published JSON of a `CLIPVisionModel`. **Raises:** `ValueError` for a setting that is not implemented."""
-        return layers.configuration(cls, published, {"num_channels": (3,)})
+        absent = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        return layers.configuration(cls, published, {"num_channels": (3,)}, **absent, patch_size=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,8 @@ class Config:
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "Config":
         """From the published `config.json` of a `CLIPModel`. **Raises:** `ValueError` for a setting that is not implemented."""
-        # What the towers leave out is not ours to guess: the published defaults are other sizes than these.
-        base = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-        text = TextConfig.from_json(base | dict(published.get("text_config") or {}))
-        base = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        picture = PictureConfig.from_json(base | {"patch_size": 32} | dict(published.get("vision_config") or {}))
+        text = TextConfig.from_json(published.get("text_config") or {})
+        picture = PictureConfig.from_json(published.get("vision_config") or {})
         return cls(text, picture, published.get("projection_dim", 512))
 
 

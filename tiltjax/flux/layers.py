@@ -97,15 +97,19 @@ def causal(n: int, dtype: Any) -> Array:
     return jnp.where(jnp.tri(n, dtype=bool), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))[None]
 
 
-def configuration(kind: type[C], published: Mapping[str, Any], implied: Mapping[str, tuple[Any, ...]]) -> C:
+def configuration(
+    kind: type[C], published: Mapping[str, Any], implied: Mapping[str, tuple[Any, ...]], **absent: Any
+) -> C:
     """A `Config` from a published JSON configuration.
 
-    **Arguments:** `kind`, a dataclass: its fields are read by name, and where a field has no default it must be there; `published`, the JSON object;
-    `implied`, settings that are not fields, as `{name: (values that are implemented, the first where the setting is absent)}`. Everything else in
-    the object says how the model was trained or used, and is left alone.
+    **Arguments:** `kind`, a dataclass whose fields are read by name; `published`, the JSON object; `implied`, settings that are not fields, as
+    `{name: (values that are implemented, the first where the setting is absent)}`; `absent`, what the published class takes an absent field for,
+    where that is not the default here (files may leave out what is their default). Everything else in the object says how the model was trained or
+    used, and is left alone.
 
-    **Raises:** `ValueError` for a missing field, and for a setting that is not implemented, with its name.
+    **Raises:** `ValueError` for a setting that is not implemented, with its name.
     """
+    published = absent | dict(published)
     for name, values in implied.items():
         value = published.get(name, values[0])
         value = tuple(value) if isinstance(value, list) else value
@@ -113,13 +117,10 @@ def configuration(kind: type[C], published: Mapping[str, Any], implied: Mapping[
             raise ValueError(
                 f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for {' or '.join(map(repr, values))}"
             )
-    found = {}
-    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
-        if field.name in published:
-            value = published[field.name]
-            found[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f"the configuration has no {field.name!r}: is this the config.json of the right folder?")
+    fields = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    found = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in published.items() if name in fields
+    }
     return kind(**found)
 
 

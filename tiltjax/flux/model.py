@@ -14,6 +14,9 @@ The network wants a batch: whatever `vmap` is around a call makes rows of its ba
 | 1 | flow-map reward guidance |
 | 5, 1.1 | weighted diamond maps |
 
+A flow map may also take the steps of a run: `model.leaping(times)` answers on that grid with the straight line to where the flow is at the *next* time,
+which makes of `Euler()` the map itself.
+
 Distilled guidance (a guidance scale other than 1) changes the velocity: what is sampled then is the law of that flow, and its denoiser is no posterior
 mean. Reference: Black Forest Labs, FLUX.1; Holderrieth et al. (arXiv 2602.05993), diamond maps; Esser et al. (arXiv 2403.03206), the shift.
 """
@@ -70,6 +73,7 @@ class FluxModel(models.Model):
 
     parts: Parts
     interpolant: Interpolant
+    leaps: Array | None
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
@@ -109,18 +113,28 @@ class FluxModel(models.Model):
         strength = None if guidance is None else inputs.nonnegative(guidance, "guidance")
         self.parts = Parts(transformer, text, pooled, strength, autoencoder)
         self.interpolant = inputs.cast(Linear(), dtype)
+        self.leaps = None
         self.dtype = jnp.dtype(dtype)
 
     def denoise(self, t: Array, x: Array) -> Array:
-        return self._moved(t, t, 1.0, x)
+        if self.leaps is None:
+            return self._moved(t, t, 1.0, x)
+        following = jnp.searchsorted(self.leaps, jnp.asarray(t, self.leaps.dtype), side="right")
+        return self._moved(t, self.leaps[jnp.minimum(following, len(self.leaps) - 1)], 1.0, x)
+
+    def leaping(self, times: Array) -> "FluxModel":
+        """This model for the steps of one grid, as published pipelines of flow maps take them: with `Euler()` and these times, `X_{t,u}` in one call.
+
+        `denoise` is then the end of the straight line from x through `X_{t,u}(x)`, u being the next of `times`: no posterior mean, but for small steps.
+        **Raises:** `ValueError` for a network of one time.
+        """
+        self._check_dual()
+        times = inputs.time_grid(times, None)
+        return eqx.tree_at(lambda model: model.leaps, self, times, is_leaf=lambda leaf: leaf is None)
 
     def flow_map(self, t: Array, x: Array, s: float | Array = 1.0) -> Array:
         """Where the flow takes x from time t to time s, in one call. **Raises:** `ValueError` for a network of one time."""
-        if not self.parts.transformer.config.dual_time:
-            raise ValueError(
-                "this network has one time, and knows velocities alone: load the adapters of a flow map, flux.load(..., adapters=), or "
-                "integrate, tiltjax.FlowMap(model)"
-            )
+        self._check_dual()
         return self._moved(t, s, s, x)
 
     def decode(self, x: Array) -> Array:
@@ -137,6 +151,13 @@ class FluxModel(models.Model):
                 "this model has no autoencoder: FluxModel(..., autoencoder=flux.load('autoencoder', folder))"
             )
         return self.parts.autoencoder
+
+    def _check_dual(self) -> None:
+        if not self.parts.transformer.config.dual_time:
+            raise ValueError(
+                "this network has one time, and knows velocities alone: load the adapters of a flow map, flux.load(..., adapters=), or "
+                "integrate, tiltjax.FlowMap(model)"
+            )
 
     def _moved(self, t: Array, target: float | Array, end: float | Array, x: Array) -> Array:
         """`x - (sigma_t - sigma_end) v`, with v the network's velocity at t, or from t to `target`."""

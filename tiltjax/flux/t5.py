@@ -46,7 +46,8 @@ class Config:
         # Where it is absent, the published classes take it for "relu".
         if (found := published.get("feed_forward_proj", "relu")) != "gated-gelu":
             raise ValueError(f"feed_forward_proj = {found!r} is not implemented: this is T5 1.1, with 'gated-gelu'")
-        return layers.configuration(cls, published, {"is_decoder": (False,)})
+        absent = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+        return layers.configuration(cls, published, {"is_decoder": (False,)}, **absent)
 
 
 class T5(nnx.Module):
