@@ -311,14 +311,10 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
     checked = bias.plug_in_law(prior, reward, law.final, k=2)  # refuses what has no law
     assert isinstance(checked, DrawsLaw)
 
-    @jax.jit
-    def of_draws(k: Array) -> Array:
-        many = draws_law(checked.center, checked.std**2, checked.target, checked.strength, k)
-        return tilts.bures(many.mean(), many.cov(), mean, cov)
-
     def distance(k: int) -> float:
         if k > 1:
-            return float(of_draws(jnp.asarray(k, mean.dtype)))
+            many = checked.center, checked.std**2, checked.target, checked.strength
+            return float(_off(*many, jnp.asarray(k, mean.dtype), mean, cov))
         here = bias.plug_in_law(prior, reward, law.final)
         return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
 
@@ -333,3 +329,10 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
         middle = max(low + 1, int(np.sqrt(low * high)))
         low, high = (low, middle) if distance(middle) < aim else (middle, high)
     return high
+
+
+@jax.jit
+def _off(center: Array, variance: Array, target: Array, strength: Array, k: Array, mean: Array, cov: Array) -> Array:
+    """How far the law of k draws is from a Gaussian: one program for every search."""
+    many = draws_law(center, variance, target, strength, k)
+    return tilts.bures(many.mean(), many.cov(), mean, cov)
