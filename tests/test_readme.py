@@ -51,7 +51,12 @@ def test_the_tables_are_those_of_the_results():
         for cell in cells.split(" | "):
             assert cell in text
     board = json.loads((results / "checkerboard.json").read_text())["rows"]
-    shown = [row for row in board if f"| {row['method']} |" in text]
+    exact, network = text.split("| network | mean reward")
+    for row in json.loads((results / "checkerboard_network.json").read_text())["rows"]:
+        if f"| {row['method']} |" in network:
+            mean, trace = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("mean_reward", "trace"))
+            assert f"| {row['method']} | {mean} | {trace} | {row['calls']:,} |" in network
+    shown = [row for row in board if f"| {row['method']} |" in exact]
     assert len(shown) > 10
     for row in shown:
         mean, trace = ("{:.3f} ± {:.3f}".format(*row[name]) for name in ("mean_reward", "trace"))
