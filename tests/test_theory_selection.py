@@ -182,11 +182,14 @@ def test_laws_compile_map_and_differentiate():
     np.testing.assert_allclose(jax.jit(jax.vmap(best))(y)[1], best(y[1]), rtol=1e-9)
     slope = jax.jit(jax.jacfwd(fixed))(0.9)
     np.testing.assert_allclose(slope, (fixed(0.9 + 1e-4) - fixed(0.9 - 1e-4)) / 2e-4, rtol=1e-5, atol=1e-7)
-    compiled = jax.jit(soft)
-    slopes = jax.jit(jax.jacrev(soft, argnums=(0, 1)))(0.7, y[1])
+    # One pullback for all four numbers: a reverse pass keeps every node of every one of them.
+    compiled, mix = jax.jit(soft), jnp.asarray([1.0, -2.0, 300.0, 1.5])
+    slopes = jax.jit(jax.grad(lambda scale, y: mix @ soft(scale, y), argnums=(0, 1)))(0.7, y[1])
     for i, step in enumerate(np.eye(2) * 1e-4):
         up, down = (compiled(0.7 + s * step[0], y[1] + s * step[1]) for s in (1, -1))
-        np.testing.assert_allclose(slopes[i], (up - down) / 2e-4, rtol=1e-5, atol=1e-7)
+        each = (up - down) / 2e-4
+        assert np.all(np.abs(mix * each) > 1e-2)  # none is too small to be missed
+        np.testing.assert_allclose(slopes[i], mix @ each, rtol=1e-5, atol=1e-7)
     wide = jax.vmap(lambda s: compiled(s, y[1]))(jnp.asarray([1e-6, 0.7, 1e4]))
     np.testing.assert_allclose(wide[1], soft(0.7, y[1]), rtol=1e-9)
     assert np.all(np.isfinite(wide))
