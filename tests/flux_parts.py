@@ -1,4 +1,4 @@
-"""The autoencoder, the text encoders and CLIP in small: published configurations, inputs, and the networks of this package on made-up weights."""
+"""The parts of FLUX.1 in small: published configurations, inputs, and the networks of this package on made-up weights."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tiltjax.flux import autoencoder, clip, t5, weights
+from tiltjax.flux import autoencoder, clip, t5, transformer, weights
 
 AUTOENCODER = {
     "_class_name": "AutoencoderKL",
@@ -98,25 +98,19 @@ def small_t5(**options) -> t5.T5:
 
 
 @functools.cache
+def small_transformer(name: str, **options) -> transformer.Transformer:
+    config = transformer.Config.from_json(fixtures.TRANSFORMERS[name])
+    abstract = nnx.eval_shape(lambda: transformer.Transformer(config, **options, rngs=nnx.Rngs(0)))
+    return made(abstract, transformer.RENAMES, transformer.STACKED)
+
+
+@functools.cache
 def small_clip(name: str = "legacy", **options) -> clip.CLIP:
     config = clip.Config.from_json(CLIPS[name])
     return made(nnx.eval_shape(lambda: clip.CLIP(config, **options, rngs=nnx.Rngs(0))), stacked=clip.STACKED)
 
 
-def close(got, expected, tolerance: float) -> None:
-    """The largest absolute difference is at most `tolerance`."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}"
-    worst = np.abs(got - expected).max()
-    assert worst <= tolerance, (
-        f"differs by {worst:.3g}, allowed {tolerance:.3g}, of values up to {np.abs(expected).max():.3g}"
-    )
-
-
-def stored(name: str) -> dict[str, np.ndarray]:
-    """The answers of the published implementation, in float64."""
-    with np.load(fixtures.FIXTURES / f"{name}.npz") as arrays:
-        return dict(arrays)
+close, stored = fixtures.close, fixtures.stored
 
 
 def as_jax(tree: dict[str, np.ndarray], dtype=jnp.float32) -> dict:

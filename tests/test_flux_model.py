@@ -11,24 +11,16 @@ import numpy as np
 import pytest
 from contracts import traced
 from flax import nnx
-from flux_fixtures import TRANSFORMERS, close, draws, stored, weights
+from flux_fixtures import close, draws, stored
+from flux_parts import small_transformer as network
 
 import tiltjax as tj
-from tiltjax.flux import autoencoder, model, transformer
+from tiltjax.flux import autoencoder, model
 from tiltjax.flux.model import FluxModel, Lookahead, packed, unpacked
 from tiltjax.flux.transformer import Config, Transformer
-from tiltjax.flux.weights import from_state_dict, shapes
 
 HEIGHT, WIDTH = 64, 48  # 4 x 3 tokens
 WIDE = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-
-
-@functools.cache
-def network(name, **options):
-    config = Config.from_json(TRANSFORMERS[name])
-    abstract = nnx.eval_shape(lambda: Transformer(config, **options, rngs=nnx.Rngs(0)))
-    published = weights(shapes(abstract, transformer.RENAMES, transformer.STACKED))
-    return from_state_dict(abstract, published, renames=transformer.RENAMES, stacked=transformer.STACKED)
 
 
 def texts(dtype=jnp.float64):

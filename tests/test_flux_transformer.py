@@ -4,7 +4,6 @@ Tier: parity (float32, the numbers measured live), exact (options, float64).
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,13 @@ import numpy as np
 import pytest
 from contracts import on_eight_devices
 from flax import nnx
-from flux_fixtures import GRID, TEXT_LENGTH, TRANSFORMERS, close, stored, transformer_inputs, weights
+from flux_fixtures import GRID, TEXT_LENGTH, TRANSFORMERS, close, stored, transformer_inputs
+from flux_parts import small_transformer as network
 
-from tiltjax.flux import transformer, waves
+from tiltjax.flux import waves
 from tiltjax.flux.transformer import Config, Transformer
-from tiltjax.flux.weights import from_state_dict, shapes
 
 FORWARD, GRADIENT = 1e-5, 1.5e-5
-
-
-@functools.cache
-def network(name, **options):
-    config = Config.from_json(TRANSFORMERS[name])
-    abstract = nnx.eval_shape(lambda: Transformer(config, **options, rngs=nnx.Rngs(0)))
-    published = weights(shapes(abstract, transformer.RENAMES, transformer.STACKED))
-    return from_state_dict(abstract, published, renames=transformer.RENAMES, stacked=transformer.STACKED)
 
 
 def arguments(name, dtype=jnp.float32):
@@ -178,9 +169,10 @@ def test_a_mesh_of_eight_gives_the_gradient_of_one_device():
         import sys; sys.path.insert(0, "tests")
         import jax, jax.numpy as jnp, numpy as np
         from flux_fixtures import transformer_inputs, stored, close
-        from test_flux_transformer import _both, arguments, network, shapes, weights
+        from flux_fixtures import weights
+        from test_flux_transformer import _both, arguments, network
         from tiltjax.flux import transformer, waves
-        from tiltjax.flux.weights import from_state_dict
+        from tiltjax.flux.weights import from_state_dict, shapes
         mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         plain = network("dev")
         published = weights(shapes(plain, transformer.RENAMES, transformer.STACKED))

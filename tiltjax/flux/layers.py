@@ -46,6 +46,13 @@ def wide(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
+def standardised(x: Array, epsilon: float, axes: int | tuple[int, ...] = -1, *, center: bool = True) -> Array:
+    """`(x - mean) / sqrt(var + epsilon)` over these axes; with `center=False` the mean is taken for 0."""
+    if center:
+        x -= jnp.mean(x, axis=axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + epsilon)
+
+
 class Norm(nnx.Module):
     """`scale * (x - mean) / sqrt(var + epsilon) + bias` over the last axis, or over each of `groups` parts of it and all places of a picture.
 
@@ -65,9 +72,7 @@ class Norm(nnx.Module):
         if self.groups is not None:
             h = h.reshape(*x.shape[:-1], self.groups, -1)
         axes = -1 if self.groups is None else (1, 2, 4)
-        if self.center:
-            h -= jnp.mean(h, axis=axes, keepdims=True)
-        h *= jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=axes, keepdims=True) + self.epsilon)
+        h = standardised(h, self.epsilon, axes, center=self.center)
         over = lambda leaf: jnp.broadcast_to(leaf.get_value().astype(h.dtype), x.shape)
         h = h.reshape(x.shape) * over(self.scale)
         return (h + over(self.bias) if self.center else h).astype(x.dtype)

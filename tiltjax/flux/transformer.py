@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tiltjax import inputs
-from tiltjax.flux import waves
+from tiltjax.flux import layers, waves
 from tiltjax.flux.weights import Placement
 
 RENAMES = {
@@ -112,21 +112,8 @@ class _Layers:
     def linear(self, n: int, m: int) -> nnx.Linear:
         return nnx.Linear(n, m, **self.options)
 
-    def head_norm(self, n: int) -> "HeadNorm":
-        return HeadNorm(n, self.options["param_dtype"])
-
-
-class HeadNorm(nnx.Module):
-    """A vector by its root mean square, times a scale of its own."""
-
-    def __init__(self, n: int, param_dtype: Any):
-        self.scale = nnx.Param(jnp.ones((n,), param_dtype))
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(waves.wide(x.dtype))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + _EPSILON)
-        scale = self.scale[...].astype(wide.dtype)
-        return (normed * jnp.broadcast_to(scale, normed.shape)).astype(x.dtype)
+    def head_norm(self, n: int) -> layers.Norm:
+        return layers.Norm(n, epsilon=_EPSILON, dtype=self.options["param_dtype"], center=False)
 
 
 class Embedder(nnx.Module):
@@ -282,7 +269,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"attention must be 'xla', 'cudnn' or a function (query, key, value), got {attention!r}")
         make = _Layers(dtype, param_dtype, rngs)
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.timestep_dtype = jnp.dtype(waves.wide(dtype) if timestep_dtype is None else timestep_dtype)
+        self.timestep_dtype = jnp.dtype(layers.wide(dtype) if timestep_dtype is None else timestep_dtype)
         self.remat, self.attention = remat, attention
         self.x_embedder = make.linear(config.in_channels, config.width)
         self.context_embedder = make.linear(config.joint_attention_dim, config.width)
@@ -290,7 +277,7 @@ class Transformer(nnx.Module):
 
         def stack(block: Callable, n: int) -> Any:
             one = lambda keys: block(config, _Layers(dtype, param_dtype, keys))
-            return nnx.split_rngs(splits=n)(nnx.vmap(one, in_axes=0, out_axes=0))(rngs)
+            return layers.stacked(one, n, rngs)
 
         self.transformer_blocks = stack(DoubleBlock, config.num_layers)
         self.single_transformer_blocks = stack(SingleBlock, config.num_single_layers)
@@ -389,9 +376,7 @@ def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
 
 def _normed(x: Array) -> Array:
     """Mean 0 and variance 1 over the last axis."""
-    wide = x.astype(waves.wide(x.dtype))
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)
+    return layers.standardised(x.astype(layers.wide(x.dtype)), _EPSILON).astype(x.dtype)
 
 
 def _modulated(x: Array, shift: Array, scale: Array) -> Array:
@@ -402,14 +387,9 @@ def _attend(attention: Attention, q: Array, k: Array, v: Array, rotation: tuple[
     """Values `(batch, tokens, width)` for rotated queries and keys."""
     q, k = waves.rotated(q, rotation), waves.rotated(k, rotation)
     if attention == "xla":
-        values = _attended(q, k, v)
+        values = layers.attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]))
     elif attention == "cudnn":
         values = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
         values = cast(Callable, attention)(q, k, v)
     return values.reshape(*values.shape[:2], -1)
-
-
-def _attended(q: Array, k: Array, v: Array) -> Array:
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=waves.wide(q.dtype)) / math.sqrt(q.shape[-1])
-    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

@@ -15,13 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from tiltjax.flux.layers import wide
+
 FREQUENCIES = 128  # of a time
 _LONGEST = 10_000.0  # wavelength, over 2 pi
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype, or float32 if that is wider."""
-    return np.promote_types(dtype, np.float32)
 
 
 def of_time(value: Array) -> Array:
