@@ -19,7 +19,7 @@ LAYERS = (
     {"conjugate", "smc", "discrete", "densities", "finetuning"},
     {"audit", "online", "diversity"},
     {"flux.weights", "flux.layers"},
-    {"flux.files", "flux.forms", "flux.waves"},
+    {"flux.files", "flux.forms", "flux.waves", "flux.shapes"},
     {"flux.transformer", "flux.autoencoder", "flux.clip", "flux.t5"},
     {"flux.model", "flux.text", "flux.judges", "flux.rewards", "flux.album", "flux.loading"},
     {"flux.published", "flux.pipeline"},

@@ -90,13 +90,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", default="pictures", help="folder of the pictures")
     add("--images", type=int, default=1, help="how many pictures")
     add("--seed", type=int, default=0)
-    add("--size", type=_size, default=(512, 512), metavar="N or HxW", help="of a picture; multiples of 16")
+    add(
+        "--size",
+        type=_size,
+        default=None,
+        metavar="N or HxW",
+        help="multiples of 16 (None: 512, or what a smaller model was trained on)",
+    )
     add("--steps", type=int, default=28)
     add("--cfg", type=float, default=None, help="the distilled guidance scale (None: 3.5 where there is one)")
     add("--reward", choices=sorted(REWARDS), default="blueness")
     add("--region", choices=sorted(REGIONS), default="center", help="of brightness")
     add("--palette", default="ocean", help=f"{', '.join(rewards.PALETTES)}, or R,G,B in [0, 1]")
-    add("--clip", help="folder of a CLIP of both towers, for the reward clip")
+    add("--clip", help="folder of a CLIP of both towers, for the reward clip (None: the one that comes with the model)")
     add("--method", choices=sorted(METHODS), default="plug-in")
     add(
         "--particles",
@@ -116,9 +122,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--remat", action="store_true", help="compute blocks again for the gradient: less memory, more time")
     add("--attention", choices=("xla", "cudnn"), default="xla")
     add("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    options.height, options.width = options.size
-    return options
+    return parser.parse_args(arguments)
 
 
 def _size(value: str) -> tuple[int, int]:
@@ -141,12 +145,15 @@ def _color(value: str) -> Any:
 
 
 def _clip_score(options: argparse.Namespace) -> Callable:
-    if options.clip is None:
-        raise ValueError(
-            "the reward clip needs --clip, the folder of a CLIP such as a copy of openai/clip-vit-large-patch14"
-        )
-    judge = clip.load(options.clip)
-    tokenizer = text.clip_tokenizer(options.clip, judge.config.text_config.max_position_embeddings)
+    folder = options.clip
+    if folder is None:
+        folder = pipeline.located(options.model) / "clip"
+        if not folder.is_dir():
+            raise ValueError(
+                "the reward clip needs --clip, the folder of a CLIP such as a copy of openai/clip-vit-large-patch14"
+            )
+    judge = clip.load(folder)
+    tokenizer = text.clip_tokenizer(folder, judge.config.text_config.max_position_embeddings)
     return rewards.ClipScore(judge, tokenizer(options.prompt))
 
 
@@ -160,6 +167,7 @@ def _make(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must lie between 0 and 2^32 - 1, got {options.seed}")
     if options.particles > 1 and options.method in ("none", "fmrg", "conjugate"):
         raise ValueError(f"--method {options.method} makes a picture of one particle: leave --particles out")
+    options.height, options.width = options.size or (pipeline.usual_size(options.model),) * 2
     reward = REWARDS[options.reward](options)
     settings = {name: value for name, value in sorted(vars(options).items()) if name not in _ASIDE}
     notes = {"tiltjax": tj.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
@@ -193,14 +201,19 @@ def _fill(book: album.Album, missing: list[int], options: argparse.Namespace, re
     )
     grid = pipeline.schedule(options.model, model, options.steps)
     run = METHODS[options.method](model, reward, grid, options)
-    judged = eqx.filter_jit(lambda model, reward, x: (model.decode(x), reward(jnp.clip(model.decode(x), 0, 1))))
     judge = tj.rewards.as_reward(reward)
     for number in missing:
         start = time.perf_counter()
         latent = run(jax.random.fold_in(jax.random.key(options.seed), number))
-        picture, value = judged(model, judge, latent)
+        picture, value = _judged(model, judge, latent)
         path = book.add(number, np.asarray(picture), float(value))
         print(f"{path.name}  {options.reward} {float(value):+.4f}  {time.perf_counter() - start:.1f} s", flush=True)
+
+
+@eqx.filter_jit
+def _judged(model: FluxModel, reward: Callable, latent: Array) -> tuple[Array, Array]:
+    picture = model.decode(latent)
+    return picture, reward(jnp.clip(picture, 0, 1))
 
 
 def _host_memory() -> int | None:

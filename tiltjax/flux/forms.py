@@ -112,6 +112,11 @@ def dual(state_dict: Mapping[str, Any]) -> View:
     return View(parts)
 
 
+def is_dual(adapters: Mapping[str, Any]) -> bool:
+    """Whether adapters are those of a flow map, which add to the second embedder of a network of two times."""
+    return any("second_embedder" in key for key in adapters)
+
+
 def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: float = 1.0) -> View:
     """The weights with low-rank adapters added.
 

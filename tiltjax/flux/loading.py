@@ -109,7 +109,7 @@ def load(
             raise ValueError(f"adapters are those of a transformer, got kind = {kind!r}")
         low_rank = files.read(adapters)
         state_dict = forms.diffusers(state_dict)
-        if any("second_embedder" in key for key in low_rank):
+        if forms.is_dual(low_rank):
             config, state_dict = {**config, "dual_time": True}, forms.dual(state_dict)
         state_dict = forms.merged(state_dict, low_rank, scale)
     return from_state_dict(kind, state_dict, config, sharding=sharding, **options)

@@ -37,7 +37,7 @@ from tiltjax.flux.transformer import Config, Transformer
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.posteriors import Posterior
 
-_FACTOR = 8  # of the published autoencoder
+FACTOR = 8  # of the published autoencoder, in whose sizes `times` and `memory` count
 _PATCH = 2
 # Of the published scheduler: the shift mu at so many tokens, linear between.
 _SHIFTS = (256, 0.5), (4096, 1.15)
@@ -104,7 +104,7 @@ class FluxModel(models.Model):
             guidance = 3.5
         elif guidance is not None and not config.guidance_embeds:
             raise ValueError("this network has no guidance embedding, as FLUX.1-schnell has none: leave guidance out")
-        factor = _FACTOR if autoencoder is None else autoencoder.config.factor
+        factor = FACTOR if autoencoder is None else autoencoder.config.factor
         self.shape = latent_shape(config, height, width, factor)
         if autoencoder is not None and autoencoder.config.latent_channels != self.shape[-1]:
             raise ValueError(
@@ -220,7 +220,7 @@ def times(steps: int, height: int, width: int, *, start: float = 1e-3, mu: float
     return jnp.asarray(grid, jnp.result_type(float))
 
 
-def latent_shape(config: Config, height: int, width: int, factor: int = _FACTOR) -> tuple[int, int, int]:
+def latent_shape(config: Config, height: int, width: int, factor: int = FACTOR) -> tuple[int, int, int]:
     """The shape of a state. **Raises:** `ValueError` for sizes that are not whole tokens."""
     unit = _PATCH * factor
     height, width = inputs.count(height, "height"), inputs.count(width, "width")

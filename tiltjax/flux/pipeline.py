@@ -23,13 +23,12 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
-from tiltjax.flux import autoencoder, clip, files, loading, text, transformer, weights
-from tiltjax.flux.model import FluxModel, Memory, check_memory, latent_shape, memory, times
+from tiltjax.flux import autoencoder, clip, files, forms, loading, text, transformer, weights
+from tiltjax.flux.model import FACTOR, FluxModel, Memory, check_memory, latent_shape, memory, times
 
 TINY = "tiny"
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _WITH = Path(__file__).parent / TINY
-_FACTOR = 8  # of the published autoencoder, whose sizes `memory` and `times` count in
 
 
 def located(name: str | os.PathLike) -> Path:
@@ -47,10 +46,15 @@ def located(name: str | os.PathLike) -> Path:
     return folder
 
 
+def usual_size(name: str | os.PathLike) -> int:
+    """The side of a picture where none is given: 512, or less where the autoencoder was trained on less."""
+    return min(512, files.configuration(located(name) / "vae").get("sample_size", 512))
+
+
 def needed_memory(config: transformer.Config, height: int, width: int, factor: int, **how: Any) -> Memory:
     """`memory` of a picture, for an autoencoder of any factor."""
     rows, columns, _ = latent_shape(config, height, width, factor)
-    return memory(config, rows * _FACTOR, columns * _FACTOR, **how)
+    return memory(config, rows * FACTOR, columns * FACTOR, **how)
 
 
 def load_model(
@@ -82,9 +86,7 @@ def load_model(
     folder = located(name)
     published = files.configuration(folder / "transformer")
     low_rank = None if adapters is None else files.read(adapters)
-    dual = bool(published.get("dual_time")) or (
-        low_rank is not None and any("second_embedder" in key for key in low_rank)
-    )
+    dual = bool(published.get("dual_time")) or (low_rank is not None and forms.is_dual(low_rank))
     config = transformer.Config.from_json({**published, "dual_time": dual})
     factor = autoencoder.Config.from_json(files.configuration(folder / "vae")).factor
     length = _text_length(folder, config)
@@ -126,7 +128,7 @@ def schedule(name: str | os.PathLike, model: FluxModel, steps: int, *, start: fl
         mu = low + (high - low) * (rows * columns / 4 - few) / (many - few)
     else:
         mu = math.log(settings.get("shift", 1.0))
-    return times(steps, rows * _FACTOR, columns * _FACTOR, start=start, mu=mu)
+    return times(steps, rows * FACTOR, columns * FACTOR, start=start, mu=mu)
 
 
 def _text_length(folder: Path, config: transformer.Config) -> int:

@@ -36,14 +36,12 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
-from tiltjax.flux.model import FluxModel, Lookahead, times
+from tiltjax.flux.model import FACTOR, FluxModel, Lookahead, times
 from tiltjax.flux.rewards import Decoded
 from tiltjax.guidance import Guidance, Normalized, PlugIn
 from tiltjax.posteriors import Tweedie
 from tiltjax.solvers import Euler
 from tiltjax.wrappers import Averaged, Capped, Shortened, Window
-
-_UNIT = 8  # of the grid's rule for sizes: it counts tokens, a quarter of a latent's places
 
 
 def published(
@@ -78,7 +76,7 @@ def published(
     """
     inputs.instance(model, FluxModel, "model", "published(FluxModel(...), reward)")
     if grid is None:
-        grid = times(steps, _UNIT * model.shape[0], _UNIT * model.shape[1])
+        grid = times(steps, FACTOR * model.shape[0], FACTOR * model.shape[1])
     grid = inputs.time_grid(grid, None)
     start, stop = _guided_steps(first, guided, len(grid) - 1)
     dual = model.parts.transformer.config.dual_time
