@@ -69,6 +69,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/many_particles.py
 	$(BIN)/python benchmarks/smc_scaling.py
 	$(BIN)/python benchmarks/flux_memory.py
+	$(BIN)/python benchmarks/flux_speed.py
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
