@@ -92,7 +92,10 @@ def measured(given, size, top):
         "gradient": (lambda key: pulled(given, x), with_gradient),
         "decode": (lambda key: decode(given, x), None),
         "picture": (lambda key: decode(given, tj.sample(key, num=1, **plain).x), STEPS * work),
-        "guided_picture": (lambda key: decode(given, tj.sample(key, num=1, **guided).x), STEPS * work + 5 * with_gradient),
+        "guided_picture": (
+            lambda key: decode(given, tj.sample(key, num=1, **guided).x),
+            STEPS * work + 5 * with_gradient,
+        ),
     }
     found = {}
     for name, (call, count) in rows.items():
@@ -165,6 +168,9 @@ def main():
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
+    if jax.default_backend() == "cpu" and not settings.quick:
+        print("this needs an accelerator: nothing is measured here (--quick runs a small network)")
+        return
     config = SMALL if settings.quick else transformer.Config(dual_time=True)
     coder = SMALL_CODER if settings.quick else autoencoder.Config()
     sizes = [64] if settings.quick else settings.sizes

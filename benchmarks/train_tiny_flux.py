@@ -42,7 +42,7 @@ SIDE = shapes.SIDE // 4
 GRID = (SIDE // 2, SIDE // 2)
 UNSAID = 0.1
 COUNTS = tuple(len(words) for words in (shapes.SHAPES, shapes.COLORS, shapes.PLACES, shapes.COLORS))
-STEPS = {"autoencoder": 2000, "clip": 1000, "velocity": 2600, "flow_map": 700}
+STEPS = {"autoencoder": 2000, "clip": 700, "velocity": 2200, "flow_map": 700}
 QUICK = {"autoencoder": 4, "clip": 4, "velocity": 4, "flow_map": 4}
 BATCHES = {"autoencoder": 64, "clip": 256, "velocity": 128, "flow_map": 128}
 RATES = {"autoencoder": 0.02, "clip": 0.01, "velocity": 0.02, "flow_map": 0.005}
@@ -217,7 +217,7 @@ def train_autoencoder(steps, folder):
     save(
         folder / "vae", network, {
             "_class_name": "AutoencoderKL", "block_out_channels": AUTOENCODER.block_out_channels, "latent_channels": LATENTS,
-            "layers_per_block": 1, "norm_num_groups": 8, "use_quant_conv": False, "use_post_quant_conv": False,
+            "layers_per_block": 1, "norm_num_groups": 8, "sample_size": shapes.SIDE, "use_quant_conv": False, "use_post_quant_conv": False,
             "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
             "scaling_factor": float(1 / found.std()), "shift_factor": float(found.mean()),
         },
