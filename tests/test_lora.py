@@ -122,6 +122,20 @@ def test_other_networks_are_refused(network):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
+        (lambda: lora.init(jax.random.key(0), NETWORK, only="last"), "only= is a function .* got 'last'"),
+        (lambda: lora.merge(NETWORK, NETWORK), "two factors of each kernel by its path, got Network"),
+        (lambda: lora.merge(NETWORK, {("first", "kernel"): jnp.ones((3, 8))}), "two factors of each kernel"),
+        (lambda: lora.merge(lambda t, x: x, {}), "network must be a Module, got function"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(act, message):
+    with pytest.raises(TypeError, match=message):
+        act()
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
         (lambda: lora.init(jax.random.key(0), NETWORK, 0), "rank"),
         (lambda: lora.init(jax.random.key(0), NETWORK, only=lambda path, kernel: False), "no parameter .* that only"),
         (

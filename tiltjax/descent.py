@@ -89,7 +89,7 @@ class Curve(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What `fit` returns: the `network` after the last step, the `average` of its weights along the way (the one to use), and the `curve`."""
+    """A network after training, by `minimise`, `fit` or `finetune`: the `network` after the last step, the `average` of its weights along the way (the one to use), and the `curve`."""
 
     network: Any
     average: Any

@@ -148,6 +148,15 @@ class Model(eqx.Module):
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
 
+    def initial_log_prob(self, t: Array, x: Array) -> Array:
+        """The log-density at `x` of the law that `initial(key, t)` draws from. **Raises:** `ValueError` where that law is not known."""
+        if type(self).initial is not Model.initial:
+            raise ValueError(
+                f"{type(self).__name__} starts from a law of its own, whose density is not known here: its initial_log_prob must say it"
+            )
+        sigma = self.interpolant.sigma(t)
+        return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
+
 
 @eqx.filter_jit
 def _asked(model: Model, times: Array) -> tuple[Array, ...]:
