@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import tiltjax as tj
-from tiltjax import lora
+from tiltjax import lora, trainable
 
 
 class Network(nnx.Module):
@@ -100,7 +100,7 @@ def test_kernels_keep_their_dtype_and_adapters_can_be_trained():
     network = Network(dtype=jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), network)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
-    assert len(tj.networks.taken_apart(adapters)[0]) == 6  # which refuses parameters of fewer bits
+    assert len(trainable.taken_apart(adapters)[0]) == 6  # which refuses parameters of fewer bits
     for a, b in zip(*(jax.tree.leaves(one) for one in (lora.merge(network, adapters), network)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert lora.merge(network, perturbed(adapters), 0.5).first.kernel.dtype == jnp.bfloat16

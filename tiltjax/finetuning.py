@@ -28,13 +28,12 @@ Uehara et al. (arXiv 2402.15194), the tilt as its optimum; Domingo-Enrich et al.
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from tiltjax import checkpoints, external, inputs, rewards
@@ -43,6 +42,9 @@ from tiltjax.descent import Fit, minimise
 from tiltjax.models import Model
 from tiltjax.sampling import run_times
 from tiltjax.solvers import Ancestral, Kernel
+
+if TYPE_CHECKING:
+    import optax
 
 _INSTEAD = "give what must not be a finite penalty, and leave -inf to the weights of smc"
 
@@ -188,7 +190,7 @@ def finetune(
     batch: int = 256,
     times: Array | None = None,
     rate: float | None = None,
-    optimiser: optax.GradientTransformation | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
     ema: float = 0.99,
     checkpoint: str | os.PathLike | None = None,
     every: int | None = None,

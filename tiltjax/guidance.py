@@ -344,6 +344,9 @@ class Unscaled(Wrapper):
 
     guidance: Guidance
 
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return 2 / self.model.interpolant.diffusion(t)
 

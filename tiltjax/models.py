@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import inputs, networks
+from tiltjax import inputs, trainable
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
@@ -379,7 +379,7 @@ def _checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batche
 def _refuse_training_mode(fn: Any) -> None:
     if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
         return
-    if (part := networks.in_training_mode(fn)) is not None:
+    if (part := trainable.in_training_mode(fn)) is not None:
         raise ValueError(
             f"{part} is in training mode and would change its state while sampling: call .eval() on the network first"
         )
