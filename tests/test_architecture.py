@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg", "files"},
-    {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints"},
+    {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints", "trainable"},
     {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},
@@ -31,6 +31,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THEORY_MAY_IMPORT = {"interpolants", "mixtures", "rewards", "scales", "solvers", "inputs", "linalg"}
 LONGEST = 450
 PACKAGES = ("flux",)
+# Together they take longer to import than JAX: who uses one waits for it, who does not waits for none.
+SLOW = {"flax", "diffrax", "optax", "scipy", "matplotlib", "torch", "ot"}
+MADE_OF_FLAX = {"networks", "lora", "flux"}
 
 TILTJAX = sorted((ROOT / "tiltjax").rglob("*.py"))
 THEORY = sorted((ROOT / "theory").rglob("*.py"))
@@ -82,6 +85,19 @@ def test_a_module_imports_only_from_layers_above_its_own(path):
         assert other in LEVEL, f"{name} imports {other or 'the package itself'}"
         assert other not in LEAVES, f"{name} imports the leaf {other}"
         assert LEVEL[other] < LEVEL[name], f"{name} (layer {LEVEL[name]}) imports {other} (layer {LEVEL[other]})"
+
+
+@pytest.mark.parametrize("path", TILTJAX, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_slow_to_import_waits_until_it_is_used(path):
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in top if isinstance(node, ast.ImportFrom) and not node.level]
+    slow = SLOW & {name.partition(".")[0] for name in names}
+    made_of_flax = {path.stem, path.parent.name} & MADE_OF_FLAX
+    assert slow <= ({"flax"} if made_of_flax else set())
+    if path.stem == "__init__" and path.parent.name == "tiltjax":
+        eager = imported("\n".join(map(ast.unparse, top)), "tiltjax")
+        assert not eager & MADE_OF_FLAX
 
 
 @pytest.mark.parametrize("path", TILTJAX, ids=lambda path: str(path.relative_to(ROOT)))

@@ -65,6 +65,36 @@ def test_the_strength_of_a_guidance_may_be_traced():
     np.testing.assert_allclose(jax.jit(run)(2.0), run(2.0), rtol=1e-10)
 
 
+def test_a_guidance_that_draws_is_refused_also_where_it_is_traced():
+    run = jax.jit(
+        lambda scale, guidance: tj.density(KEY, MODEL, guidance(scale), num=2, steps=3).log_prob, static_argnums=1
+    )
+    for guidance in (
+        lambda s: tj.PlugIn(tj.Glass(MODEL, 2), REWARD, s),
+        lambda s: tj.Conjugate(MODEL, tj.rewards.Bump(jnp.ones(2)), s, variance=lambda snr: 1 / (2 + snr)),
+    ):
+        with pytest.raises(ValueError, match="draws at random"):
+            run(2.0, guidance)
+    for guidance in (lambda s: tj.Laplace(MODEL, REWARD, s), lambda s: tj.fmrg(MODEL, REWARD, s, steps=2)):
+        assert np.all(np.isfinite(run(0.1, guidance)))
+
+
+def test_a_model_with_a_start_of_its_own_says_its_density_or_is_refused():
+    class Shifted(tj.models.Analytic):
+        def initial(self, key, t):
+            return super().initial(key, t) + 1.0
+
+    class Known(Shifted):
+        def initial_log_prob(self, t, x):
+            return tj.Analytic(MIXTURE).initial_log_prob(t, x - 1.0)
+
+    with pytest.raises(ValueError, match="Shifted starts from a law of its own"):
+        tj.density(KEY, Shifted(MIXTURE), num=2, steps=3)
+    x, log_prob = tj.density(KEY, tj.Tilted(Known(MIXTURE), REWARD, 2.0), num=2000, steps=12)
+    ratio = np.exp(np.asarray(jax.vmap(theory.tilt(MIXTURE, REWARD, 2.0).mixture.log_prob)(x) - log_prob))
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(2000)
+
+
 def test_an_external_failure_comes_out_as_what_it_was():
     def broken(x):
         raise OSError("no route to the host")

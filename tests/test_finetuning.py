@@ -164,8 +164,16 @@ def test_mistakes_are_named():
     )
     other = tj.Analytic(BASE.mixture, tj.Linear(2.0))
     step = tj.rewards.Step(0.0)
+    excluding = lambda x: jnp.where(x[0] > 0.5, x[0], -jnp.inf)
+    excluding.__qualname__ = "excluding"
     for error, match, call in (
         (ValueError, "no gradient at any of 4 samples", lambda: run(reward=step)),
+        (ValueError, "excluding is -inf at . of 4 samples .* a finite penalty", lambda: run(reward=excluding)),
+        (
+            FloatingPointError,
+            "failed in step 0 .* mean of excluding .* a finite penalty",
+            lambda: run(reward=excluding, objective=finetuning.policy_gradient),
+        ),
         (ValueError, "scale must be positive", lambda: run(scale=0.0)),
         (ValueError, "scale must be positive", lambda: run(scale=math.nan)),
         (ValueError, "same path", lambda: run(base=other)),

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import tiltjax as tj
-from tiltjax import lora
+from tiltjax import lora, trainable
 
 
 class Network(nnx.Module):
@@ -100,7 +100,7 @@ def test_kernels_keep_their_dtype_and_adapters_can_be_trained():
     network = Network(dtype=jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), network)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
-    assert len(tj.networks.taken_apart(adapters)[0]) == 6  # which refuses parameters of fewer bits
+    assert len(trainable.taken_apart(adapters)[0]) == 6  # which refuses parameters of fewer bits
     for a, b in zip(*(jax.tree.leaves(one) for one in (lora.merge(network, adapters), network)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert lora.merge(network, perturbed(adapters), 0.5).first.kernel.dtype == jnp.bfloat16
@@ -117,6 +117,20 @@ def test_some_kernels_may_be_chosen():
 def test_other_networks_are_refused(network):
     with pytest.raises(TypeError, match=r"network must be a Module, got .* Flax modules"):
         lora.init(jax.random.key(0), network)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: lora.init(jax.random.key(0), NETWORK, only="last"), "only= is a function .* got 'last'"),
+        (lambda: lora.merge(NETWORK, NETWORK), "two factors of each kernel by its path, got Network"),
+        (lambda: lora.merge(NETWORK, {("first", "kernel"): jnp.ones((3, 8))}), "two factors of each kernel"),
+        (lambda: lora.merge(lambda t, x: x, {}), "network must be a Module, got function"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(act, message):
+    with pytest.raises(TypeError, match=message):
+        act()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,35 @@ def test_against_quadrature_on_the_line():
 
 
 @pytest.mark.parametrize("d", [1, 2, 4])
+def test_the_slope_in_the_state_alone_equals_lapack(d, monkeypatch):
+    mixture, x = contracts.random_mixture(3, d, seed=d), point(d, 2)
+
+    def slopes(mixture, x):
+        def of(x, t):
+            return mixture.denoise(t, 1 - t, x)
+
+        ends = [jax.jacrev(of)(x, t) for t in (1e-3, 0.999)]
+        return ends, jax.jacfwd(of)(x, 0.6), jax.jacfwd(jax.jacrev(of))(x, 0.6)
+
+    small = jax.jit(lambda *args: slopes(*args))(mixture, x)
+    monkeypatch.setattr(linalg, "UNROLL", 0)
+    chex.assert_trees_all_close(small, jax.jit(lambda *args: slopes(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE)
+
+
+def test_the_way_back_keeps_a_matrix_of_each_call():
+    """Of a chain of calls in the plane: the three numbers of each slope, and no more than the state besides."""
+    mixture, steps = CASES[3, 2], 7
+
+    def chain(x):
+        step = lambda x, t: (mixture.denoise(t, 1 - t, x), None)
+        return jnp.sum(jax.lax.scan(step, x, jnp.linspace(0.2, 0.8, steps))[0])
+
+    _, back = jax.vjp(chain, point(2))
+    kept = [leaf for leaf in jax.tree.leaves(back) if np.shape(leaf)[:1] == (steps,)]
+    assert 0 < sum(np.size(leaf) for leaf in kept) <= 5 * steps
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
 def test_the_unrolled_path_equals_lapack(d, monkeypatch):
     mixture, x = contracts.random_mixture(3, d, seed=d), point(d, 2)
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import tiltjax as tj
-from tiltjax import networks
+from tiltjax import networks, trainable
 
 
 def velocity(shape=(2,), **settings):
@@ -104,7 +104,7 @@ class Mixed(nnx.Module):
 def test_parameters_have_names_and_the_network_comes_back():
     network = Mixed()
     network.eval()
-    parameters, frame = networks.taken_apart(network)
+    parameters, frame = trainable.taken_apart(network)
     assert set(parameters) == {f"{a}.{b}" for a in ("layer", "again") for b in ("kernel", "bias")} | {
         "norm.scale",
         "norm.bias",
@@ -119,24 +119,24 @@ def test_parameters_have_names_and_the_network_comes_back():
 def test_equinox_modules_and_functions():
     mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     for network in (mlp, jax.tree_util.Partial(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp)):
-        parameters, frame = networks.taken_apart(network)
+        parameters, frame = trainable.taken_apart(network)
         assert sorted(leaf.shape for leaf in parameters.values()) == [(2,), (2, 4), (4,), (4, 3)]
         assert jax.tree.structure(frame.network(parameters)) == jax.tree.structure(network)
 
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match=r"(?s)training mode.*\.eval\(\)"):
-        networks.taken_apart(Mixed())
+        trainable.taken_apart(Mixed())
     with pytest.raises(ValueError, match="training mode"):
-        networks.taken_apart(jax.tree_util.Partial(lambda net, t, x: net(t, x), Mixed()))
+        trainable.taken_apart(jax.tree_util.Partial(lambda net, t, x: net(t, x), Mixed()))
     shared = Mixed(twice=True)
     shared.eval()
     with pytest.raises(ValueError, match="one array"):
-        networks.taken_apart(shared)
+        trainable.taken_apart(shared)
     with pytest.raises(ValueError, match="no parameters"):
-        networks.taken_apart(lambda t, x: x)
+        trainable.taken_apart(lambda t, x: x)
     with pytest.raises(ValueError, match=r"at least 32 bits, got bfloat16 in last.bias"):
-        networks.taken_apart(velocity(param_dtype=jnp.bfloat16))
+        trainable.taken_apart(velocity(param_dtype=jnp.bfloat16))
 
 
 def test_guided_runs_of_a_network_come_out_alike_to_the_last_bit():

@@ -21,7 +21,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import tiltjax as tj
-from tiltjax import checkpoints, descent, training
+from tiltjax import checkpoints, descent, trainable, training
 
 KEY = jax.random.key(0)
 PATHS = contracts.paths()
@@ -118,7 +118,7 @@ def test_times_follow_their_law():
 
 def test_a_gradient_flows_to_every_parameter():
     net = network()
-    parameters, frame = tj.networks.taken_apart(net)
+    parameters, frame = trainable.taken_apart(net)
     slope = jax.grad(lambda p: training.loss(frame.network(p), KEY, gaussian(32)))(parameters)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in slope.values())
 
@@ -162,7 +162,7 @@ def test_a_step_is_clipped_adam_with_decay_of_matrices():
 def by_hand(rule, steps, ema, key=KEY):
     """The same run, step by step, in NumPy's order of things."""
     data, net = gaussian(50), network()
-    parameters, frame = tj.networks.taken_apart(net)
+    parameters, frame = trainable.taken_apart(net)
     average, memory, losses, norms = parameters, rule.init(parameters), [], []
     gradient = jax.jit(jax.value_and_grad(lambda p, key, x1: training.loss(frame.network(p), key, x1)))
     for k in range(steps):

@@ -388,9 +388,9 @@ def test_networks_in_single_precision_by_batches():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tj.Tuned(*TWO, lambda t: jnp.where(t > 0.5, jnp.nan, 0.0)), r"finite number, got nan at t = 0\.50"),
+        (lambda: tj.Tuned(*TWO, Monomial(jnp.nan, 0.0)), r"finite number, got nan at t = 0\.001"),
         (lambda: tj.Tuned(*TWO, jnp.inf), "weight must be finite"),
-        (lambda: tj.Tuned(*TWO, lambda t: jnp.ones(2)), "one number"),
+        (lambda: tj.Tuned(*TWO, Monomial(jnp.ones(2), 1.0)), "one number"),
         (lambda: tj.Tuned(*TWO, scale=2.0), "there is none"),
         (lambda: tj.Tuned(*TWO, reward=REWARD, scale=-1.0), "scale must not be negative"),
         (lambda: tj.Tuned(P, model([1.0], [0.0], [1.0], tj.Linear(2.0))), "same path"),
@@ -411,9 +411,16 @@ def test_bad_input_says_what_to_do(make, message):
         make()
 
 
+def preference(x):
+    """Of one sample: but it has an answer for a time, too."""
+    return -jnp.sum(x**2)
+
+
 def test_a_reward_in_the_place_of_the_weight_is_refused():
     with pytest.raises(TypeError, match=r"got the reward Quadratic: .*reward="):
         tj.Tuned(*TWO, REWARD)
+    with pytest.raises(TypeError, match=r"got preference: a reward goes by name, reward="):
+        tj.Tuned(*TWO, preference)
     with pytest.raises(TypeError, match=r"got the class Power: use power\(p\)"):
         tj.Annealed(*TWO, annealed.Power)
 

@@ -9,14 +9,15 @@ Read in this order: models, rewards, what a guidance is made of, the guidances, 
 tilt is predicted by the package `theory` and measured by `tiltjax.metrics`.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tiltjax import (
     annealed,
     descent,
     finetuning,
     interpolants,
-    lora,
     metrics,
-    networks,
     objectives,
     plotting,
     potentials,
@@ -55,6 +56,21 @@ from tiltjax.surrogates import Bootstrap, GaussianProcess, Surrogate
 from tiltjax.tilted import Rescheduled, Tilted
 from tiltjax.training import fit
 from tiltjax.wrappers import Averaged, Capped, Shortened, Window
+
+if TYPE_CHECKING:
+    from tiltjax import lora, networks
+
+
+def __getattr__(name: str) -> Any:
+    # Made of Flax, which takes as long to import as all of this: who asks for one waits for it.
+    if name in ("lora", "networks"):
+        return importlib.import_module(f"tiltjax.{name}")
+    raise AttributeError(f"module 'tiltjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     # models: what is known of the base law

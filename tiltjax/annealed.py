@@ -159,9 +159,10 @@ class Tuned(Guidance):
     `Ancestral(1)` will do, whose noise is memoryless. Under `sample` it moves as `Annealed(base, tuned, weight)` does, and `log_h` says nothing.
     It sees every state of a path, also where a schedule weighs nothing: two denoiser calls for each.
 
-    **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: as in `Annealed`, by default 1, and any finite number, also
-    outside [0, 1], where the weights of particles may have heavy tails and `p^(1 - g) q^g` must have an integral; `reward` and `scale >= 0`: of the
-    tilt. **Raises:** `ValueError` for models that do not fit together, a weight that is not finite at some time, a scale without a reward.
+    **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: as in `Annealed` (a function of t as an Equinox module), by default 1,
+    and any finite number, also outside [0, 1], where the weights of particles may have heavy tails and `p^(1 - g) q^g` must have an integral;
+    `reward` and `scale >= 0`: of the tilt. **Raises:** `ValueError` for models that do not fit together, a weight that is not finite at some time, a scale without a reward;
+    `TypeError` for a function in the place of the weight.
     """
 
     base: Model
@@ -182,6 +183,12 @@ class Tuned(Guidance):
         check_pair(base, tuned, "Tuned")
         self.base, self.tuned = base, tuned
         weight = 1.0 if weight is None else weight
+        if callable(weight) and not isinstance(weight, eqx.Module):
+            # A reward would do as one: it takes a number, too, and Tuned any finite answer.
+            raise TypeError(
+                f"the third argument of Tuned is a weight, got {getattr(weight, '__name__', type(weight).__name__)}: a reward goes by name, "
+                "reward=; a weight is a number, power(p), step(f), or a function of t as an equinox.Module"
+            )
         self.weight = (
             _schedule(weight, base.dtype, share=False) if callable(weight) else inputs.finite(weight, "weight", 0)
         )

@@ -23,9 +23,8 @@ from jaxtyping import Array
 from tiltjax import external, inputs
 from tiltjax.guidance import Guidance, check, check_start
 from tiltjax.models import Model
-from tiltjax.sampling import fitting, how_many, sample
+from tiltjax.sampling import fitting, run_times, sample
 from tiltjax.solvers import Adaptive, Heun, Solver
-from tiltjax.tilted import Tilted
 
 
 class Density(NamedTuple):
@@ -62,21 +61,14 @@ def density(
         raise ValueError(
             f"{type(solver).__name__} has no density to follow: use Heun() or Euler(); noise is weighed by audit"
         )
-    plain = model
-    while isinstance(plain, Tilted):
-        plain = plain.model  # from whose noise it starts
-    if type(plain).initial is not Model.initial:
-        raise ValueError(f"{type(model).__name__} starts from a law of its own, whose density is not known here")
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
-    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
-    model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
-    model.check_times(times)
+    times = run_times(model, solver, steps, times)
     if guidance is not None:
         check(guidance, model)
         check_start(model, times)
         guidance.check_run(times)
-        if inputs.concrete((model, guidance, times)) and _draws(model, guidance, times):
+        if _draws(model, guidance, times):
             raise ValueError(
                 f"{type(guidance).__name__} draws at random, and its flow has no density that one path can tell: use audit, or a guidance without draws"
             )
@@ -97,10 +89,19 @@ def density(
 
 
 def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
-    """Whether two keys get two answers."""
-    with jax.ensure_compile_time_eval():
-        first, second = (np.asarray(_answer(model, guidance, jax.random.key(seed), times)) for seed in range(2))
-    return not np.array_equal(first, second, equal_nan=True)
+    """Whether two keys get two answers; where values are being traced, whether an answer is computed from the key."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    if inputs.concrete((model, guidance, times)):
+        with jax.ensure_compile_time_eval():
+            first, second = (np.asarray(_answer(model, guidance, key, times)) for key in keys)
+        return not np.array_equal(first, second, equal_nan=True)
+    try:  # what no key touches has no axis of keys
+        jax.eval_shape(jax.vmap(lambda key: _answer(model, guidance, key, times), out_axes=None), keys)
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        return True
+    return False
 
 
 @eqx.filter_jit
@@ -113,11 +114,11 @@ def _answer(model: Model, guidance: Guidance, key: Array, times: Array) -> Array
 
 @eqx.filter_jit
 def _density(key, model, guidance, solver, times, num, batch) -> Density:
-    sigma = inputs.cast(model.interpolant, model.dtype).sigma(jnp.asarray(times[0], model.dtype))
+    model, guidance, solver, times = inputs.cast((model, guidance, solver, times), model.dtype)
 
     def one(key: Array) -> Density:
         key_start, key_run = jax.random.split(key)
-        start = model.initial(key_start, jnp.asarray(times[0], model.dtype))
+        start = model.initial(key_start, times[0])
 
         def run(flat: Array) -> tuple[Array, Array]:
             x = sample(
@@ -126,7 +127,6 @@ def _density(key, model, guidance, solver, times, num, batch) -> Density:
             return x.reshape(-1), x
 
         slope, x = jax.jacfwd(run, has_aux=True)(start.reshape(-1))
-        of_start = jnp.sum(jax.scipy.stats.norm.logpdf(start.reshape(-1) / sigma) - jnp.log(sigma))
-        return Density(x, of_start - jnp.linalg.slogdet(slope)[1])
+        return Density(x, model.initial_log_prob(times[0], start) - jnp.linalg.slogdet(slope)[1])
 
     return jax.lax.map(one, jax.random.split(key, num), batch_size=num if batch is None else batch)

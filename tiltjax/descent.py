@@ -19,17 +19,20 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
-from tiltjax import checkpoints, inputs, networks
+from tiltjax import checkpoints, inputs
 from tiltjax import progress as progress_bar
+from tiltjax.trainable import Frame, taken_apart
+
+if TYPE_CHECKING:
+    import optax
 
 _LONGEST = 1024  # steps of one dispatch
 _DISPATCH = 0.25  # seconds it should take
@@ -48,7 +51,7 @@ def schedule(rate: float, steps: int, warmup: int) -> Callable:
 
 def adamw(
     rate: float, steps: int, *, warmup: int | None = None, clip: float = 1.0, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
+) -> "optax.GradientTransformation":
     """Gradients clipped to the global norm `clip`, then AdamW at the rate `schedule(rate, steps, warmup)`.
 
     **Arguments:** `warmup`, a twentieth of `steps` by default; `weight_decay`, of matrices and kernels, not of biases and gains.
@@ -62,6 +65,8 @@ def adamw(
             raise ValueError(f"{name} must be positive and finite, got {number}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
+    import optax  # where it is needed, as with all that only some runs need: importing takes longer than most of them
+
     matrices = lambda parameters: jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
     step = optax.adamw(schedule(rate, steps, warmup), weight_decay=weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(clip), step)
@@ -89,7 +94,7 @@ class Curve(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What `fit` returns: the `network` after the last step, the `average` of its weights along the way (the one to use), and the `curve`."""
+    """A network after training, by `minimise`, `fit` or `finetune`: the `network` after the last step, the `average` of its weights along the way (the one to use), and the `curve`."""
 
     network: Any
     average: Any
@@ -108,10 +113,10 @@ class _Task(eqx.Module):
     """What all steps share. Arrays are arguments of the compiled program, everything else decides which program it is."""
 
     key: Array
-    frame: networks.Frame
+    frame: Frame
     loss: Any
     ema: Array
-    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    optimiser: "optax.GradientTransformation" = eqx.field(static=True)
     sharding: jax.sharding.NamedSharding | None = eqx.field(static=True)
 
 
@@ -122,7 +127,7 @@ def minimise(
     *,
     steps: int,
     rate: float | None = None,
-    optimiser: optax.GradientTransformation | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
     ema: float = 0.999,
     sharding: jax.sharding.NamedSharding | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -165,10 +170,12 @@ def minimise(
         rate = 1e-3 if rate is None else float(rate)
         rule, law = _usual(rate, steps), "adamw"
     else:
+        import optax
+
         inputs.instance(optimiser, optax.GradientTransformation, "optimiser", "such as optax.adam(1e-3)")
         rule, law = optimiser, checkpoints.name(optimiser.update)
     check_sharding(sharding)
-    parameters, frame = networks.taken_apart(network)
+    parameters, frame = taken_apart(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else inputs.Function(loss)
     everywhere = lambda tree: tree if sharding is None else jax.device_put(tree, replicated(sharding))
     start = _State(jax.tree.map(jnp.copy, parameters), jax.tree.map(jnp.copy, parameters), rule.init(parameters))
@@ -220,6 +227,8 @@ def _advance(task: _Task, state: _State, start: Array, stop: Array) -> tuple[_St
 
     The ends are arguments: any number of steps is the same program, which compiles once and rounds alike.
     """
+
+    import optax
 
     def step(k: Array, carry: tuple) -> tuple:
         state, losses, norms = carry

@@ -8,6 +8,8 @@ base model's last jump. Its paths Q are trained to be rewarded, and to stay clos
 The maximum is `log Z / scale`, reached by `dP exp(scale r) / Z` alone; at eta = 1 the noise that a path starts from is forgotten at its end, and the
 ends have the law `rho exp(scale r) / Z`. What the objective lacks of its maximum is `KL(Q | tilt) / scale`: the loss says how far it is, where log Z is known.
 
+A reward of -inf, which smc takes, has no place here: the tilt has no mass there, but Gaussian steps of any network have, and `E_Q[r]` is -inf for all.
+
 Without the divergence, `scale = inf`, the maximum is a point mass where the reward is largest: nothing but an early stop keeps a network from collapsing on
 it. The weight 1 / (2 std^2) of a step belongs to the divergence; without it, as in published code, what is reached is no tilt.
 
@@ -26,20 +28,25 @@ Uehara et al. (arXiv 2402.15194), the tilt as its optimum; Domingo-Enrich et al.
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from tiltjax import checkpoints, external, inputs, rewards
 from tiltjax.annealed import check_pair
 from tiltjax.descent import Fit, minimise
 from tiltjax.models import Model
+from tiltjax.sampling import run_times
 from tiltjax.solvers import Ancestral, Kernel
+
+if TYPE_CHECKING:
+    import optax
+
+_INSTEAD = "give what must not be a finite penalty, and leave -inf to the weights of smc"
 
 
 class Chain(eqx.Module):
@@ -183,7 +190,7 @@ def finetune(
     batch: int = 256,
     times: Array | None = None,
     rate: float | None = None,
-    optimiser: optax.GradientTransformation | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
     ema: float = 0.99,
     checkpoint: str | os.PathLike | None = None,
     every: int | None = None,
@@ -213,7 +220,7 @@ def finetune(
 
     **Returns:** `Fit(network, average, curve)`; the curve's loss is minus the objective, and never below `-log Z / scale` but for the batch's noise.
 
-    **Raises:** `ValueError` for models that do not fit together, tokens, times that do not end at 1, and a reward without gradient where one is needed;
+    **Raises:** `ValueError` for models that do not fit together, tokens, times that do not end at 1, and a reward without gradient where one is needed, or -inf there;
     `FloatingPointError` naming the step whose loss is not finite.
     """
     key = inputs.typed_key(key)
@@ -239,16 +246,14 @@ def finetune(
     batch = inputs.count(batch, "batch")
     if isinstance(objective, PolicyGradient) and batch < 2:
         raise ValueError("policy_gradient compares paths with each other: batch must be at least 2")
-    times = base.grid(50) if times is None else inputs.time_grid(times, None)
-    base.check_start(np.asarray(times)[0])
-    base.check_times(times)
+    times = run_times(base, Ancestral(), 50 if times is None else None, times)
     if len(times) < 3 or float(np.asarray(times)[-1]) != 1:
         raise ValueError(f"times must make two steps or more, and end at 1, got {np.asarray(times)}")
     cost = jnp.asarray(1 / scale, base.dtype)
     chain = Chain(base, rewards.as_reward(reward), cost, times, num=batch, regularised=scale < math.inf)
     chain = inputs.cast(chain, base.dtype)
     if isinstance(objective, Reparametrised):
-        _check_gradient(chain, key)
+        _check_gradient(chain, checkpoints.name(reward), key)
     settings: dict[str, Any] = {}
     if checkpoint is not None:
         told = lambda name, tree: f"{name} {checkpoints.digest(eqx.filter(tree, eqx.is_array))}"
@@ -262,22 +267,33 @@ def finetune(
         rate = 1e-4
     kept: dict[str, Any] = {"checkpoint": checkpoint, "every": every, "settings": settings, "progress": progress}
     loss = _Loss(chain, build, objective)
-    return minimise(key, network, loss, steps=steps, rate=rate, optimiser=optimiser, ema=ema, **kept)
+    try:
+        return minimise(key, network, loss, steps=steps, rate=rate, optimiser=optimiser, ema=ema, **kept)
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{error}. The mean of {checkpoints.name(reward)} is maximised, which has to be finite at every sample: {_INSTEAD}"
+        ) from None
 
 
 @eqx.filter_jit
-def _slopes(chain: Chain, key: Array) -> Array:
-    """Of the reward, at the ends of base paths."""
+def _looks(chain: Chain, key: Array) -> tuple[Array, Array]:
+    """The reward and its slope at the ends of base paths."""
     key_start, key_run = jax.random.split(key)
     step = lambda x, scanned: (chain.step(chain.base, scanned[0], scanned[1], x, chain.noise(scanned[2]))[0], None)
     keys = jax.random.split(key_run, len(chain.times) - 2)
     x, _ = jax.lax.scan(step, chain.start(key_start), (chain.times[:-2], chain.times[1:-1], keys))
     value = lambda x: rewards.value(chain.reward, x)
-    return jax.vmap(jax.grad(value))(chain.base.denoise_batch(chain.times[-2], x))
+    return jax.vmap(jax.value_and_grad(value))(chain.base.denoise_batch(chain.times[-2], x))
 
 
-def _check_gradient(chain: Chain, key: Array) -> None:
-    if not np.any(np.asarray(_slopes(chain, key))):
+def _check_gradient(chain: Chain, name: str, key: Array) -> None:
+    values, slopes = map(np.asarray, _looks(chain, key))
+    if np.any(excluded := values == -np.inf):
+        raise ValueError(
+            f"{name} is -inf at {excluded.sum()} of {chain.num} samples of the base model, and so is then its mean, which finetune "
+            f"maximises, for every network, as Gaussian steps reach everything: {_INSTEAD}"
+        )
+    if not np.any(slopes):
         raise ValueError(
             f"the reward has no gradient at any of {chain.num} samples of the base model, which reparametrised() needs: "
             "use objective=finetuning.policy_gradient, which asks for values only"

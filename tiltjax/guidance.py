@@ -268,6 +268,9 @@ class Wrapper(Guidance):
 
     guidance: eqx.AbstractVar[Guidance]
 
+    def __check_init__(self) -> None:
+        inputs.instance(self.guidance, Guidance, "guidance", f"{type(self).__name__} wraps one, such as PlugIn")
+
     @property
     def model(self) -> Model:
         return self.guidance.model
@@ -309,7 +312,6 @@ class Clipped(Wrapper):
     limit: Array
 
     def __init__(self, guidance: Guidance, limit: float | Array):
-        inputs.instance(guidance, Guidance, "guidance", "Clipped(guidance, limit) wraps one, such as PlugIn")
         self.guidance = guidance
         self.limit = inputs.positive(limit, "limit")
 
@@ -327,7 +329,6 @@ class Normalized(Wrapper):
     length: Array
 
     def __init__(self, guidance: Guidance, length: float | Array):
-        inputs.instance(guidance, Guidance, "guidance", "Normalized(guidance, length) wraps one, such as PlugIn")
         self.guidance = guidance
         self.length = inputs.positive(length, "length")
 
@@ -344,7 +345,6 @@ class Unscaled(Wrapper):
     guidance: Guidance
 
     def __init__(self, guidance: Guidance):
-        inputs.instance(guidance, Guidance, "guidance", "Unscaled(guidance) wraps one, such as PlugIn")
         self.guidance = guidance
 
     def factor(self, t: Array, estimate: Estimate) -> Array:

@@ -30,10 +30,14 @@ def init(
     `only(path, kernel)`, if given, chooses among them. A is normal with variance `1 / n`, B is zero; both in the kernel's dtype, but in single
     precision where that has fewer bits: what is trained has to keep small updates.
 
-    **Raises:** `ValueError` for a network without such a parameter, `TypeError` for what is no Flax module.
+    **Raises:** `ValueError` for a network without such a parameter, `TypeError` for what is no Flax module, or no function.
     """
     inputs.instance(network, nnx.Module, "network", "adapters are found in the state of Flax modules")
     rank = inputs.count(rank, "rank")
+    if only is not None and not callable(only):
+        raise TypeError(
+            f"only= is a function of a kernel's path and the kernel, got {only!r}: such as lambda path, kernel: path[0] == 'last'"
+        )
     kernels = {
         path: kernel
         for path, kernel in _parameters(network).items()
@@ -57,8 +61,16 @@ def init(
 def merge(network: Any, adapters: Adapters, scale: float | Array = 1.0) -> Any:
     """A copy of the network with `W + scale * A B`, in W's dtype, for every adapted kernel; differentiable in the adapters and the scale.
 
-    **Raises:** `ValueError` for adapters of another network, and a scale that is not one number.
+    **Raises:** `ValueError` for adapters of another network, and a scale that is not one number; `TypeError` for what are no adapters, or no Flax
+    module.
     """
+    inputs.instance(network, nnx.Module, "network", "merge(network, adapters), the network that init made them for")
+    pair = lambda factors: isinstance(factors, tuple | list) and len(factors) == 2
+    if not isinstance(adapters, dict) or not all(map(pair, adapters.values())):
+        raise TypeError(
+            f"adapters must be the two factors of each kernel by its path, got {type(adapters).__name__}: lora.init(key, network) makes them, "
+            "and finetune(...).average is them again"
+        )
     if jnp.shape(scale) != ():
         raise ValueError(f"scale is one number for all adapters, got shape {jnp.shape(scale)}")
     graph, state = nnx.split(network)

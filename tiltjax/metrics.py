@@ -27,8 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from tiltjax import inputs
 from tiltjax.diversity import (
@@ -94,11 +92,15 @@ def wasserstein(
         mass_y = np.ones(len(y)) / len(y) if weights_y is None else weights_y
         at_x, at_y, mass = _quantiles(_cumulative(mass_x[order_x], np), _cumulative(mass_y[order_y], np), np)
         return float(np.sqrt(np.sum(mass * (x[order_x[at_x], 0] - y[order_y[at_y], 0]) ** 2)))
+    from scipy.spatial.distance import cdist
+
     costs = cdist(x, y, "sqeuclidean")
     try:
         import ot
     except ImportError:
         if weights_x is None and weights_y is None and len(x) == len(y):
+            from scipy.optimize import linear_sum_assignment
+
             return float(np.sqrt(np.mean(costs[linear_sum_assignment(costs)])))
         raise ImportError(
             "exact transport between weighted sets, or sets of different sizes, in more than one dimension needs POT: "

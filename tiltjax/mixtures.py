@@ -7,13 +7,17 @@ With `C_k = alpha^2 S_k + sigma^2 I` and the residual `e_k = x - alpha mu_k`,
     means        mu_k + alpha S_k C_k^-1 e_k
     covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute).
 
+and the derivative of its mean D is, with `A_k = alpha S_k C_k^-1`, `g_k = C_k^-1 e_k` and the means m_k and weights p_k above,
+
+    ∂D/∂x = sum_k p_k (A_k - (m_k - D) g_k^T).
+
 No difference of large numbers appears at either end of time, and `S_k` may be singular as long as sigma > 0. Everything
 goes through Cholesky factors of `C_k`: an eigendecomposition would be reusable across times, but its gradient is NaN
 where eigenvalues coincide, which is where isotropic priors live.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -104,7 +108,7 @@ class GaussianMixture(eqx.Module):
 
     def component_log_probs(self, x: Array) -> Array:
         """`log w_k + log N(x; mu_k, S_k)`, shape `(K,)`: their `softmax` is the probability of each component."""
-        return jnp.asarray(self._view(1.0, 0.0, x)[0]) - self.dim / 2 * jnp.log(2 * jnp.pi)
+        return self._view(1.0, 0.0, x)[0] - self.dim / 2 * jnp.log(2 * jnp.pi)
 
     def condition(self, alpha: Array, sigma: Array, x: Array) -> "GaussianMixture":
         """The law of `X_1` given `alpha X_1 + sigma X_0 = x`, for scalars `alpha`, `sigma > 0` and `x` of shape `(d,)`."""
@@ -116,17 +120,13 @@ class GaussianMixture(eqx.Module):
             product = sigma**2 * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov)
             return (product + product.T) / 2
 
-        return self.replace(jnp.asarray(log_weights), jnp.asarray(means), jax.vmap(posterior_cov)(self.covs))
+        return self.replace(log_weights, means, jax.vmap(posterior_cov)(self.covs))
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
+        if self._small and x.shape == (self.dim,):
+            return _small_mean(self, alpha, sigma, x)
         log_weights, means = self._view(alpha, sigma, x)
-        if isinstance(log_weights, list):
-            largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
-            masses = [jnp.exp(w - largest) for w in log_weights]
-            total = sum(masses)
-            mean = [sum(p * m[i] for p, m in zip(masses, means, strict=True)) / total for i in range(self.dim)]
-            return jnp.stack(mean)
         return jax.nn.softmax(log_weights) @ means
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
@@ -144,35 +144,91 @@ class GaussianMixture(eqx.Module):
 
         return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
 
-    def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[linalg.Entries, linalg.Entries]:
-        """Log-weights (up to `-d/2 log 2 pi`) and posterior means, as lists when small and static, else as arrays."""
+    @property
+    def _small(self) -> bool:
         k, d = self.means.shape
+        return d <= linalg.UNROLL and k <= _UNROLL_COMPONENTS
+
+    def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[Array, Array]:
+        """Log-weights `(K,)`, up to `-d/2 log 2 pi`, and posterior means `(K, d)`."""
+        d = self.dim
         if x.shape != (d,):
             raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
-        eye = jnp.eye(d, dtype=self.means.dtype)
-        noisy = alpha**2 * self.covs + (sigma**2 * eye)[None]
+        if self._small:
+            views = _views(self, alpha, sigma, x)
+            return jnp.stack([view.log_weight for view in views]), jnp.asarray([view.mean for view in views])
 
-        if d > linalg.UNROLL or k > _UNROLL_COMPONENTS:
+        def component(log_weight, mean, cov, noisy):
+            factor = linalg.cholesky(noisy)
+            half = jnp.asarray(linalg.half_solve(factor, x - alpha * mean))
+            log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
+            return log_weight, mean + alpha * cov @ jnp.asarray(linalg.back_solve(factor, half))
 
-            def component(log_weight, mean, cov, noisy):
-                factor = linalg.cholesky(noisy)
-                half = jnp.asarray(linalg.half_solve(factor, x - alpha * mean))
-                log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
-                return log_weight, mean + alpha * cov @ jnp.asarray(linalg.back_solve(factor, half))
+        noisy = alpha**2 * self.covs + (sigma**2 * jnp.eye(d, dtype=self.means.dtype))[None]
+        return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
-            return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
-        # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
-        entries = jnp.unstack(x)
-        log_weights, means = [], []
-        for c in range(k):
-            mean, cov = self.means[c], self.covs[c]
-            factor = linalg.cholesky(noisy[c])
-            half = linalg.half_solve(factor, [entries[i] - alpha * mean[i] for i in range(d)])
-            log_weights.append(self.log_weights[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2)
-            gain = linalg.back_solve(factor, half)
-            means.append([mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)])
-        return log_weights, means
+class _View(NamedTuple):
+    """One component of a small mixture, seen at x, in entries: `mean` is m_k, `gain` is g_k, `factor` that of C_k."""
+
+    log_weight: Array
+    mean: list[Array]
+    gain: list[Array]
+    factor: linalg.Entries
+
+
+def _views(mixture: GaussianMixture, alpha: Any, sigma: Any, x: Array) -> list[_View]:
+    k, d = mixture.means.shape
+    noise = sigma**2 * jnp.eye(d, dtype=mixture.means.dtype)
+    # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
+    entries, views = jnp.unstack(x), []
+    for c in range(k):
+        mean, cov = mixture.means[c], mixture.covs[c]
+        factor = linalg.cholesky(alpha**2 * cov + noise)
+        half = linalg.half_solve(factor, [entries[i] - alpha * mean[i] for i in range(d)])
+        log_weight = mixture.log_weights[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2
+        gain = linalg.back_solve(factor, half)
+        moved = [mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)]
+        views.append(_View(log_weight, moved, gain, factor))
+    return views
+
+
+def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:
+    """The probability of each component, and the mean of all, in entries."""
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [view.log_weight for view in views]))
+    masses = [jnp.exp(view.log_weight - largest) for view in views]
+    total = sum(masses[1:], masses[0])
+    d = len(views[0].mean)
+    mean = [sum(mass * view.mean[i] for mass, view in zip(masses, views, strict=True)) / total for i in range(d)]
+    return [mass / total for mass in masses], mean
+
+
+def _plain_mean(mixture: GaussianMixture, alpha: Any, sigma: Any, x: Array) -> Array:
+    return jnp.stack(_averaged(_views(mixture, alpha, sigma, x))[1])
+
+
+# The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty numbers a call for the way back; the derivative
+# in x, which guidance asks for above all, is a symmetric matrix of a few.
+_small_mean = eqx.filter_custom_jvp(_plain_mean)
+
+
+@_small_mean.def_jvp
+def _small_mean_jvp(primals, tangents):
+    mixture, alpha, sigma, x = primals
+    *others, moved = tangents
+    if moved is None or jax.tree.leaves(others):
+        return eqx.filter_jvp(_plain_mean, primals, tangents)
+    views, d = _views(mixture, alpha, sigma, x), mixture.dim
+    shares, mean = _averaged(views)
+    slope: list = [[0.0] * d for _ in range(d)]
+    for share, view, cov in zip(shares, views, jnp.unstack(mixture.covs), strict=True):
+        for j in range(d):
+            known = linalg.back_solve(view.factor, linalg.half_solve(view.factor, [cov[i, j] for i in range(d)]))
+            for i in range(j + 1):
+                slope[i][j] += share * (alpha * known[i] - (view.mean[i] - mean[i]) * view.gain[j])
+    entries = jnp.unstack(moved)
+    answer = [sum(slope[min(i, j)][max(i, j)] * entries[j] for j in range(d)) for i in range(d)]
+    return jnp.stack(mean), jnp.stack(answer)
 
 
 def _check_covariances(covs: np.ndarray) -> None:

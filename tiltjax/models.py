@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import inputs, networks
+from tiltjax import inputs, trainable
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.mixtures import GaussianMixture
 
@@ -147,6 +147,15 @@ class Model(eqx.Module):
     def initial(self, key: Array, t: Array) -> Array:
         """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must be negligible."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+    def initial_log_prob(self, t: Array, x: Array) -> Array:
+        """The log-density at `x` of the law that `initial(key, t)` draws from. **Raises:** `ValueError` where that law is not known."""
+        if type(self).initial is not Model.initial:
+            raise ValueError(
+                f"{type(self).__name__} starts from a law of its own, whose density is not known here: its initial_log_prob must say it"
+            )
+        sigma = self.interpolant.sigma(t)
+        return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
 
 
 @eqx.filter_jit
@@ -370,7 +379,7 @@ def _checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batche
 def _refuse_training_mode(fn: Any) -> None:
     if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
         return
-    if (part := networks.in_training_mode(fn)) is not None:
+    if (part := trainable.in_training_mode(fn)) is not None:
         raise ValueError(
             f"{part} is in training mode and would change its state while sampling: call .eval() on the network first"
         )

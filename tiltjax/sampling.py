@@ -70,14 +70,10 @@ def sample(
     solver = fitting(model, solver, Heun())
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
-    given = times
-    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
-    if start is None:
-        model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
-    else:
+    if start is not None:
         if isinstance(start, Particles):
             raise TypeError("start takes states, an array, got Particles: pass particles.x")
-        if given is None:
+        if times is None:
             raise ValueError("start needs times=, the first of which says when these states are")
         start = jnp.asarray(start) if model.tokens else inputs.floating(start, "start")
         if model.tokens:
@@ -91,7 +87,7 @@ def sample(
             raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):
             raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
-    model.check_times(times)
+    times = run_times(model, solver, steps, times, fresh=start is None)
     if guidance is not None:
         check_start(model, times)
         guidance.check_run(times)
@@ -167,6 +163,17 @@ def fitting(model: Model, solver: Solver | None, default: Solver) -> Solver:
     return solver
 
 
-def how_many(model: Model, solver: Solver, steps: int | None) -> int:
-    """The number of steps, if it is not given: the model's, if it has one, or the solver's."""
-    return steps if steps is not None else solver.steps if model.steps is None else model.steps
+def run_times(model: Model, solver: Solver, steps: int | None, times: Any, *, fresh: bool = True) -> Array:
+    """The times of a run: those given, or the model's grid of so many steps, by default its own number of them or the solver's.
+
+    **Raises:** `ValueError` where the network was not trained, and where a `fresh` run, one from noise, cannot start.
+    """
+    if times is None:
+        usual = solver.steps if model.steps is None else model.steps
+        times = model.grid(usual if steps is None else steps)
+    else:
+        times = inputs.time_grid(times, steps)
+    if fresh:
+        model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
+    model.check_times(times)
+    return times

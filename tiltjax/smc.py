@@ -35,7 +35,7 @@ from tiltjax.models import Model
 from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
 from tiltjax.potentials import Difference, Every, Max, Potential
 from tiltjax.proposals import Base, Guided, Proposal, Shifted
-from tiltjax.sampling import fitting, how_many
+from tiltjax.sampling import fitting, run_times
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.tempering import Adaptive, Exponential, Tempering
 
@@ -99,9 +99,7 @@ def smc(
     num = inputs.count(num, "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     threshold = _threshold(ess_threshold)
-    times = model.grid(how_many(model, solver, steps)) if times is None else inputs.time_grid(times, steps)
-    model.check_start(np.asarray(times)[0] if inputs.concrete(times) else times[0])
-    model.check_times(times)
+    times = run_times(model, solver, steps, times)
     if inputs.concrete(times) and float(np.asarray(times)[-1]) != 1:
         raise ValueError(
             f"weights are complete at t = 1 only: times must end there, got {float(np.asarray(times)[-1]):g}"

@@ -19,7 +19,6 @@ step, with `Adaptive` the last thousandth.
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -273,6 +272,8 @@ class Adaptive(Solver):
         self, interpolant: Interpolant, denoise: Callable, t: Array, u: Array, x: Array, *, dense: bool = False
     ) -> "Arc":
         """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1. Only a `dense` one can be called."""
+        import diffrax  # here, for its one user: it would add a third to what importing all of this takes
+
         circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
 
         def turn(phi: Any, y: Any, args: Any) -> Array:

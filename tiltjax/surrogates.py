@@ -14,7 +14,6 @@ Srinivas et al. (arXiv 0912.3995, GP-UCB); Osband et al. (arXiv 1602.04621, boot
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from tiltjax import inputs
@@ -117,6 +116,8 @@ class Bootstrap(Surrogate):
         self.rate = inputs.positive(rate, "rate")
 
     def fit(self, key, x, values, known):
+        import optax
+
         centre, spread, y = _standardised(values, known)
         rows = x.reshape(len(x), -1)
         count = jnp.maximum(jnp.sum(known, dtype=rows.dtype), 1)

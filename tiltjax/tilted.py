@@ -28,6 +28,7 @@ t = 0, if c is that snr, and with data forgotten as above the further that level
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -65,14 +66,15 @@ class Rescheduled(Model):
         return self.model.dtype
 
     def denoise(self, t: Array, x: Array) -> Array:
-        path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x
-        return self.model.denoise(*self.model.interpolant.observe(path.snr(t), natural))
+        return self.model.denoise(*self._asked(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
+        return self.model.denoise_batch(*self._asked(t, x))
+
+    def _asked(self, t: Array, x: Array) -> tuple[Array, Array]:
+        """`(t*, x*)`, for one state or a batch of them."""
         path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x
-        return self.model.denoise_batch(*self.model.interpolant.observe(path.snr(t), natural))
+        return self.model.interpolant.observe(path.snr(t), path.alpha(t) / path.sigma(t) ** 2 * x)
 
     def asks(self) -> tuple[Interpolant, Array | float]:
         return self.model.asks()
@@ -118,14 +120,16 @@ class Tilted(Model):
         return self.model.dtype
 
     def denoise(self, t: Array, x: Array) -> Array:
-        path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural
-        return self.model.denoise(*path.observe(path.snr(t) + self.precision, natural))
+        return self.model.denoise(*self._asked(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
+        return self.model.denoise_batch(*self._asked(t, x))
+
+    def _asked(self, t: Array, x: Array) -> tuple[Array, Array]:
+        """`(t*, x*)`, for one state or a batch of them."""
         path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.natural[None]
-        return self.model.denoise_batch(*path.observe(path.snr(t) + self.precision, natural))
+        natural = path.alpha(t) / path.sigma(t) ** 2 * x + jnp.broadcast_to(self.natural, x.shape)
+        return path.observe(path.snr(t) + self.precision, natural)
 
     def asks(self) -> tuple[Interpolant, Array | float]:
         path, ahead = self.model.asks()
@@ -141,3 +145,6 @@ class Tilted(Model):
 
     def initial(self, key: Array, t: Array) -> Array:
         return self.model.initial(key, t)
+
+    def initial_log_prob(self, t: Array, x: Array) -> Array:
+        return self.model.initial_log_prob(t, x)

@@ -19,19 +19,21 @@ References: Lipman et al. (arXiv 2210.02747), flow matching.
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from tiltjax import checkpoints, inputs, models
 from tiltjax.descent import Curve, Fit, adamw, check_sharding, minimise, schedule
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.models import from_denoiser, from_noise, from_velocity
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = ["Curve", "Fit", "adamw", "fit", "loss", "minimise", "schedule", "uniform"]
 
@@ -129,7 +131,7 @@ def fit(
     steps: int,
     batch: int | None = None,
     rate: float | None = None,
-    optimiser: optax.GradientTransformation | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
     ema: float = 0.999,
     target: Callable = from_velocity,
     interpolant: Interpolant | None = None,

@@ -40,8 +40,7 @@ class Window(Wrapper):
     stop: Array
 
     def __init__(self, guidance: Guidance, start: float | Array, stop: float | Array = 1.0):
-        inputs.instance(guidance, Guidance, "guidance", "Window(guidance, start, stop) wraps one, such as PlugIn")
-        _memoryless(guidance)
+        _check_memoryless(guidance, "Window")
         self.guidance = guidance
         self.start, self.stop = inputs.nonnegative(start, "start"), inputs.positive(stop, "stop")
         if inputs.concrete((self.start, self.stop)) and not float(self.start) < float(self.stop) <= 1:
@@ -72,7 +71,6 @@ class Capped(Wrapper):
     limit: Array
 
     def __init__(self, guidance: Guidance, limit: float | Array):
-        inputs.instance(guidance, Guidance, "guidance", "Capped(guidance, limit) wraps one, such as PlugIn")
         self.guidance = guidance
         self.limit = inputs.positive(limit, "limit")
 
@@ -90,7 +88,6 @@ class Shortened(Wrapper):
     sigma: Array
 
     def __init__(self, guidance: Guidance, sigma: float | Array):
-        inputs.instance(guidance, Guidance, "guidance", "Shortened(guidance, sigma) wraps one, such as PlugIn")
         self.guidance = guidance
         self.sigma = inputs.nonnegative(sigma, "sigma")
 
@@ -115,8 +112,7 @@ class Averaged(Guidance):
     k: int = eqx.field(static=True)
 
     def __init__(self, guidance: Guidance, k: int):
-        inputs.instance(guidance, Guidance, "guidance", "Averaged(guidance, k) wraps one, such as PlugIn")
-        _memoryless(guidance)
+        _check_memoryless(guidance, "Averaged")
         self.guidance = guidance
         self.k = inputs.count(k, "k")
 
@@ -151,7 +147,8 @@ class Averaged(Guidance):
         self.guidance.check_run(times, weighs)
 
 
-def _memoryless(guidance: Guidance) -> None:
+def _check_memoryless(guidance: Guidance, name: str) -> None:
+    inputs.instance(guidance, Guidance, "guidance", f"{name} wraps one, such as PlugIn")
     if guidance.follows:
         raise ValueError(
             f"{type(guidance).__name__} has to see every state of its own path, and can be neither interrupted nor drawn several times at a state"
