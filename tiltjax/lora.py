@@ -34,6 +34,8 @@ def init(
     """
     inputs.instance(network, nnx.Module, "network", "adapters are found in the state of Flax modules")
     rank = inputs.count(rank, "rank")
+    if only is not None:
+        inputs.function(only, "only")
     kernels = {
         path: kernel
         for path, kernel in _parameters(network).items()

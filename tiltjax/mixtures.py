@@ -175,6 +175,11 @@ class GaussianMixture(eqx.Module):
         return log_weights, means
 
 
+def check_mixture(value: Any, name: str) -> None:
+    """Refuse, with a `TypeError`, what is no mixture."""
+    inputs.instance(value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)")
+
+
 def _check_covariances(covs: np.ndarray) -> None:
     tolerance = 1e3 * np.finfo(covs.dtype).eps * np.maximum(np.abs(covs).max(axis=(1, 2)), np.finfo(covs.dtype).tiny)
     for index, (cov, small) in enumerate(zip(covs, tolerance, strict=True)):
