@@ -17,6 +17,7 @@ import theory
 import tiltjax as tj
 from tiltjax.__main__ import main
 
+jax.config.update("jax_disable_most_optimizations", True)  # it compiles for longer than it runs
 HERE = Path(sys.prefix).resolve()
 for package in (tj, theory):
     place = Path(package.__file__).resolve()

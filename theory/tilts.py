@@ -71,7 +71,7 @@ def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
             matrices, centers = zip(*(_parts(term, dim) for term in reward.terms), strict=True)
             return functools.reduce(jnp.add, matrices), [center for group in centers for center in group]
     raise ValueError(
-        f"no closed form for the tilt by the reward {type(reward).__name__}: Quadratic, Linear, their sums and multiples have one. In one or "
+        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their sums and multiples have one. In one or "
         "two dimensions use theory.quadrature.tilt."
     )
 

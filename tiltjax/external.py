@@ -57,7 +57,7 @@ class Record:
     def __init__(self, path: str | os.PathLike | None = None, every: float = 60.0):
         self.path = None if path is None else Path(inputs.file_name(path, "path"))
         if self.path is not None and self.path.suffix != ".npz":
-            raise ValueError(f"a record is an .npz file, got path {str(self.path)!r}")
+            raise ValueError(f"path: a record is an .npz file, got {str(self.path)!r}")
         self.every, self.calls = float(inputs.nonnegative(every, "every")), 0
         self._x: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
