@@ -3,12 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-parity lint format bench notebooks clean
+.PHONY: help demo test test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks clean
 
 help:
 	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
-	@echo "make test       run the test suite"
+	@echo "make test       run the test suite, but for what runs notebooks"
+	@echo "make test-notebooks  run every notebook in a reduced size"
 	@echo "make test-parity  compare the port of FLUX.1 with diffusers and transformers, in an environment of its own"
+	@echo "make test-oldest, make test-newest  a part of the suite on the oldest dependencies allowed, and on the newest there are"
+	@echo "make smoke      build the wheel, install it elsewhere and use it there"
+	@echo "make soak       the suite twenty times, each in another random order"
+	@echo "make nightly    all that takes long: soak, test-oldest, test-newest, smoke"
 	@echo "make lint       check format, lint and types"
 	@echo "make format     format the sources"
 	@echo "make bench      reproduce the tables of benchmarks/results"
@@ -27,6 +32,59 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-notebooks: $(READY)
+	$(BIN)/python -m pytest tests/notebooks -n auto --dist worksteal $(ARGS)
+
+# Says which order failed: `make test ARGS=--shuffle=SEED` is the same again. What one run compiles the next ones read.
+SEED ?= $(shell date +%y%m%d)
+SOAKS ?= 20
+soak: $(READY)
+	@programs=$$(mktemp -d); failed=; \
+	for i in $$(seq $(SOAKS)); do \
+	  seed=$$(($(SEED)00 + i)); echo "soak $$i of $(SOAKS): --shuffle=$$seed"; \
+	  JAX_COMPILATION_CACHE_DIR=$$programs $(BIN)/python -m pytest -q -n auto --dist worksteal --shuffle=$$seed $(ARGS) || failed="$$failed $$seed"; \
+	done; rm -rf $$programs; \
+	if [ -n "$$failed" ]; then echo "failed in the orders$$failed: make test ARGS=--shuffle=SEED"; exit 1; fi
+
+# What breaks first where a dependency changes: every interface to JAX, Equinox, Diffrax, Flax, Optax and SciPy, in a few minutes.
+PART := $(addprefix tests/test_,interpolants.py mixtures.py posteriors.py flows.py resampling.py progress.py networks.py lora.py \
+	flux_transformer.py theory_tilts.py theory_transport.py theory_thermodynamic.py surrogates.py selection.py arguments.py)
+OLDEST := .venv-oldest/bin
+NEWEST := .venv-newest/bin
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(OLDEST)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; o = p["optional-dependencies"]; \
+	  print("\n".join(d.replace(">=", "==") for d in p["dependencies"] + o["plot"] + o["transport"]))' > .venv-oldest/bounds.txt
+	$(OLDEST)/python -m pip install --quiet --constraint .venv-oldest/bounds.txt --editable ".[plot,transport]" --group core
+	@touch $@
+
+# Resolved anew each time: what is newest changes.
+.PHONY: $(NEWEST)/.ready
+$(NEWEST)/.ready:
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[plot,transport]" --group core
+
+test-oldest: $(OLDEST)/.ready
+test-newest: $(NEWEST)/.ready
+test-oldest test-newest: test-%:
+	.venv-$*/bin/python -m pip list | grep -Ei "^(jax|jaxlib|equinox|diffrax|flax|optax|chex|numpy|scipy) "
+	.venv-$*/bin/python -m pytest -n auto --dist worksteal $(PART) $(ARGS)
+
+# The wheel in an environment that has its dependencies from ours and itself from nowhere else; nothing is downloaded.
+smoke: $(READY)
+	rm -rf build/smoke && mkdir -p build/smoke
+	$(BIN)/python -W error -c "import tiltjax, theory, tiltjax.flux"
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/smoke .
+	$(BIN)/python -m venv --without-pip build/smoke/venv
+	$(BIN)/python -c 'import sysconfig, pathlib; here = sysconfig.get_path("purelib"); \
+	  there, = pathlib.Path("build/smoke/venv").glob("lib/python*/site-packages"); (there / "dependencies.pth").write_text(here)'
+	$(BIN)/python -m pip --python build/smoke/venv/bin/python install --quiet --no-deps --no-index build/smoke/*.whl
+	cd build/smoke && venv/bin/python -I -W error ../../tests/smoke.py
+
+nightly: soak test-oldest test-newest smoke
 
 PARITY := .venv-parity/bin
 $(PARITY)/.ready: pyproject.toml
@@ -75,4 +133,4 @@ notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ errors, and so are warnings (pyproject.toml).
 """
 
 import os
+import random
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -34,6 +35,30 @@ _SHARED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="in an order decided by this seed: files, and the tests of each"
+    )
+
+
+def pytest_report_header(config):
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"order: --shuffle={seed}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Whole files in a random order, and so their tests: what a module shares is made once in any order."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        files = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        dice = random.Random(seed)
+        order = dice.sample(list(files.values()), len(files))
+        items[:] = [item for tests in order for item in dice.sample(tests, len(tests))]
 
 
 def pytest_configure(config):

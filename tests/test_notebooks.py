@@ -1,25 +1,13 @@
-"""Every notebook runs from top to bottom, and is committed as it ran. Its own asserts are the test of what it says."""
+"""Every notebook is committed as it ran. That it runs is tested by `make test-notebooks`, tests/notebooks."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from notebook_files import NOTEBOOKS, coded, read, refuse_noise
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-NOTEBOOKS = {"argvalues": sorted(FOLDER.glob("*.ipynb")), "ids": lambda path: path.stem}
 MACHINE = re.compile(r"/(?:home|work|tmp|root|Users|private|mnt|opt|var)/[\w.-]+")
 LARGEST = 700_000
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
-
-
-def coded(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def texts(cell):
@@ -30,29 +18,8 @@ def texts(cell):
         yield from (value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
 
 
-def refuse_noise(notebook):
-    """Errors, warnings and whatever else went to stderr."""
-    for cell in coded(notebook):
-        for output in cell.outputs:
-            assert output.output_type != "error", f"In [{cell.execution_count}] failed: {output.evalue}"
-            assert output.get("name") != "stderr", f"In [{cell.execution_count}] complains: {output.text}"
-
-
 def test_there_are_notebooks():
     assert NOTEBOOKS["argvalues"]
-
-
-@pytest.mark.parametrize("path", **NOTEBOOKS)
-def test_a_notebook_runs_in_a_fresh_kernel(path):
-    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        ran = module.execute(read(path), size="reduced")
-    except (CellExecutionError, CellTimeoutError) as error:
-        message = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-        pytest.fail(f"{path.name}: {message}", pytrace=False)
-    refuse_noise(ran)
 
 
 @pytest.mark.parametrize("path", **NOTEBOOKS)

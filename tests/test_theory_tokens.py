@@ -117,7 +117,7 @@ def test_bad_input_says_what_to_do():
         theory.token_tilt(chain(14), reward)
     with pytest.raises(ValueError, match="probability zero"):
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3, 3]))
-    with pytest.raises(ValueError, match="given must hold 4 integers, 3 where"):
+    with pytest.raises(ValueError, match="x must hold 4 integers, 3 where"):
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3]))
     with pytest.raises(ValueError, match="no finite mass"):
         theory.token_tilt(chain(), lambda x: -jnp.inf * jnp.ones(()))

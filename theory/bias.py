@@ -34,8 +34,8 @@ from theory.draws import DrawsLaw, draws_law
 from theory.tilts import QuadraticForm, common_axes, quadratic_form
 from theory.transport import overlap
 from tiltjax import inputs, rewards, scales
-from tiltjax.interpolants import Interpolant, Linear
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.interpolants import Interpolant, Linear, or_linear
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
 _NEAR = 0.05  # an overlap of components above which their laws are no longer told apart
@@ -89,6 +89,7 @@ def plug_in_law(
     **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is convex along a direction; `TypeError`
     for a k that is no whole number.
     """
+    check_mixture(prior, "prior")
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
     if inputs.count(k, "k") > 1:
         return _draws(prior, reward, law, k)
@@ -108,6 +109,7 @@ def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array
     `(1 - e^{-2a}) y` and the variance `(1 - e^{-4a}) / (4 scale h)`: no overshoot, unlike the flow. The right damping is again the tilt.
     **Arguments, mixtures and errors:** as `plug_in_law` with k = 1.
     """
+    check_mixture(prior, "prior")
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
 
     def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
@@ -155,7 +157,8 @@ def fmrg_law(
 
     For a mixture: as in `plug_in_law`. **Raises:** as `plug_in_law`.
     """
-    interpolant = inputs.cast(Linear() if interpolant is None else interpolant, prior.means.dtype)
+    check_mixture(prior, "prior")
+    interpolant = inputs.cast(or_linear(interpolant), prior.means.dtype)
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
 
     def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:

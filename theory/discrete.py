@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from theory.tilts import QuadraticForm, quadratic_form
 from tiltjax import inputs, linalg, rewards, scales, solvers
-from tiltjax.interpolants import Interpolant, Linear
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class AffineField(eqx.Module):
@@ -79,6 +79,7 @@ def fmrg_field(
 
 
 def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
+    check_mixture(prior, "prior")
     if len(prior.log_weights) != 1:
         raise ValueError(f"a guided flow is affine for one Gaussian only, got a mixture of {len(prior.log_weights)}")
     law = scales.as_scale(scale)
@@ -86,7 +87,7 @@ def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
         raise ValueError(
             f"no recursion for the scale law {type(law).__name__}: Constant and Damped depend on time alone"
         )
-    interpolant = Linear() if interpolant is None else interpolant
+    interpolant = or_linear(interpolant)
     form = quadratic_form(rewards.as_reward(reward), prior.dim)
     return inputs.cast(AffineField(prior, form, law, interpolant, pull), prior.means.dtype)
 
@@ -138,8 +139,10 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`, `Heun(share_draw)` or
     `Ancestral(eta)`.
     """
+    inputs.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
     solver = solvers.Heun() if solver is None else solver
-    times = inputs.time_grid(times, None).astype(field.prior.means.dtype)
+    inputs.instance(solver, solvers.Solver, "solver", "use Euler, Heun or Ancestral")
+    times = inputs.time_grid(inputs.finite(times, "times", 1), None).astype(field.prior.means.dtype)
     path, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 

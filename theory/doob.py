@@ -13,8 +13,8 @@ from jaxtyping import Array
 
 from theory import quadrature, tilts
 from tiltjax import inputs, rewards
-from tiltjax.interpolants import Interpolant, Linear
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class LogH(eqx.Module):
@@ -45,6 +45,7 @@ def log_h(
 
     **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
     """
+    check_mixture(prior, "prior")
     reward = rewards.as_reward(reward)
     closed = tilts.is_quadratic(reward) or isinstance(reward, rewards.Step)
     if not closed and prior.dim > 2:
@@ -55,7 +56,7 @@ def log_h(
     scale = inputs.nonnegative(scale, "scale")
     if not closed and inputs.concrete((prior, reward, scale)):
         _check_resolution(prior, reward, scale)
-    return LogH(prior, reward, scale, Linear() if interpolant is None else interpolant)
+    return LogH(prior, reward, scale, or_linear(interpolant))
 
 
 def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
@@ -72,7 +73,8 @@ def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Arr
 
 def marginal(mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None) -> GaussianMixture:
     """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted marginal `p_t h_t / Z`."""
-    interpolant = Linear() if interpolant is None else interpolant
+    check_mixture(mixture, "mixture")
+    interpolant = or_linear(interpolant)
     t = inputs.finite(t, "t", 0).astype(mixture.means.dtype)
     if inputs.concrete(t) and not 0 <= float(np.asarray(t)) <= 1:
         raise ValueError(f"t must lie in [0, 1], got {float(t):g}")

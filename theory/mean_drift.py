@@ -44,7 +44,7 @@ from jaxtyping import Array
 from theory.quadrature import GridTilt
 from theory.tilts import Tilt, is_quadratic
 from tiltjax import inputs, rewards, scales
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _REACH = 8.5  # standard deviations of the start
 _FAR = 1e4  # where the drift is frozen on the way back, which some rewards would take to infinity in finite time
@@ -225,6 +225,8 @@ def mean_drift_law(
     for `Step`, which has no gradient: with fresh draws plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the
     flow is too stiff for it (`scale h s^2` of thousands; in single precision also points far outside of the law).
     """
+    check_mixture(prior, "prior")
+    inputs.function(drift, "drift")
     if prior.dim != 1:
         raise ValueError(
             f"the mean drift's law is had by quadrature on the line, got dimension {prior.dim}: project the problem, or simulate it"

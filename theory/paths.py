@@ -36,7 +36,7 @@ from theory import bias, discrete, tilts
 from theory.discrete import AffineField
 from theory.tilts import QuadraticForm
 from tiltjax import inputs, rewards, scales, solvers
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class PathLaw(eqx.Module):
@@ -110,6 +110,7 @@ def path_law(field: AffineField, *, times: Array, solver: solvers.Ancestral | No
 
     **Raises:** `ValueError` for a solver without noise (nothing can be weighed), and where the tilt has no finite mass.
     """
+    inputs.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
     solver = solvers.Ancestral() if solver is None else solver
     if not isinstance(solver, solvers.Ancestral):
         raise ValueError(
@@ -120,7 +121,7 @@ def path_law(field: AffineField, *, times: Array, solver: solvers.Ancestral | No
             "at eta = 0 the chain has no noise and there is nothing to weigh: use Ancestral(eta) with eta > 0"
         )
     dtype = field.prior.means.dtype
-    times = inputs.time_grid(times, None).astype(dtype)
+    times = inputs.time_grid(inputs.finite(times, "times", 1), None).astype(dtype)
     law, end = _path_law(field, times, solver.eta.astype(dtype))
     tilts._check_mass(end, field.form, field.law.final)
     return law
@@ -221,6 +222,8 @@ def path_limit(prior: GaussianMixture, reward: rewards.Reward, scale: float | Ar
 
     **Raises:** `ValueError` for a mixture, for S and H that do not commute (not seen where they are traced), and as `theory.plug_in_law`.
     """
+    check_mixture(prior, "prior")
+    fresh = inputs.flag(fresh, "fresh")
     if len(prior.log_weights) != 1:
         raise ValueError(f"this closed form is that of one Gaussian, got a mixture of {len(prior.log_weights)}")
     dtype = prior.means.dtype

@@ -41,7 +41,7 @@ from theory.tilts import QuadraticForm
 from theory.transport import w2_bounds
 from tiltjax import inputs, rewards, scales
 from tiltjax.interpolants import Linear
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 # W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures (benchmarks/gaussian_tilt.py: quadratic,
 # noniso, unequal, uncentered) and, for anisotropic rewards, over two (benchmarks/any_reward.py: stiff between and across modes).
@@ -120,6 +120,8 @@ def recommend(
 
     **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it), an infinite tilt.
     """
+    check_mixture(prior, "prior")
+    conjugate = inputs.flag(conjugate, "conjugate")
     budget, pullback = _number(budget, "budget"), _number(pullback, "pullback")
     if budget < 1:
         raise ValueError(f"budget counts denoiser calls a sample and must be at least 1, got {budget:g}")
@@ -305,6 +307,7 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
     """
     if not isinstance(law, scales.Damped):
         raise TypeError(f"law must be a Damped scale, got {type(law).__name__}")
+    check_mixture(prior, "prior")
     most = inputs.count(most, "most")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]

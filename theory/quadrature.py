@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg, rewards
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class GridTilt(eqx.Module):
@@ -73,6 +73,7 @@ def tilt(
 
     **Raises:** `ValueError` beyond two dimensions.
     """
+    check_mixture(prior, "prior")
     d = prior.dim
     if d > 2:
         raise ValueError(
@@ -81,7 +82,9 @@ def tilt(
     cells = (100_000, 800)[d - 1] if cells is None else inputs.count(cells, "cells")
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
     r = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
-    spread = reach * jnp.sqrt(jnp.diagonal(prior.covs, axis1=1, axis2=2))
+    spread = inputs.positive(reach, "reach").astype(prior.means.dtype) * jnp.sqrt(
+        jnp.diagonal(prior.covs, axis1=1, axis2=2)
+    )
     low, high = jnp.min(prior.means - spread, axis=0), jnp.max(prior.means + spread, axis=0)
     cell = (high - low) / cells
     middles = jnp.arange(cells, dtype=low.dtype) + 0.5
@@ -109,7 +112,12 @@ def log_norm(
 
     **Raises:** `ValueError` beyond two dimensions.
     """
-    d = mixture.dim
+    check_mixture(mixture, "mixture")
+    inputs.function(reward, "reward")
+    d, reach, scale = mixture.dim, inputs.number(reach, "reach"), inputs.finite(scale, "scale", 0)
+    scale = scale.astype(mixture.means.dtype)
+    if not 0 < reach < np.inf:
+        raise ValueError(f"reach must be positive and finite, got {reach:g}")
     if d > 2:
         raise ValueError(f"quadrature covers one or two dimensions, got {d}")
     nodes = (401, 41)[d - 1] if nodes is None else inputs.count(nodes, "nodes")

@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from theory import quadrature, tilts
 from tiltjax import inputs, rewards
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _HALF_LOG_2PI = np.log(2 * np.pi) / 2
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval(80)
@@ -217,7 +217,9 @@ def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = 
 
     **Raises:** `ValueError` above two dimensions without closed form, and where a reward does not vary over a component.
     """
+    check_mixture(prior, "prior")
     reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    cells = None if cells is None else inputs.count(cells, "cells")
     d, dtype = prior.dim, prior.means.dtype
     if isinstance(reward, rewards.Step):
         return _step(prior, reward)

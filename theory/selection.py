@@ -29,7 +29,7 @@ from jaxtyping import Array
 from theory import tilts
 from theory.reward_laws import GridReward, RewardLaw, reward_law
 from tiltjax import inputs, rewards
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 # Gumbel noise and nodes for it: beyond them less than 1e-15 of it is left.
 _GUMBEL = np.linspace(-4.0, 40.0, 441)
@@ -163,8 +163,9 @@ def softmax_of_n(
 
     **Raises:** `ValueError` as `best_of_n`, and on a grid where `scale * r` varies too much from cell to cell.
     """
+    check_mixture(prior, "prior")
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
-    cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else cells
+    cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else inputs.count(cells, "cells")
     law = reward_law(prior, reward, cells=cells, nodes=4001)
     draws = _draws(n).astype(prior.means.dtype)
     reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)

@@ -32,6 +32,7 @@ def thermodynamic_integral(
 
     **Raises:** `ValueError` for a scale or a start that is negative or not finite, and for no nodes.
     """
+    inputs.function(expected_reward, "expected_reward")
     end = inputs.nonnegative(scale, "scale")
     begin = inputs.nonnegative(start, "start").astype(end.dtype)
     node, weight = np.polynomial.legendre.leggauss(inputs.count(nodes, "nodes"))

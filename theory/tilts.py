@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg, rewards
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class QuadraticForm(NamedTuple):
@@ -38,6 +38,7 @@ def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
 
     **Raises:** `ValueError` for any other reward, naming it.
     """
+    dim = inputs.count(dim, "dim")
     matrix, centers = _parts(reward, dim)
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
@@ -70,7 +71,7 @@ def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
             matrices, centers = zip(*(_parts(term, dim) for term in reward.terms), strict=True)
             return functools.reduce(jnp.add, matrices), [center for group in centers for center in group]
     raise ValueError(
-        f"no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their sums and multiples have one. In one or "
+        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their sums and multiples have one. In one or "
         "two dimensions use theory.quadrature.tilt."
     )
 
@@ -97,6 +98,7 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
     **Raises:** `ValueError` for a reward without closed form, or where the tilt has no finite mass.
     """
+    check_mixture(prior, "prior")
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
     form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     return _tilt(prior, form, scale)
@@ -104,6 +106,7 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
     """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`."""
+    check_mixture(mixture, "mixture")
     form = quadratic_form(rewards.as_reward(reward), mixture.dim)
     return mixture.weights @ (jax.vmap(reward)(mixture.means) - jnp.einsum("ij,kji->k", form.matrix, mixture.covs))
 
@@ -154,6 +157,12 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     are as good as any. Its derivative is taken without that of the singular vectors, and is right where singular values coincide; where one
     is zero, W2^2 itself has a one-sided derivative only. Source: Dowson and Landau (1982).
     """
+    mean, other_mean = inputs.floating(mean, "mean", 1), inputs.floating(other_mean, "other_mean", 1)
+    cov, other_cov = inputs.floating(cov, "cov", 2), inputs.floating(other_cov, "other_cov", 2)
+    d = mean.shape
+    for name, part, shape in (("other_mean", other_mean, d), ("cov", cov, d + d), ("other_cov", other_cov, d + d)):
+        if part.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, as mean has {d}, got {part.shape}")
     shared = _nuclear_norm(linalg.square_root(cov).T @ linalg.square_root(other_cov))
     return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
 

@@ -56,6 +56,11 @@ class TokenLaw(NamedTuple):
         return jnp.polyval(x.astype(vocab.dtype), vocab)
 
 
+def _check_chain(chain: Any) -> None:
+    if not all(hasattr(chain, name) for name in ("length", "log_initial", "log_transition")):
+        raise TypeError(f"chain must be a Markov chain, such as tiltjax.MarkovChain, got {type(chain).__name__}")
+
+
 def token_states(vocab: int, length: int) -> Array:
     """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two million."""
     vocab, length = inputs.count(vocab, "vocab"), inputs.count(length, "length")
@@ -80,22 +85,34 @@ def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given
 
     **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that excludes all.
     """
-    states, law, values = _tilted(chain, reward, scale, given)
+    states, law, values = _tilted(chain, reward, scale, given, "given")
+    log_norm = _log_norm(law, values)
+    return TokenLaw(states, jnp.exp(law + values - log_norm), log_norm)
+
+
+def _log_norm(law: Array, values: Array) -> Array:
     log_norm = jax.nn.logsumexp(law + values)
     if inputs.concrete(log_norm) and not np.isfinite(log_norm):
         raise ValueError(
             f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite"
         )
-    return TokenLaw(states, jnp.exp(law + values - log_norm), log_norm)
+    return log_norm
 
 
 def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
     """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence `scale * r(x)`."""
-    return token_tilt(chain, reward, scale, given=x).log_norm
+    if x is None:
+        raise TypeError(
+            "x must be a sequence of integers, got None: log Z itself is token_tilt(chain, reward, scale).log_norm"
+        )
+    _, law, values = _tilted(chain, reward, scale, x, "x")
+    return _log_norm(law, values)
 
 
 def token_marginals(law: TokenLaw, vocab: int) -> Array:
     """`P(X_i = v)`, `(length, vocab)`."""
+    inputs.instance(law, TokenLaw, "law", "such as token_tilt(chain, reward, scale)")
+    vocab = inputs.count(vocab, "vocab")
     return jnp.einsum("n,niv->iv", law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype))
 
 
@@ -112,6 +129,7 @@ def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale:
 
     **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default; `scale`.
     """
+    _check_chain(chain)
     dtype, vocab = chain.log_initial.dtype, len(chain.log_initial)
     scale = inputs.finite(scale, "scale", 0).astype(dtype)
     single = inputs.floating(single, "single", 2).astype(dtype)
@@ -129,19 +147,20 @@ def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale:
     return jax.nn.logsumexp(message)
 
 
-def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any) -> tuple[Array, Array, Array]:
+def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any, name: str) -> tuple[Array, Array, Array]:
     """All states, the log-law that is tilted, and `scale * r`."""
+    _check_chain(chain)
     vocab = len(chain.log_initial)
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
     scale, fn = inputs.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
     log_law = jax.vmap(lambda x: token_log_prob(chain, x))(states)
     if given is not None:
-        given = jnp.asarray(given)
+        given = given if isinstance(given, jax.Array) else np.asarray(given)
         if given.shape != (chain.length,) or not jnp.issubdtype(given.dtype, jnp.integer):
             raise ValueError(
-                f"given must hold {chain.length} integers, {vocab} where a token is hidden, got shape {given.shape} of {given.dtype}"
+                f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got shape {given.shape} of {given.dtype}"
             )
-        given = given.astype(states.dtype)
+        given = jnp.asarray(given).astype(states.dtype)
         agrees = jnp.all((states == given[None]) | (given[None] == vocab), axis=1)
         log_law = jnp.where(agrees, log_law, -jnp.inf)
         mass = jax.nn.logsumexp(log_law)

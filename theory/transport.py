@@ -27,7 +27,7 @@ import scipy.optimize
 from jaxtyping import Array
 
 from theory.tilts import bures
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class W2Bounds(NamedTuple):
@@ -46,6 +46,8 @@ def w2_bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
 
     **Raises:** `ValueError` for mixtures of different dimensions.
     """
+    check_mixture(one, "one")
+    check_mixture(other, "other")
     if one.dim != other.dim:
         raise ValueError(f"mixtures of different dimensions have no distance: got {one.dim} and {other.dim}")
     return _bounds(one, other)
@@ -72,6 +74,7 @@ def overlap(mixture: GaussianMixture) -> float:
 
     Components of one singular shape may overlap; different point masses do not.
     """
+    check_mixture(mixture, "mixture")
     means, covs = np.asarray(mixture.means, np.float64), np.asarray(mixture.covs, np.float64)
     first, second = np.triu_indices(len(means), 1)
     if len(first) == 0:

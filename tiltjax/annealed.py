@@ -298,7 +298,7 @@ def _schedule(weight: Callable, dtype: Any, *, share: bool) -> eqx.Module:
         raise TypeError(
             f"weight must be a number or a function of t, got {what}: use power(p) or step(f), and reward= for a reward"
         )
-    module = weight if isinstance(weight, eqx.Module) else inputs.Function(weight)
+    module = weight if isinstance(weight, eqx.Module) else inputs.Function(weight, "weight")
     if not inputs.concrete(module):
         return module
     with jax.ensure_compile_time_eval():

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax import inputs
+from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models import Model
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
@@ -39,9 +40,9 @@ class Checkerboard(Model):
     dtype: Any = eqx.field(static=True)
 
     def __init__(self, interpolant: Interpolant | None = None, dtype: Any = None):
-        self.interpolant = Linear(SCALE) if interpolant is None else interpolant
+        self.interpolant = or_linear(interpolant, SCALE)
         self.shape = (2,)
-        self.dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+        self.dtype = inputs.float_dtype(dtype, "states")
 
     def denoise(self, t: Array, x: Array) -> Array:
         snr = self.interpolant.snr(t)

@@ -72,8 +72,9 @@ def calibrate(
     """
     inputs.instance(model, Model, "model", "calibrate(model, key)")
     key_data, key_noise = jax.random.split(inputs.typed_key(key))
+    num = inputs.count(num, "num")
     if data is None:
-        data = sample(key_data, model, num=inputs.count(num, "num"), batch=batch).x
+        data = sample(key_data, model, num=num, batch=batch).x
     data = inputs.finite(data, "data").astype(model.dtype)
     if data.shape[1:] != model.shape:
         raise ValueError(f"data must hold states of shape {model.shape}, got an array of shape {data.shape}")
@@ -207,7 +208,7 @@ class Conjugate(Guidance):
         self.keep = inputs.nonnegative(keep, "keep")
         if inputs.concrete(self.keep) and np.asarray(self.keep) >= 1:
             raise ValueError(f"keep must lie in [0, 1), got {float(self.keep):g}")
-        self.anisotropic = bool(anisotropic)
+        self.anisotropic = inputs.flag(anisotropic, "anisotropic")
         zero = jnp.zeros((), model.dtype)
         self.natural, self.precision, self.rest = _split(self.reward, (jnp.zeros(model.shape, model.dtype), zero))
         if inputs.concrete((self.precision, self.scale)) and np.asarray(self.precision) * np.asarray(self.scale) < 0:
@@ -217,7 +218,9 @@ class Conjugate(Guidance):
             )
         if self.rest is not None and variance is None:
             variance = calibrate(model, jax.random.key(0))
-        self.variance = variance if variance is None or isinstance(variance, eqx.Module) else inputs.Function(variance)
+        self.variance = (
+            variance if variance is None or isinstance(variance, eqx.Module) else inputs.Function(variance, "variance")
+        )
 
     def init(self, x: Array) -> Fit:
         """No tilt; the stiffest direction is looked for from that of `x`."""

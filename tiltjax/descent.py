@@ -58,6 +58,10 @@ def adamw(
     """
     steps = inputs.count(steps, "steps")
     warmup = steps // 20 if warmup is None else warmup
+    if isinstance(warmup, bool) or not isinstance(warmup, int | np.integer):
+        raise TypeError(f"warmup must be a whole number of steps, got {warmup!r}")
+    rate, clip = inputs.number(rate, "rate"), inputs.number(clip, "clip")
+    weight_decay = inputs.number(weight_decay, "weight_decay")
     if not 0 <= warmup <= steps:
         raise ValueError(f"warmup must lie between 0 and steps = {steps}, got {warmup}")
     for name, number in (("rate", rate), ("clip", clip)):
@@ -157,17 +161,19 @@ def minimise(
     or gradient is not finite: the last checkpoint is then the one before it.
     """
     key, steps = inputs.typed_key(key), inputs.count(steps, "steps")
+    ema, progress = inputs.number(ema, "ema"), inputs.flag(progress, "progress")
     if not 0 <= ema < 1:
         raise ValueError(f"ema must lie in [0, 1), got {ema}: 0.999 remembers about a thousand steps")
     if rate is not None and optimiser is not None:
         raise ValueError("give rate or optimiser, not both: the optimiser has a rate of its own")
     if every is not None and checkpoint is None:
         raise ValueError("every= says how often to write a checkpoint: say where, checkpoint=")
+    checkpoint = None if checkpoint is None else inputs.file_name(checkpoint, "checkpoint")
     if checkpoint is not None and not (folder := Path(checkpoint).absolute().parent).is_dir():
         raise ValueError(f"there is no folder {folder} to write the checkpoint to: make it first")
     every = 1000 if every is None else inputs.count(every, "every")
     if optimiser is None:
-        rate = 1e-3 if rate is None else float(rate)
+        rate = 1e-3 if rate is None else inputs.number(rate, "rate")
         rule, law = _usual(rate, steps), "adamw"
     else:
         import optax
@@ -176,7 +182,7 @@ def minimise(
         rule, law = optimiser, checkpoints.name(optimiser.update)
     check_sharding(sharding)
     parameters, frame = taken_apart(network)
-    of_network: Any = loss if isinstance(loss, eqx.Module) else inputs.Function(loss)
+    of_network: Any = loss if isinstance(loss, eqx.Module) else inputs.Function(loss, "loss")
     everywhere = lambda tree: tree if sharding is None else jax.device_put(tree, replicated(sharding))
     start = _State(jax.tree.map(jnp.copy, parameters), jax.tree.map(jnp.copy, parameters), rule.init(parameters))
     task = _Task(
@@ -195,7 +201,7 @@ def minimise(
             "optimiser": law,
             "steps": steps,
             "rate": rate,
-            "ema": float(ema),
+            "ema": ema,
         }
         header |= {"key": checkpoints.digest(key), "network at the start": checkpoints.digest((parameters, frame))}
         header |= settings or {}

@@ -235,10 +235,8 @@ def from_logits(
     **Raises:** `ValueError` for an answer of another shape or a module in training mode.
     """
     length, vocab = inputs.count(length, "length"), inputs.count(vocab, "vocab")
-    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
-        raise ValueError(f"dtype, that of the probabilities, must be a floating dtype of at least 32 bits, got {dtype}")
-    return Logits(Net(fn, params), _prompt(prompt, length, vocab), vocab, bool(batched), dtype)
+    dtype, batched = inputs.float_dtype(dtype, "probabilities"), inputs.flag(batched, "batched")
+    return Logits(Net(fn, params), _prompt(prompt, length, vocab), vocab, batched, dtype)
 
 
 class Completions(Guidance):

@@ -109,7 +109,7 @@ def truncated_entropy(x: ArrayLike | Particles, k: int = 20) -> Array:
     num = np.count_nonzero(weights) if weights is not None and inputs.concrete(weights) else len(x)
     if num <= k:
         raise ValueError(
-            f"{num} samples with weight have a covariance of rank {num - 1} at most, and no entropy in k = {k} directions: take more than k "
+            f"x holds {num} samples with weight, which have a covariance of rank {num - 1} at most, and no entropy in k = {k} directions: take more than k "
             "samples, or a smaller k"
         )
     values = _singular(x, or_equal(weights, x))
@@ -173,7 +173,7 @@ def _singular(x: Array, weights: Array) -> Array:
 
 def _neighbours(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int, name: str) -> tuple[Array, Array, int]:
     """Both sets, and a k that the one with the balls has neighbours for."""
-    x, weights_x, base, weights_base = pair(x, base)
+    x, weights_x, base, weights_base = pair(x, base, "base")
     for weights, which in ((weights_x, "x"), (weights_base, "base")):
         if weights is not None:
             raise TypeError(

@@ -55,10 +55,10 @@ class Record:
     """
 
     def __init__(self, path: str | os.PathLike | None = None, every: float = 60.0):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(inputs.file_name(path, "path"))
         if self.path is not None and self.path.suffix != ".npz":
-            raise ValueError(f"a record is an .npz file, got {str(self.path)!r}")
-        self.every, self.calls = every, 0
+            raise ValueError(f"path: a record is an .npz file, got {str(self.path)!r}")
+        self.every, self.calls = float(inputs.nonnegative(every, "every")), 0
         self._x: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._lock, self._saved = threading.RLock(), time.monotonic()
@@ -154,13 +154,16 @@ class External(rewards.Reward):
         for given, what in ((fn, "fn"), (value_and_grad, "value_and_grad")):
             if not callable(given) and (given is not None or what == "fn"):
                 raise TypeError(f"{what} must be a function of a NumPy array, got {type(given).__name__}")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be text, for messages, got {type(name).__name__}")
+        batched = inputs.flag(batched, "batched")
         if batch is not None and not batched:
             raise ValueError(f"batched=False asks for one sample a call: batch={batch} has no meaning then")
         if record is not None:
             inputs.instance(record, Record, "record", "use Record('queries.npz')")
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ValueError(f"retries must be a whole number from 0 on, got {retries!r}")
-        self.fn, self.value_and_grad, self.batched = fn, value_and_grad, bool(batched)
+        self.fn, self.value_and_grad, self.batched = fn, value_and_grad, batched
         self.batch = None if batch is None else inputs.count(batch, "batch")
         self.timeout = None if timeout is None else float(inputs.positive(timeout, "timeout"))
         self.retries, self.backoff = retries, float(inputs.nonnegative(backoff, "backoff"))
@@ -276,6 +279,11 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("from_torch needs PyTorch: pip install torch") from error
+    inputs.function(fn, "fn")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one of PyTorch's, such as 'cuda:0', got {device!r}: {error}") from None
     dtype = None
     if isinstance(fn, torch.nn.Module):
         if fn.training:

@@ -227,7 +227,7 @@ def finetune(
     inputs.instance(base, Model, "base", "use Analytic, from_velocity, from_noise or from_denoiser")
     objective = Reparametrised(None) if objective is None else objective
     inputs.instance(objective, Objective, "objective", "reparametrised(through) or policy_gradient")
-    build = inputs.Function(model)
+    build = inputs.Function(model, "model")
     tuned = build(network)
     inputs.instance(
         tuned, Model, "model(network)", "as model= give what makes a model of the network, such as from_velocity"

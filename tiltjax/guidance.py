@@ -106,12 +106,12 @@ class Guidance(eqx.Module):
         """Refuse, with a `ValueError`, times or a noise that do not suit; `weighs` is the solver of a weighted run, `None` in `sample`."""
 
 
-def check(guidance: Guidance, model: Model) -> None:
+def check(guidance: Guidance, model: Model, name: str = "guidance") -> None:
     """Refuse what is no guidance of this model."""
-    inputs.instance(guidance, Guidance, "guidance", "use PlugIn, Conjugate, Laplace, Doob, dps or fmrg")
+    inputs.instance(guidance, Guidance, name, "use PlugIn, Conjugate, Laplace, Doob, dps or fmrg")
     if not inputs.same(guidance.model, model):
         raise ValueError(
-            f"the guidance is built on another model ({type(guidance.model).__name__}) than the one to sample "
+            f"the {name} is built on another model ({type(guidance.model).__name__}) than the one to sample "
             f"({type(model).__name__}): build it on the same model object"
         )
 
@@ -155,7 +155,7 @@ class Doob(Guidance):
                 f"log_h belongs to the path {path}, the model to {model.interpolant}: give both the same one"
             )
         self.model = model
-        self.log_h = inputs.Function(log_h)
+        self.log_h = inputs.Function(log_h, "log_h")
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         log_h, score = jax.value_and_grad(self.log_h, argnums=1)(t, x)

@@ -8,6 +8,7 @@ Every message says what was got, what was expected, and how to fix it.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -40,9 +41,8 @@ class Function(Foreign):
     static: tuple = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
-    def __init__(self, fn: Callable):
-        if not callable(fn):
-            raise TypeError(f"expected a callable, got {type(fn).__name__}: pass a function or a module")
+    def __init__(self, fn: Callable, name: str = "fn"):
+        function(fn, name)
         _refuse_captured_modules(fn)
         # A method brings its object along: the arrays of a module are arguments also through module.method.
         parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (fn,)
@@ -161,6 +161,53 @@ def instance(value: Any, kind: type, name: str, hint: str) -> None:
         got = f"{got} {value!r}" if isinstance(value, str | int | float) else got
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}, got {got}: {hint}")
+
+
+def function(value: Any, name: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, got {type(value).__name__}: pass a function or a module")
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False, and nothing that is merely taken for it."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return bool(value)
+
+
+def number(value: Any, name: str) -> float:
+    """One number that is read now, as a Python float; NaN and infinity are for the caller to judge."""
+    array = floating(value, name, 0)
+    if not concrete(array):
+        raise TypeError(f"{name} must be a number that can be read, got one that is traced: it is not swept in one run")
+    return float(np.asarray(array))
+
+
+def file_name(value: Any, name: str) -> str | os.PathLike:
+    """The name of a file: neither an open one nor a number, which `open` would take for one."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(
+            f"{name} must be the name of a file, got {type(value).__name__}: pass a string or a pathlib.Path"
+        )
+    return value
+
+
+def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
+    """The `dtype` of something, floating and of at least 32 bits; by default JAX's float."""
+    try:
+        dtype = jnp.dtype(jnp.result_type(float) if value is None else value)
+    except TypeError:
+        raise TypeError(f"dtype, that of the {of}, must be one such as jnp.float32, got {value!r}") from None
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise ValueError(f"dtype, that of the {of}, must be a floating dtype of at least 32 bits, got {dtype}{why}")
+    return dtype
+
+
+def spread_over(sharding: Any) -> None:
+    """Refuse what is neither a sharding nor `None`."""
+    if sharding is not None:
+        instance(sharding, jax.sharding.Sharding, "sharding", "such as jax.sharding.NamedSharding(mesh, spec)")
 
 
 def count(value: Any, name: str) -> int:

@@ -282,3 +282,11 @@ class DiscreteVP(_VariancePreserving):
         """Between levels k and k + 1: the first one's `-log snr`, the chord, and the slopes at both ends."""
         start, end = self.noise_level[k], self.noise_level[k + 1]
         return start, end - start, self.slope[k], self.slope[k + 1]
+
+
+def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Interpolant:
+    """The interpolant, or `Linear(base_scale)` if none is given. **Raises:** `TypeError` for what is none."""
+    if interpolant is None:
+        return Linear(base_scale)
+    inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
+    return interpolant

@@ -38,7 +38,7 @@ from tiltjax.diversity import (
     spectral_diversity,
     truncated_entropy,
 )
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, check_mixture
 from tiltjax.particles import Particles
 from tiltjax.populations import at_least_two, or_equal, pair, same_dimension, states, unpack
 
@@ -216,8 +216,7 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
     **Raises:** `ValueError` as `wasserstein`, for points of another dimension than the mixture's and for a mixture with
     singular covariances, whose components have no density.
     """
-    if not isinstance(mixture, GaussianMixture):
-        raise TypeError(f"expected a GaussianMixture, got {type(mixture).__name__}")
+    check_mixture(mixture, "mixture")
     points, weights = states(x, "x")
     if points.shape[1] != mixture.dim:
         raise ValueError(f"x has d = {points.shape[1]}, the mixture d = {mixture.dim}: they must agree")
@@ -239,6 +238,8 @@ def standard_error(values: ArrayLike, axis: int = 0) -> Array:
     **Raises:** `ValueError` for fewer than two values and for values that are not finite.
     """
     values = inputs.finite(values, "values")
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise TypeError(f"axis must be a whole number, got {axis!r}")
     if values.ndim == 0 or not -values.ndim <= axis < values.ndim or values.shape[axis] < 2:
         raise ValueError(f"a standard error needs at least two values along axis {axis}, got shape {values.shape}")
     return jnp.std(values, axis=axis, ddof=1) / values.shape[axis] ** 0.5
@@ -262,10 +263,13 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
     disagree, fewer than two samples, `num` below 2.
     """
     key, num = inputs.typed_key(key), inputs.count(num, "num")
+    inputs.function(statistic, "statistic")
     if num < 2:
         raise ValueError(f"num must be at least 2 to have a standard deviation, got {num}")
     if isinstance(x, Particles):
         raise TypeError("expected samples, got Particles: pass particles.resample(key), or particles.x if unweighted")
+    for leaf in jax.tree.leaves(x):
+        inputs.finite(leaf, "x")  # counts are as good as numbers, and stay what they are
     x = jax.tree.map(lambda leaf: inputs.finite(leaf, "x") if eqx.is_inexact_array_like(leaf) else jnp.asarray(leaf), x)
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(x)}
     if len(lengths) != 1 or min(lengths) < 2:
@@ -317,7 +321,7 @@ def _on_host(value: Any, weights: ArrayLike | None, name: str) -> tuple[np.ndarr
         weights = np.exp(log_weights - log_weights.max())
     if weights is None:
         return x, None
-    weights = np.asarray(weights, np.float64)
+    weights = np.asarray(inputs.floating(weights, f"weights_{name}"), np.float64)
     if weights.shape != (len(x),):
         raise ValueError(f"weights_{name} must have shape ({len(x)},), one for each sample, got {weights.shape}")
     if not (np.all(np.isfinite(weights)) and np.all(weights >= 0) and np.sum(weights) > 0):

@@ -231,6 +231,11 @@ def _small_mean_jvp(primals, tangents):
     return jnp.stack(mean), jnp.stack(answer)
 
 
+def check_mixture(value: Any, name: str) -> None:
+    """Refuse, with a `TypeError`, what is no mixture."""
+    inputs.instance(value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)")
+
+
 def _check_covariances(covs: np.ndarray) -> None:
     tolerance = 1e3 * np.finfo(covs.dtype).eps * np.maximum(np.abs(covs).max(axis=(1, 2)), np.finfo(covs.dtype).tiny)
     for index, (cov, small) in enumerate(zip(covs, tolerance, strict=True)):

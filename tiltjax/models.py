@@ -22,7 +22,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
 from tiltjax import inputs, trainable
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture
 
 _ROUNDING = 1e-5  # of an snr, relatively
@@ -191,7 +191,7 @@ class Analytic(Model):
     def __init__(self, mixture: GaussianMixture, interpolant: Interpolant | None = None):
         inputs.instance(mixture, GaussianMixture, "mixture", "Analytic(mixture); use from_velocity for a network")
         self.mixture = mixture
-        self.interpolant = _interpolant(interpolant)
+        self.interpolant = or_linear(interpolant)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -318,17 +318,13 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
     shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
-    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
-        raise ValueError(
-            f"dtype, that of the states, must be a floating dtype of at least 32 bits, got {dtype}: steps near t = 1 are lost in fewer. "
-            "The network may compute in any precision of its own."
-        )
+    why = ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
+    dtype = inputs.float_dtype(dtype, "states", why)
     return Network(
         net=Net(fn, params),
-        interpolant=_interpolant(interpolant),
+        interpolant=or_linear(interpolant),
         to_denoised=to_denoised,
-        batched=bool(batched),
+        batched=inputs.flag(batched, "batched"),
         shape=shape,
         dtype=dtype,
     )
@@ -345,13 +341,6 @@ def _check_signature(fn: Callable, params: PyTree) -> None:
         ) from None
     except ValueError:  # a callable without a signature to read
         return
-
-
-def _interpolant(interpolant: Interpolant | None) -> Interpolant:
-    if interpolant is None:
-        return Linear()
-    inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
-    return interpolant
 
 
 def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:

@@ -32,10 +32,14 @@ def weighted(objectives: Sequence[Callable], weights: inputs.Numbers) -> rewards
 
     **Arguments:** `objectives`, m rewards; `weights`, `(m,)`, of any sign. **Raises:** `ValueError` for another number of weights.
     """
+    _several(objectives)
     weights = inputs.finite(weights, "weights", 1)
     if not objectives or len(weights) != len(objectives):
         raise ValueError(f"one weight an objective: got {len(weights)} weights for {len(objectives)} objectives")
-    terms = [rewards.Scaled(rewards.as_reward(one), weight) for one, weight in zip(objectives, weights, strict=True)]
+    terms = [
+        rewards.Scaled(rewards.as_reward(one, "objectives"), weight)
+        for one, weight in zip(objectives, weights, strict=True)
+    ]
     return rewards.Sum(tuple(terms))
 
 
@@ -52,7 +56,7 @@ class Constraint(rewards.Reward):
     penalty: Array | None
 
     def __init__(self, bound: Callable, penalty: float | Array | None = None):
-        self.bound = rewards.as_reward(bound)
+        self.bound = rewards.as_reward(bound, "bound")
         self.penalty = None if penalty is None else inputs.positive(penalty, "penalty")
 
     def __call__(self, x: Array) -> Array:
@@ -63,10 +67,20 @@ class Constraint(rewards.Reward):
         return -self.penalty * jax.nn.relu(rewards.value(self.bound, x))
 
 
+def _several(objectives: Sequence[Callable]) -> None:
+    if not isinstance(objectives, tuple | list):
+        raise TypeError(f"objectives must be a list of rewards, got {type(objectives).__name__}")
+
+
 def values(objectives: Sequence[Callable], x: Array) -> Array:
     """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`."""
+    _several(objectives)
+    x = inputs.floating(x, "x") if not isinstance(x, jax.Array) else x
+    if not x.ndim:
+        raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")
     return jnp.stack(
-        [jax.vmap(lambda x, one=one: rewards.value(rewards.as_reward(one), x))(x) for one in objectives], 1
+        [jax.vmap(lambda x, one=one: rewards.value(rewards.as_reward(one, "objectives"), x))(x) for one in objectives],
+        1,
     )
 
 
@@ -84,7 +98,7 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
 
     Points that are not above the reference in both count nothing. **Raises:** `ValueError` for another shape, or NaN.
     """
-    rows, corner = _rows(values), np.asarray(reference, np.float64)
+    rows, corner = _rows(values), np.asarray(inputs.floating(reference, "reference"), np.float64)
     if rows.shape[1] != 2 or corner.shape != (2,):
         raise ValueError(f"an area is one of two objectives: got values {rows.shape} and a reference {corner.shape}")
     above = rows[np.all(rows > corner, axis=1)] - corner
@@ -94,7 +108,7 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
 
 
 def _rows(values: ArrayLike) -> np.ndarray:
-    rows = np.asarray(values, np.float64)
+    rows = np.asarray(inputs.floating(values, "values"), np.float64)
     if rows.ndim != 2 or not rows.size:
         raise ValueError(f"values must be (samples, objectives), got shape {rows.shape}")
     if np.isnan(rows).any():

@@ -75,6 +75,10 @@ def optimise(
     queries that were answered until then.
     """
     key = inputs.typed_key(key)
+    inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
+    inputs.function(query, "query")
+    inputs.function(guide, "guide")
+    inputs.nonnegative(scale, "scale")
     rounds, batch, num = inputs.count(rounds, "rounds"), inputs.count(batch, "batch"), inputs.count(num, "num")
     if num < batch:
         raise ValueError(f"a round asks for {batch} of the particles: num must be as many at least, got {num}")

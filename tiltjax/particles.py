@@ -145,6 +145,8 @@ def conditional_effective(log_weights: Array, increments: Array) -> Array:
 
 def save(particles: Particles, file: str | os.PathLike) -> None:
     """Write particles to a `.npz` file; `load` reads it."""
+    inputs.instance(particles, Particles, "particles", "as sample and smc return")
+    file = inputs.file_name(file, "file")
     arrays = {"x": particles.x, "log_weights": particles.log_weights, "log_norm": particles.log_norm}
     if particles.trace is not None:
         arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
@@ -158,6 +160,7 @@ def save(particles: Particles, file: str | os.PathLike) -> None:
 
 def load(file: str | os.PathLike) -> Particles:
     """What `save` wrote. **Raises:** `ValueError` for a file of something else."""
+    file = inputs.file_name(file, "file")
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
@@ -166,7 +169,7 @@ def load(file: str | os.PathLike) -> Particles:
         fields = {name.removeprefix("trace."): array for name, array in arrays.items() if name.startswith("trace.")}
         trace = Trace(**fields) if fields else None
         return Particles(arrays["x"], arrays["log_weights"], arrays.get("log_norm"), trace)
-    except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{os.fspath(file)} holds no particles: expected a file that tiltjax.save wrote") from error
 
 

@@ -25,10 +25,10 @@ def states(value: Any, name: str) -> tuple[Array, Array | None]:
     return x, None if log_weights is None else jax.nn.softmax(log_weights.astype(x.dtype))
 
 
-def pair(x: Any, y: Any) -> tuple[Array, Array | None, Array, Array | None]:
-    """`states` of both, of one dimension and one dtype."""
-    (x, weights_x), (y, weights_y) = states(x, "x"), states(y, "y")
-    same_dimension(x, y)
+def pair(x: Any, y: Any, name: str = "y") -> tuple[Array, Array | None, Array, Array | None]:
+    """`states` of both, of one dimension and one dtype; `name` is that of the second."""
+    (x, weights_x), (y, weights_y) = states(x, "x"), states(y, name)
+    same_dimension(x, y, name)
     return inputs.cast((x, weights_x, y, weights_y), np.promote_types(x.dtype, y.dtype))
 
 
@@ -62,10 +62,10 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
     return x, log_weights
 
 
-def same_dimension(x: Any, y: Any) -> None:
+def same_dimension(x: Any, y: Any, name: str = "y") -> None:
     """Refuse points `(n, d)` and `(m, e)` of two dimensions."""
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have one dimension, got d = {x.shape[1]} and d = {y.shape[1]}")
+        raise ValueError(f"x and {name} must have one dimension, got d = {x.shape[1]} and d = {y.shape[1]}")
 
 
 def at_least_two(x: Array, weights: Array | None, name: str) -> None:

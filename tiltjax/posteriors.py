@@ -141,7 +141,7 @@ class FlowMap(Posterior):
         inputs.instance(model, Model, "model", "FlowMap(model), with Analytic(mixture) for a mixture")
         self.model = model
         self.steps = inputs.count(steps, "steps")
-        self.floor = float(floor)
+        self.floor = inputs.number(floor, "floor")
         if not 0 < self.floor < 1:
             raise ValueError(f"floor must lie between 0 and 1, got {floor}")
 

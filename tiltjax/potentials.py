@@ -87,10 +87,11 @@ class Every(eqx.Module):
 
     def __check_init__(self) -> None:
         inputs.count(self.n, "n")
-        if not isinstance(self.start, int) or self.start < 0:
-            raise ValueError(f"start is the index of a step, from 0, got {self.start!r}")
-        if self.stop is not None and (not isinstance(self.stop, int) or self.stop < self.start):
-            raise ValueError(f"the window from step {self.start} to {self.stop!r} holds no step")
+        for name, step in (("start", self.start), ("stop", self.start if self.stop is None else self.stop)):
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"{name} is the index of a step, from 0, got {step!r}")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(f"the window from step start = {self.start} to stop = {self.stop} holds no step")
 
     def steps(self, total: int) -> np.ndarray:
         """Which of `total` steps weigh, `(total,)`. **Raises:** `ValueError` for a window without one of them before the last."""

@@ -100,6 +100,8 @@ NAMES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_wel
 
 def get(name: str) -> Problem:
     """The problem called `name`. **Raises:** `ValueError` listing the names if there is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text, got {type(name).__name__}: choose one of {', '.join(NAMES)}")
     if name not in NAMES:
         raise ValueError(f"unknown problem {name!r}: choose one of {', '.join(NAMES)}")
     return globals()[name]()

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tiltjax import inputs
+
 _WIDTH = 24
 _INTERVAL = 0.1  # seconds between two redraws
 _DELAY = 0.5  # seconds before a bar appears: what is over by then needs none
@@ -37,7 +39,7 @@ class Ticker(eqx.Module):
 @contextmanager
 def bar(title: str, total: int, *, enabled: bool) -> Iterator[Ticker]:
     """A bar over `total` steps for the duration of the block; `enabled=False` costs nothing."""
-    if not enabled:
+    if not inputs.flag(enabled, "progress"):
         yield Ticker(None)
         return
     number = next(_numbers)

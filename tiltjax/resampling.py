@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs
@@ -32,7 +33,7 @@ Resampler = Callable[..., Array]
 
 def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """Independent draws. The most variable scheme, and the one that theorems are about."""
-    key, num = inputs.typed_key(key), _number(log_weights, num)
+    key, (log_weights, num) = inputs.typed_key(key), _checked(log_weights, num)
     # Ordered uniforms without sorting: normalised partial sums of exponentials.
     gaps = jnp.cumsum(jax.random.exponential(key, (num + 1,), log_weights.dtype))
     return _look_up(log_weights, gaps[:-1] / gaps[-1])
@@ -40,21 +41,21 @@ def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array
 
 def stratified(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """One point in each of `num` equal strata."""
-    num = _number(log_weights, num)
+    log_weights, num = _checked(log_weights, num)
     offsets = jax.random.uniform(inputs.typed_key(key), (num,), log_weights.dtype)
     return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offsets) / num)
 
 
 def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """The same point in each of `num` equal strata."""
-    num = _number(log_weights, num)
+    log_weights, num = _checked(log_weights, num)
     offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
     return _counted(log_weights, offset, num)
 
 
 def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """Whole copies first, the rest multinomially."""
-    num = _number(log_weights, num)
+    log_weights, num = _checked(log_weights, num)
     whole, fraction = _split(log_weights, num)
     # Not the ordered points of `multinomial`: any of them, taken alone, must be uniform.
     drawn = _look_up(jnp.log(fraction), jax.random.uniform(inputs.typed_key(key), (num,), fraction.dtype))
@@ -67,7 +68,7 @@ def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
 
 def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """Srinivasan's process: two particles at a time trade their fractional offspring until one of them is whole. Sequential."""
-    num = _number(log_weights, num)
+    log_weights, num = _checked(log_weights, num)
     whole, fraction = _split(log_weights, num)
     uniforms = jax.random.uniform(inputs.typed_key(key), (len(whole),), fraction.dtype)
 
@@ -95,10 +96,16 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
     return jnp.minimum(ancestors, len(whole) - 1).astype(jnp.int32)
 
 
-def _number(log_weights: Array, num: int | None) -> int:
-    if log_weights.ndim != 1:
+def _checked(log_weights: Array, num: int | None) -> tuple[Array, int]:
+    """The log-weights as an array, and how many ancestors are asked for."""
+    log_weights = inputs.floating(log_weights, "log_weights")
+    if log_weights.ndim != 1 or not len(log_weights):
         raise ValueError(f"log_weights must be one number a particle, got shape {log_weights.shape}")
-    return len(log_weights) if num is None else inputs.count(num, "num")
+    if inputs.concrete(log_weights):
+        largest = np.asarray(log_weights).max()  # NaN if any of them is
+        if not np.isfinite(largest):
+            raise ValueError(f"log_weights must be finite or -inf, not all -inf: their maximum is {largest}")
+    return log_weights, len(log_weights) if num is None else inputs.count(num, "num")
 
 
 def _weights(log_weights: Array) -> Array:

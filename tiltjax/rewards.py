@@ -229,9 +229,9 @@ class Custom(Reward):
         return result.astype(x.dtype)
 
 
-def as_reward(reward: Callable) -> Reward:
+def as_reward(reward: Callable, name: str = "reward") -> Reward:
     """`reward` itself if it is one, else the callable wrapped so that it can be traced, summed and scaled."""
-    return reward if isinstance(reward, Reward) else Custom(inputs.Function(reward))
+    return reward if isinstance(reward, Reward) else Custom(inputs.Function(reward, name))
 
 
 def value(reward: Reward, x: Array) -> Array:

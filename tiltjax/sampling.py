@@ -68,7 +68,8 @@ def sample(
     if guidance is not None:
         check(guidance, model)
     solver = fitting(model, solver, Heun())
-    num = inputs.count(num, "num")
+    num, save_path = inputs.count(num, "num"), inputs.flag(save_path, "save_path")
+    inputs.spread_over(sharding)
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     if start is not None:
         if isinstance(start, Particles):

@@ -53,7 +53,9 @@ def softmax_of_n(key: Array, particles: Particles, reward: Callable, n: int, sca
 def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Array], Array]) -> Particles:
     n = inputs.count(n, "n")
     if not isinstance(particles, Particles):
-        raise TypeError(f"expected Particles, as sample returns, got {type(particles).__name__}")
+        raise TypeError(
+            f"particles must be Particles, as sample returns: expected Particles, got {type(particles).__name__}"
+        )
     uneven = inputs.concrete(particles.log_weights) and np.ptp(np.asarray(particles.log_weights)) > 0
     if particles.log_norm is not None or uneven:
         raise ValueError(

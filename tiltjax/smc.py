@@ -87,13 +87,15 @@ def smc(
     inputs.instance(model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser")
     check(guidance, model)
     if twist is not None:
-        check(twist, model)
+        check(twist, model, "twist")
     proposal = Guided() if proposal is None else proposal
     inputs.instance(proposal, Proposal, "proposal", "use Base(), Guided(), Shifted() or Children(m)")
     potential = Difference() if potential is None else potential
     inputs.instance(potential, Potential, "potential", "use Difference(), Max(), Sum() or Immediate()")
     schedule = Every() if schedule is None else schedule
     inputs.instance(schedule, Every, "schedule", "use Every(n, start, stop)")
+    inputs.function(resample, "resample")
+    inputs.spread_over(sharding)
     solver = fitting(model, solver, Ancestral())
     _check_noise(solver)
     num = inputs.count(num, "num")

@@ -133,6 +133,9 @@ class Heun(Solver):
 
     share_draw: bool = eqx.field(static=True, default=False)
 
+    def __check_init__(self) -> None:
+        inputs.flag(self.share_draw, "share_draw")
+
     stochastic = False
     order = 2
 

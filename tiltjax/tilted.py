@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, rewards
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models import Model
 
 
@@ -52,10 +52,8 @@ class Rescheduled(Model):
 
     def __init__(self, model: Model, interpolant: Interpolant | None = None):
         inputs.instance(model, Model, "model", "Rescheduled(model, interpolant), with Analytic(mixture) for a mixture")
-        interpolant = Linear() if interpolant is None else interpolant
-        inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
         self.model = model
-        self.interpolant = interpolant
+        self.interpolant = or_linear(interpolant)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from jaxtyping import Array
 
 from tiltjax import checkpoints, inputs, models
 from tiltjax.descent import Curve, Fit, adamw, check_sharding, minimise, schedule
-from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models import from_denoiser, from_noise, from_velocity
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def fit(
     key = inputs.typed_key(key)
     _wanted(target)
     path = _path(interpolant, target, times)
+    inputs.function(network, "network")
     models.Net(network)  # refuses another signature, and modules hidden in a closure
     source, example = _source(key, data, batch)
     check_sharding(sharding)
@@ -175,10 +176,10 @@ def fit(
     of_data = _Loss(
         source,
         path,
-        inputs.Function(times),
+        inputs.Function(times, "times"),
         target=target,
         batch=example.shape[0],
-        batched=bool(batched),
+        batched=inputs.flag(batched, "batched"),
         sharding=sharding,
     )
     settings: dict[str, Any] = {}
@@ -223,7 +224,7 @@ def _source(key: Array, data: Any, batch: int | None) -> tuple[Any, jax.ShapeDty
 
 
 def _wanted(target: Callable) -> Callable:
-    if target not in _TARGETS:
+    if not any(target is known for known in _TARGETS):
         raise ValueError(
             f"target must be from_velocity, from_noise or from_denoiser, the function itself, got {target!r}"
         )
@@ -231,8 +232,7 @@ def _wanted(target: Callable) -> Callable:
 
 
 def _path(interpolant: Interpolant | None, target: Callable, times: Callable) -> Interpolant:
-    path = Linear() if interpolant is None else interpolant
-    inputs.instance(path, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
+    path = or_linear(interpolant)
     if target is from_velocity and times is uniform and inputs.concrete(path):
         with jax.ensure_compile_time_eval():
             slope = np.asarray(jax.grad(path.sigma)(jnp.ones(())))

@@ -45,7 +45,7 @@ class Window(Wrapper):
         self.start, self.stop = inputs.nonnegative(start, "start"), inputs.positive(stop, "stop")
         if inputs.concrete((self.start, self.stop)) and not float(self.start) < float(self.stop) <= 1:
             raise ValueError(
-                f"a window lies between 0 and 1 and begins before it ends, got [{float(self.start):g}, {float(self.stop):g})"
+                f"a window lies between 0 and 1 and begins before it ends: start < stop <= 1, got [{float(self.start):g}, {float(self.stop):g})"
             )
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
