@@ -120,7 +120,7 @@ def _text(r: dict) -> str:
     most = max(row["n"] for row in r["rows"])
     best = {row["method"]: row["draw"]["glad"][0] for row in r["rows"] if row["n"] == most}
     return (
-        f"share of the rare ending, {r['truth']['glad']:.2f} unguided: "
+        f"share of glad sentences, {r['truth']['glad']:.2f} of the data: "
         + ", ".join(f"{m} {v:.2f}" for m, v in best.items())
         + f" (n = {most})"
     )
@@ -133,9 +133,11 @@ def _training(r: dict) -> str:
 
 
 def _annealing(r: dict) -> str:
-    row = max(r["eight modes"]["rows"], key=lambda row: row["tilt"])
+    reached = [row for row in r["eight modes"]["rows"] if row["tilt"] > 1]
+    row = min(reached, key=lambda row: row["divergence"][0] / row["tilt"])
     return (
-        f"eight modes: {row['method']}, {row['setting']}, comes nearest to the tilt by its `tilt` of {row['tilt']:.3f}"
+        f"eight modes: {row['method']}, {row['setting']}, is nearest to the frontier: mean reward {row['reward'][0]:.2f} at a divergence of "
+        f"{row['divergence'][0]:.2f}, where the tilt has {row['tilt']:.2f}"
     )
 
 
