@@ -16,7 +16,7 @@ help:
 	@echo "make nightly    all that takes long: soak, test-oldest, test-newest, smoke"
 	@echo "make lint       check format, lint and types"
 	@echo "make format     format the sources"
-	@echo "make bench      reproduce the tables of benchmarks/results"
+	@echo "make bench      run the benchmarks, write their table (ARGS=--quick: on a small scale)"
 	@echo "make notebooks  run the notebooks and write their outputs into them"
 	@echo "make clean      remove the environment and everything built"
 
@@ -106,28 +106,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/gaussian_tilt.py
-	$(BIN)/python benchmarks/cost_to_floor.py
-	$(BIN)/python benchmarks/two_modes.py
-	$(BIN)/python benchmarks/checkerboard.py
-	$(BIN)/python benchmarks/any_reward.py
-	$(BIN)/python benchmarks/learned.py
-	$(BIN)/python benchmarks/predictions.py
-	$(BIN)/python benchmarks/weighted.py
-	$(BIN)/python benchmarks/unbiased.py
-	$(BIN)/python benchmarks/audits.py
-	$(BIN)/python benchmarks/toys.py
-	$(BIN)/python benchmarks/toys_learned.py
-	$(BIN)/python benchmarks/pareto.py
-	$(BIN)/python benchmarks/blackbox.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/external.py
-	$(BIN)/python benchmarks/text.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/annealing.py
-	$(BIN)/python benchmarks/many_particles.py
-	$(BIN)/python benchmarks/smc_scaling.py
-	$(BIN)/python benchmarks/flux_memory.py
-	$(BIN)/python benchmarks/flux_speed.py
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb

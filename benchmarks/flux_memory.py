@@ -1,6 +1,6 @@
 """How much memory does FLUX.1-dev take on each of 1, 2, 4 and 8 devices?
 
-    python benchmarks/flux_memory.py [--size 512] [--particles 2] [--no-remat]
+    python benchmarks/flux_memory.py [--size 512] [--particles 2] [--no-remat] [--quick]
 
 Nothing is allocated: the 12-billion network is built abstractly, lowered and compiled for virtual devices, and the compiler says what every one of
 them holds. Parameters are bfloat16 and divided on both axes of the mesh (`transformer.sharded`), particles on its axis `data`.
@@ -83,6 +83,9 @@ def main():
     parser.add_argument("--size", type=int, default=512, help="of the picture")
     parser.add_argument("--particles", type=int, default=2)
     parser.add_argument("--no-remat", action="store_true", help="keep everything inside of a block for the gradient")
+    parser.add_argument(
+        "--quick", action="store_true", help="one and eight devices, without gradients; nothing is written"
+    )
     settings = parser.parse_args()
     remat = not settings.no_remat
     estimate = lambda **more: model.memory(
@@ -96,8 +99,9 @@ def main():
         f"{'devices':>7} {'mesh':>6} {'what':>9} {'arguments':>10} {'computed':>10} {'estimate':>10}   GiB on each; lowering and compilation, s"
     )
     results = []
-    for n, shape in MESHES.items():
-        for gradient in (False, True):
+    meshes = {n: MESHES[n] for n in (1, 8)} if settings.quick else MESHES
+    for n, shape in meshes.items():
+        for gradient in (False,) if settings.quick else (False, True):
             arguments, buffers, lowering, compiling = compiled(n, settings.size, settings.particles, remat, gradient)
             computed = buffers - 2 * (whole // n)  # less the copies
             fused = estimate(gradient=gradient, remat=remat).activations / n
@@ -120,7 +124,11 @@ def main():
                     "compiling_s": compiling,
                 }
             )
-    common.write("flux_memory", {"settings": vars(settings), "parameter_bytes": whole, "results": results})
+    if not settings.quick:
+        kept = {name: value for name, value in vars(settings).items() if name != "quick"}
+        print(
+            f"\nwritten: {common.write('flux_memory', {'settings': kept, 'parameter_bytes': whole, 'results': results})}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""Run the benchmarks, one process after the other, and write what came out as one table into results/README.md.
+
+    python benchmarks/run.py [NAME ...] [--quick] [--reference CHECKOUT [--python OTHER_PYTHON]]
+    python benchmarks/run.py --table                                                                 # from the results that exist
+
+Every benchmark writes `results/<name>.json`; with `--quick` it runs on a small scale and writes nothing, and nor does this. A benchmark that fails, or
+that lacks what it compares with, is named at the end and does not keep the others from running.
+"""
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+SCRIPTS = {"checkerboard_network": "checkerboard"}  # results whose benchmark has another name
+NEEDS_REFERENCE = ("vs_reference",)  # those that also take it do without
+ENVIRONMENT = {"external": {"OMP_NUM_THREADS": "1"}}
+INTRODUCTION = """# Results
+
+Written by `python benchmarks/run.py` (`make bench`), and by its `--table` from the files beside this one; each row is what its own JSON file says, on the
+device and at the commit named there. CPU-seconds of different rows are of different runs: compare what stands in one.
+"""
+
+
+def _gaussian_tilt(r: dict) -> str:
+    row = lambda method: r["table"][method]["quadratic"]
+    of = lambda method: "{:.3f} ± {:.3f}".format(*row(method)["w2"])
+    return f"W2 on `quadratic`: plug-in k = 8 {of('plug-in k=8')}, Laplace {of('Laplace')}, Tilted {of('Tilted')}, floor {of('floor')}"
+
+
+def _cost_to_floor(r: dict) -> str:
+    reached = {name: m for name, m in r["methods"].items() if m["over_floor"] <= 1.2}
+    cheapest = min(reached, key=lambda name: reached[name]["run_cpu"])
+    return (
+        f"{len(reached)} of {len(r['methods'])} methods come within 1.2 times the floor; {cheapest} in {1000 * reached[cheapest]['run_cpu']:.1f} CPU-ms, "
+        f"plug-in ends at {r['methods']['plug-in']['over_floor']:.1f} times"
+    )
+
+
+def _two_modes(r: dict) -> str:
+    bump = r["problems"]["bump"]
+    return f"bump: the tilt has {bump['tilt']:.3f} on the right, best-of-1 {bump['best_of_n']['1']['share']:.3f}, best-of-4 {bump['best_of_n']['4']['share']:.3f}"
+
+
+def _checkerboard(r: dict) -> str:
+    hits = [row for row in r["rows"] if row["is_tilt"]]
+    cost = lambda row: row["calls"] + row["pullbacks"]
+    if not hits:
+        return f"none of {len(r['rows'])} settings within 1% of the mean reward and 4% of the trace"
+    best = min(hits, key=cost)
+    return f"{len(hits)} of {len(r['rows'])} settings are the tilt; cheapest {best['method']}: {cost(best)} calls and pullbacks a sample"
+
+
+def _any_reward(r: dict) -> str:
+    finite = lambda row: {name: cell["w2"] for name, cell in row["methods"].items() if cell}
+    nearest = [min(finite(row), key=finite(row).__getitem__) for row in r["rows"]]
+    conjugate = sum(name.startswith("Conjugate") for name in nearest)
+    return f"Conjugate is nearest to the tilt in {conjugate} of {len(nearest)} problems"
+
+
+def _learned(r: dict) -> str:
+    worst = lambda name: max(row[name]["w2"] / row["floor"] for row in r["rows"])
+    return f"Tilted at worst {worst('Tilted, exact'):.2f} times the floor with the exact denoiser, {worst('Tilted, network'):.2f} with the network"
+
+
+def _predictions(r: dict) -> str:
+    return f"plain plug-in predicted to W2 {r['plain']['1']:.3f} at k = 1, {r['plain']['1024']:.3f} at k = 1,024; damped of the right width {r['damped']['1.0']['w2']:.3f}"
+
+
+def _weighted(r: dict) -> str:
+    plane = {name: row["Laplace, Guided"] for name, row in r["planar"].items() if name != "double_well"}
+    over, off = max(c["over_floor"][0] for c in plane.values()), max(abs(c["log_norm_off"][0]) for c in plane.values())
+    return f"Laplace's twist on {len(plane)} mixtures: W2 at most {over:.2f} times the floor, log Z off by at most {off:.3f}"
+
+
+def _unbiased(r: dict) -> str:
+    row = r["axes"]["all"][""]
+    return f"{row['cells']:,} combinations: z has mean {row['mean']:+.2f} and deviation {row['sd']:.2f}; mean of Z's estimates over Z {row['pooled'][0]:.4f} ± {row['pooled'][1]:.4f}"
+
+
+def _audits(r: dict) -> str:
+    row = r["table"]["quadratic"]
+    return f"`quadratic`: {row['plug-in']['share']:.1%} of plug-in's samples count, {row['exact h']['share']:.1%} of the exact h's"
+
+
+def _toys(r: dict) -> str:
+    row = r["table"]["eight modes"]
+    of = lambda name: "{:.2f} ± {:.2f}".format(*row[name]["emd"])
+    return f"eight modes, distance to the target: DAS with both faults {of('DAS, both faults')}, with neither {of('DAS, neither fault')}, floor {of('target (floor)')}"
+
+
+def _toys_learned(r: dict) -> str:
+    row = r["table"]["eight modes"]["DAS"]
+    return f"eight modes, DAS's distance to the target: {row['exact']['emd'][0]:.2f} with the exact score, {row['learned']['emd'][0]:.2f} with the network"
+
+
+def _pareto(r: dict) -> str:
+    worst = lambda name: max(row["methods"][name]["w2"] / row["floor"] for row in r["rows"])
+    return f"W2 over the floor, the worst of {len(r['rows'])} weights: Tilted {worst('Tilted'):.2f}, plug-in {worst('plug-in'):.1f}"
+
+
+def _blackbox(r: dict) -> str:
+    return "optimum found by " + ", ".join(f"{name} {row['found']:.0%}" for name, row in r["table"].items())
+
+
+def _external(r: dict) -> str:
+    of = lambda name: r["table"][name]["64"]["gradient"]
+    return f"gradient of 64 states: JAX {of('JAX'):.0f} microseconds, NumPy {of('NumPy'):.0f}"
+
+
+def _text(r: dict) -> str:
+    most = max(row["n"] for row in r["rows"])
+    best = {row["method"]: row["draw"]["glad"][0] for row in r["rows"] if row["n"] == most}
+    return (
+        f"share of glad sentences, {r['truth']['glad']:.2f} of the data: "
+        + ", ".join(f"{m} {v:.2f}" for m, v in best.items())
+        + f" (n = {most})"
+    )
+
+
+def _training(r: dict) -> str:
+    last, beside = r["rows"][-1], r["side_by_side"]
+    text = f"{last['share_average'][0]:.1%} in filled squares after {last['steps']:,} steps, {last['steps_per_second']:.1f} steps a second"
+    return text if beside is None else f"{text}; {beside['ratio']:.2f} times those of the published code side by side"
+
+
+def _annealing(r: dict) -> str:
+    reached = [row for row in r["eight modes"]["rows"] if row["tilt"] > 1]
+    row = min(reached, key=lambda row: row["divergence"][0] / row["tilt"])
+    return (
+        f"eight modes: {row['method']}, {row['setting']}, is nearest to the frontier: mean reward {row['reward'][0]:.2f} at a divergence of "
+        f"{row['divergence'][0]:.2f}, where the tilt has {row['tilt']:.2f}"
+    )
+
+
+def _many_particles(r: dict) -> str:
+    first, last = r["rows"][0], r["rows"][-1]
+    each = lambda row: 1e6 * row["run_cpu"] / row["num"]
+    return f"{each(first):.0f} CPU-microseconds a particle at {first['num']:,}, {each(last):.0f} at {last['num']:,}, in {last['peak_gb']:.2f} GB"
+
+
+def _smc_scaling(r: dict) -> str:
+    return "weighted over unweighted time, resampling below half: " + ", ".join(
+        f"{name} {row['below half']['ratio']:.2f}" for name, row in r["ratios"].items()
+    )
+
+
+def _flux_memory(r: dict) -> str:
+    at = lambda n: max(
+        (row["argument_bytes"] + row["computed_bytes"]) / 2**30 for row in r["results"] if row["devices"] == n
+    )
+    return f"with a gradient, {at(1):.1f} GiB on one device, {at(8):.1f} GiB on each of eight"
+
+
+def _vs_reference(r: dict) -> str:
+    met = sum(not goal["missed"] for goal in r["goals"].values())
+    span = lambda key: "{:.1f} to {:.1f}".format(*(f(row["ratios"][key] for row in r["rows"]) for f in (min, max)))
+    return f"{span('run_cpu')} times fewer CPU-seconds, {span('process_wall')} times less wall of a process; {met} of {len(r['goals'])} goals met"
+
+
+def _vs_peers(r: dict) -> str:
+    row = next(row for row in r["rows"] if row["problem"] == "quadratic")
+    return "`quadratic`: " + ", ".join(
+        f"{name} {cell['over_floor'][0]:.2f} times the floor in {cell['run_cpu']:.3f} CPU-s"
+        for name, cell in row["methods"].items()
+    )
+
+
+def _limits(r: dict) -> str:
+    worst = max(r["rows"], key=lambda row: row["ratio_wall"])
+    return f"{len(r['rows']) - len(r['beyond'])} of {len(r['rows'])} rows within {r['within']:g} times the floor; worst {worst['ratio_wall']:.2f} ({worst['row']}, k = {worst['k']})"
+
+
+# In the order in which they run.
+HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gaussian_tilt": _gaussian_tilt, "cost_to_floor": _cost_to_floor, "two_modes": _two_modes, "checkerboard": _checkerboard,
+    "checkerboard_network": _checkerboard, "any_reward": _any_reward, "learned": _learned, "predictions": _predictions,
+    "weighted": _weighted, "unbiased": _unbiased, "audits": _audits, "toys": _toys, "toys_learned": _toys_learned,
+    "pareto": _pareto, "blackbox": _blackbox, "external": _external, "text": _text, "training": _training,
+    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "flux_memory": _flux_memory,
+    "limits": _limits, "vs_reference": _vs_reference, "vs_peers": _vs_peers,
+}  # fmt: skip
+
+
+def script(name: str) -> Path:
+    """The benchmark that writes `results/<name>.json`."""
+    return FOLDER / f"{SCRIPTS.get(name, name)}.py"
+
+
+def question(name: str) -> str:
+    """The first paragraph of a benchmark's docstring."""
+    return " ".join((ast.get_docstring(ast.parse(script(name).read_text())) or "").split("\n\n")[0].split())
+
+
+def line(name: str, results: dict[str, Any]) -> str:
+    """A row of the table."""
+    where = results["environment"]
+    device = where["device"] if where["backend"] != "cpu" else f"{where['processor']}, {where['cores']} cores"
+    versions = f"Python {where['python']}, JAX {where['jax']}"
+    cells = (f"[{name}]({name}.json)", question(name), HEADLINES[name](results), device, versions, where["commit"])
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The whole file, from the JSON files of the folder."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    if unknown := sorted(set(found) - set(HEADLINES)):
+        raise ValueError(f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in {Path(__file__).name}")
+    head = "| benchmark | question | headline | device | versions | commit |\n|---|---|---|---|---|---|"
+    return "\n".join([INTRODUCTION, head, *(line(name, found[name]) for name in HEADLINES if name in found)]) + "\n"
+
+
+def names() -> list[str]:
+    """The benchmarks that can be run, in order."""
+    return [name for name in HEADLINES if name not in SCRIPTS]
+
+
+def command(name: str, args: argparse.Namespace) -> list[str] | None:
+    """What runs a benchmark, or nothing where what it needs is not there."""
+    words = [sys.executable, str(script(name)), *(["--quick"] if args.quick else [])]
+    if name in (*NEEDS_REFERENCE, "training") and args.reference is not None:
+        return [*words, "--reference", str(args.reference), "--python", args.python]
+    return None if name in NEEDS_REFERENCE else words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names())}; all by default")
+    parser.add_argument("--quick", action="store_true", help="each on a small scale; nothing is written")
+    parser.add_argument("--table", action="store_true", help="run nothing: write the table of the results that exist")
+    parser.add_argument(
+        "--reference", type=Path, help="a checkout of the published code, for vs_reference and training"
+    )
+    parser.add_argument("--python", default=sys.executable, help="of an environment in which it runs")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - set(names())):
+        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(names())}")
+    failed, left_out = [], []
+    for name in [] if args.table else args.names or names():
+        words = command(name, args)
+        if words is None:
+            left_out.append(name)
+            continue
+        print(f"\n== {name}: {question(name)}\n", flush=True)
+        begun = time.monotonic()
+        if subprocess.run(words, env=os.environ | ENVIRONMENT.get(name, {}), check=False).returncode:
+            failed.append(name)
+        print(f"\n== {name}: {time.monotonic() - begun:.0f} s", flush=True)
+    if not args.quick:
+        (RESULTS / "README.md").write_text(table())
+        print(f"written: {RESULTS / 'README.md'}")
+    if left_out:
+        print(f"left out: {', '.join(left_out)}, which needs --reference CHECKOUT")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

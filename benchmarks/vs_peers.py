@@ -1,0 +1,194 @@
+"""Does a general sequential Monte Carlo sampler, given the density of the data, reach the tilt sooner than tiltjax does with a denoiser?
+
+What one would otherwise install: the adaptive tempered SMC of BlackJAX (compiled) and of `particles` (NumPy), of prior `rho` and log-likelihood `scale *
+r`, on the six mixtures and on the bump on the line. They are given more than tiltjax, namely the density of `rho` and exact samples of it to start from,
+neither of which a flow or diffusion model has; tiltjax asks its denoiser alone. 2,000 particles each: BlackJAX with HMC moves (step .2, 10 leapfrogs, 10
+moves a temperature, effective share of one half), `particles` with its own defaults (adaptive random walks, chains of 10); tiltjax unweighted by
+`Tilted` where the reward is conjugate and by `Conjugate` else, and weighted by `smc` (200 steps; Laplace's twist for quadratic rewards, else `r(D)`,
+tempered).
+
+W2 to as many exact samples of the tilt, over the floor between two exact sets (`double_well` folded at its symmetry); what log Z is off; CPU seconds of
+a run without compilation, which is the first call's beside them. Those that are not installed are left out.
+
+    pip install blackjax particles
+    python benchmarks/vs_peers.py [--quick]
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import theory
+import tiltjax as tj
+
+PROBLEMS = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_well", "bump")
+PEERS = ("blackjax", "particles")
+# seed -> (unweighted samples, log Z or nothing)
+Run = Callable[[int], tuple[Any, Any]]
+
+
+def blackjax_run(problem: tj.problems.Problem, num: int) -> Run:
+    import blackjax  # pyright: ignore[reportMissingImports]
+
+    settings = {"step_size": 0.2, "inverse_mass_matrix": jnp.ones(problem.prior.dim), "num_integration_steps": 10}
+    moves = blackjax.hmc.build_kernel()
+    sampler = blackjax.adaptive_tempered_smc(
+        problem.prior.log_prob,
+        lambda x: problem.scale * problem.reward(x),
+        moves,
+        blackjax.hmc.init,
+        blackjax.smc.extend_params(settings),
+        blackjax.smc.resampling.systematic,
+        target_ess=0.5,
+        num_mcmc_steps=10,
+    )
+
+    @jax.jit
+    def run(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key_start, key = jax.random.split(key)
+
+        def step(carry: tuple) -> tuple:
+            key, state, log_norm = carry
+            key, key_step = jax.random.split(key)
+            state, info = sampler.step(key_step, state)
+            return key, state, log_norm + info.log_likelihood_increment
+
+        start = (key, sampler.init(problem.prior.sample(key_start, num)), jnp.zeros(()))
+        _, state, log_norm = jax.lax.while_loop(lambda carry: carry[1].tempering_param < 1, step, start)
+        return state.particles, log_norm
+
+    return lambda seed: run(jax.random.key(seed))
+
+
+def particles_run(problem: tj.problems.Problem, num: int) -> Run:
+    import particles  # pyright: ignore[reportMissingImports]
+    from particles import smc_samplers  # pyright: ignore[reportMissingImports]
+
+    prior, dim = problem.prior, problem.prior.dim
+    kind = np.dtype([("x", float, (dim,))])
+    # Its functions are NumPy's; those of the problem are compiled for the number of particles.
+    density, reward = jax.jit(jax.vmap(prior.log_prob)), jax.jit(jax.vmap(problem.reward))
+    asked = lambda fn, theta: np.asarray(fn(jnp.asarray(theta["x"], jnp.float32)), float)
+
+    class Prior:
+        def __init__(self, key: jax.Array):
+            self.key = key
+
+        def rvs(self, size: int) -> np.ndarray:
+            theta = np.empty(size, kind)
+            theta["x"] = np.asarray(prior.sample(self.key, size))
+            return theta
+
+        def logpdf(self, theta: np.ndarray) -> np.ndarray:
+            return asked(density, theta)
+
+    class Target(smc_samplers.StaticModel):
+        def loglik(self, theta: np.ndarray, t: int | None = None) -> np.ndarray:
+            return problem.scale * asked(reward, theta)
+
+    def run(seed: int) -> tuple[np.ndarray, float]:
+        np.random.seed(seed)  # noqa: NPY002  its own generator
+        model = Target(prior=Prior(jax.random.key(seed)))
+        sampler = particles.SMC(fk=smc_samplers.AdaptiveTempering(model, len_chain=10), N=num)
+        sampler.run()
+        chosen = np.random.choice(sampler.X.N, num, p=sampler.W)  # noqa: NPY002
+        return sampler.X.theta["x"][chosen].reshape(num, dim), float(sampler.logLt)
+
+    return run
+
+
+def tiltjax_runs(problem: tj.problems.Problem, num: int) -> dict[str, Run]:
+    model, reward, scale = tj.Analytic(problem.prior), problem.reward, problem.scale
+    closed = theory.is_quadratic(reward)
+    if closed:
+        chosen, guidance, name = tj.Tilted(model, reward, scale), None, "Tilted"
+        weighted: dict[str, Any] = {"guidance": tj.Laplace(model, reward, scale)}
+    else:
+        variance = tj.calibrate(model, jax.random.key(0))
+        chosen, guidance, name = model, tj.Conjugate(model, reward, scale, variance=variance), "Conjugate"
+        weighted = {"guidance": tj.dps(model, reward, scale), "proposal": tj.proposals.Base()}
+        weighted["tempering"] = tj.tempering.Exponential()
+
+    def unweighted(seed: int) -> tuple[Any, Any]:
+        return tj.sample(jax.random.key(seed), chosen, guidance, num=num).x, None
+
+    def by_weights(seed: int) -> tuple[Any, Any]:
+        key, key_draw = jax.random.split(jax.random.key(seed))
+        found = tj.smc(key, model, num=num, steps=200, **weighted)
+        return found.resample(key_draw, num), found.log_norm
+
+    return {name: unweighted, "smc": by_weights}
+
+
+def average(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def measure(run: Run, exact: list, floor: float, log_norm: float, fold: Callable) -> dict[str, Any]:
+    found: dict[int, tuple[Any, Any]] = {}
+
+    def keep(seed: int) -> tuple[Any, Any]:
+        found[seed] = jax.block_until_ready(run(seed))
+        return found[seed]
+
+    timing = common.timed(keep, repeats=len(exact) - 1)
+    w2 = [tj.metrics.wasserstein(fold(np.asarray(found[seed][0])), y) / floor for seed, y in enumerate(exact)]
+    norms = [float(value) - log_norm for _, value in found.values() if value is not None]
+    return {"over_floor": average(w2), "log_norm_off": average(norms) if norms else None, **timing._asdict()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="two problems, 500 particles, two seeds; nothing is written"
+    )
+    args = parser.parse_args()
+    there = [name for name in PEERS if importlib.util.find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in there}
+    for name in PEERS:
+        print(
+            f"{name} {versions[name]}" if name in there else f"{name} is not installed and left out: pip install {name}"
+        )
+    if not there:
+        return
+    num, seeds = (500, 2) if args.quick else (2000, 5)
+    rows = []
+    print(
+        "\n| problem | method | W2 / floor | log Z off | CPU-seconds | wall | first call |\n|---|---|---|---|---|---|---|"
+    )
+    for name in ("quadratic", "bump") if args.quick else PROBLEMS:
+        problem = tj.problems.get(name)
+        law = theory.tilt if theory.is_quadratic(problem.reward) else theory.quadrature.tilt
+        truth = law(problem.prior, problem.reward, problem.scale)
+        # The law of double_well is that of -x: what lies on the left counts at the right.
+        fold = lambda x, name=name: x * np.where(x[:, :1] < 0, -1, 1) if name == "double_well" else x
+        exact = [fold(np.asarray(truth.sample(jax.random.key(1000 + i), num))) for i in range(seeds + 1)]
+        floor = float(np.mean([tj.metrics.wasserstein(exact[i], exact[i + 1]) for i in range(seeds)]))
+        runs = tiltjax_runs(problem, num)
+        runs |= {peer: {"blackjax": blackjax_run, "particles": particles_run}[peer](problem, num) for peer in there}
+        row: dict[str, Any] = {"problem": name, "floor": floor, "log_norm": float(truth.log_norm), "methods": {}}
+        for method, run in runs.items():
+            cell = measure(run, exact[:-1], floor, float(truth.log_norm), fold)
+            row["methods"][method] = cell
+            off = "" if cell["log_norm_off"] is None else "{:+.3f} ± {:.3f}".format(*cell["log_norm_off"])
+            print(
+                f"| {name} | {method} | {'{:.2f} ± {:.2f}'.format(*cell['over_floor'])} | {off} | {cell['run_cpu']:.3f} | "
+                f"{cell['run_wall']:.3f} | {cell['first_wall']:.1f} |",
+                flush=True,
+            )
+        rows.append(row)
+    if not args.quick:
+        results = {"num": num, "seeds": seeds, "peers": versions, "rows": rows}
+        print(f"\nwritten: {common.write('vs_peers', results)}")
+
+
+if __name__ == "__main__":
+    main()
