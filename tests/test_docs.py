@@ -117,7 +117,9 @@ def test_names_that_pages_link_to_are_in_the_reference():
         for target in re.findall(r"\]\[([\w.]+)\]", prose(text)):
             module, _, name = target.rpartition(".")
             assert module in reference(), f"{page}: {target}"
-            assert isinstance(vars(importlib.import_module(module))[name], type | types.FunctionType), f"{page}: {target}"
+            assert isinstance(vars(importlib.import_module(module))[name], type | types.FunctionType), (
+                f"{page}: {target}"
+            )
             assert reference()[module] is None or name in reference()[module], f"{page}: {target}"
             count += 1
     assert count > 50
@@ -182,7 +184,12 @@ def test_the_memory_that_the_flux_page_shows_is_that_of_the_results():
     by = {(row["devices"], row["gradient"]): row for row in rows}
     for devices in {devices for devices, _ in by}:
         forward, gradient = by[devices, False], by[devices, True]
-        numbers = gradient["argument_bytes"], forward["computed_bytes"], gradient["computed_bytes"], gradient["estimated_activation_bytes"]
+        numbers = (
+            gradient["argument_bytes"],
+            forward["computed_bytes"],
+            gradient["computed_bytes"],
+            gradient["estimated_activation_bytes"],
+        )
         mesh = "{} x {}".format(*gradient["mesh"])
         assert f"| {devices} | {mesh} | {' | '.join(f'{n / 2**30:.1f}' for n in numbers)} |" in PAGES["flux.md"]
 
@@ -194,5 +201,9 @@ def test_code_that_is_not_run_is_at_least_python():
             if re.search(r"^(?:from|\w+ +=|print\()", block, re.MULTILINE):
                 tree = ast.parse(block)
                 for node in ast.walk(tree):
-                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("tj", "theory"):
+                    if (
+                        isinstance(node, ast.Attribute)
+                        and isinstance(node.value, ast.Name)
+                        and node.value.id in ("tj", "theory")
+                    ):
                         assert hasattr({"tj": tj, "theory": theory}[node.value.id], node.attr), f"{page}: {node.attr}"
