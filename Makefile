@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks clean
+.PHONY: help demo test test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks docs docs-serve clean
 
 help:
 	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
@@ -18,6 +18,8 @@ help:
 	@echo "make format     format the sources"
 	@echo "make bench      run the benchmarks, write their table (ARGS=--quick: on a small scale)"
 	@echo "make notebooks  run the notebooks and write their outputs into them"
+	@echo "make docs       build the documentation in site/; a warning is an error"
+	@echo "make docs-serve  show it at http://127.0.0.1:8000, and build again when a page changes"
 	@echo "make clean      remove the environment and everything built"
 
 $(READY): pyproject.toml
@@ -111,5 +113,11 @@ bench: $(READY)
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(READY)
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
 clean:
-	rm -rf .venv .venv-parity .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity .venv-oldest .venv-newest site build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,58 @@
+"""What the site needs besides Markdown: notebooks as pages, with what each said and showed when it last ran. Nothing is executed here.
+
+`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ..., so that code, formulas and search are those of every
+other page.
+"""
+
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+from mkdocs.structure.files import File
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+def on_files(files, config):
+    """Add a page for every notebook, and a file for every figure."""
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        text, figures = converted(nbformat.read(path, as_version=4), path.stem)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, figure in figures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=figure))
+    return files
+
+
+def on_page_content(html, page, config, files):
+    """In a cell of a table, `\\|` in code is a bar: GitHub and editors need the backslash, Python-Markdown would show it."""
+    cell = lambda found: re.sub(r"<code>.*?</code>", lambda code: code[0].replace(r"\|", "|"), found[0])
+    return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
+
+
+def on_serve(server, config, builder):
+    """Build again when a notebook changes."""
+    server.watch(str(FOLDER))
+
+
+def converted(notebook, stem):
+    """The Markdown of a notebook, and its figures by name. **Raises:** `ValueError` for an output that has no place on a page."""
+    parts, figures = [], {}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{stem}_{len(figures) + 1}.png"
+                figures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![]({name})")
+            elif output.output_type == "stream":
+                parts.append(f"```text\n{output.text.rstrip()}\n```")
+            else:
+                raise ValueError(
+                    f"{stem}: In [{cell.execution_count}] left {sorted(data) or output.output_type}, which is neither text nor PNG"
+                )
+    return "\n\n".join(parts) + "\n", figures
