@@ -160,6 +160,24 @@ def _flux_memory(r: dict) -> str:
     return f"with a gradient, {at(1):.1f} GiB on one device, {at(8):.1f} GiB on each of eight"
 
 
+def _flux_speed(r: dict) -> str:
+    row = r["rows"][0]
+    return (
+        f"{row['size']} x {row['size']}: forward {row['forward']['s']:.3f} s, {row['forward']['share_of_ceiling']:.0%} of a large product's rate; "
+        f"a picture {row['picture']['s']:.2f} s, guided {row['guided_picture']['s']:.2f} s"
+    )
+
+
+def _train_tiny_flux(r: dict) -> str:
+    minutes = sum(stage["wall_s"] for stage in r.values() if isinstance(stage, dict) and "wall_s" in stage) / 60
+    maps = r["flow_map"]
+    right = lambda steps: f"{maps[steps]['all']:.1%}"
+    return (
+        f"{minutes:.0f} minutes; samples right in shape, colour, place and background: {right('velocity_28_steps')} in 28 steps, "
+        f"{right('map_4_steps')} in 4 of the map"
+    )
+
+
 def _vs_reference(r: dict) -> str:
     met = sum(not goal["missed"] for goal in r["goals"].values())
     span = lambda key: "{:.1f} to {:.1f}".format(*(f(row["ratios"][key] for row in r["rows"]) for f in (min, max)))
@@ -185,7 +203,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkerboard_network": _checkerboard, "any_reward": _any_reward, "learned": _learned, "predictions": _predictions,
     "weighted": _weighted, "unbiased": _unbiased, "audits": _audits, "toys": _toys, "toys_learned": _toys_learned,
     "pareto": _pareto, "blackbox": _blackbox, "external": _external, "text": _text, "training": _training,
-    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "flux_memory": _flux_memory,
+    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "flux_memory": _flux_memory, "flux_speed": _flux_speed, "train_tiny_flux": _train_tiny_flux,
     "limits": _limits, "vs_reference": _vs_reference, "vs_peers": _vs_peers,
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ References: Jordan et al. (2024), Muon; Frans et al. (arXiv 2410.12557) and Boff
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -406,10 +407,18 @@ def judge_samples(folder, prompts, each, steps, leap):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=PLACE, help="folder of the model")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the model (the package's own; with --quick one that is deleted)"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
     settings = parser.parse_args()
-    folder, steps, n = settings.output, QUICK if settings.quick else STEPS, 64 if settings.quick else 1000
+    with tempfile.TemporaryDirectory() as scratch:
+        train(settings.output or (Path(scratch) if settings.quick else PLACE), settings.quick)
+
+
+def train(folder, quick):
+    """Every stage that the folder lacks, and the results of all."""
+    steps, n = QUICK if quick else STEPS, 64 if quick else 1000
     write_tokenizers(folder)
     stages = {
         "autoencoder": (train_autoencoder, lambda: judge_autoencoder(folder, n)),
@@ -419,16 +428,16 @@ def main():
     }
     record = folder / "trained.json"
     results = json.loads(record.read_text()) if record.is_file() else {}
-    for name, (train, judge) in stages.items():
+    for name, (fit, judge) in stages.items():
         if name not in results:
             wall, cpu = time.perf_counter(), common.cpu_seconds()
-            train(steps[name], folder)
+            fit(steps[name], folder)
             seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": common.cpu_seconds() - cpu}
             results[name] = {"steps": steps[name], "batch": BATCHES[name], **seconds, **judge()}
             record.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(results[name]), flush=True)
     results["bytes"] = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    if not settings.quick:
+    if not quick:
         common.write("train_tiny_flux", results)
 
 
