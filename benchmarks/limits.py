@@ -2,8 +2,8 @@
 
 A plug-in of k draws by GLASS of m steps has to evaluate the denoiser, and pull a gradient back through it, `1 + (m - 1) k` times for each particle and
 each look of the solver: the first evaluation of all draws is one and the same. The floor is the time of just these, measured in the same run and
-batched the same way: a loop that does nothing but evaluate the denoiser on as many rows and pull its answer back, compiled, unrolled or not,
-whichever is faster. Everything else counts against the sampler: random numbers, GLASS's own arithmetic, the reward, the log-sum-exp, the outer solver,
+batched the same way: a loop that does nothing but evaluate the denoiser on as many rows and pull its answer back, compiled, unrolled or not, rows as the
+first axis or the last, whichever is fastest. Everything else counts against the sampler: random numbers, GLASS's own arithmetic, the reward, the log-sum-exp, the outer solver,
 and whatever is evaluated twice to save memory. Both are run in turn, and medians compared, in wall and in CPU seconds.
 
 Mixtures in closed form (49 Heun steps, GLASS of 20; on the line 100 Euler steps, GLASS of 50), 2,000 particles, and a velocity network of 4 x 256 units
@@ -71,16 +71,18 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def bare(model: tj.Model, num: int, unroll: int) -> Callable[[int], jax.Array]:
-    """`LOOP` evaluations of the denoiser on `num` rows, each with its pullback."""
+def bare(model: tj.Model, num: int, unroll: int, axis: int = 0) -> Callable[[int], jax.Array]:
+    """`LOOP` evaluations of the denoiser on `num` rows, which are the array's axis 0 or 1, each with its pullback."""
 
     @eqx.filter_jit
     def run(model: tj.Model, x: jax.Array, times: jax.Array) -> jax.Array:
+        rows = model.denoise_batch if axis == 0 else jax.vmap(model.denoise, (None, 1), 1)
+
         def once(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-            denoised, pullback = jax.vjp(lambda x: model.denoise_batch(t, x), x)
+            denoised, pullback = jax.vjp(lambda x: rows(t, x), x)
             return 0.5 * x + 0.1 * pullback(denoised)[0], None
 
-        return jax.lax.scan(once, x, times, unroll=unroll)[0]
+        return jnp.moveaxis(jax.lax.scan(once, jnp.moveaxis(x, 0, axis), times, unroll=unroll)[0], axis, 0)
 
     x, times = jax.random.normal(jax.random.key(0), (num, *model.shape)), jnp.linspace(0.05, 0.95, LOOP)
     return lambda seed: run(model, x + seed, times)
@@ -109,7 +111,9 @@ def measure(row: Row, num: int, repeats: int) -> dict[str, Any]:
         "sample": lambda seed: tj.sample(jax.random.key(seed), row.model, guidance, **settings).x
     }
     sizes = {num, num * row.k}
-    runs |= {f"{size} {unroll}": bare(row.model, size, unroll) for size in sizes for unroll in UNROLLED}
+    # A network says itself where its rows are.
+    ways = [(unroll, axis) for unroll in UNROLLED for axis in ((0, 1) if isinstance(row.model, tj.Analytic) else (0,))]
+    runs |= {f"{size} {way}": bare(row.model, size, *way) for size in sizes for way in ways}
     taken = in_turn(runs, repeats)
     result: dict[str, Any] = {
         "row": row.name,
@@ -118,9 +122,7 @@ def measure(row: Row, num: int, repeats: int) -> dict[str, Any]:
         "evaluations": row.looks * (1 + (row.inner - 1) * row.k),
     }
     for i, clock in enumerate(("wall", "cpu")):
-        one, all_draws = (
-            min(taken[f"{size} {unroll}"][i] for unroll in UNROLLED) / LOOP for size in (num, num * row.k)
-        )
+        one, all_draws = (min(taken[f"{size} {way}"][i] for way in ways) / LOOP for size in (num, num * row.k))
         floor = row.looks * (one + (row.inner - 1) * all_draws)
         took = taken["sample"][i]
         result |= {f"floor_{clock}": floor, f"run_{clock}": took, f"ratio_{clock}": took / floor}
