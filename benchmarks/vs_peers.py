@@ -1,16 +1,15 @@
-"""Does a general sequential Monte Carlo sampler, given the density of the data, reach the tilt sooner than tiltjax does with a denoiser?
+"""Does a general sequential Monte Carlo sampler that knows the density reach the tilt sooner than tiltjax, which knows the denoiser?
 
-What one would otherwise install: the adaptive tempered SMC of BlackJAX (compiled) and of `particles` (NumPy), of prior `rho` and log-likelihood `scale *
-r`, on the six mixtures and on the bump on the line. They are given more than tiltjax, namely the density of `rho` and exact samples of it to start from,
-neither of which a flow or diffusion model has; tiltjax asks its denoiser alone. 2,000 particles each: BlackJAX with HMC moves (step .2, 10 leapfrogs, 10
-moves a temperature, effective share of one half), `particles` with its own defaults (adaptive random walks, chains of 10); tiltjax unweighted by
-`Tilted` where the reward is conjugate and by `Conjugate` else, and weighted by `smc` (200 steps; Laplace's twist for quadratic rewards, else `r(D)`,
-tempered).
+What one would otherwise install: the adaptive tempered SMC of BlackJAX, of prior `rho` and log-likelihood `scale * r`, on the six mixtures and on the
+bump on the line. It is given more than tiltjax, namely the density of `rho` and exact samples of it to start from, neither of which a flow or diffusion
+model has; tiltjax asks its denoiser alone. 2,000 particles each: BlackJAX with HMC moves (step .2, 10 leapfrogs, 10 moves a temperature, effective share
+of one half, systematic resampling), one compiled program; tiltjax unweighted by `Tilted` where the reward is conjugate and by `Conjugate` else, and
+weighted by `smc` (200 steps; Laplace's twist for quadratic rewards, else `r(D)`, tempered).
 
 W2 to as many exact samples of the tilt, over the floor between two exact sets (`double_well` folded at its symmetry); what log Z is off; CPU seconds of
-a run without compilation, which is the first call's beside them. Those that are not installed are left out.
+a run without compilation, which is the first call's beside them. Without BlackJAX it says so and ends.
 
-    pip install blackjax particles
+    pip install blackjax
     python benchmarks/vs_peers.py [--quick]
 """
 
@@ -29,7 +28,6 @@ import theory
 import tiltjax as tj
 
 PROBLEMS = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_well", "bump")
-PEERS = ("blackjax", "particles")
 # seed -> (unweighted samples, log Z or nothing)
 Run = Callable[[int], tuple[Any, Any]]
 
@@ -65,43 +63,6 @@ def blackjax_run(problem: tj.problems.Problem, num: int) -> Run:
         return state.particles, log_norm
 
     return lambda seed: run(jax.random.key(seed))
-
-
-def particles_run(problem: tj.problems.Problem, num: int) -> Run:
-    import particles  # pyright: ignore[reportMissingImports]
-    from particles import smc_samplers  # pyright: ignore[reportMissingImports]
-
-    prior, dim = problem.prior, problem.prior.dim
-    kind = np.dtype([("x", float, (dim,))])
-    # Its functions are NumPy's; those of the problem are compiled for the number of particles.
-    density, reward = jax.jit(jax.vmap(prior.log_prob)), jax.jit(jax.vmap(problem.reward))
-    asked = lambda fn, theta: np.asarray(fn(jnp.asarray(theta["x"], jnp.float32)), float)
-
-    class Prior:
-        def __init__(self, key: jax.Array):
-            self.key = key
-
-        def rvs(self, size: int) -> np.ndarray:
-            theta = np.empty(size, kind)
-            theta["x"] = np.asarray(prior.sample(self.key, size))
-            return theta
-
-        def logpdf(self, theta: np.ndarray) -> np.ndarray:
-            return asked(density, theta)
-
-    class Target(smc_samplers.StaticModel):
-        def loglik(self, theta: np.ndarray, t: int | None = None) -> np.ndarray:
-            return problem.scale * asked(reward, theta)
-
-    def run(seed: int) -> tuple[np.ndarray, float]:
-        np.random.seed(seed)  # noqa: NPY002  its own generator
-        model = Target(prior=Prior(jax.random.key(seed)))
-        sampler = particles.SMC(fk=smc_samplers.AdaptiveTempering(model, len_chain=10), N=num)
-        sampler.run()
-        chosen = np.random.choice(sampler.X.N, num, p=sampler.W)  # noqa: NPY002
-        return sampler.X.theta["x"][chosen].reshape(num, dim), float(sampler.logLt)
-
-    return run
 
 
 def tiltjax_runs(problem: tj.problems.Problem, num: int) -> dict[str, Run]:
@@ -151,14 +112,11 @@ def main() -> None:
         "--quick", action="store_true", help="two problems, 500 particles, two seeds; nothing is written"
     )
     args = parser.parse_args()
-    there = [name for name in PEERS if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in there}
-    for name in PEERS:
-        print(
-            f"{name} {versions[name]}" if name in there else f"{name} is not installed and left out: pip install {name}"
-        )
-    if not there:
+    if importlib.util.find_spec("blackjax") is None:
+        print("BlackJAX is not installed, nothing to compare with: pip install blackjax")
         return
+    version = importlib.metadata.version("blackjax")
+    print(f"BlackJAX {version}")
     num, seeds = (500, 2) if args.quick else (2000, 5)
     rows = []
     print(
@@ -173,7 +131,7 @@ def main() -> None:
         exact = [fold(np.asarray(truth.sample(jax.random.key(1000 + i), num))) for i in range(seeds + 1)]
         floor = float(np.mean([tj.metrics.wasserstein(exact[i], exact[i + 1]) for i in range(seeds)]))
         runs = tiltjax_runs(problem, num)
-        runs |= {peer: {"blackjax": blackjax_run, "particles": particles_run}[peer](problem, num) for peer in there}
+        runs["BlackJAX"] = blackjax_run(problem, num)
         row: dict[str, Any] = {"problem": name, "floor": floor, "log_norm": float(truth.log_norm), "methods": {}}
         for method, run in runs.items():
             cell = measure(run, exact[:-1], floor, float(truth.log_norm), fold)
@@ -186,7 +144,7 @@ def main() -> None:
             )
         rows.append(row)
     if not args.quick:
-        results = {"num": num, "seeds": seeds, "peers": versions, "rows": rows}
+        results = {"num": num, "seeds": seeds, "blackjax": version, "rows": rows}
         print(f"\nwritten: {common.write('vs_peers', results)}")
 
 

@@ -143,9 +143,9 @@ def gelu_network(params: dict[str, Any], t: Any, x: Any) -> Any:
     hidden = jnp.concatenate([x / WIDTH, t[:, None]], axis=1)
     *inner, last = sorted({int(name.split(".")[1]) for name in params})
     for layer in inner:
-        hidden = hidden @ params[f"net.{layer}.weight"] + params[f"net.{layer}.bias"]
+        hidden = hidden @ params[f"net.{layer}.weight"] + params[f"net.{layer}.bias"][None]
         hidden = jax.nn.gelu(hidden, approximate=False)
-    return hidden @ params[f"net.{last}.weight"] + params[f"net.{last}.bias"]
+    return hidden @ params[f"net.{last}.weight"] + params[f"net.{last}.bias"][None]
 
 
 def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int, int], np.ndarray]:
@@ -381,7 +381,9 @@ def main() -> None:
         quick = {("quadratic", "k = 1"), ("quadratic", "k = 8"), ("bump", "k = 1"), ("checkerboard", "k = 1")}
         rows = [row for row in rows if (row.problem, row.method) in quick]
     load, results, begun = os.getloadavg(), [], time.monotonic()
-    print("| problem | method | CPU-seconds | published / tiltjax | wall | whole process | memory, GB | W2 |")
+    print(
+        "| problem | method | CPU-seconds | published / tiltjax | wall | whole process | memory, GB | W2 (standard errors) |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -94,8 +94,8 @@ def test_both_sides_evaluate_the_denoiser_as_often(problem):
             assert theirs <= mine <= 1.03 * theirs
 
 
-def test_the_calls_are_those_that_are_counted(monkeypatch):
-    """Of one look of the guidance at a state, in tiltjax, by a model that counts."""
+def test_the_calls_are_those_that_are_counted():
+    """Of one draw, by a model that counts: its first is the denoiser at the state itself, which a guidance shares."""
     count = []
 
     class Counting(tj.Analytic):
@@ -103,13 +103,10 @@ def test_the_calls_are_those_that_are_counted(monkeypatch):
             jax.debug.callback(lambda: count.append(1))
             return super().denoise(t, x)
 
-    model = Counting(tj.problems.quadratic().prior)
-    reward = tj.problems.quadratic().reward
-    guidance = tj.PlugIn(tj.Glass(model, steps=22), reward, 3.0)
-    jax.block_until_ready(guidance(jax.random.key(0), jnp.asarray(0.5), jnp.ones(2), ())[0].tilted)
+    glass = tj.Glass(Counting(tj.problems.quadratic().prior), steps=22)
+    jax.block_until_ready(jax.jit(glass.draw)(jax.random.key(0), jnp.asarray(0.5), jnp.ones(2)))
     jax.effects_barrier()
-    # GLASS's first call is the denoiser at the state itself, which is asked for again and, compiled, shared.
-    assert len(count) - 1 == versus.calls(versus.Row("quadratic", "k = 1", 1, 1))["tiltjax"][0] // 2 == 22
+    assert len(count) == versus.calls(versus.Row("quadratic", "k = 1", 1, 1))["tiltjax"][0] // 2
 
 
 def test_goals_name_their_worst_row_and_those_that_miss():
@@ -169,13 +166,25 @@ def test_exact_samples_of_every_problem_are_of_its_tilt():
     assert abs(float(rewards.mean()) - 0.9139) < 5 * float(rewards.std()) / 800**0.5
 
 
-def test_the_bare_loop_evaluates_what_it_says():
-    """Against the same recursion without a loop."""
-    model = tj.Analytic(tj.problems.quadratic().prior)
+def test_the_bare_loop_evaluates_what_it_says(monkeypatch):
+    """Against the same recursions without a loop."""
+    monkeypatch.setattr(limits, "LOOP", 4)
+    model, times = tj.Analytic(tj.problems.quadratic().prior), jnp.linspace(0.05, 0.95, 4)
     x = jax.random.normal(jax.random.key(0), (3, 2)) + 1
-    expected = x
-    for t in jnp.linspace(0.05, 0.95, limits.LOOP):
-        denoised, pullback = jax.vjp(lambda x, t=t: model.denoise_batch(t, x), expected)
-        expected = 0.5 * expected + 0.1 * pullback(denoised)[0]
-    for unroll in limits.UNROLLED:
-        np.testing.assert_allclose(limits.bare(model, 3, unroll)(1), expected, rtol=1e-10)
+
+    @jax.jit
+    def at_once(x):
+        for t in times:
+            denoised, pullback = jax.vjp(lambda x, t=t: model.denoise_batch(t, x), x)
+            x = 0.5 * x + 0.1 * pullback(denoised)[0]
+        return x
+
+    @jax.jit
+    @jax.grad
+    def chain(x):
+        for t in times:
+            x = 0.5 * x + 0.5 * model.denoise_batch(t, x)
+        return jnp.sum(x)
+
+    np.testing.assert_allclose(limits.bare(model, 3, False, 1)(1), at_once(x), rtol=1e-10)
+    np.testing.assert_allclose(limits.bare(model, 3, True, 0)(1), chain(x), rtol=1e-10)
