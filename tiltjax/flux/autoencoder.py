@@ -17,8 +17,8 @@ or halve it by a convolution of stride 2 padded below and to the right alone. No
 | `chunk` | queries of the attention in portions of so many: `n chunk` instead of n^2 scores for n = (H W / f^2) places |
 | `param_dtype` | of the parameters and all that is computed |
 
-`remat` is for accelerators: XLA undoes it on a CPU. A decoded picture is not clipped: `tiltjax.flux.rewards.Decoded` does that, and says so. **On a CPU** gradients of convolutions inside of `lax.scan`
-take 6 to 9 times as long as outside: a loop with a gradient through `decode` is better written in Python there.
+`remat` is for accelerators: XLA undoes it on a CPU. A decoded picture is not clipped: `tiltjax.flux.rewards.Decoded` does that, and says so. There is
+no forward mode through convolutions (`tiltjax.flux.layers.convolved`).
 
 Attributes are named as the published parameters (`tiltjax.flux.weights`). Reference: Rombach et al., arXiv 2112.10752; FLUX.1 by Black Forest Labs.
 """
@@ -294,6 +294,7 @@ class _Make:
             (size, size),
             strides=stride,
             padding=padding,
+            conv_general_dilated=layers.convolved,
             dtype=self.dtype,
             param_dtype=self.dtype,
             rngs=self.rngs,
