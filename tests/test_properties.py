@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import theory
 import tiltjax as tj
 from tiltjax import resampling, rewards
-from tiltjax.particles import Particles, unweighted
+from tiltjax.particles import Particles, unweighted, weight_dtype
 
 K, D, NUM, STEPS = 3, 2, 4, 3
 few = settings(derandomize=True, database=None, deadline=None, max_examples=8)
@@ -150,7 +150,8 @@ def test_single_precision_says_the_same(mixture, seed, scale, t):
     assert narrow.log_norm.dtype == jnp.float32
     close(narrow.log_norm, wide.log_norm, rtol=1e-4, atol=1e-3)
     close(narrow.mixture.mean(), wide.mixture.mean(), rtol=1e-4, atol=1e-3 * float(unit(mixture)))
-    here = tj.Analytic(low[0]).denoise(jnp.asarray(t, jnp.float32), x.astype(jnp.float32))
+    model = tj.inputs.cast(tj.Analytic(low[0]), jnp.float32)
+    here = model.denoise(jnp.asarray(t, jnp.float32), x.astype(jnp.float32))
     assert here.dtype == jnp.float32
     close(here, tj.Analytic(mixture).denoise(jnp.asarray(t), x), rtol=1e-3, atol=1e-3 * float(unit(mixture)))
 
@@ -315,7 +316,7 @@ def test_a_view_is_a_time_and_a_state(path, t, seed):
 @given(seed=seeds, shape=st.lists(st.integers(1, 3), min_size=1, max_size=3), weighed=st.booleans())
 def test_particles_survive_a_file(tmp_path_factory, dtype, seed, shape, weighed):
     x = points(seed, 2, *shape).astype(dtype)
-    log_weights = points(seed, 2).astype(jnp.promote_types(dtype, jnp.float32))
+    log_weights = points(seed, 2).astype(weight_dtype(jnp.dtype(dtype)))
     particles = Particles(x, log_weights, log_weights[0]) if weighed else unweighted(x)
     file = tmp_path_factory.mktemp("particles") / "saved"
     tj.save(particles, file)

@@ -16,8 +16,14 @@ SIGMAS = 5.0
 OPTIMISED = True  # it runs for longer than it compiles
 
 
+def single(prior):
+    """For a model of states in single precision: rounding is far below a standard error, and a run costs half."""
+    return tj.inputs.cast(prior, jnp.float32)
+
+
 def assert_moments(x, law, slack_mean=0.0, slack_cov=0.0):
     """Mean and covariance of Gaussian samples within five standard errors (plus a computed slack) of a one-component law."""
+    x = np.asarray(x, np.float64)
     n, (mean, cov) = len(x), (np.asarray(law.means[0]), np.asarray(law.covs[0]))
     error_mean = np.sqrt(np.diag(cov) / n)
     error_cov = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / n)
@@ -82,7 +88,7 @@ ROWS = (
 @pytest.mark.parametrize(("method", "solver", "path"), ROWS)
 def test_a_guided_sampler_has_its_discrete_law(method, solver, path):
     prior, reward = general()
-    model, scale, times = tj.Analytic(prior, path), 1.5, jnp.linspace(1e-3, 1, 13)
+    model, scale, times = tj.Analytic(single(prior), path), 1.5, jnp.linspace(1e-3, 1, 13)
     build, field = METHODS[method]
     if method == "Doob":
         guidance = tj.Doob(model, theory.log_h(prior, reward, scale, path))
@@ -130,7 +136,7 @@ def test_one_draw_has_dawsons_law(d, scale, method):
     times = jnp.linspace(1e-3, 1, 101)
     build, field = METHODS[method]
     law = theory.plug_in_law(prior, reward, scale)
-    model = tj.Analytic(prior)
+    model = tj.Analytic(single(prior))
     x = tj.sample(jax.random.key(3), model, build(model, reward, scale), num=10_000, times=times).x
     assert_moments(x, law, *step_size_term(field(prior, reward, scale), times))
 
@@ -144,7 +150,7 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
     times = jnp.linspace(1e-3, 1, 101)
     tilt = theory.tilt(prior, reward, scale).mixture
     slack = step_size_term(theory.plug_in_field(prior, reward, law), times)
-    model = tj.Analytic(prior)
+    model = tj.Analytic(single(prior))
     # Glass as well as exact draws: its inner steps leave the mean alone and narrow the draws, which the mean guidance ignores.
     for posterior in (tj.Exact(model), tj.Glass(model)):
         x = tj.sample(jax.random.key(4), model, tj.PlugIn(posterior, reward, law), num=10_000, times=times).x
@@ -229,13 +235,14 @@ def test_many_draws_have_their_law(d):
     # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.
     prior = tj.GaussianMixture([1.0], [np.zeros(d)], [0.5 * np.eye(d)])
     reward = tj.rewards.Quadratic(np.where(np.arange(d) == 0, 2.5, 0.0))
-    model, num, k = tj.Analytic(prior), 20_000, 4
+    model, num, k = tj.Analytic(single(prior)), 20_000, 4
     law = theory.plug_in_law(prior, reward, 3.0, k=k)
     mean, std = law.mean(), jnp.sqrt(jnp.diagonal(law.cov()))
     runs = {}
     for steps in (60, 120):
         guidance = tj.PlugIn(tj.Exact(model), reward, 3.0, k=k)
         x = tj.sample(jax.random.key(steps), model, guidance, num=num, steps=steps).x
+        x = np.asarray(x, np.float64)
         runs[steps] = np.mean(x, axis=0), np.std(x, axis=0)
     # The draws' variance is of first order in the step; what is left after extrapolation is of second.
     for i, (exact, unit) in enumerate(((mean, 1.0), (std, 2**-0.5))):
