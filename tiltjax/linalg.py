@@ -6,6 +6,7 @@ straight-line arithmetic that fuses with whatever surrounds it. Larger matrices 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,19 @@ from jaxtyping import Array
 UNROLL = 4
 
 Entries = Any  # an array, or nested lists of scalars where the matrix is small
+
+
+def entries(array: Array) -> list[Array]:
+    """A small array as the list of its entries, a larger one as the only member of a list: what elementwise code is written on.
+
+    In a loop that ends with an array of two entries, stacked, all that leads to them is computed twice and by scalars.
+    """
+    return list(jnp.unstack(array.reshape(-1))) if 0 < array.size <= UNROLL else [array]
+
+
+def array(entries: list[Array], shape: tuple[int, ...]) -> Array:
+    """The array of this shape that `entries` has taken apart."""
+    return jnp.stack(entries).reshape(shape) if 0 < math.prod(shape) <= UNROLL else entries[0]
 
 
 def cholesky(matrix: Array) -> Entries:

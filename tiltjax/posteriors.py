@@ -102,28 +102,34 @@ class Glass(Posterior):
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         path = self.model.interpolant
-        precision, natural = path.snr(t), path.alpha(t) / path.sigma(t) ** 2 * x
+        precision, natural = path.snr(t), linalg.entries(path.alpha(t) / path.sigma(t) ** 2 * x)
         base = path.sigma(jnp.zeros_like(t))
         width = 1 / jnp.sqrt(precision + base**-2)
 
-        def advance(z: Array, s: Array, denoised: Array) -> Array:
+        def advance(z: list[Array], s: Array, denoised: list[Array]) -> list[Array]:
             # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
             remaining = (1 - s - 1 / self.steps) / (1 - s)
-            return remaining * z + (1 - remaining) * denoised
+            return [remaining * one + (1 - remaining) * end for one, end in zip(z, denoised, strict=True)]
 
-        def step(carry: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        def step(carry: tuple[list, list], at: tuple[Array, Array]) -> tuple[tuple[list, list], None]:
             (z, before), (s, extrapolate) = carry, at
             noise = ((1 - s) * width) ** 2
-            denoised = self.model.denoise(*path.observe(precision + s**2 / noise, natural + s / noise * z))
+            known = precision + s**2 / noise
+            seen = [path.observe(known, one + s / noise * more)[1] for one, more in zip(natural, z, strict=True)]
+            denoised = linalg.entries(self.model.denoise(path.time(known), linalg.array(seen, x.shape)))
             z = advance(z, s, denoised)
-            return (z if self.order == 1 else z + extrapolate * (denoised - before), denoised), None
+            if self.order == 2:
+                z = [one + extrapolate * (new - old) for one, new, old in zip(z, denoised, before, strict=True)]
+            return (z, denoised), None
 
         grid = jnp.arange(self.steps, dtype=x.dtype) / self.steps
         # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1 + (m - 1) log((m - 1) / m).
         left = np.arange(self.steps - 1, 0, -1)
         weights = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
-        start, first = width * jax.random.normal(key, x.shape, x.dtype), self.model.denoise(t, x)
-        return jax.lax.scan(step, (advance(start, grid[0], first), first), (grid[1:], weights))[0][0]
+        start = linalg.entries(width * jax.random.normal(key, x.shape, x.dtype))
+        first = linalg.entries(self.model.denoise(t, x))
+        end, _ = jax.lax.scan(step, (advance(start, grid[0], first), first), (grid[1:], weights))[0]
+        return linalg.array(end, x.shape)
 
 
 class FlowMap(Posterior):
@@ -154,16 +160,19 @@ class FlowMap(Posterior):
         )
         grid = jax.vmap(path.time)(inverse_root_snr**-2)
 
-        def step(carry: tuple[Array, Array], u: Array) -> tuple[tuple[Array, Array], None]:
+        shape, ask = x.shape, lambda t, x: linalg.entries(self.model.denoise(t, linalg.array(x, shape)))
+
+        def step(carry: tuple[Array, list], u: Array) -> tuple[tuple[Array, list], None]:
             t, x = carry
             keep = path.sigma(u) / path.sigma(t)
             gain = path.alpha(u) - path.alpha(t) * keep
-            first = self.model.denoise(t, x)
-            second = self.model.denoise(u, keep * x + gain * first)
-            return (u, keep * x + gain * (first + second) / 2), None
+            first = ask(t, x)
+            second = ask(u, [keep * one + gain * end for one, end in zip(x, first, strict=True)])
+            ends = zip(x, first, second, strict=True)
+            return (u, [keep * one + gain * (end + other) / 2 for one, end, other in ends]), None
 
-        (t, x), _ = jax.lax.scan(step, (t, x), grid)
-        return self.model.denoise(t, x)
+        (t, end), _ = jax.lax.scan(step, (t, linalg.entries(x)), grid)
+        return self.model.denoise(t, linalg.array(end, shape))
 
 
 class Renoise(Posterior):
