@@ -104,7 +104,8 @@ def test_the_calls_are_those_that_are_counted():
             return super().denoise(t, x)
 
     glass = tj.Glass(Counting(tj.problems.quadratic().prior), steps=22)
-    jax.block_until_ready(jax.jit(glass.draw)(jax.random.key(0), jnp.asarray(0.5), jnp.ones(2)))
+    draw = jax.jit(lambda key, t, x: glass.draw(key, t, x))
+    jax.block_until_ready(draw(jax.random.key(0), jnp.asarray(0.5), jnp.ones(2)))
     jax.effects_barrier()
     assert len(count) == versus.calls(versus.Row("quadratic", "k = 1", 1, 1))["tiltjax"][0] // 2
 
