@@ -79,10 +79,10 @@ def test_what_a_prompt_leaves_open_is_open():
 
 def test_the_map_is_the_flow_and_its_own_composition(models):
     model = models[0]
-    x = jax.random.normal(jax.random.key(5), (8, *model.shape))
+    x = jax.random.normal(jax.random.key(5), (8, *model.shape), jnp.float32)
     at = lambda t: jnp.asarray(t, jnp.float32)
     move = jax.jit(jax.vmap(lambda model, t, x, s: model.flow_map(t, x, s), (None, None, 0, None)))
-    flow = tj.sample(jax.random.key(0), model, num=8, times=jnp.linspace(0.02, 1.0, 99), start=x, solver=tj.Euler()).x
+    flow = tj.sample(jax.random.key(0), model, num=8, times=np.linspace(0.02, 1.0, 99), start=x, solver=tj.Euler()).x
     once = move(model, at(0.02), x, at(1.0))
     twice = move(model, at(0.4), move(model, at(0.02), x, at(0.4)), at(1.0))
     rms = lambda a: float(jnp.sqrt(jnp.mean(a**2)))

@@ -145,15 +145,15 @@ def _color(value: str) -> Any:
 
 
 def _clip_score(options: argparse.Namespace) -> Callable:
-    folder = options.clip
+    folder = words = options.clip
     if folder is None:
-        folder = pipeline.located(options.model) / "clip"
+        folder, words = (pipeline.located(options.model) / part for part in ("clip", "tokenizer"))
         if not folder.is_dir():
             raise ValueError(
                 "the reward clip needs --clip, the folder of a CLIP such as a copy of openai/clip-vit-large-patch14"
             )
     judge = clip.load(folder)
-    tokenizer = text.clip_tokenizer(folder, judge.config.text_config.max_position_embeddings)
+    tokenizer = text.clip_tokenizer(words, judge.config.text_config.max_position_embeddings)
     return rewards.ClipScore(judge, tokenizer(options.prompt))
 
 
