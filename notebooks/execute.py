@@ -34,7 +34,7 @@ class _Kernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: float = 300, size: str = "full") -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, timeout: float = 600, size: str = "full") -> nbformat.NotebookNode:
     """The same notebook with the outputs of a fresh run.
 
     **Arguments:** `timeout` of one cell, in seconds; `size`, `full` or `reduced`.

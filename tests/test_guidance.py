@@ -362,3 +362,11 @@ def test_self_damping_is_damping_of_the_right_width_on_one_gaussian():
         right, own = tj.Damped(3.0, 0.6**0.5), tj.SelfDamped(3.0, model)
         snr = model.interpolant.snr(t)
         assert_close(own(KEY, snr, t, X), right(KEY, snr, t, X))
+
+
+def test_a_guided_step_at_the_denoiser_calls_the_network_once():
+    model = tj.from_denoiser(lambda t, x: jnp.sin(x) * t, shape=(3,))
+    guidance = tj.PlugIn(tj.Tweedie(model), lambda x: -jnp.sum(x**2), 2.0, k=3)
+    step = lambda x: guidance(jax.random.key(0), jnp.asarray(0.3), x, guidance.init(x))
+    program = str(jax.make_jaxpr(step)(jnp.ones(3)))
+    assert (program.count("= sin "), program.count("= cos ")) == (1, 1)

@@ -198,12 +198,15 @@ class PlugIn(Guidance):
         key_scale, key_draws = jax.random.split(key)
         scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
 
-        def log_h(x: Array) -> Array:
-            tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, self.posterior.draw(key, t, x)))
-            return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k)
+        def log_h(x: Array) -> tuple[Array, Array]:
+            # Of the network, the step needs D(x) and a draw may: one call serves both, and the gradient of the draw.
+            denoised = self.model.denoise(t, x)
+            draw = lambda key: self.posterior.draw_beside(key, t, x, denoised)
+            tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, draw(key)))
+            return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k), denoised
 
-        value, score = jax.value_and_grad(log_h)(x)
-        return Estimate.from_score(path, t, self.model.denoise(t, x), value, score), state
+        (value, denoised), score = jax.value_and_grad(log_h, has_aux=True)(x)
+        return Estimate.from_score(path, t, denoised, value, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale.final * self.reward(x1)

@@ -178,6 +178,8 @@ def flag(value: Any, name: str) -> bool:
 
 def number(value: Any, name: str) -> float:
     """One number that is read now, as a Python float; NaN and infinity are for the caller to judge."""
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
+        return float(value)  # an array made of it inside of someone's jit would be traced
     array = floating(value, name, 0)
     if not concrete(array):
         raise TypeError(f"{name} must be a number that can be read, got one that is traced: it is not swept in one run")

@@ -37,6 +37,10 @@ class Posterior(eqx.Module):
         """One draw, of the shape of `x`, reparametrised: differentiable in `x`."""
         raise NotImplementedError
 
+    def draw_beside(self, key: Array, t: Array, x: Array, denoised: Array) -> Array:
+        """The same draw where `denoised = D_t(x)`, a function of x, is there already: a posterior that would ask for it once more need not."""
+        return self.draw(key, t, x)
+
 
 class Tweedie(Posterior):
     """The posterior's mean `D_t(x)`: the draw of DPS. **Arguments:** `model`."""
@@ -49,6 +53,9 @@ class Tweedie(Posterior):
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         return self.model.denoise(t, x)
+
+    def draw_beside(self, key: Array, t: Array, x: Array, denoised: Array) -> Array:
+        return denoised
 
 
 class Exact(Posterior):
