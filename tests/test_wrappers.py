@@ -149,7 +149,7 @@ def test_averaged_plug_ins_of_one_draw_are_the_plug_in_of_k():
 def test_wrappers_refuse_what_they_cannot_wrap():
     base = model()
     inner = tj.dps(base, REWARD)
-    with pytest.raises(ValueError, match=r"begins before it ends, got \[0.5, 0.2\)"):
+    with pytest.raises(ValueError, match=r"begins before it ends: start < stop <= 1, got \[0.5, 0.2\)"):
         tj.Window(inner, 0.5, 0.2)
     for wrap in (lambda g: tj.Window(g, 0.1), lambda g: tj.Capped(g, 1.0), lambda g: tj.Averaged(g, 2)):
         with pytest.raises(TypeError, match="guidance must be a Guidance"):
