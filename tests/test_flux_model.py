@@ -15,7 +15,7 @@ from flux_fixtures import close, draws, stored
 from flux_parts import small_transformer as network
 
 import tiltjax as tj
-from tiltjax.flux import autoencoder, model
+from tiltjax.flux import autoencoder, layers, model
 from tiltjax.flux.model import FluxModel, Lookahead, packed, unpacked
 from tiltjax.flux.transformer import Config, Transformer
 
@@ -64,8 +64,14 @@ def test_the_denoiser_is_x_less_sigma_times_the_velocity():
     close(found[1], -expected, 1e-11)
 
 
-def test_particles_are_rows_of_one_batch():
-    flow, x, t = made(), states(3), jnp.asarray([0.2, 0.5, 0.9])
+def _scores(q, k, v):
+    """A kernel as a user may bring one."""
+    return layers.attention(q, k, v, scale=q.shape[-1] ** -0.5)
+
+
+def test_particles_are_rows_of_one_batch_for_kernels_that_need_it():
+    net, x, t = network("dev", **WIDE, attention=_scores), states(3), jnp.asarray([0.2, 0.5, 0.9])
+    flow = FluxModel(net, *texts(), height=HEIGHT, width=WIDTH, dtype=jnp.float64)
     gradient = jax.grad(lambda t, x: jnp.sum(flow.denoise(t, x) ** 2), argnums=1)
     # Attention is that of three samples of 3 heads and 17 tokens, not three times that of one: forward and backward.
     program = jax.jit(jax.vmap(gradient)).lower(t, x).as_text()
@@ -74,6 +80,12 @@ def test_particles_are_rows_of_one_batch():
     one = jax.jit(lambda t, x: flow.denoise(t, x))
     alone = jnp.stack([one(*each) for each in zip(t, x, strict=True)])
     close(jax.jit(jax.vmap(one))(t, x), alone, 1e-11)
+    # Left to `vmap`, JAX's own operations say the same.
+    close(
+        jax.jit(jax.vmap(gradient))(t, x),
+        jax.jit(jax.vmap(jax.grad(lambda t, x: jnp.sum(made().denoise(t, x) ** 2), argnums=1)))(t, x),
+        1e-10,
+    )
 
 
 def test_the_text_and_the_guidance_are_arguments_of_the_program():

@@ -7,7 +7,8 @@ r"""FLUX.1 as a model: latents of pictures, given a text.
 sigma, and its sign, live in this file and nowhere else. A state is a latent as the autoencoder has it, channels last; the network sees 2 x 2 of
 its places as one token (`packed`). The text is in the model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
 
-The network wants a batch: whatever `vmap` is around a call makes rows of its batch (`tiltjax.models`), particles and the draws of a guidance alike.
+Particles and the draws of a guidance are one batch of the network: with `attention="xla"` by `vmap`, with any other as rows, which kernels that know no
+`vmap` need (`tiltjax.models`); with those a gradient computes the forward pass once more.
 
 | `Lookahead(model, snr_factor)` | where a flow map takes x in one call, after noise is added until the snr is `snr_factor` lower |
 |---|---|
@@ -165,8 +166,12 @@ class FluxModel(models.Model):
         t, target, end = as_time(t), as_time(target), as_time(end)
         times = jnp.stack([t, target]) if self.parts.transformer.config.dual_time else t
         parts = self.parts
-        net = models.Net(_velocity, (parts.transformer, parts.text, parts.pooled, parts.guidance))
-        return x + (t - end) * models.ask(net, times, x, x.shape, batched=True)
+        given = (parts.transformer, parts.text, parts.pooled, parts.guidance)
+        # Kernels that know no `vmap` get rows of a batch, whose pullback computes the forward pass again. What is made of JAX's own operations is
+        # left to `vmap`: there the forward pass of a guided step serves its gradient too.
+        whole = parts.transformer.attention == "xla"
+        net = models.Net(_velocity_of_one if whole else _velocity, given)
+        return x + (t - end) * models.ask(net, times, x, x.shape, batched=not whole)
 
 
 class Lookahead(Posterior):
@@ -310,6 +315,10 @@ def check_memory(needed: Memory, available: int | None = None) -> None:
         "own), for gradients; a smaller picture; fewer particles at a time, sample(..., batch=); more devices, "
         "load(..., sharding=transformer.sharded(mesh))"
     )
+
+
+def _velocity_of_one(parts: tuple, t: Array, x: Array) -> Array:
+    return _velocity(parts, t[None], x[None])[0]
 
 
 def _velocity(parts: tuple, t: Array, x: Array) -> Array:
