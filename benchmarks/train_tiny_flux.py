@@ -34,6 +34,7 @@ from flax import nnx
 import tiltjax as tj
 from tiltjax import descent, flux
 from tiltjax.flux import autoencoder, clip, files, model, pipeline, shapes, t5, text, transformer, weights
+from tiltjax.trainable import taken_apart
 
 PLACE = Path(flux.__file__).parent / pipeline.TINY
 LENGTH = 16  # tokens of a caption, for both encoders
@@ -182,20 +183,12 @@ class Matching(eqx.Module):
 
 def train_autoencoder(steps, folder):
     """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA on a CPU is slow at convolutions in loops."""
-    start = autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(start)
-    paths = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    start, frame = taken_apart(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
     rule = muon("autoencoder", steps)
-    built = lambda arrays: nnx.merge(
-        graph,
-        nnx.from_flat_state(
-            [(path, leaf.replace(arrays["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
-        ),
-    )
 
     def loss(arrays, key):
         key_pictures, key_noise = jax.random.split(key)
-        network, (_, seen) = built(arrays), pictures(key_pictures, BATCHES["autoencoder"])
+        network, (_, seen) = frame.network(arrays), pictures(key_pictures, BATCHES["autoencoder"])
         mean, log_variance = network.moments(seen)
         latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key_noise, mean.shape)
         shape = jnp.any(jnp.abs(seen - seen[:, :1, :1]) > 0.02, axis=-1, keepdims=True)
@@ -210,13 +203,12 @@ def train_autoencoder(steps, folder):
         kept = jnp.minimum(0.995, (1 + k) / (10 + k))
         return arrays, jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, arrays), memory, value
 
-    arrays = {path: leaf.get_value() for path, leaf in paths.items()}
-    average, memory, key = arrays, rule.init(arrays), jax.random.key(1)
+    arrays, average, memory, key = start, start, rule.init(start), jax.random.key(1)
     for k in range(steps):
         arrays, average, memory, value = step(arrays, average, memory, jax.random.fold_in(key, k), float(k))
         if k % 100 == 99:
             print(f"autoencoder {k + 1}/{steps}: {float(value):.5f}", flush=True)
-    network = built(average)
+    network = frame.network(average)
     found, _ = jax.jit(network.moments)(pictures(jax.random.key(2), 1024)[1])
     save(
         folder / "vae", network, {
@@ -289,7 +281,6 @@ def train_clip(steps, folder):
         {"_class_name": "CLIPTextModel", **words},
         stacked=clip.STACKED,
     )
-    return found.curve
 
 
 def matching(folder, maps):
@@ -309,33 +300,20 @@ def matching(folder, maps):
 def train_velocity(steps, folder):
     """The velocity, from noise, with the T5 that it reads."""
     start = transformer.Transformer(VELOCITY, rngs=nnx.Rngs(2)), t5.T5(T5, rngs=nnx.Rngs(3))
-    found = descent.minimise(
-        jax.random.key(5),
-        start,
-        matching(folder, False),
-        steps=steps,
-        optimiser=muon("velocity", steps),
-        ema=0.998,
-        progress=True,
-    )
-    write_networks(folder, found.average)
-    return found.curve
+    train_networks("velocity", jax.random.key(5), start, matching(folder, False), steps, folder, ema=0.998)
 
 
 def train_flow_map(steps, folder):
     """Maps between any two times, from the velocity."""
     start = flux.load("transformer", folder), flux.load("t5", folder)
-    found = descent.minimise(
-        jax.random.key(6),
-        start,
-        matching(folder, True),
-        steps=steps,
-        optimiser=muon("flow_map", steps),
-        ema=0.995,
-        progress=True,
-    )
+    train_networks("flow_map", jax.random.key(6), start, matching(folder, True), steps, folder, ema=0.995)
+
+
+def train_networks(name, key, start, loss, steps, folder, ema):
+    """What both last stages do: minimise, and write transformer and T5."""
+    rule = muon(name, steps)
+    found = descent.minimise(key, start, loss, steps=steps, optimiser=rule, ema=ema, progress=True)
     write_networks(folder, found.average)
-    return found.curve
 
 
 def write_networks(folder, networks):
@@ -392,7 +370,7 @@ def judge_clip(folder, n):
 
 
 def judge_samples(folder, prompts, each, steps, leap):
-    """What is read in samples for as many captions of whole scenes, and how far a sample's colours are from what was drawn."""
+    """What is read in samples for so many captions of whole scenes, `each` of a caption."""
     velocity, coder = flux.load("transformer", folder), flux.load("autoencoder", folder)
     encoders = {"clip": flux.load("clip", folder), "t5": flux.load("t5", folder)}
     encoders |= {"clip_tokenizer": text.clip_tokenizer(folder / "tokenizer", LENGTH)}
