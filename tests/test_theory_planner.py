@@ -100,7 +100,7 @@ def test_costs_are_what_guidances_spend(plan):
     inner = 3
     # Calls of the cost model; a second call at the same state and time, which compilation merges with the first, counts once there.
     assert counted_calls(lambda m: tj.PlugIn(tj.Glass(m, inner), reward, 1.0)) == (1 + inner, inner)
-    assert counted_calls(lambda m: tj.dps(m, reward, 1.0)) == (2, 1)
+    assert counted_calls(lambda m: tj.dps(m, reward, 1.0)) == (1, 1)
     assert counted_calls(lambda m: tj.fmrg(m, reward, 1.0, steps=inner)) == (2 * inner + 2, 2 * inner + 1)
     # Those of the plan: five inner steps, two calls a pullback.
     for start, cost in {
