@@ -166,20 +166,27 @@ class FlowMap(Posterior):
             path.sigma(t) / path.alpha(t) * ratio ** (jnp.arange(1, self.steps + 1, dtype=x.dtype) / self.steps)
         )
         grid = jax.vmap(path.time)(inverse_root_snr**-2)
+        times = jnp.concatenate([t[None], grid])
+        sigma, alpha = jax.vmap(path.sigma)(times), jax.vmap(path.alpha)(times)
+        keep = sigma[1:] / sigma[:-1]
+        gain = alpha[1:] - alpha[:-1] * keep
+        # Predictions, corrections and the jump are all sums of the state, its denoiser and the one before: one loop, in which the network
+        # is compiled once.
+        none, all_of = jnp.zeros_like(gain), jnp.ones_like(gain)
+        predict, correct = jnp.stack([keep, gain, none], axis=1), jnp.stack([all_of, gain / 2, -gain / 2], axis=1)
+        jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
+        parts = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
 
-        shape, ask = x.shape, lambda t, x: linalg.entries(self.model.denoise(t, linalg.array(x, shape)))
+        def stage(carry: tuple[list, list], scanned: tuple[Array, Array]) -> tuple[tuple[list, list], None]:
+            (x, before), (s, (of_x, of_new, of_old)) = carry, scanned
+            denoised = linalg.entries(self.model.denoise(s, linalg.array(x, shape)))
+            x = [of_x * one + of_new * new + of_old * old for one, new, old in zip(x, denoised, before, strict=True)]
+            return (x, denoised), None
 
-        def step(carry: tuple[Array, list], u: Array) -> tuple[tuple[Array, list], None]:
-            t, x = carry
-            keep = path.sigma(u) / path.sigma(t)
-            gain = path.alpha(u) - path.alpha(t) * keep
-            first = ask(t, x)
-            second = ask(u, [keep * one + gain * end for one, end in zip(x, first, strict=True)])
-            ends = zip(x, first, second, strict=True)
-            return (u, [keep * one + gain * (end + other) / 2 for one, end, other in ends]), None
-
-        (t, end), _ = jax.lax.scan(step, (t, linalg.entries(x)), grid)
-        return self.model.denoise(t, linalg.array(end, shape))
+        shape, start = x.shape, linalg.entries(x)
+        begin = start, [jnp.zeros_like(one) for one in start]
+        (end, _), _ = jax.lax.scan(stage, begin, (jnp.concatenate([t[None], jnp.repeat(grid, 2)]), parts))
+        return linalg.array(end, shape)
 
 
 class Renoise(Posterior):

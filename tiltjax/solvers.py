@@ -140,18 +140,21 @@ class Heun(Solver):
     order = 2
 
     def step(self, keys, interpolant, field, t, u, x, state):
-        denoised, state = field(keys.guidance, t, x, state)
-        first = interpolant.velocity(t, x, denoised)
+        # Two Euler steps by u - t, one from t and one from u, end a trapezoid's other slope beyond it: halfway back lies the trapezoid.
+        # As a loop, so that the field, which is nearly all of a program, is compiled once.
+        def euler(carry, stage):
+            key, s = stage
 
-        def trapezoid(state):
-            key = keys.guidance if self.share_draw else keys.second
-            predicted = x + (u - t) * first
-            second_denoised, state = field(key, u, predicted, state)
-            second = interpolant.velocity(u, predicted, second_denoised)
-            return x + (u - t) * (first + second) / 2, state
+            def move(x, state):
+                denoised, state = field(key, s, x, state)
+                return jnp.where(u < 1, x + (u - t) * interpolant.velocity(s, x, denoised), denoised), state
 
-        # The field has no value at t = 1, and u is the same for all particles: a branch, not a select.
-        return jax.lax.cond(u < 1, trapezoid, lambda state: (denoised, state), state)
+            # The field has no value at t = 1, and u is the same for all particles: a branch, not a select.
+            return jax.lax.cond(s < 1, move, lambda *carry: carry, *carry), None
+
+        keys = jnp.stack([keys.guidance, keys.guidance if self.share_draw else keys.second])
+        (beyond, state), _ = jax.lax.scan(euler, (x, state), (keys, jnp.stack([t, u])))
+        return jnp.where(u < 1, (x + beyond) / 2, beyond), state
 
 
 class Stochastic(Solver):
