@@ -77,6 +77,12 @@ def back_solve(lower: Entries, y: Entries) -> Entries:
     return x
 
 
+def solve(matrix: Array, b: Array) -> Array:
+    """`A^-1 b` for a symmetric positive-definite `(d, d)` matrix."""
+    lower = cholesky(matrix)
+    return jnp.asarray(back_solve(lower, half_solve(lower, jnp.unstack(b) if isinstance(lower, list) else b)))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def spectral(fn: Callable[[Array], Array], matrix: Array) -> Array:
     """`V diag(fn(lambda)) V^T` for a symmetric matrix `V diag(lambda) V^T`.

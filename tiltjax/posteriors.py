@@ -78,13 +78,17 @@ class Exact(Posterior):
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
-        log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
-        component = jax.random.categorical(key_component, log_weights)
-        mean, cov = mixture.means[component], mixture.covs[component]
-        data = mean + linalg.square_root(cov) @ jax.random.normal(key_data, x.shape, x.dtype)
+        parts = mixture.means, mixture.covs, jax.vmap(linalg.square_root)(mixture.covs)
+        if len(mixture.means) == 1:  # the same matrices for all particles
+            mean, cov, root = (part[0] for part in parts)
+        else:
+            log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
+            component = jax.random.categorical(key_component, log_weights)
+            mean, cov, root = (part[component] for part in parts)
+        data = mean + root @ jax.random.normal(key_data, x.shape, x.dtype)
         missed = x - alpha * data - sigma * jax.random.normal(key_noise, x.shape, x.dtype)
         noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
-        return data + alpha * cov @ jnp.linalg.solve(noisy, missed)
+        return data + alpha * cov @ linalg.solve(noisy, missed)
 
 
 class Glass(Posterior):
