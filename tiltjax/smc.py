@@ -95,10 +95,10 @@ def smc(
     schedule = Every() if schedule is None else schedule
     inputs.instance(schedule, Every, "schedule", "use Every(n, start, stop)")
     inputs.function(resample, "resample")
-    inputs.spread_over(sharding)
     solver = fitting(model, solver, Ancestral())
     _check_noise(solver)
     num = inputs.count(num, "num")
+    inputs.spread_over(sharding, (num,), "num")  # weights are divided, too: the particle axis alone
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     threshold = _threshold(ess_threshold)
     times = run_times(model, solver, steps, times)

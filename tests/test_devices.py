@@ -1,0 +1,135 @@
+"""Many devices: what cannot be divided is refused, and two hosts compute what one does.
+
+That eight devices of one host do is in tests/test_sampling.py and tests/test_training.py. Tier: exact, to rounding in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts import on_two_hosts
+
+import tiltjax as tj
+from tiltjax import inputs
+
+KEY = jax.random.key(0)
+MODEL = tj.Analytic(tj.GaussianMixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.0]], jnp.stack([jnp.eye(2)] * 2)))
+GUIDED = tj.dps(MODEL, tj.rewards.Quadratic([0.0, 1.0]), 0.5)
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def spread(sizes, *spec, kind=AUTO):
+    """A sharding over devices that need not exist: what is refused is refused before any is asked."""
+    mesh = jax.sharding.AbstractMesh(sizes, ("a", "b")[: len(sizes)], axis_types=(kind,) * len(sizes))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+VERBS = {
+    "sample": lambda **given: tj.sample(KEY, MODEL, GUIDED, steps=2, **given),
+    "smc": lambda **given: tj.smc(KEY, MODEL, GUIDED, steps=2, **given),
+    "audit": lambda **given: tj.audit(KEY, MODEL, GUIDED, steps=2, **given),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_particles_that_the_devices_do_not_divide_are_refused(verb):
+    with pytest.raises(ValueError, match=r"num = 100 cannot be divided over 8 devices.*: take 96 or 104$"):
+        VERBS[verb](num=100, sharding=spread((8,), "a"))
+    with pytest.raises(ValueError, match=r"num = 100 cannot be divided over 256 devices.*: take 256$"):
+        VERBS[verb](num=100, sharding=spread((32, 8), ("a", "b")))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_axes_that_are_not_the_partitioners_are_refused(verb):
+    with pytest.raises(ValueError, match=r"axes of the mesh must be Auto, got \(.*Explicit.*jax.make_mesh\(\(8,\), \(\"a\",\)"):
+        VERBS[verb](num=104, sharding=spread((8,), "a", kind=EXPLICIT))
+
+
+def test_batches_that_the_devices_do_not_divide_are_refused():
+    network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
+    with pytest.raises(ValueError, match=r"batch = 12 cannot be divided over 8 devices.*: take 8 or 16$"):
+        tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, batch=12, sharding=spread((8,), "a"))
+    with pytest.raises(ValueError, match=r"batch = 256 cannot be divided over 3 devices.*: take 255 or 258$"):
+        tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, sharding=spread((3,), "a"))
+
+
+def test_what_divides_is_left_alone():
+    inputs.spread_over(None, (7,), "num")
+    inputs.spread_over(spread((8,)), (7,), "num")  # the same on all of them, as was asked for
+    inputs.spread_over(spread((2, 4), "a"), (6,), "num")
+    inputs.spread_over(spread((2, 4), "a", "b"), (6, 8), "num")
+    inputs.spread_over(jax.sharding.SingleDeviceSharding(jax.devices()[0]), (7,), "num")
+
+
+def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
+    """Weights have no such axis at all."""
+    with pytest.raises(ValueError, match=r"states of shape \(6, 2\) cannot be divided by NamedSharding"):
+        tj.sample(KEY, MODEL, num=6, steps=2, sharding=spread((2, 4), "a", "b"))
+    with pytest.raises(ValueError, match=r"states of shape \(8,\) cannot be divided by NamedSharding"):
+        tj.smc(KEY, MODEL, GUIDED, num=8, steps=2, sharding=spread((2, 4), "a", "b"))
+
+
+def test_an_array_of_one_host_is_all_held_and_at_home():
+    array = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(inputs.held(array), np.arange(6.0))
+    np.testing.assert_array_equal(inputs.home(array), array)
+
+
+def test_two_hosts_compute_what_one_does(tmp_path):
+    """Each of them also runs everything by itself, on one of its devices, and compares."""
+    script = f"""
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_enable_x64", True)
+        jax.distributed.initialize(ADDRESS, 2, HOST, initialization_timeout=60)
+        import tiltjax as tj
+        from jax.experimental.multihost_utils import process_allgather
+        assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+        mesh = jax.make_mesh((4,), ("particles",), axis_types=(jax.sharding.AxisType.Auto,))
+        four = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("particles"))
+        model = tj.Analytic(tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2)))
+        guidance = tj.dps(model, tj.rewards.Quadratic([0., 1.]), .5)
+        key = jax.random.key(0)
+
+        def equal(spread, one):
+            assert not spread.is_fully_addressable
+            if not spread.is_fully_replicated:
+                assert {{shard.data.shape[0] for shard in spread.addressable_shards}} == {{len(one) // 4}}
+                spread = process_allgather(spread, tiled=True)
+            np.testing.assert_allclose(spread, one, rtol=1e-9, atol=1e-9)
+
+        draw = lambda **given: tj.sample(key, model, guidance, num=8, steps=2, **given)
+        one, two = draw(), draw(sharding=four, progress=True)
+        equal(two.x, one.x)
+        times = [0.9, 1.0]
+        more = lambda start, **given: tj.sample(key, model, num=8, times=times, start=start, **given)
+        equal(more(two.x, sharding=four).x, more(one.x).x)
+
+        weigh = lambda **given: tj.smc(key, model, guidance, num=8, steps=3, ess_threshold=1., proposal=tj.proposals.Children(2), **given)
+        one, two = weigh(), weigh(sharding=four)
+        assert np.any(one.trace.resampled)
+        equal(two.x, one.x)
+        equal(two.log_weights, one.log_weights)
+        equal(two.log_norm, one.log_norm)
+        equal(two.trace.roots, one.trace.roots)
+        tj.save(two, "{tmp_path}/particles.npz" if HOST == 0 else "{tmp_path}/not written")
+
+        one, two = (tj.audit(key, model, guidance, num=100, steps=2, sharding=s) for s in (None, four))
+        np.testing.assert_allclose(two.path_kl, one.path_kl, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(two.tilted_reward, one.tilted_reward, rtol=1e-6, atol=1e-9)
+
+        network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
+        data = jax.random.normal(jax.random.key(1), (10, 2))
+        train = lambda **given: tj.fit(key, network, data, steps=3, batch=8, **given)
+        one, two = train(), train(sharding=four, checkpoint="{tmp_path}/run.npz", every=2)
+        np.testing.assert_allclose(two.curve.loss, one.curve.loss, rtol=1e-6)
+        equal(jax.tree.leaves(two.average)[0], jax.tree.leaves(one.average)[0])
+        again = train(sharding=four, checkpoint="{tmp_path}/run.npz", every=2)
+        equal(jax.tree.leaves(again.network)[0], jax.tree.leaves(one.network)[0])
+        print("equal")
+    """
+    hosts = on_two_hosts(script)
+    for status, out, err in hosts:
+        assert (status, out.strip()) == (0, "equal"), err[-3000:]
+    assert ["sampling |" in err for _, _, err in hosts] == [True, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"particles.npz", "run.npz"}
+    assert tj.load(tmp_path / "particles.npz").x.shape == (8, 2)
