@@ -41,7 +41,9 @@ def test_particles_that_the_devices_do_not_divide_are_refused(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_axes_that_are_not_the_partitioners_are_refused(verb):
-    with pytest.raises(ValueError, match=r"axes of the mesh must be Auto, got \(.*Explicit.*jax.make_mesh\(\(8,\), \(\"a\",\)"):
+    with pytest.raises(
+        ValueError, match=r"axes of the mesh must be Auto, got \(.*Explicit.*jax.make_mesh\(\(8,\), \(\"a\",\)"
+    ):
         VERBS[verb](num=104, sharding=spread((8,), "a", kind=EXPLICIT))
 
 
