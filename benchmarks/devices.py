@@ -128,10 +128,12 @@ def measure(devices: int, quick: bool) -> None:
 
     for verb, scaling, num in programs(devices, quick):
         program = jax.jit(functools.partial(run, verb, num)).lower(jax.random.key(0), weights).compile()
-        memory, costs = program.memory_analysis(), program.cost_analysis()
+        memory, costs, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
         assert memory is not None
+        assert costs is not None
+        assert text is not None
         loop = STEPS if verb == "sample" else STEPS - 1
-        found = [one for one in exchanges(program.as_text()) if one.times >= loop]
+        found = [one for one in exchanges(text) if one.times >= loop]
         seconds = []
         for seed in range(1 if quick else 4):
             begun = common.cpu_seconds()

@@ -3,6 +3,11 @@
 That eight devices of one host do is in tests/test_sampling.py and tests/test_training.py. Tier: exact, to rounding in float64.
 """
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +140,69 @@ def test_two_hosts_compute_what_one_does(tmp_path):
     assert ["sampling |" in err for _, _, err in hosts] == [True, False]
     assert {path.name for path in tmp_path.iterdir()} == {"particles.npz", "run.npz"}
     assert tj.load(tmp_path / "particles.npz").x.shape == (8, 2)
+
+
+# What is exchanged, as benchmarks/devices.py counts it.
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The benchmark as a module, with its neighbours to import from."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("benchmark_devices", ROOT / "benchmarks" / "devices.py")
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        assert spec.loader is not None
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+PROGRAM = """HloModule run, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%renew (p: (f32[2,3])) -> f32[8,3] {
+  %x = f32[2,3]{1,0} get-tuple-element(%p), index=0
+  ROOT %all-gather.1 = f32[8,3]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+}
+
+%body (p: (s32[], f32[2,3])) -> (s32[], f32[2,3]) {
+  %both = (f32[3]{0}, /*index=1*/pred[]) all-reduce(%u, %v), channel_id=2, to_apply=%add
+  %next = f32[8,3]{1,0} conditional(%i, %p, %p), branch_computations={%renew, %keep}
+}
+
+ENTRY %main (p: f32[2,3]) -> f32[] {
+  %loop = (s32[], f32[2,3]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %last = bf16[4]{0} collective-permute(%w), channel_id=3, source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collective_operations_are_counted_as_often_as_their_loop_turns(benchmark):
+    found = sorted(benchmark.exchanges(PROGRAM))
+    assert found == [("all-gather", 8 * 3 * 4, 5), ("all-reduce", 3 * 4 + 1, 5), ("collective-permute", 4 * 2, 1)]
+    assert [one.received(4) for one in found] == [5 * 96 * 3 / 4, 5 * 13 * 2 * 3 / 4, 8]
+
+
+def test_an_exchange_goes_between_the_groups_and_then_in_them(benchmark):
+    chip = benchmark.Chip(1.0, link=4.0, group=8, network=0.5, source="")
+    assert chip.seconds(64, 8) == 7 / 8 * 64 / 4
+    assert chip.seconds(64, 32) == 3 / 4 * 64 / (8 * 0.5) + 7 / 8 * 64 / 4
+    assert chip.seconds(64, 32, 2) == 2 * chip.seconds(64, 32)
+
+
+def test_the_tables_that_the_page_shows_are_those_of_the_results(benchmark):
+    found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
+    page = (ROOT / "docs" / "devices.md").read_text()
+    assert benchmark.scaled(found["rows"]) in page
+    assert benchmark.on_paper(found["predicted"]) in page
+    shares = benchmark.predicted(found["rows"])
+    assert json.loads(json.dumps(shares)) == found["predicted"]

@@ -239,7 +239,8 @@ def auto_axes(sharding: jax.sharding.Sharding) -> None:
 
 def _indivisible(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> ValueError | None:
     try:
-        sharding.check_compatible_aval(shape)  # that there are as many axes
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding.check_compatible_aval(shape)  # that there are as many axes
         sharding.shard_shape(shape)
     except ValueError as error:
         return error
