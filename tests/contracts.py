@@ -269,7 +269,7 @@ def on_eight_devices(script):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def on_two_hosts(script, seconds=120):
+def on_two_hosts(script, seconds=300):
     """The exit status and what an indented program wrote, out and err, in each of two processes, which meet as hosts of two virtual
     devices. It finds out where by the names ADDRESS and HOST."""
     with socket.socket() as free:

@@ -87,7 +87,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
     script = f"""
         import jax, jax.numpy as jnp, numpy as np
         jax.config.update("jax_enable_x64", True)
-        jax.distributed.initialize(ADDRESS, 2, HOST, initialization_timeout=60)
+        jax.distributed.initialize(ADDRESS, 2, HOST, initialization_timeout=200)
         import tiltjax as tj
         from jax.experimental.multihost_utils import process_allgather
         assert (jax.device_count(), jax.local_device_count()) == (4, 2)
