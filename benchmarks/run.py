@@ -153,6 +153,21 @@ def _smc_scaling(r: dict) -> str:
     )
 
 
+def _devices(r: dict) -> str:
+    work = lambda n, verb: next(
+        row["operations"]
+        for row in r["rows"]
+        if (row["devices"], row["verb"]) == (n, verb) and row["scaling"] != "weak"
+    )
+    most = max(row["devices"] for row in r["rows"])
+    last = next(row for row in r["rows"] if (row["devices"], row["verb"]) == (most, "smc"))
+    falls = " and ".join(f"1/{work(1, verb) / work(most, verb):.1f} in `{verb}`" for verb in ("sample", "smc"))
+    return (
+        f"a device of {most} does {falls} of the work of one alone; `sample` exchanges nothing in a step, `smc` {last['collectives_a_step']:.0f} "
+        f"arrays, {last['received_a_step'] / last['num']:.0f} bytes a particle to each device"
+    )
+
+
 def _flux_memory(r: dict) -> str:
     at = lambda n: max(
         (row["argument_bytes"] + row["computed_bytes"]) / 2**30 for row in r["results"] if row["devices"] == n
@@ -203,7 +218,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkerboard_network": _checkerboard, "any_reward": _any_reward, "learned": _learned, "predictions": _predictions,
     "weighted": _weighted, "unbiased": _unbiased, "audits": _audits, "toys": _toys, "toys_learned": _toys_learned,
     "pareto": _pareto, "blackbox": _blackbox, "external": _external, "text": _text, "training": _training,
-    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "flux_memory": _flux_memory, "flux_speed": _flux_speed, "train_tiny_flux": _train_tiny_flux,
+    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "devices": _devices, "flux_memory": _flux_memory, "flux_speed": _flux_speed, "train_tiny_flux": _train_tiny_flux,
     "limits": _limits, "vs_reference": _vs_reference, "vs_peers": _vs_peers,
 }  # fmt: skip
 

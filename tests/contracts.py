@@ -5,9 +5,11 @@ witnesses (`np_condition`, `np_tilt`, ...) are dense NumPy, sharing no code with
 """
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -265,3 +267,34 @@ def on_eight_devices(script):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def on_two_hosts(script, seconds=300):
+    """The exit status and what an indented program wrote, out and err, in each of two processes, which meet as hosts of two virtual
+    devices. It finds out where by the names ADDRESS and HOST."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    program = textwrap.dedent(script)
+    command = lambda host: [sys.executable, "-c", f"ADDRESS, HOST = {address!r}, {host}\n{program}"]
+    start = lambda host: subprocess.Popen(
+        command(host), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    hosts = [start(0), start(1)]
+    try:
+        limit = time.monotonic() + seconds
+        # One that failed leaves the other waiting for it.
+        while any(host.poll() is None for host in hosts) and not any(host.poll() for host in hosts):
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.05)
+    finally:
+        for host in hosts:
+            host.kill()
+        written = [host.communicate() for host in hosts]
+    return [(host.returncode, *texts) for host, texts in zip(hosts, written, strict=True)]

@@ -151,15 +151,20 @@ def audit(
     )  # fmt: skip
     if not inputs.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
-    rewards = np.asarray(jax.lax.map(guidance.log_tilt, particles.x, batch_size=batch or num), np.float64)
+    rewards = inputs.home(_rewards(guidance, particles.x, batch or num)).astype(np.float64)
     assert particles.trace is not None
     name = f"{type(guidance).__name__} on {type(solver).__name__ if solver is not None else 'Ancestral'}, "
     return report(particles, rewards, name + f"{len(particles.trace.times) - 1} steps, {num} paths")
 
 
+@eqx.filter_jit
+def _rewards(guidance: Guidance, x: Array, batch: int) -> Array:
+    return jax.lax.map(guidance.log_tilt, x, batch_size=batch)
+
+
 def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     """The audit of weighted paths with the rewards `scale * r` of their ends, `(n,)`."""
-    log_weights = np.asarray(particles.log_weights, np.float64)
+    log_weights = inputs.home(particles.log_weights).astype(np.float64)
     n = len(log_weights)
     top = log_weights.max()
     weights = np.exp(log_weights - top)

@@ -183,7 +183,7 @@ def minimise(
     check_sharding(sharding)
     parameters, frame = taken_apart(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else inputs.Function(loss, "loss")
-    everywhere = lambda tree: tree if sharding is None else jax.device_put(tree, replicated(sharding))
+    everywhere = lambda tree: tree if sharding is None else placed(tree, replicated(sharding))
     start = _State(jax.tree.map(jnp.copy, parameters), jax.tree.map(jnp.copy, parameters), rule.init(parameters))
     task = _Task(
         *everywhere((key, frame, of_network, jnp.asarray(ema, jnp.float32))), optimiser=rule, sharding=sharding
@@ -193,6 +193,8 @@ def minimise(
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"a loss is one floating number, got {value}")
 
+    # Hosts see one folder, in which one of them writes: whatever it writes all of them hold.
+    writes = sharding is None or sharding.is_fully_addressable or jax.process_index() == 0
     state, done, curve = start, 0, Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
     header: dict[str, Any] = {}
     if checkpoint is not None:
@@ -219,8 +221,8 @@ def minimise(
             _check_finite(curve, done, stop)
             # The first round holds the compilation, and is one step.
             size = max(1, min(_LONGEST, int((stop - done) * _DISPATCH / max(time.monotonic() - began, 1e-9))))
-            done = stop
-            if checkpoint is not None and (done % every == 0 or done == steps):
+            size, done = _agreed(size, sharding), stop
+            if checkpoint is not None and writes and (done % every == 0 or done == steps):
                 checkpoints.write(checkpoint, header, (state, curve), done)
             if bar is not None:
                 bar.update(done, f"loss {curve.loss[max(done - 100, 0) : done].mean():.4f}")
@@ -263,15 +265,37 @@ def check_sharding(sharding: Any) -> None:
     if sharding is None:
         return
     inputs.instance(sharding, jax.sharding.NamedSharding, "sharding", 'NamedSharding(mesh, PartitionSpec("batch"))')
-    if any(kind != jax.sharding.AxisType.Auto for kind in sharding.mesh.axis_types):
-        raise ValueError(
-            'the axes of the mesh must be Auto: jax.make_mesh((n,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))'
-        )
+    inputs.auto_axes(sharding)
 
 
 def replicated(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
     """The same on every device of the mesh."""
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """The arrays of a tree where a sharding has them; over several hosts each of them gives its own copy of the same values."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # such as the parameters of an earlier fit
+            return jax.device_put(leaf, sharding)
+        own = np.asarray(leaf)
+        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+    return jax.tree.map(place, tree)
+
+
+def _agreed(size: int, sharding: jax.sharding.NamedSharding | None) -> int:
+    """The first host's number: clocks differ, and those that run different numbers of steps would wait for each other for ever."""
+    if sharding is None or sharding.is_fully_addressable:
+        return size
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(size)))
 
 
 def _check_finite(curve: Curve, start: int, stop: int) -> None:

@@ -206,10 +206,61 @@ def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
     return dtype
 
 
-def spread_over(sharding: Any) -> None:
-    """Refuse what is neither a sharding nor `None`."""
-    if sharding is not None:
-        instance(sharding, jax.sharding.Sharding, "sharding", "such as jax.sharding.NamedSharding(mesh, spec)")
+def spread_over(sharding: Any, shape: tuple[int, ...], name: str) -> None:
+    """Refuse what is neither a sharding nor `None`, and one that does not divide `shape`, the first entry of which is called `name`:
+    the partitioner would leave the whole on every device."""
+    if sharding is None:
+        return
+    instance(sharding, jax.sharding.Sharding, "sharding", "such as jax.sharding.NamedSharding(mesh, spec)")
+    auto_axes(sharding)
+    if (error := _indivisible(sharding, shape)) is None:
+        return
+    # The parts are the least number that can be divided; no other has a whole multiple of rows on each of them.
+    parts = next((n for n in range(1, sharding.num_devices + 1) if not _indivisible(sharding, (n, *shape[1:]))), 0)
+    if not parts:  # another axis of the state is at fault, or the sharding has more axes than it
+        raise ValueError(f"states of shape {shape} cannot be divided by {sharding}: {error}")
+    below = shape[0] // parts * parts
+    near = f"{below} or {below + parts}" if below else f"{parts}"
+    raise ValueError(
+        f"{name} = {shape[0]} cannot be divided over {parts} devices, each of which would hold all of them: take {near}"
+    )
+
+
+def auto_axes(sharding: jax.sharding.Sharding) -> None:
+    """Refuse a mesh with axes that are not left to the partitioner."""
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        names = ", ".join(f'"{name}"' for name in mesh.axis_names)
+        raise ValueError(
+            f"the axes of the mesh must be Auto, got {mesh.axis_types}: jax.make_mesh({tuple(mesh.axis_sizes)}, ({names},), "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+        )
+
+
+def _indivisible(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> ValueError | None:
+    try:
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding.check_compatible_aval(shape)  # that there are as many axes
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return error
+    return None
+
+
+def held(array: Any) -> np.ndarray:
+    """The entries of an array that this process holds, in one row: all of them, unless they are spread over several hosts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.concatenate([np.ravel(shard.data) for shard in array.addressable_shards])
+    return np.ravel(np.asarray(array))
+
+
+def home(array: Any) -> np.ndarray:
+    """The whole of an array, on every host that asks; if several hold it, all of them have to."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def count(value: Any, name: str) -> int:

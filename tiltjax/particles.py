@@ -144,13 +144,16 @@ def conditional_effective(log_weights: Array, increments: Array) -> Array:
 
 
 def save(particles: Particles, file: str | os.PathLike) -> None:
-    """Write particles to a `.npz` file; `load` reads it."""
+    """Write particles to a `.npz` file; `load` reads it. Those of several hosts the first one writes; all have to call it."""
     inputs.instance(particles, Particles, "particles", "as sample and smc return")
     file = inputs.file_name(file, "file")
     arrays = {"x": particles.x, "log_weights": particles.log_weights, "log_norm": particles.log_norm}
     if particles.trace is not None:
         arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
-    kept = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    shared = not all(array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array))
+    kept = {name: inputs.home(array) for name, array in arrays.items() if array is not None}
+    if shared and jax.process_index() > 0:
+        return
     # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and named.
     narrow = [name for name, array in kept.items() if array.dtype.name == "bfloat16"]
     written: dict[str, Any] = kept | {name: kept[name].astype(np.float32) for name in narrow}

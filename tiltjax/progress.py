@@ -84,7 +84,8 @@ class _Bar:
             self.draw()
 
     def draw(self, final: bool = False) -> None:
-        if final and not self.shown:
+        # Of several hosts, which all run the same program, the first one shows it.
+        if (final and not self.shown) or jax.process_index() > 0:
             return
         now = time.monotonic()
         filled = _WIDTH * self.done // self.total

@@ -54,7 +54,7 @@ def sample(
       where the state is all but noise.
     - `solver`: `Heun()` by default.
     - `batch`: how many particles are evaluated at once, if memory is short; the numbers stay the same to rounding.
-    - `sharding`: a `jax.sharding.Sharding` of the particle axis.
+    - `sharding`: a `jax.sharding.Sharding` of the particle axis, of a mesh whose axes are `Auto`; it has to divide `num`.
     - `save_path`: keep the states at all times in `trace.path`.
     - `progress`: show a bar.
 
@@ -69,7 +69,7 @@ def sample(
         check(guidance, model)
     solver = fitting(model, solver, Heun())
     num, save_path = inputs.count(num, "num"), inputs.flag(save_path, "save_path")
-    inputs.spread_over(sharding)
+    inputs.spread_over(sharding, (num, *model.shape), "num")
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     if start is not None:
         if isinstance(start, Particles):
@@ -81,10 +81,10 @@ def sample(
             most = model.denoised_shape[-1]
             if not jnp.issubdtype(start.dtype, jnp.integer):
                 raise ValueError(f"states of {type(model).__name__} are integers, got start of {start.dtype}")
-            if inputs.concrete(start) and (np.any(np.asarray(start) < 0) or np.any(np.asarray(start) > most)):
+            if inputs.concrete(start) and (np.any(inputs.held(start) < 0) or np.any(inputs.held(start) > most)):
                 raise ValueError(f"tokens are integers from 0 to {most - 1}, {most} hides one, got others in start")
             start = start.astype(jnp.int32)
-        if inputs.concrete(start) and not np.all(np.isfinite(start)):
+        if inputs.concrete(start) and not np.all(np.isfinite(inputs.held(start))):
             raise ValueError("start must be finite, got states with NaN or infinity")
         if start.shape != (num, *model.shape):
             raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")

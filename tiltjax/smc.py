@@ -95,10 +95,10 @@ def smc(
     schedule = Every() if schedule is None else schedule
     inputs.instance(schedule, Every, "schedule", "use Every(n, start, stop)")
     inputs.function(resample, "resample")
-    inputs.spread_over(sharding)
     solver = fitting(model, solver, Ancestral())
     _check_noise(solver)
     num = inputs.count(num, "num")
+    inputs.spread_over(sharding, (num,), "num")  # weights are divided, too: the particle axis alone
     batch = None if batch is None else min(inputs.count(batch, "batch"), num)
     threshold = _threshold(ess_threshold)
     times = run_times(model, solver, steps, times)
@@ -329,12 +329,14 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         applied, history = jax.vmap(lambda one, value: apply(one, value, given))(moved, value)
         log_weights = log_weights + less(applied, moved.applied)
         moved = moved._replace(applied=applied, history=history)
-        ess = effective(log_weights)
+        # One exchange of the weights instead of one for each sum of them, and sums that are the same on any number of devices.
+        seen = everywhere(log_weights, sharding)
+        ess = effective(seen)
         uneven = weigh & (ess < threshold * num) if threshold > 0 else jnp.zeros((), bool)
 
         def renew(moved, log_weights, log_norm):
-            ancestors = resample(key_resample, log_weights)
-            log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)
+            ancestors = everywhere(resample(key_resample, seen), sharding)
+            log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
             return descend(moved, ancestors), jnp.zeros_like(log_weights), log_norm
 
         keep = lambda *state: state
@@ -368,8 +370,9 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
     x = over_particles(finish)(indices, particles)
     log_tilt = over_particles(guidance.final)(x, particles.memory[0]).astype(log_dtype)
     log_weights = log_weights + less(log_tilt, particles.applied)
-    log_norm = log_norm + jax.nn.logsumexp(log_weights) - math.log(num)
-    last = effective(log_weights)
+    seen = everywhere(log_weights, sharding)
+    log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
+    last = effective(seen)
     failed = jnp.zeros(len(CULPRITS), bool).at[1].set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))
     bad = jnp.concatenate([bad, failed[None]])
@@ -389,6 +392,14 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
 def descend(particles: _Particle, ancestors: Array) -> _Particle:
     """The next generation: everything that a particle carries is its ancestor's."""
     return jax.tree.map(lambda leaf: leaf[ancestors], particles)
+
+
+def everywhere(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
+    """The whole of an array on every device of a mesh."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return array
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.lax.with_sharding_constraint(array, whole)
 
 
 def own_key(key_step: Array, i: Array) -> Array:

@@ -154,7 +154,7 @@ def fit(
     - `rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another `optimiser`, from Optax, in its place.
     - `ema`: d of the average.
     - `target`, `interpolant`, `times`, `batched`: as in `loss`. Models are then built with the same ones.
-    - `sharding`: a `NamedSharding` of the batch axis over devices, each of which holds the parameters and the data.
+    - `sharding`: a `NamedSharding` of the batch axis over devices, each of which holds the parameters and the data; it has to divide the batch.
     - `checkpoint`, `every`: a file to continue from if it exists, and written after every so many steps (1000 by default) and at the end.
       It is replaced at once or not at all, and refused if it is of another run: other settings, data, weights to start from or shapes.
       Functions, and an `optimiser`, are told apart by name only.
@@ -172,7 +172,7 @@ def fit(
     models.Net(network)  # refuses another signature, and modules hidden in a closure
     source, example = _source(key, data, batch)
     check_sharding(sharding)
-    _check_rows(sharding, example.shape[0])
+    inputs.spread_over(sharding, example.shape, "batch")
     of_data = _Loss(
         source,
         path,
@@ -242,14 +242,3 @@ def _path(interpolant: Interpolant | None, target: Callable, times: Callable) ->
                 "target=from_noise, or the denoiser, or give times= that end earlier"
             )
     return path
-
-
-def _check_rows(sharding: jax.sharding.NamedSharding | None, rows: int) -> None:
-    if sharding is None:
-        return
-    try:
-        sharding.shard_shape((rows, 1))
-    except ValueError as error:
-        raise ValueError(
-            f"a batch of {rows} rows cannot be divided over the devices of {sharding.spec}: {error}"
-        ) from None
