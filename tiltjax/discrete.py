@@ -30,7 +30,7 @@ from jaxtyping import Array, PyTree
 from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.interpolants import Interpolant
-from tiltjax.models import Model, Net, ask
+from tiltjax.models import Model, Net, as_tokens, ask
 
 
 class Hiding(Interpolant):
@@ -286,13 +286,4 @@ class Completions(Guidance):
 def _prompt(prompt: Any, length: int, vocab: int) -> Array:
     if prompt is None:
         return jnp.full(length, vocab, jnp.int32)
-    prompt = np.asarray(prompt) if inputs.concrete(prompt) else jnp.asarray(prompt)
-    if prompt.shape != (length,) or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(
-            f"prompt must hold {length} integers, {vocab} where a token is hidden, got shape {prompt.shape} of {prompt.dtype}"
-        )
-    if inputs.concrete(prompt) and (np.any(prompt < 0) or np.any(prompt > vocab)):
-        raise ValueError(
-            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {prompt.min()} to {prompt.max()}"
-        )
-    return jnp.asarray(prompt).astype(jnp.int32)
+    return as_tokens(prompt, "prompt", (length,), vocab)
