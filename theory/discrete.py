@@ -146,29 +146,28 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     path, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 
-    def velocity(t: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
+    def velocity(t: Array, matrix: Array, move: Array, noise: Array) -> tuple[Array, Array, Array]:
         return (
             path.velocity(t, eye, matrix),
             path.velocity(t, zero, move),
             path.velocity(t, jnp.zeros_like(noise), noise),
         )
 
-    def euler(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        slope, move, noise = velocity(t)
+    def euler(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        slope, move, noise = velocity(t, *here)
         return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
 
-    def heun(t: Array, u: Array) -> tuple[Array, Array, Array]:
+    def heun(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
         dt = u - t
-        first, move, noise = velocity(t)
-        second, move_u, noise_u = velocity(u)
+        first, move, noise = velocity(t, *here)
+        second, move_u, noise_u = velocity(u, *there)
         carried = noise + dt * second @ noise
         together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
         matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
         return matrix, dt / 2 * (move + move_u + dt * second @ move), dt / 2 * jnp.concatenate(together, axis=1)
 
-    def ancestral(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
+    def ancestral(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        matrix, move, noise = here
         rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
         variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
         keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
@@ -193,12 +192,15 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
         (mean, cov), (matrix, move, spread) = moments, transition
         return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
 
-    def advance(moments: tuple[Array, Array], interval: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        t, u = interval
+    def advance(moments: tuple[Array, Array], interval: tuple) -> tuple[tuple[Array, Array], None]:
+        t, u, here, there = interval
         # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any more.
-        step = lambda: moved(moments, regular(t, u))
-        return jax.lax.cond(u < 1, step, lambda: moved(moments, field.at(t))), None
+        step = lambda: moved(moments, regular(t, u, here, there))
+        return jax.lax.cond(u < 1, step, lambda: moved(moments, here)), None
 
     moments = zero, path.sigma(times[0]) ** 2 * eye
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:]))
+    # Once for every time: an end of one step is the start of the next. Nothing reads what stands for t = 1.
+    known = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
+    here, there = jax.tree.map(lambda x: x[:-1], known), jax.tree.map(lambda x: x[1:], known)
+    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], here, there))
     return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])

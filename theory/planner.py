@@ -36,7 +36,7 @@ from jaxtyping import Array
 
 from theory import bias, discrete, paths, selection, tilts
 from theory.discrete import AffineField
-from theory.draws import DrawsLaw, draws_law
+from theory.draws import draws_moments
 from theory.tilts import QuadraticForm
 from theory.transport import w2_bounds
 from tiltjax import inputs, rewards, scales
@@ -148,7 +148,7 @@ def _number(value: float, name: str) -> float:
 def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullback) -> Iterator[Option]:
     d, single = prior.dim, len(prior.log_weights) == 1
     number = f"{float(scale):g}"
-    spread = float(jnp.sqrt(jnp.trace(tilt.cov())))
+    spread = float(_spread(tilt))
     isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
     concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
     curvature = float(jnp.trace(form.matrix)) / d
@@ -204,6 +204,11 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
                 )
 
 
+@eqx.filter_jit
+def _spread(law: GaussianMixture) -> Array:
+    return jnp.sqrt(jnp.trace(law.cov()))
+
+
 def _affordable(budget: float, cost: float) -> int:
     """The most steps of Heun's method, `2 n - 1` evaluations, within the budget."""
     return min(_MOST_STEPS, int((budget / cost + 1) // 2))
@@ -244,17 +249,16 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
 
 def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -> Iterator[Option]:
     """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
-    one = bias.plug_in_law(prior, reward, scale)
+    one, many = bias.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
     for k in (2, 8, 32):
         cost = 1 + k * inner * (1 + pullback)
         steps = _affordable(budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
         coarse = _run(one_draw, prior.log_weights, steps)
-        law = bias.plug_in_law(prior, reward, scale, k=k)
-        mean = law.mean() + coarse.means[0] - one.means[0]
+        mean, cov = draws_moments(*many, jnp.asarray(k, prior.means.dtype))
         # Fresh draws leave 1/k of one draw's variance.
-        cov = law.cov() + (coarse.covs[0] - one.covs[0]) / k
+        mean, cov = mean + coarse.means[0] - one.means[0], cov + (coarse.covs[0] - one.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
         method = f"PlugIn(Glass(model, {inner}), reward, {float(scale):g}, k={k})"
         yield Option(method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments)
@@ -297,6 +301,10 @@ def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
         yield Option(f"one of {n} weighted paths, {label}", _PATH_STEPS, n * _PATH_STEPS * cost, error, _BOUND)
 
 
+def _of_draws(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> tuple[Array, ...]:
+    return bias._draws(prior, reward, inputs.cast(scales.as_scale(scale), prior.means.dtype), 2)
+
+
 def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000) -> int | None:
     """The least k for which undamped plug-in lands closer to the tilt than one draw damped by `law`, or `None` up to `most`.
 
@@ -311,13 +319,11 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
     most = inputs.count(most, "most")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
-    checked = bias.plug_in_law(prior, reward, law.final, k=2)  # refuses what has no law
-    assert isinstance(checked, DrawsLaw)
+    many = _of_draws(prior, reward, law.final)  # refuses what has no law
 
     def distance(k: int) -> float:
         if k > 1:
-            many = checked.center, checked.std**2, checked.target, checked.strength
-            return float(_off(*many, jnp.asarray(k, mean.dtype), mean, cov))
+            return float(tilts.bures(*draws_moments(*many, jnp.asarray(k, mean.dtype)), mean, cov))
         here = bias.plug_in_law(prior, reward, law.final)
         return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
 
@@ -332,10 +338,3 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
         middle = max(low + 1, int(np.sqrt(low * high)))
         low, high = (low, middle) if distance(middle) < aim else (middle, high)
     return high
-
-
-@jax.jit
-def _off(center: Array, variance: Array, target: Array, strength: Array, k: Array, mean: Array, cov: Array) -> Array:
-    """How far the law of k draws is from a Gaussian: one program for every search."""
-    many = draws_law(center, variance, target, strength, k)
-    return tilts.bures(many.mean(), many.cov(), mean, cov)

@@ -43,8 +43,13 @@ def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
         raise ValueError(f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}")
-    value, gradient = jax.value_and_grad(reward)(center)
+    value, gradient = _value_and_slope(reward, center)
     return QuadraticForm(matrix, center, gradient, value)
+
+
+@eqx.filter_jit
+def _value_and_slope(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
+    return jax.value_and_grad(reward)(x)
 
 
 def is_quadratic(reward: rewards.Reward) -> bool:
@@ -112,8 +117,13 @@ def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
 
 
 def _tilt(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
-    eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
     _check_mass(prior, form, scale)
+    return _tilted(prior, form, scale)
+
+
+@eqx.filter_jit
+def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
+    eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
 
     def component(log_weight: Array, mean: Array, cov: Array) -> tuple[Array, Array, Array]:
         matrix = eye + 2 * scale * cov @ form.matrix
@@ -163,6 +173,11 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     for name, part, shape in (("other_mean", other_mean, d), ("cov", cov, d + d), ("other_cov", other_cov, d + d)):
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, as mean has {d}, got {part.shape}")
+    return _bures(mean, cov, other_mean, other_cov)
+
+
+@jax.jit
+def _bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
     shared = _nuclear_norm(linalg.square_root(cov).T @ linalg.square_root(other_cov))
     return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
 
