@@ -326,7 +326,9 @@ def _log_remainder(z: Array) -> Array:
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
 
 
-def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int) -> tuple[Array, ...]:
+def _draws(
+    prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int
+) -> tuple[Array, Array, Array, Array]:
     """What `draws_law` asks for, `(center, variance, target, strength)`, where it has the law of k > 1 draws."""
     if not isinstance(law, scales.Constant):
         raise ValueError(

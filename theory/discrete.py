@@ -1,8 +1,12 @@
 r"""The law of a discretised guided sampler, exactly, at any number of steps.
 
+    x' = A x + c + B z,  z ~ N(0, I):      mean' = A mean + c,      cov' = A cov A^T + B B^T
+
 For one Gaussian, a quadratic reward and k = 1 draw, the guided denoiser is affine in the state and Gaussian in the draw,
 `D~ = A_t x + c_t + N_t z` (`AffineField`), and so is every step of Euler, Heun and the ancestral kernel. Mean and covariance of what a run
 returns follow a linear recursion (`discrete_law`): no simulation, no limit of small steps, and no condition on the matrices.
+
+The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884); the recursion holds for whatever is affine.
 """
 
 from collections.abc import Callable
@@ -50,7 +54,10 @@ def plug_in_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`."""
+    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`.
+
+    **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that is not one of time alone.
+    """
     return _affine(prior, reward, scale, interpolant, _pull_at_draw)
 
 
@@ -60,21 +67,21 @@ def dps_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`."""
+    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_mean)
 
 
 def doob_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`."""
+    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, inputs.nonnegative(scale, "scale"), interpolant, _pull_exactly)
 
 
 def fmrg_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`."""
+    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_end)
 
 
@@ -138,6 +145,8 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
 
     **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`, `Heun(share_draw)` or
     `Ancestral(eta)`.
+
+    **Raises:** `ValueError` for a solver without a recursion, and for times that do not increase inside [0, 1].
     """
     inputs.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
     solver = solvers.Heun() if solver is None else solver

@@ -22,6 +22,8 @@ f_d is the density of u plus Gumbel noise, the draws' race that a softmax is. Bo
 from the left tail through the unit scale of kappa to the scale of u; of u only where kappa is not negligible. phi is a smooth function of
 q and `p = sqrt(q) |m - y| / sqrt(v)` alone (for each k and d) and is interpolated by Chebyshev polynomials in `log(1 + 2 q)`, `log(1 + p^2)`.
 By axial symmetry the state has two coordinates in any dimension: along y, and the radius of the rest.
+
+At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.bias`, whose reference is that of the flow.
 """
 
 import functools
@@ -50,6 +52,8 @@ class DrawsLaw(eqx.Module):
 
     It is the push-forward of N(0, I) by `transport`; `mean`, `cov`, `sample`, `log_prob` as for a mixture, and `quantile` on the line.
     Built by `plug_in_law`. Nothing about it is exact in closed form: `error` says how far the quadrature can be trusted.
+
+    **Fields:** `center` `(d,)`, `std` and `strength = scale h s^2`, scalars; `distance` of the maximiser in units of s, along `axis` `(d,)`.
     """
 
     center: Array

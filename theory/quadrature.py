@@ -8,6 +8,8 @@ Three rules, for three kinds of integrand:
   a mixture whose components may be arbitrarily narrow. Spectrally accurate while `exp(scale * r)` is resolved by the nodes.
 - `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands have scales of all sizes at the
   ends.
+
+Reference: Takahasi and Mori (1974), double exponential formulas.
 """
 
 from collections.abc import Callable
@@ -82,8 +84,7 @@ def tilt(
     cells = (100_000, 800)[d - 1] if cells is None else inputs.count(cells, "cells")
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
     r = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
-    reach = inputs.positive(reach, "reach").astype(prior.means.dtype)
-    grid = _grid_tilt(prior, r, scale, reach, cells)
+    grid = _grid_tilt(prior, r, scale, inputs.positive(reach, "reach").astype(prior.means.dtype), cells)
     if inputs.concrete(grid.log_masses):
         effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(grid.log_masses, np.float64))))
         if not effective > 100:

@@ -13,6 +13,8 @@ over row k. Its own nodes carry each component, so that modes of very different 
 **The noncentral chi-square law** of m degrees, in terms of the distance `rho = sqrt(Q)` and the offset `delta`, one coordinate c along
 the offset and m - 1 across: `P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`, by tanh-sinh nodes, which take the root at
 `c = ±q`; elementary for m = 1.
+
+Reference: Johnson, Kotz and Balakrishnan, *Continuous Univariate Distributions* 2 (1995), chapter 29.
 """
 
 from collections.abc import Callable

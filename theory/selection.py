@@ -39,7 +39,7 @@ _MOST = 1e12
 class Selected(eqx.Module):
     """The law of a winner; built by `best_of_n` and `softmax_of_n`.
 
-    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes.
+    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes, of the shape of `law.values`. All methods return scalars but `masses`.
     """
 
     prior: GaussianMixture

@@ -99,7 +99,7 @@ class Tilt(eqx.Module):
 def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -> Tilt:
     """The law `rho(x) exp(scale * r(x)) / Z` and `log Z`.
 
-    **Arguments:** `prior`, K components in d dimensions; `reward`, quadratic; `scale >= 0`.
+    **Arguments:** `prior`, K components in d dimensions, covariances singular or not; `reward`, quadratic; `scale >= 0`.
 
     **Raises:** `ValueError` for a reward without closed form, or where the tilt has no finite mass.
     """
@@ -110,7 +110,7 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
-    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`."""
+    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`. **Raises:** `ValueError` for another reward."""
     check_mixture(mixture, "mixture")
     form = quadratic_form(rewards.as_reward(reward), mixture.dim)
     return mixture.weights @ (jax.vmap(reward)(mixture.means) - jnp.einsum("ij,kji->k", form.matrix, mixture.covs))
@@ -166,6 +166,8 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by triangular roots: singular covariances
     are as good as any. Its derivative is taken without that of the singular vectors, and is right where singular values coincide; where one
     is zero, W2^2 itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+
+    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:** `ValueError` for other shapes.
     """
     mean, other_mean = inputs.floating(mean, "mean", 1), inputs.floating(other_mean, "other_mean", 1)
     cov, other_cov = inputs.floating(cov, "cov", 2), inputs.floating(other_cov, "other_cov", 2)

@@ -247,6 +247,8 @@ class Completions(Guidance):
 
     **Arguments:** `model`, of tokens; `reward(x1) -> scalar` of integers `(length,)`; `scale`; `k`; `lean` in [0, 1): at 1 tokens that no
     completion has could never be proposed.
+
+    **Raises:** `ValueError` for a `lean` outside [0, 1); `TypeError` for what is no model of tokens.
     """
 
     model: Masked

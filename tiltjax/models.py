@@ -8,6 +8,8 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 
 What is said of a model holds for posterior means. A network under classifier-free guidance, or a thresholded one, is none: then
 `Tilted`, `Rescheduled` and the posteriors sample something else.
+
+Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the score.
 """
 
 import inspect

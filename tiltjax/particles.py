@@ -1,5 +1,7 @@
 """Particles: a weighted population, which every verb returns or takes.
 
+    E f = sum_i W_i f(x_i),    W = softmax(log_weights),    effective sample size = 1 / sum_i W_i^2 in [1, num]
+
 Weights are log-weights: added, never multiplied, unnormalised. A population that nothing has weighed has equal ones and
 no normalising constant.
 """

@@ -51,7 +51,7 @@ _TARGETS: dict[Callable, Callable] = {
 
 
 def uniform(key: Array) -> Array:
-    """The usual law of times: uniform on [0, 1)."""
+    """The usual law of times: uniform on [0, 1). A key to a scalar."""
     return jax.random.uniform(key)
 
 
