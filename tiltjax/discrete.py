@@ -30,7 +30,8 @@ from jaxtyping import Array, PyTree
 from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.interpolants import Interpolant
-from tiltjax.models import Model, Net, as_tokens, ask
+from tiltjax.models import Model, Net, ask
+from tiltjax.particles import as_tokens
 
 
 class Hiding(Interpolant):

@@ -185,3 +185,18 @@ def weight_dtype(dtype) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.dtype(jnp.result_type(float))
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Array:
+    """States of a model of tokens, int32 of this shape: integers up to `vocab`, which hides one. **Raises:** `ValueError` for others."""
+    value = np.asarray(value) if inputs.concrete(value) else jnp.asarray(value)
+    if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a token is hidden, got shape "
+            f"{value.shape} of {value.dtype}"
+        )
+    if inputs.concrete(value) and (np.any(value < 0) or np.any(value > vocab)):
+        raise ValueError(
+            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {value.min()} to {value.max()} in {name}"
+        )
+    return jnp.asarray(value).astype(jnp.int32)

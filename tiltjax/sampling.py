@@ -19,8 +19,8 @@ from jaxtyping import Array
 from tiltjax import external, inputs
 from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
-from tiltjax.models import Model, as_tokens
-from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.models import Model
+from tiltjax.particles import CULPRITS, Particles, Trace, as_tokens, unweighted
 from tiltjax.solvers import Heun, Solver, Streams, Unmask
 
 
