@@ -5,7 +5,6 @@ CPU seconds are user and system time of this process, compilation and run apart;
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from measures import cpu_seconds as cpu_seconds
+from measures import peak_gb as peak_gb
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,21 +25,6 @@ class Timing(NamedTuple):
     first_wall: float
     run_wall: float
     run_cpu: float
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def peak_gb() -> float:
-    """The largest resident memory of this process; where it can be read, of this program alone (`ru_maxrss` remembers who started it)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if "VmHWM" in lines:
-            return float(lines["VmHWM"].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:

@@ -346,24 +346,23 @@ def agreement(wanted, found):
     return dict(zip((*shapes.Scene._fields, "all"), [*same.mean(axis=0), same.all(axis=1).mean()], strict=True))
 
 
-def all_named(scenes):
-    return [shapes.named(shapes.Numbers(*each)) for each in zip(*map(np.asarray, scenes), strict=True)]
-
-
 def judge_autoencoder(folder, n):
     """The peak signal-to-noise ratio, and what is read, of pictures that went through the autoencoder."""
     coder = flux.load("autoencoder", folder)
     scenes, drawn = pictures(jax.random.key(7), n)
     through = np.clip(jax.jit(lambda x, coder: coder.decode(coder.encode(x)))(drawn, coder), 0, 1)
     error = np.mean((through - np.asarray(drawn)) ** 2, axis=(1, 2, 3))
-    return {"psnr": float(np.mean(-10 * np.log10(error))), **agreement(all_named(scenes), map(shapes.read, through))}
+    return {
+        "psnr": float(np.mean(-10 * np.log10(error))),
+        **agreement(shapes.all_named(scenes), map(shapes.read, through)),
+    }
 
 
 def judge_clip(folder, n):
     """How often the caption of a picture is the most similar of 64, 63 of them of other scenes."""
     judge, tokens = clip.load(folder / "clip"), text.clip_tokenizer(folder / "tokenizer", LENGTH)
     scenes, drawn = pictures(jax.random.key(8), n)
-    ids = np.stack([tokens(shapes.caption(scene)) for scene in all_named(scenes)])
+    ids = np.stack([tokens(shapes.caption(scene)) for scene in shapes.all_named(scenes)])
     similar = np.asarray(jax.jit(lambda judge: judge.picture(drawn) @ judge.text(jnp.asarray(ids)).T)(judge))
     found = [row[i] >= row[np.r_[i, (i + 1 + np.arange(63)) % n]].max() for i, row in enumerate(similar)]
     return {"most_similar_of_64": float(np.mean(found))}
@@ -375,7 +374,11 @@ def judge_samples(folder, prompts, each, steps, leap):
     encoders = {"clip": flux.load("clip", folder), "t5": flux.load("t5", folder)}
     encoders |= {"clip_tokenizer": text.clip_tokenizer(folder / "tokenizer", LENGTH)}
     encoders |= {"t5_tokenizer": text.t5_tokenizer(folder / "tokenizer_2", LENGTH)}
-    grid, wanted, found = jnp.linspace(1e-3, 1.0, steps + 1), all_named(shapes.scenes(jax.random.key(9), prompts)), []
+    grid, wanted, found = (
+        jnp.linspace(1e-3, 1.0, steps + 1),
+        shapes.all_named(shapes.scenes(jax.random.key(9), prompts)),
+        [],
+    )
     decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
     for number, scene in enumerate(wanted):
         states, pooled = text.embed(shapes.caption(scene), **encoders)

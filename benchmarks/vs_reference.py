@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measures
 import numpy as np
 
 MIXTURES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_well")
@@ -204,16 +205,6 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
     return tuple(after - start for after, start in zip(clock(), before, strict=True))  # pyright: ignore[reportReturnType]
 
 
-def resident_gb() -> float:
-    """The largest resident memory of this program: `ru_maxrss` where it cannot be read, which remembers who started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if "VmHWM" in lines:
-            return float(lines["VmHWM"].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) -> None:
     """One row of one side: its seconds to the standard output, its samples to `out`."""
     begun = clock()
@@ -221,7 +212,12 @@ def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) 
     ready = clock()
     samples = [call(0, row.steps)]
     done = clock()
-    report = {"imports_wall": ready[0] - begun[0], "done": done[0], "process_cpu": done[1], "peak_gb": resident_gb()}
+    report = {
+        "imports_wall": ready[0] - begun[0],
+        "done": done[0],
+        "process_cpu": done[1],
+        "peak_gb": measures.peak_gb(),
+    }
     report |= {"first_wall": done[0] - ready[0], "first_cpu": done[1] - ready[1]}
     walls, cpus = ([report["first_wall"]], [report["first_cpu"]]) if row.once or side == "published" else ([], [])
     if row.once and side == "tiltjax":

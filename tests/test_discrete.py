@@ -386,7 +386,11 @@ def test_bad_input_says_what_to_do():
         tj.from_logits(lambda x: x, length=4, vocab=3)
     with pytest.raises(ValueError, match="Annealed mixes denoisers of numbers"):
         tj.Annealed(MODEL, MODEL)
-    for start, message in (([[0.0, 1, 2, 3]], "are integers, got start of"), ([[0, 9, 3, 3]], "integers from 0 to 2")):
+    wrong = (
+        ([[0.0, 1, 2, 3]], r"start must hold \(1, 4\) integers"),
+        ([[0, 9, 3, 3]], "integers from 0 to 2.* 0 to 9 in start"),
+    )
+    for start, message in (*wrong, ([[0, 1, 3]], r"\(1, 4\) integers, 3 where a token is hidden, got shape \(1, 3\)")):
         with pytest.raises(ValueError, match=message):
             tj.sample(jax.random.key(0), MODEL, num=1, start=start, times=[0.5, 1.0])
     gapped = tj.MarkovChain(INITIAL, [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]], LENGTH)

@@ -15,8 +15,7 @@ from tiltjax.flux.shapes import Scene
 def pictures(n, seed=0):
     scenes = shapes.scenes(jax.random.key(seed), n)
     drawn = jax.jit(jax.vmap(shapes.draw))(jax.random.split(jax.random.key(seed + 1), n), *scenes)
-    rows = zip(*map(np.asarray, scenes), strict=True)
-    return [shapes.named(shapes.Numbers(*row)) for row in rows], np.asarray(drawn)
+    return shapes.all_named(scenes), np.asarray(drawn)
 
 
 SCENES, DRAWN = pictures(600)

@@ -40,7 +40,7 @@ def read(model, points):
 def drawn(n, seed):
     scenes = shapes.scenes(jax.random.key(seed), n)
     pictures = jax.jit(jax.vmap(shapes.draw))(jax.random.split(jax.random.key(seed + 1), n), *scenes)
-    return [shapes.named(shapes.Numbers(*row)) for row in zip(*map(np.asarray, scenes), strict=True)], pictures
+    return shapes.all_named(scenes), pictures
 
 
 def test_the_autoencoder_keeps_shapes_and_colours():

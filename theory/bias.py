@@ -24,13 +24,15 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, overload
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from theory import moments, quadrature
-from theory.draws import DrawsLaw, draws_law
+from theory.draws import DrawsLaw, check_strength, draws_law
 from theory.tilts import QuadraticForm, common_axes, quadratic_form
 from theory.transport import overlap
 from tiltjax import inputs, rewards, scales
@@ -92,14 +94,16 @@ def plug_in_law(
     check_mixture(prior, "prior")
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
     if inputs.count(k, "k") > 1:
-        return _draws(prior, reward, law, k)
+        return draws_law(*_draws(prior, reward, law, k), k)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
-        local, spent, total = _clock(law, s2)
-        response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
-        return response, s2 * jnp.exp(-2 * h * total), jnp.zeros_like(s2)
-
+    direction = Partial(_plug_in_direction, law)
     return _law(prior, reward, law.final, direction, lambda form: moments.plug_in_moments(prior, form, law))
+
+
+def _plug_in_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
+    local, spent, total = _clock(law, s2)
+    response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
+    return response, s2 * jnp.exp(-2 * h * total), jnp.zeros_like(s2)
 
 
 def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale) -> GaussianMixture:
@@ -112,13 +116,15 @@ def sde_law(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array
     check_mixture(prior, "prior")
     law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
-        _, spent, total = _clock(law, s2)
-        # dv = 2 s^2 w dw.
-        variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
-        return 2 * total * _relative(2 * h * total), variance, jnp.zeros_like(s2)
-
+    direction = Partial(_sde_direction, law)
     return _law(prior, reward, law.final, direction, lambda form: moments.sde_moments(prior, form, law))
+
+
+def _sde_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
+    _, spent, total = _clock(law, s2)
+    # dv = 2 s^2 w dw.
+    variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
+    return 2 * total * _relative(2 * h * total), variance, jnp.zeros_like(s2)
 
 
 def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
@@ -161,20 +167,22 @@ def fmrg_law(
     interpolant = inputs.cast(or_linear(interpolant), prior.means.dtype)
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
 
-    def direction(s2: Array, h: Array) -> tuple[Array, Array, Array]:
-        if isinstance(interpolant, Linear):
-            clock = jnp.pi / 2 * jnp.sqrt(s2) / interpolant.base_scale
-        else:
-            times = jnp.asarray(_W, s2.dtype)
-            variance = jax.vmap(interpolant.sigma)(times) ** 2 + jax.vmap(interpolant.alpha)(times) ** 2 * s2
-            clock = s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) / variance)
-        exponent = 2 * scale * h * clock
-        alpha, sigma = interpolant.alpha(jnp.zeros_like(s2)), interpolant.sigma(jnp.zeros_like(s2))
-        image = s2 / (alpha**2 * s2 + sigma**2)
-        lost = alpha * jnp.sqrt(image) * jnp.exp(-exponent)
-        return 2 * scale * clock * _relative(exponent), sigma**2 * image * jnp.exp(-2 * exponent), lost
-
+    direction = Partial(_fmrg_direction, interpolant, scale)
     return _law(prior, reward, scale, direction, lambda form: moments.fmrg_moments(prior, form, scale, interpolant))
+
+
+def _fmrg_direction(interpolant: Interpolant, scale: Array, s2: Array, h: Array) -> tuple[Array, Array, Array]:
+    if isinstance(interpolant, Linear):
+        clock = jnp.pi / 2 * jnp.sqrt(s2) / interpolant.base_scale
+    else:
+        times = jnp.asarray(_W, s2.dtype)
+        variance = jax.vmap(interpolant.sigma)(times) ** 2 + jax.vmap(interpolant.alpha)(times) ** 2 * s2
+        clock = s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) / variance)
+    exponent = 2 * scale * h * clock
+    alpha, sigma = interpolant.alpha(jnp.zeros_like(s2)), interpolant.sigma(jnp.zeros_like(s2))
+    image = s2 / (alpha**2 * s2 + sigma**2)
+    lost = alpha * jnp.sqrt(image) * jnp.exp(-exponent)
+    return 2 * scale * clock * _relative(exponent), sigma**2 * image * jnp.exp(-2 * exponent), lost
 
 
 def _law(
@@ -216,6 +224,7 @@ def _commute(covs: Array, matrix: Array) -> bool:
     return bool(excess <= rounding * np.abs(covs_).max() * np.abs(matrix_).max())
 
 
+@eqx.filter_jit
 def _per_direction(
     prior: GaussianMixture, form: QuadraticForm, direction: Callable[[Array, Array], tuple[Array, Array, Array]]
 ) -> GaussianMixture:
@@ -317,8 +326,10 @@ def _log_remainder(z: Array) -> Array:
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
 
 
-def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int) -> DrawsLaw:
-    """The law of k > 1 draws, where `draws_law` has it."""
+def _draws(
+    prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int
+) -> tuple[Array, Array, Array, Array]:
+    """What `draws_law` asks for, `(center, variance, target, strength)`, where it has the law of k > 1 draws."""
     if not isinstance(law, scales.Constant):
         raise ValueError(
             f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: pass a number, or k=1, where any Damped "
@@ -343,4 +354,5 @@ def _draws(prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k:
     variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim
     strength = law.final * h * variance
     target = form.center + form.gradient / (2 * jnp.where(h == 0, 1.0, h))
-    return draws_law(mean, variance, target, strength, k)
+    check_strength(variance, strength, k)
+    return mean, variance, target, strength

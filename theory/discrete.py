@@ -1,8 +1,12 @@
 r"""The law of a discretised guided sampler, exactly, at any number of steps.
 
+    x' = A x + c + B z,  z ~ N(0, I):      mean' = A mean + c,      cov' = A cov A^T + B B^T
+
 For one Gaussian, a quadratic reward and k = 1 draw, the guided denoiser is affine in the state and Gaussian in the draw,
 `D~ = A_t x + c_t + N_t z` (`AffineField`), and so is every step of Euler, Heun and the ancestral kernel. Mean and covariance of what a run
 returns follow a linear recursion (`discrete_law`): no simulation, no limit of small steps, and no condition on the matrices.
+
+The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884); the recursion holds for whatever is affine.
 """
 
 from collections.abc import Callable
@@ -50,7 +54,10 @@ def plug_in_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`."""
+    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`.
+
+    **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that is not one of time alone.
+    """
     return _affine(prior, reward, scale, interpolant, _pull_at_draw)
 
 
@@ -60,21 +67,21 @@ def dps_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`."""
+    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_mean)
 
 
 def doob_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`."""
+    """The exact guidance, which is also Laplace's for concave rewards: `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, inputs.nonnegative(scale, "scale"), interpolant, _pull_exactly)
 
 
 def fmrg_field(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, interpolant: Interpolant | None = None
 ) -> AffineField:
-    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`."""
+    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`. **Raises:** as `plug_in_field`."""
     return _affine(prior, reward, scale, interpolant, _pull_at_end)
 
 
@@ -138,6 +145,8 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
 
     **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`, `Heun(share_draw)` or
     `Ancestral(eta)`.
+
+    **Raises:** `ValueError` for a solver without a recursion, and for times that do not increase inside [0, 1].
     """
     inputs.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
     solver = solvers.Heun() if solver is None else solver
@@ -146,29 +155,28 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     path, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 
-    def velocity(t: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
+    def velocity(t: Array, matrix: Array, move: Array, noise: Array) -> tuple[Array, Array, Array]:
         return (
             path.velocity(t, eye, matrix),
             path.velocity(t, zero, move),
             path.velocity(t, jnp.zeros_like(noise), noise),
         )
 
-    def euler(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        slope, move, noise = velocity(t)
+    def euler(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        slope, move, noise = velocity(t, *here)
         return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
 
-    def heun(t: Array, u: Array) -> tuple[Array, Array, Array]:
+    def heun(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
         dt = u - t
-        first, move, noise = velocity(t)
-        second, move_u, noise_u = velocity(u)
+        first, move, noise = velocity(t, *here)
+        second, move_u, noise_u = velocity(u, *there)
         carried = noise + dt * second @ noise
         together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
         matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
         return matrix, dt / 2 * (move + move_u + dt * second @ move), dt / 2 * jnp.concatenate(together, axis=1)
 
-    def ancestral(t: Array, u: Array) -> tuple[Array, Array, Array]:
-        matrix, move, noise = field.at(t)
+    def ancestral(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        matrix, move, noise = here
         rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
         variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
         keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
@@ -193,12 +201,15 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
         (mean, cov), (matrix, move, spread) = moments, transition
         return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
 
-    def advance(moments: tuple[Array, Array], interval: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        t, u = interval
+    def advance(moments: tuple[Array, Array], interval: tuple) -> tuple[tuple[Array, Array], None]:
+        t, u, here, there = interval
         # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any more.
-        step = lambda: moved(moments, regular(t, u))
-        return jax.lax.cond(u < 1, step, lambda: moved(moments, field.at(t))), None
+        step = lambda: moved(moments, regular(t, u, here, there))
+        return jax.lax.cond(u < 1, step, lambda: moved(moments, here)), None
 
     moments = zero, path.sigma(times[0]) ** 2 * eye
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:]))
+    # Once for every time: an end of one step is the start of the next. Nothing reads what stands for t = 1.
+    known = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
+    here, there = jax.tree.map(lambda x: x[:-1], known), jax.tree.map(lambda x: x[1:], known)
+    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], here, there))
     return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])

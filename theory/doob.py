@@ -72,7 +72,7 @@ def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Arr
 
 
 def marginal(mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None) -> GaussianMixture:
-    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted marginal `p_t h_t / Z`."""
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted marginal `p_t h_t / Z`. **Raises:** `ValueError` for a t outside [0, 1]."""
     check_mixture(mixture, "mixture")
     interpolant = or_linear(interpolant)
     t = inputs.finite(t, "t", 0).astype(mixture.means.dtype)

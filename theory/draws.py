@@ -22,6 +22,8 @@ f_d is the density of u plus Gumbel noise, the draws' race that a softmax is. Bo
 from the left tail through the unit scale of kappa to the scale of u; of u only where kappa is not negligible. phi is a smooth function of
 q and `p = sqrt(q) |m - y| / sqrt(v)` alone (for each k and d) and is interpolated by Chebyshev polynomials in `log(1 + 2 q)`, `log(1 + p^2)`.
 By axial symmetry the state has two coordinates in any dimension: along y, and the radius of the rest.
+
+At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.bias`, whose reference is that of the flow.
 """
 
 import functools
@@ -50,6 +52,8 @@ class DrawsLaw(eqx.Module):
 
     It is the push-forward of N(0, I) by `transport`; `mean`, `cov`, `sample`, `log_prob` as for a mixture, and `quantile` on the line.
     Built by `plug_in_law`. Nothing about it is exact in closed form: `error` says how far the quadrature can be trusted.
+
+    **Fields:** `center` `(d,)`, `std` and `strength = scale h s^2`, scalars; `distance` of the maximiser in units of s, along `axis` `(d,)`.
     """
 
     center: Array
@@ -58,7 +62,6 @@ class DrawsLaw(eqx.Module):
     distance: Array
     axis: Array
     table: Array
-    coarse: Array
     k: int | Array
 
     @property
@@ -73,17 +76,24 @@ class DrawsLaw(eqx.Module):
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
-        return self.center + self.std * self._moments(self.table)[0] * self.axis
+        return self.mean_and_cov()[0]
 
     def cov(self) -> Array:
         """`Cov(X)`, shape `(d, d)`: one variance along `y - mu`, another across."""
-        _, along, across = self._moments(self.table)
+        return self.mean_and_cov()[1]
+
+    def mean_and_cov(self) -> tuple[Array, Array]:
+        """Both, `(d,)` and `(d, d)`, for the price of one."""
+        mean, along, across = self._moments(self.table)
         outer = jnp.outer(self.axis, self.axis)
-        return self.std**2 * (along * outer + across * (jnp.eye(self.dim, dtype=outer.dtype) - outer))
+        cov = along * outer + across * (jnp.eye(self.dim, dtype=outer.dtype) - outer)
+        return self.center + self.std * mean * self.axis, self.std**2 * cov
 
     def error(self) -> tuple[Array, Array]:
         """Estimates of the errors of `mean` (any coordinate) and of `cov` (any entry): what changes from a rule of 3/4 of the nodes."""
-        fine, coarse = self._moments(self.table), self._moments(self.coarse)
+        count = jnp.asarray(self.k, self.strength.dtype)
+        coarse = self._moments(_table(count, self.dim, self.strength, self.distance, _COARSE))
+        fine = self._moments(self.table)
         change = [jnp.abs(one - other) for one, other in zip(fine, coarse, strict=True)]
         return self.std * change[0], self.std**2 * jnp.maximum(change[1], change[2])
 
@@ -166,8 +176,8 @@ class DrawsLaw(eqx.Module):
         return _log_reach(self.dim, self.strength, self.distance)
 
 
-def draws_law(center: Array, variance: Array, target: Array, strength: Array, k: int | Array) -> DrawsLaw:
-    """The law for a prior `N(center, variance I)`, a reward of maximiser `target` and `strength = scale h s^2`, k draws a step."""
+def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
+    """Refuse, with a `ValueError`, what `draws_law` has no law for."""
     if inputs.concrete((strength, variance)):
         a, s2 = float(np.asarray(strength)), float(np.asarray(variance))
         if not a <= _STRONGEST:
@@ -179,6 +189,11 @@ def draws_law(center: Array, variance: Array, target: Array, strength: Array, k:
                 f"the law of k = {k} draws needs a positive scale, curvature h and variance, got scale * h * s^2 = {a:g}: a linear "
                 "reward has none, and its plug-in is exact only at k = 1"
             )
+
+
+def draws_law(center: Array, variance: Array, target: Array, strength: Array, k: int | Array) -> DrawsLaw:
+    """The law for a prior `N(center, variance I)`, a reward of maximiser `target` and `strength = scale h s^2`, k draws a step."""
+    check_strength(variance, strength, k)
     d, std = len(center), jnp.sqrt(variance)
     offset = (target - center) / std
     square = offset @ offset
@@ -186,9 +201,14 @@ def draws_law(center: Array, variance: Array, target: Array, strength: Array, k:
     distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
     first = jnp.zeros(d, center.dtype).at[0].set(1)
     axis = jnp.where(apart, offset / jnp.where(apart, distance, 1.0), first)
-    count = jnp.asarray(k, strength.dtype)
-    fine, coarse = (_table(count, d, strength, distance, nodes) for nodes in (_FINE, _COARSE))
-    return DrawsLaw(center, std, strength, distance, axis, fine, coarse, k)
+    table = _table(jnp.asarray(k, strength.dtype), d, strength, distance, _FINE)
+    return DrawsLaw(center, std, strength, distance, axis, table, k)
+
+
+@jax.jit
+def draws_moments(center: Array, variance: Array, target: Array, strength: Array, k: Array) -> tuple[Array, Array]:
+    """Mean `(d,)` and covariance `(d, d)` of `draws_law`: one program for any k."""
+    return draws_law(center, variance, target, strength, k).mean_and_cov()
 
 
 @jax.jit

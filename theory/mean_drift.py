@@ -28,6 +28,8 @@ where for component k and `rho = s_k / s` the posterior mean contributes
 
 A flow on the line is monotone, so that the law's quantiles are where the flow carries the normal's, and its distribution function is
 had by tracing one point back: masses of modes need no search for the separatrix.
+
+Reference, for one Gaussian: Dandapanthula and Boffi (arXiv 2606.02884).
 """
 
 from collections.abc import Callable
@@ -79,7 +81,7 @@ Drift = Callable[[View, rewards.Reward, Array], Array]
 
 
 def plug_in_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
-    """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw."""
+    """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw. Of one point: a scalar."""
     r, slope = _on_line(reward)
     if is_quadratic(reward):
         variance = (view.spread * view.unit) ** 2

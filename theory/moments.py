@@ -22,6 +22,8 @@ singular S (but for the flow map, whose law there is a function of its root) and
 (order 11, no bound on the step where the guidance is stiff), and the integrals use its nodes. The clock l is `log kappa`, for the flow
 map `log t / (1-t)`: layers of any strength and width have unit width in it. It is cut where what is left is rounding. There is no
 adaptivity, so everything compiles, maps and differentiates, in both modes.
+
+Reference: Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), for the collocation.
 """
 
 from collections.abc import Callable

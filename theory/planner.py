@@ -25,8 +25,9 @@ of couplings (`w2_bounds`); `Laplace` and, beyond conjugate rewards, `Conjugate`
 mixtures in the plane, in units of the tilt's standard deviation: an order of magnitude.
 """
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,7 +37,7 @@ from jaxtyping import Array
 
 from theory import bias, discrete, paths, selection, tilts
 from theory.discrete import AffineField
-from theory.draws import DrawsLaw, draws_law
+from theory.draws import draws_moments
 from theory.tilts import QuadraticForm
 from theory.transport import w2_bounds
 from tiltjax import inputs, rewards, scales
@@ -49,6 +50,7 @@ MEASURED = {"Laplace": 0.21, "Conjugate": 0.72}
 _EXACT, _ALONE, _LIMIT = "law at these steps", "each mode alone at these steps", "law of small steps"
 _FIXED, _BOUND, _MEASURED = "fixed point at these steps", "leading order", "measured elsewhere"
 _MOST_STEPS = 200
+_PULLS = discrete._pull_at_mean, discrete._pull_at_draw, discrete._pull_exactly, discrete._pull_at_end
 _PATH_STEPS = 25  # of a weighted path
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -107,7 +109,8 @@ def recommend(
     """The methods of tiltjax by predicted distance from the tilt, within `budget` denoiser calls a sample.
 
     Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay best); what cannot afford one is
-    left out. On the host, not to be traced: a few seconds the first time, most of it compiling.
+    left out. On the host, not to be traced: some 20 CPU-seconds the first time, for compiling, and 2 from then on for states of
+    the same size.
 
     **Arguments:**
 
@@ -148,7 +151,7 @@ def _number(value: float, name: str) -> float:
 def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullback) -> Iterator[Option]:
     d, single = prior.dim, len(prior.log_weights) == 1
     number = f"{float(scale):g}"
-    spread = float(jnp.sqrt(jnp.trace(tilt.cov())))
+    spread = float(_spread(tilt))
     isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
     concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
     curvature = float(jnp.trace(form.matrix)) / d
@@ -204,6 +207,11 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
                 )
 
 
+@eqx.filter_jit
+def _spread(law: GaussianMixture) -> Array:
+    return jnp.sqrt(jnp.trace(law.cov()))
+
+
 def _affordable(budget: float, cost: float) -> int:
     """The most steps of Heun's method, `2 n - 1` evaluations, within the budget."""
     return min(_MOST_STEPS, int((budget / cost + 1) // 2))
@@ -220,18 +228,26 @@ def _round(prior: GaussianMixture) -> bool:
 
 def _run(family: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
     """What `steps` steps of Heun's method make of each component alone."""
-    # Preceded by steps of no length: one program for any number of them.
+    # Preceded by steps of no length: one program for any number of them, and, at a constant scale, for any guidance.
     place = np.maximum(np.arange(_MOST_STEPS + 1) - (_MOST_STEPS - steps), 0) / steps
-    return _follow(family, log_weights, jnp.asarray(1e-3 + (1 - 1e-3) * place, family.prior.means.dtype))
+    times = jnp.asarray(1e-3 + (1 - 1e-3) * place, family.prior.means.dtype)
+    pulls = _PULLS if isinstance(family.law, scales.Constant) else (family.pull,)
+    which = np.asarray(pulls.index(family.pull), np.int32)
+    return _follow(pulls, which, (family.prior, family.form, family.law, family.interpolant), log_weights, times)
 
 
 @eqx.filter_jit
-def _follow(family: AffineField, log_weights: Array, times: Array) -> GaussianMixture:
-    prior = family.prior
+def _follow(
+    pulls: tuple[Callable, ...], which: np.ndarray, parts: tuple, log_weights: Array, times: Array
+) -> GaussianMixture:
+    prior, form, law, path = parts
+
+    def pull(path: Any, *arguments: Any) -> tuple[Array, Array, Array]:
+        return jax.lax.switch(which, [functools.partial(each, path) for each in pulls], *arguments)
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         one = prior.replace(jnp.zeros(1, mean.dtype), mean[None], cov[None])
-        end = discrete.discrete_law(eqx.tree_at(lambda f: f.prior, family, one), times=times)
+        end = discrete.discrete_law(AffineField(one, form, law, path, pull), times=times)
         return end.means[0], end.covs[0]
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
@@ -244,17 +260,16 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
 
 def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -> Iterator[Option]:
     """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
-    one = bias.plug_in_law(prior, reward, scale)
+    one, many = bias.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
     for k in (2, 8, 32):
         cost = 1 + k * inner * (1 + pullback)
         steps = _affordable(budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
         coarse = _run(one_draw, prior.log_weights, steps)
-        law = bias.plug_in_law(prior, reward, scale, k=k)
-        mean = law.mean() + coarse.means[0] - one.means[0]
+        mean, cov = draws_moments(*many, jnp.asarray(k, prior.means.dtype))
         # Fresh draws leave 1/k of one draw's variance.
-        cov = law.cov() + (coarse.covs[0] - one.covs[0]) / k
+        mean, cov = mean + coarse.means[0] - one.means[0], cov + (coarse.covs[0] - one.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
         method = f"PlugIn(Glass(model, {inner}), reward, {float(scale):g}, k={k})"
         yield Option(method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments)
@@ -297,11 +312,15 @@ def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
         yield Option(f"one of {n} weighted paths, {label}", _PATH_STEPS, n * _PATH_STEPS * cost, error, _BOUND)
 
 
+def _of_draws(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> tuple[Array, Array, Array, Array]:
+    return bias._draws(prior, reward, inputs.cast(scales.as_scale(scale), prior.means.dtype), 2)
+
+
 def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000) -> int | None:
     """The least k for which undamped plug-in lands closer to the tilt than one draw damped by `law`, or `None` up to `most`.
 
     By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw samples the tilt, and no k beats it; of a
-    wrong one this says what it is worth. On the host; the first call compiles for a minute.
+    wrong one this says what it is worth. On the host.
 
     **Raises:** as `plug_in_law` with k > 1.
     """
@@ -311,13 +330,12 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
     most = inputs.count(most, "most")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
-    checked = bias.plug_in_law(prior, reward, law.final, k=2)  # refuses what has no law
-    assert isinstance(checked, DrawsLaw)
+    many = _of_draws(prior, reward, law.final)  # refuses what has no law
 
     def distance(k: int) -> float:
         if k > 1:
-            many = checked.center, checked.std**2, checked.target, checked.strength
-            return float(_off(*many, jnp.asarray(k, mean.dtype), mean, cov))
+            one_mean, one_cov = draws_moments(*many, jnp.asarray(k, mean.dtype))
+            return float(tilts.bures(one_mean, one_cov, mean, cov))
         here = bias.plug_in_law(prior, reward, law.final)
         return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
 
@@ -332,10 +350,3 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
         middle = max(low + 1, int(np.sqrt(low * high)))
         low, high = (low, middle) if distance(middle) < aim else (middle, high)
     return high
-
-
-@jax.jit
-def _off(center: Array, variance: Array, target: Array, strength: Array, k: Array, mean: Array, cov: Array) -> Array:
-    """How far the law of k draws is from a Gaussian: one program for every search."""
-    many = draws_law(center, variance, target, strength, k)
-    return tilts.bures(many.mean(), many.cov(), mean, cov)

@@ -8,6 +8,8 @@ Three rules, for three kinds of integrand:
   a mixture whose components may be arbitrarily narrow. Spectrally accurate while `exp(scale * r)` is resolved by the nodes.
 - `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands have scales of all sizes at the
   ends.
+
+Reference: Takahasi and Mori (1974), double exponential formulas.
 """
 
 from collections.abc import Callable
@@ -82,24 +84,27 @@ def tilt(
     cells = (100_000, 800)[d - 1] if cells is None else inputs.count(cells, "cells")
     scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
     r = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
-    spread = inputs.positive(reach, "reach").astype(prior.means.dtype) * jnp.sqrt(
-        jnp.diagonal(prior.covs, axis1=1, axis2=2)
-    )
-    low, high = jnp.min(prior.means - spread, axis=0), jnp.max(prior.means + spread, axis=0)
-    cell = (high - low) / cells
-    middles = jnp.arange(cells, dtype=low.dtype) + 0.5
-    axes = [low[i] + cell[i] * middles for i in range(d)]
-    centers = jnp.stack([grid.reshape(-1) for grid in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
-    log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(jnp.log(cell))
-    log_norm = jax.nn.logsumexp(log_masses)
-    log_masses = jax.nn.log_softmax(log_masses)
-    if inputs.concrete(log_masses):
-        effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(log_masses, np.float64))))
+    grid = _grid_tilt(prior, r, scale, inputs.positive(reach, "reach").astype(prior.means.dtype), cells)
+    if inputs.concrete(grid.log_masses):
+        effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(grid.log_masses, np.float64))))
         if not effective > 100:
             raise ValueError(
                 f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of {cells}^{d}. Lower the scale (got "
                 f"{float(scale):g}), or raise cells."
             )
+    return grid
+
+
+@eqx.filter_jit
+def _grid_tilt(prior: GaussianMixture, r: rewards.Reward, scale: Array, reach: Array, cells: int) -> GridTilt:
+    spread = reach * jnp.sqrt(jnp.diagonal(prior.covs, axis1=1, axis2=2))
+    low, high = jnp.min(prior.means - spread, axis=0), jnp.max(prior.means + spread, axis=0)
+    cell = (high - low) / cells
+    middles = jnp.arange(cells, dtype=low.dtype) + 0.5
+    axes = [low[i] + cell[i] * middles for i in range(prior.dim)]
+    centers = jnp.stack([grid.reshape(-1) for grid in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
+    log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(jnp.log(cell))
+    log_norm, log_masses = jax.nn.logsumexp(log_masses), jax.nn.log_softmax(log_masses)
     return GridTilt(prior, r, scale, centers, log_masses, cell, log_norm)
 
 

@@ -13,6 +13,8 @@ over row k. Its own nodes carry each component, so that modes of very different 
 **The noncentral chi-square law** of m degrees, in terms of the distance `rho = sqrt(Q)` and the offset `delta`, one coordinate c along
 the offset and m - 1 across: `P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`, by tanh-sinh nodes, which take the root at
 `c = ±q`; elementary for m = 1.
+
+Reference: Johnson, Kotz and Balakrishnan, *Continuous Univariate Distributions* 2 (1995), chapter 29.
 """
 
 from collections.abc import Callable
@@ -226,31 +228,48 @@ def reward_law(prior: GaussianMixture, reward: Callable, *, cells: int | None = 
     if tilts.is_quadratic(reward):
         form = inputs.cast(tilts.quadratic_form(reward, d), dtype)
         if _is_linear(reward):
-            spread = jnp.einsum("i,kij,j->k", form.gradient, prior.covs, form.gradient)
-            _check_spread(spread)
-            means = form.value + (prior.means - form.center[None]) @ form.gradient
-            return NormalReward(prior.log_weights, means, jnp.sqrt(spread), form.gradient, nodes)
+            law = _normal_law(prior, form, nodes)
+            _check_spread(law.stds)
+            return law
         if _isotropic_reward(reward, d) and _isotropic_prior(prior) and _concave(reward, d):
-            h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
-            _check_spread(h * s2)
-            center = form.center + form.gradient / (2 * h)
-            top = form.value + form.gradient @ form.gradient / (4 * h)
-            # The distance has no derivative at 0: there its square does not change, to first order, either.
-            square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
-            offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-            return ChiReward(prior.log_weights, top, center, h * s2, offsets, d, nodes)
+            law = _chi_law(prior, form, nodes)
+            _check_spread(law.units)
+            return law
     if d > 2:
         raise ValueError(
             f"the law of {type(reward).__name__} under this prior has no closed form, and quadrature covers one or two dimensions, not "
             f"{d}. Closed forms: Linear, Step, and Quadratic with a scalar weight > 0 where every component is isotropic. Otherwise "
             "estimate it: tiltjax.best_of_n on samples, tiltjax.metrics."
         )
-    grid = quadrature.tilt(prior, reward, 0.0, cells=cells)
+    law = _grid_law(prior, reward, quadrature.tilt(prior, reward, 0.0, cells=cells))
+    if inputs.concrete(law.values) and not np.all(np.isfinite(law.values)):
+        raise ValueError("the reward is not finite everywhere on the grid: bound it (jnp.clip)")
+    return law
+
+
+@eqx.filter_jit
+def _normal_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> NormalReward:
+    spread = jnp.einsum("i,kij,j->k", form.gradient, prior.covs, form.gradient)
+    means = form.value + (prior.means - form.center[None]) @ form.gradient
+    return NormalReward(prior.log_weights, means, jnp.sqrt(spread), form.gradient, nodes)
+
+
+@eqx.filter_jit
+def _chi_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> ChiReward:
+    h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
+    center = form.center + form.gradient / (2 * h)
+    top = form.value + form.gradient @ form.gradient / (4 * h)
+    # The distance has no derivative at 0: there its square does not change, to first order, either.
+    square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
+    offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return ChiReward(prior.log_weights, top, center, h * s2, offsets, prior.dim, nodes)
+
+
+@eqx.filter_jit
+def _grid_law(prior: GaussianMixture, reward: rewards.Reward, grid: quadrature.GridTilt) -> GridReward:
     centers = jax.lax.stop_gradient(grid.centers)  # the integral does not depend on where its nodes are
     log_masses = jax.vmap(prior.component_log_probs)(centers).T + jnp.sum(jnp.log(jax.lax.stop_gradient(grid.cell)))
     values = jax.vmap(lambda x: rewards.value(reward, x))(centers)
-    if inputs.concrete(values) and not np.all(np.isfinite(values)):
-        raise ValueError("the reward is not finite everywhere on the grid: bound it (jnp.clip)")
     return GridReward(values[None], log_masses - jax.nn.logsumexp(log_masses), centers)
 
 

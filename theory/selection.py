@@ -39,7 +39,7 @@ _MOST = 1e12
 class Selected(eqx.Module):
     """The law of a winner; built by `best_of_n` and `softmax_of_n`.
 
-    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes.
+    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes, of the shape of `law.values`. All methods return scalars but `masses`.
     """
 
     prior: GaussianMixture
@@ -63,8 +63,7 @@ class Selected(eqx.Module):
 
         **Raises:** `ValueError` for `Step`, whose values say too little.
         """
-        log_shares = self.law.log_masses + self._differentiable(self.log_ratios)
-        return self.prior.replace(jax.nn.logsumexp(log_shares, axis=1), *self.law.moments(self.prior, log_shares))
+        return _mixture(self.prior, self.law, self._differentiable(self.log_ratios))
 
     def expect_reward(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(r)]` of the winner's reward."""
@@ -229,6 +228,12 @@ def _best(prior: GaussianMixture, reward: Callable, n: Array, law: RewardLaw) ->
 
 
 @eqx.filter_jit
+def _mixture(prior: GaussianMixture, law: RewardLaw, log_ratios: Array) -> GaussianMixture:
+    log_shares = law.log_masses + log_ratios
+    return prior.replace(jax.nn.logsumexp(log_shares, axis=1), *law.moments(prior, log_shares))
+
+
+@eqx.filter_jit
 def _at_nodes(ratio: Callable[[Array], Array], values: Array) -> Array:
     # In batches: every node is met by all of an integral's.
     return jax.lax.map(ratio, values.reshape(-1), batch_size=256).reshape(values.shape)
@@ -328,6 +333,22 @@ class _Either(eqx.Module):
 def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], Array]:
     if law.discrete and not isinstance(law, GridReward):
         return _SoftAtoms(law, n, scale)
+    soft, span, resolved = _soft(law, n, scale)
+    if isinstance(law, GridReward):
+        if inputs.concrete(resolved) and not bool(resolved):
+            raise ValueError(
+                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the reward varies by "
+                f"{float(span):.3g}: lower the scale, or take best_of_n, its limit"
+            )
+        return _Either(soft, _unresolved, resolved) if not inputs.concrete(resolved) else soft
+    if inputs.concrete(resolved):
+        return soft if bool(resolved) else _wide_softmax(law, n, scale)
+    return _Either(soft, _wide_softmax(law, n, scale), resolved)
+
+
+@eqx.filter_jit
+def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
+    """The integral, how far `scale * r` reaches, and whether nodes and rewards are close enough for it."""
     values, masses = law.flat(jnp.exp(law.log_masses))
     held = jax.lax.stop_gradient((values, masses))
     # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is gone.
@@ -337,19 +358,11 @@ def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], 
     v = jax.lax.stop_gradient(low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype))
     soft = _Soft(n, scale, v, jax.lax.map(lambda v: _log_phi(masses, v + scale * values), v, batch_size=32))
     resolved = v[1] - v[0] < 0.5
-    if isinstance(law, GridReward):
-        if inputs.concrete(resolved) and not bool(resolved):
-            raise ValueError(
-                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the reward varies by "
-                f"{float(scale * (best - worst)):.3g}: lower the scale, or take best_of_n, its limit"
-            )
-        return _Either(soft, _unresolved, resolved) if not inputs.concrete(resolved) else soft
-    bulk = jax.lax.stop_gradient(law.log_masses[:, 1:] > -37.0)
-    step = jnp.max(jnp.where(bulk, jnp.abs(jnp.diff(jax.lax.stop_gradient(law.values), axis=1)), 0.0))
-    resolved &= scale * step < 1
-    if inputs.concrete(resolved):
-        return soft if bool(resolved) else _wide_softmax(law, n, scale)
-    return _Either(soft, _wide_softmax(law, n, scale), resolved)
+    if not isinstance(law, GridReward):
+        bulk = jax.lax.stop_gradient(law.log_masses[:, 1:] > -37.0)
+        step = jnp.max(jnp.where(bulk, jnp.abs(jnp.diff(jax.lax.stop_gradient(law.values), axis=1)), 0.0))
+        resolved &= scale * step < 1
+    return soft, scale * (best - worst), resolved
 
 
 def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:

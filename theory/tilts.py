@@ -43,8 +43,13 @@ def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
         raise ValueError(f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}")
-    value, gradient = jax.value_and_grad(reward)(center)
+    value, gradient = _value_and_slope(reward, center)
     return QuadraticForm(matrix, center, gradient, value)
+
+
+@eqx.filter_jit
+def _value_and_slope(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
+    return jax.value_and_grad(reward)(x)
 
 
 def is_quadratic(reward: rewards.Reward) -> bool:
@@ -94,7 +99,7 @@ class Tilt(eqx.Module):
 def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -> Tilt:
     """The law `rho(x) exp(scale * r(x)) / Z` and `log Z`.
 
-    **Arguments:** `prior`, K components in d dimensions; `reward`, quadratic; `scale >= 0`.
+    **Arguments:** `prior`, K components in d dimensions, covariances singular or not; `reward`, quadratic; `scale >= 0`.
 
     **Raises:** `ValueError` for a reward without closed form, or where the tilt has no finite mass.
     """
@@ -105,15 +110,20 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
-    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`."""
+    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`. **Raises:** `ValueError` for another reward."""
     check_mixture(mixture, "mixture")
     form = quadratic_form(rewards.as_reward(reward), mixture.dim)
     return mixture.weights @ (jax.vmap(reward)(mixture.means) - jnp.einsum("ij,kji->k", form.matrix, mixture.covs))
 
 
 def _tilt(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
-    eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
     _check_mass(prior, form, scale)
+    return _tilted(prior, form, scale)
+
+
+@eqx.filter_jit
+def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
+    eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
 
     def component(log_weight: Array, mean: Array, cov: Array) -> tuple[Array, Array, Array]:
         matrix = eye + 2 * scale * cov @ form.matrix
@@ -156,6 +166,8 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by triangular roots: singular covariances
     are as good as any. Its derivative is taken without that of the singular vectors, and is right where singular values coincide; where one
     is zero, W2^2 itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+
+    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:** `ValueError` for other shapes.
     """
     mean, other_mean = inputs.floating(mean, "mean", 1), inputs.floating(other_mean, "other_mean", 1)
     cov, other_cov = inputs.floating(cov, "cov", 2), inputs.floating(other_cov, "other_cov", 2)
@@ -163,6 +175,11 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     for name, part, shape in (("other_mean", other_mean, d), ("cov", cov, d + d), ("other_cov", other_cov, d + d)):
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, as mean has {d}, got {part.shape}")
+    return _bures(mean, cov, other_mean, other_cov)
+
+
+@jax.jit
+def _bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
     shared = _nuclear_norm(linalg.square_root(cov).T @ linalg.square_root(other_cov))
     return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
 

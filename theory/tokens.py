@@ -73,7 +73,7 @@ def token_states(vocab: int, length: int) -> Array:
 
 
 def token_log_prob(chain: Chain, x: Array) -> Array:
-    """`log P(x)` of one sequence without hidden tokens."""
+    """`log P(x)` of one sequence without hidden tokens. `x` is `(length,)`."""
     return chain.log_initial[x[0]] + jnp.sum(chain.log_transition[x[:-1], x[1:]])
 
 
@@ -100,7 +100,10 @@ def _log_norm(law: Array, values: Array) -> Array:
 
 
 def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
-    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence `scale * r(x)`."""
+    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence `scale * r(x)`.
+
+    **Arguments:** `x` `(length,)`, integers, `vocab` where a token is hidden. **Raises:** `ValueError`, `TypeError` for another, and as `token_tilt`.
+    """
     if x is None:
         raise TypeError(
             "x must be a sequence of integers, got None: log Z itself is token_tilt(chain, reward, scale).log_norm"
@@ -128,6 +131,8 @@ def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale:
     """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any length.
 
     **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default; `scale`.
+
+    **Raises:** `ValueError` for other shapes.
     """
     _check_chain(chain)
     dtype, vocab = chain.log_initial.dtype, len(chain.log_initial)

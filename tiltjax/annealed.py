@@ -87,7 +87,7 @@ def power(p: float | Array = 2.0) -> Power:
 
 
 def step(at: float | Array = 0.6) -> Step:
-    """The base model before time `at`, the tuned one from then on."""
+    """The base model before time `at`, the tuned one from then on. `at` is a scalar."""
     return Step(_share(at, "at"))
 
 
@@ -142,7 +142,8 @@ class Annealed(Model):
 
 
 class Seen(NamedTuple):
-    """What `Tuned` remembers of a path: its last time and state, both denoisers there, and `L`, the log-density of Q against P so far."""
+    """What `Tuned` remembers of a path: its last time `t` and state `x`, both denoisers there, `base` and `tuned`, of the shape of `x`, and
+    the scalar `log_ratio`, L, the log-density of Q against P so far."""
 
     t: Array
     x: Array
@@ -256,7 +257,7 @@ class Tuned(Guidance):
 
 
 def check_pair(base: Model, tuned: Model, name: str) -> None:
-    """Refuse, for `name`, two models that are not of the same states on the same path."""
+    """Refuse, with a `ValueError` for `name`, two models that are not of the same states on the same path."""
     inputs.instance(base, Model, "base", f"{name}(base, tuned, weight)")
     inputs.instance(tuned, Model, "tuned", f"{name}(base, tuned, weight)")
     if base.tokens or tuned.tokens:

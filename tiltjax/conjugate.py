@@ -358,6 +358,8 @@ def toward(model: Model, tilted: Model, reward: Callable, scale: float | Array =
     """A tilted model (`Tilted`, or a reward-fine-tuned network) as a guidance of the base `model`.
 
     **Arguments:** `model`; `tilted`, on the same path and states; `reward` and `scale`, what it is tilted by.
+
+    **Raises:** `ValueError` for models of other states, or on other paths.
     """
     inputs.instance(model, Model, "model", "toward(model, tilted, reward, scale)")
     inputs.instance(tilted, Model, "tilted", "such as Tilted(model, reward, scale)")

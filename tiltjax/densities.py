@@ -10,6 +10,8 @@ needed, which an `audit` is made of. The d columns of `F'` are pushed through th
 
 F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of which one term is seen: the mean of `base / q` above 1 tells.
 A guidance that draws at random folds at every step, and is refused.
+
+Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
 """
 
 from typing import NamedTuple

@@ -55,6 +55,8 @@ def adamw(
     """Gradients clipped to the global norm `clip`, then AdamW at the rate `schedule(rate, steps, warmup)`.
 
     **Arguments:** `warmup`, a twentieth of `steps` by default; `weight_decay`, of matrices and kernels, not of biases and gains.
+
+    **Raises:** `ValueError`, `TypeError` for numbers out of range. Source: Loshchilov and Hutter (arXiv 1711.05101).
     """
     steps = inputs.count(steps, "steps")
     warmup = steps // 20 if warmup is None else warmup

@@ -31,6 +31,7 @@ from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model, Net, ask
+from tiltjax.particles import as_tokens
 
 
 class Hiding(Interpolant):
@@ -247,6 +248,8 @@ class Completions(Guidance):
 
     **Arguments:** `model`, of tokens; `reward(x1) -> scalar` of integers `(length,)`; `scale`; `k`; `lean` in [0, 1): at 1 tokens that no
     completion has could never be proposed.
+
+    **Raises:** `ValueError` for a `lean` outside [0, 1); `TypeError` for what is no model of tokens.
     """
 
     model: Masked
@@ -286,13 +289,4 @@ class Completions(Guidance):
 def _prompt(prompt: Any, length: int, vocab: int) -> Array:
     if prompt is None:
         return jnp.full(length, vocab, jnp.int32)
-    prompt = np.asarray(prompt) if inputs.concrete(prompt) else jnp.asarray(prompt)
-    if prompt.shape != (length,) or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(
-            f"prompt must hold {length} integers, {vocab} where a token is hidden, got shape {prompt.shape} of {prompt.dtype}"
-        )
-    if inputs.concrete(prompt) and (np.any(prompt < 0) or np.any(prompt > vocab)):
-        raise ValueError(
-            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {prompt.min()} to {prompt.max()}"
-        )
-    return jnp.asarray(prompt).astype(jnp.int32)
+    return as_tokens(prompt, "prompt", (length,), vocab)

@@ -52,6 +52,8 @@ class Record:
 
     `.x`, `(n, *shape)`; `.values`, `(n,)`; `.calls`, of the function; `len`, n. **Arguments:** `path` of an `.npz` file with `x` and
     `values`, written when the reward fails, after a call if `every` seconds have passed since the last time, and by `save()`.
+
+    **Raises:** `ValueError` for a path that is no `.npz` file, and where `save()` has none.
     """
 
     def __init__(self, path: str | os.PathLike | None = None, every: float = 60.0):

@@ -6,6 +6,8 @@ r"""`flow`: the continuous path of one state under the probability flow, towards
 
 Solved by `solvers.Adaptive` and interpolated to fourth order. Past the time at which it jumps to t = 1, the denoiser is held; backwards
 from t = 1 the sample stands for its own denoiser until then.
+
+Reference: Song et al. (arXiv 2011.13456), the probability flow.
 """
 
 from typing import Any
@@ -24,7 +26,10 @@ from tiltjax.solvers import Adaptive, Arc
 
 
 class Flow(eqx.Module):
-    """A path `t -> X_t` between the times `t0` and `t1`, in either order; built by `flow`."""
+    """A path `t -> X_t` between the times `t0` and `t1`, in either order; built by `flow`.
+
+    `path(t)` takes a scalar, and answers with a state. **Raises:** `ValueError` for a t outside of the path.
+    """
 
     t0: Array
     t1: Array

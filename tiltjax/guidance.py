@@ -49,6 +49,8 @@ class Estimate(NamedTuple):
     - `tilted`: the estimate of the tilted denoiser `D~_t(x)`, of the shape of `x`.
     - `denoised`: the unguided `D_t(x)`, or `None` if the guidance has no need of it (it would cost one more network call).
     - `log_h`: the estimate of `log h_t(x)`, a scalar, or `None` if the guidance only proposes.
+
+    **Raises:** `ValueError` where a score is asked of an estimate without `denoised`.
     """
 
     tilted: Array
@@ -142,6 +144,8 @@ class Doob(Guidance):
 
     **Arguments:** `model`; `log_h(t, x) -> scalar`, differentiable in x and valid up to t = 1, such as
     `theory.log_h(prior, reward, scale)`.
+
+    **Raises:** `ValueError` for a `log_h` of another path. Source: Doob (1957).
     """
 
     model: Model
@@ -173,6 +177,8 @@ class PlugIn(Guidance):
     it cannot choose between modes. Bias of order 1/k; the damped scale removes it at k = 1 for one Gaussian.
 
     **Arguments:** `posterior`; `reward`, any function of one sample; `scale`, a number or a law; `k >= 1` draws.
+
+    **Raises:** `TypeError` for what is no posterior, `ValueError` for `k < 1`. Source: Dandapanthula and Boffi (arXiv 2606.02884).
     """
 
     posterior: Posterior
@@ -359,6 +365,8 @@ def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.
 
     In the drift form `(g_t^2 / 2) scale ∇ r(D_t(x))`. For one Gaussian and a quadratic reward it has the law of `PlugIn`
     with k = 1, for anything else it has not.
+
+    Source: Chung et al. (arXiv 2209.14687).
     """
     return PlugIn(Tweedie(model), reward, scale)
 
@@ -368,5 +376,7 @@ def fmrg(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1
 
     The gradient is not multiplied by `g_t^2 / 2`, so it is no h-transform; what it samples for one Gaussian is
     `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `steps` of the inner `FlowMap`.
+
+    Source: Dandapanthula and Boffi (arXiv 2606.02884).
     """
     return Unscaled(PlugIn(FlowMap(model, steps), reward, scale))

@@ -168,6 +168,8 @@ class VP(_VariancePreserving):
     The formulas go on below t = 0, where no network was trained.
 
     **Arguments:** `beta_min`, `beta_max`: the noise rates at the data and at the noise, `0 < beta_min <= beta_max`.
+
+    **Raises:** `ValueError` for rates that are not positive, or in the wrong order. Source: Song et al. (arXiv 2011.13456).
     """
 
     beta_min: Array
@@ -209,6 +211,8 @@ class DiscreteVP(_VariancePreserving):
     checked.
 
     **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside (0, 1).
+
+    **Raises:** `ValueError` for another table.
     """
 
     noise_level: Array

@@ -27,7 +27,7 @@ def init(
 ) -> Adapters:
     """Adapters of rank `rank` for the kernels of a network: parameters of two axes or more, of which the last two are adapted.
 
-    `only(path, kernel)`, if given, chooses among them. A is normal with variance `1 / n`, B is zero; both in the kernel's dtype, but in single
+    `only(path, kernel)`, if given, chooses among them. A `(*lead, n, rank)`, B `(*lead, rank, m)` for a kernel `(*lead, n, m)`. A is normal with variance `1 / n`, B is zero; both in the kernel's dtype, but in single
     precision where that has fewer bits: what is trained has to keep small updates.
 
     **Raises:** `ValueError` for a network without such a parameter, `TypeError` for what is no Flax module, or no function.

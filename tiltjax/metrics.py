@@ -16,6 +16,8 @@ Distances are in the units of the samples, `mmd` (a squared distance between ker
 
 Exact transport costs O(num^2) memory; between samples of one law in dimension d > 4 it falls no faster than num^(-1/d):
 read it next to its value between two independent samples of the truth.
+
+References: Bonneel et al. (2015) for sliced transport, Gretton et al. (2012) for `mmd`, Fournier and Guillin (2015) for that rate.
 """
 
 import functools

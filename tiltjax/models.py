@@ -8,6 +8,8 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 
 What is said of a model holds for posterior means. A network under classifier-free guidance, or a thresholded one, is none: then
 `Tilted`, `Rescheduled` and the posteriors sample something else.
+
+Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the score.
 """
 
 import inspect
@@ -314,19 +316,23 @@ def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> 
     return _checked(net(t, x), shape, x.shape, batched)
 
 
+def state_dtype(dtype: Any) -> np.dtype:
+    """The dtype of states: floating, of at least 32 bits, by default JAX's float. **Raises:** `ValueError`, `TypeError` for another."""
+    why = ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
+    return inputs.float_dtype(dtype, "states", why)
+
+
 def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
     shape = tuple(inputs.count(n, "every entry of shape") for n in shape)
-    why = ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
-    dtype = inputs.float_dtype(dtype, "states", why)
     return Network(
         net=Net(fn, params),
         interpolant=or_linear(interpolant),
         to_denoised=to_denoised,
         batched=inputs.flag(batched, "batched"),
         shape=shape,
-        dtype=dtype,
+        dtype=state_dtype(dtype),
     )
 
 

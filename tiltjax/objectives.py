@@ -73,7 +73,7 @@ def _several(objectives: Sequence[Callable]) -> None:
 
 
 def values(objectives: Sequence[Callable], x: Array) -> Array:
-    """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`."""
+    """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`. **Raises:** `ValueError` for an `x` without rows."""
     _several(objectives)
     x = inputs.floating(x, "x") if not isinstance(x, jax.Array) else x
     if not x.ndim:

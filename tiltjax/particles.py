@@ -1,5 +1,7 @@
 """Particles: a weighted population, which every verb returns or takes.
 
+    E f = sum_i W_i f(x_i),    W = softmax(log_weights),    effective sample size = 1 / sum_i W_i^2 in [1, num]
+
 Weights are log-weights: added, never multiplied, unnormalised. A population that nothing has weighed has equal ones and
 no normalising constant.
 """
@@ -186,3 +188,19 @@ def weight_dtype(dtype) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.dtype(jnp.result_type(float))
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Array:
+    """States of a model of tokens, int32 of this shape: integers up to `vocab`, which hides one. **Raises:** `ValueError` for others."""
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a token is hidden, got shape "
+            f"{value.shape} of {value.dtype}"
+        )
+    seen = inputs.held(value) if inputs.concrete(value) else np.zeros(0)
+    if np.any(seen < 0) or np.any(seen > vocab):
+        raise ValueError(
+            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {seen.min()} to {seen.max()} in {name}"
+        )
+    return jnp.asarray(value).astype(jnp.int32)

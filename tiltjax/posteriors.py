@@ -148,6 +148,8 @@ class FlowMap(Posterior):
 
     Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale, then one jump to the denoiser:
     2 `steps` + 1 denoiser calls. For t > 0, where that logarithm is finite.
+
+    **Raises:** `ValueError` for a `floor` outside (0, 1).
     """
 
     model: Model
@@ -202,6 +204,8 @@ class Renoise(Posterior):
     2602.05993, weighted diamond maps).
 
     **Arguments:** `model`; `snr_factor >= 1`; `steps` of the inner `FlowMap`.
+
+    **Raises:** `ValueError` for a factor below 1.
     """
 
     model: Model

@@ -79,6 +79,8 @@ class Every(eqx.Module):
     """Weigh and resample after the steps `start, start + n, ...` up to `stop` (inclusive; `None`: to the end). The last always counts.
 
     Between them no twist is evaluated (but `Tuned`, which has to see every state); particles of a guided proposal gather its weights all the same.
+
+    **Raises:** `ValueError` for a window without a step.
     """
 
     n: int = eqx.field(static=True, default=1)

@@ -71,6 +71,8 @@ class Children(Proposal):
 
     That mean is what keeps the normalising constant unbiased. Costs m evaluations a step. **Arguments:** `m`; `proposal` of each child,
     `Base()` by default.
+
+    **Raises:** `ValueError` for children of children.
     """
 
     proposal: Proposal

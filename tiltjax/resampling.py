@@ -32,7 +32,7 @@ Resampler = Callable[..., Array]
 
 
 def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """Independent draws. The most variable scheme, and the one that theorems are about."""
+    """Independent draws. The most variable scheme, and the one that theorems are about. `log_weights` `(n,)`, ancestors `(num,)`."""
     key, (log_weights, num) = inputs.typed_key(key), _checked(log_weights, num)
     # Ordered uniforms without sorting: normalised partial sums of exponentials.
     gaps = jnp.cumsum(jax.random.exponential(key, (num + 1,), log_weights.dtype))
@@ -40,21 +40,21 @@ def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array
 
 
 def stratified(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """One point in each of `num` equal strata."""
+    """One point in each of `num` equal strata. Shapes as in `multinomial`."""
     log_weights, num = _checked(log_weights, num)
     offsets = jax.random.uniform(inputs.typed_key(key), (num,), log_weights.dtype)
     return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offsets) / num)
 
 
 def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """The same point in each of `num` equal strata."""
+    """The same point in each of `num` equal strata. Shapes as in `multinomial`."""
     log_weights, num = _checked(log_weights, num)
     offset = jax.random.uniform(inputs.typed_key(key), (), log_weights.dtype)
     return _counted(log_weights, offset, num)
 
 
 def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """Whole copies first, the rest multinomially."""
+    """Whole copies first, the rest multinomially. Shapes as in `multinomial`."""
     log_weights, num = _checked(log_weights, num)
     whole, fraction = _split(log_weights, num)
     # Not the ordered points of `multinomial`: any of them, taken alone, must be uniform.

@@ -75,6 +75,8 @@ class Quadratic(Reward):
 
     **Arguments:** `target`, y, of the state's shape; `weight`, H: a scalar h for `H = h I` (any state shape), or, for
     vectors of dimension d, a `(d,)` diagonal or a symmetric `(d, d)` matrix. H may be indefinite.
+
+    **Raises:** `ValueError` for a weight of another shape, or a matrix that is not symmetric.
     """
 
     target: Array
@@ -133,7 +135,7 @@ class Linear(Reward):
 
 
 class Bump(Reward):
-    """`r(x) = exp(-|x - y|^2 / (2 w^2))`. **Arguments:** `target`, y; `width`, w > 0, a length in the data's units."""
+    """`r(x) = exp(-|x - y|^2 / (2 w^2))`. **Arguments:** `target`, y, of the state's shape; `width`, w > 0, a length in the data's units."""
 
     target: Array
     width: Array
@@ -208,7 +210,7 @@ class Scaled(Reward):
 
 
 class Custom(Reward):
-    """Any function or module as a reward; what `as_reward` builds."""
+    """Any function or module as a reward; what `as_reward` builds. **Raises:** `TypeError` for an answer that is not one floating number."""
 
     fn: inputs.Function
 

@@ -20,7 +20,7 @@ from tiltjax import external, inputs
 from tiltjax import progress as progress_bar
 from tiltjax.guidance import Estimate, Guidance, check, check_start, failures
 from tiltjax.models import Model
-from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.particles import CULPRITS, Particles, Trace, as_tokens, unweighted
 from tiltjax.solvers import Heun, Solver, Streams, Unmask
 
 
@@ -76,18 +76,16 @@ def sample(
             raise TypeError("start takes states, an array, got Particles: pass particles.x")
         if times is None:
             raise ValueError("start needs times=, the first of which says when these states are")
-        start = jnp.asarray(start) if model.tokens else inputs.floating(start, "start")
-        if model.tokens:
-            most = model.denoised_shape[-1]
-            if not jnp.issubdtype(start.dtype, jnp.integer):
-                raise ValueError(f"states of {type(model).__name__} are integers, got start of {start.dtype}")
-            if inputs.concrete(start) and (np.any(inputs.held(start) < 0) or np.any(inputs.held(start) > most)):
-                raise ValueError(f"tokens are integers from 0 to {most - 1}, {most} hides one, got others in start")
-            start = start.astype(jnp.int32)
+        shape = (num, *model.shape)
+        start = (
+            as_tokens(start, "start", shape, model.denoised_shape[-1])
+            if model.tokens
+            else inputs.floating(start, "start")
+        )
         if inputs.concrete(start) and not np.all(np.isfinite(inputs.held(start))):
             raise ValueError("start must be finite, got states with NaN or infinity")
-        if start.shape != (num, *model.shape):
-            raise ValueError(f"start must hold num states, shape {(num, *model.shape)}, got {start.shape}")
+        if start.shape != shape:
+            raise ValueError(f"start must hold num states, shape {shape}, got {start.shape}")
     times = run_times(model, solver, steps, times, fresh=start is None)
     if guidance is not None:
         check_start(model, times)

@@ -5,6 +5,8 @@ and F that of their reward, best-of-n has the density `n F(r(x))^(n-1) p(x)` whe
 `p(x) (F(r)^n - F(r-)^n) / (F(r) - F(r-))` at an atom `r = r(x)`: it corrects the weights of modes, which gradients cannot, and
 overshoots the tilt for large n. Softmax-of-n tends to the tilt *of p* as n grows: of unguided particles that is the tilt, of guided
 ones it is tilted twice.
+
+Reference: Beirami et al. (arXiv 2401.01879), best-of-n; the laws of both: `theory.selection`.
 """
 
 from collections.abc import Callable

@@ -70,6 +70,8 @@ class Adaptive(Tempering):
     It may fall again: twists that agree early on, when they know nothing, allow any factor. For `Difference()` and particles that move alone
     (no `Children`), resampled as soon as the share is below `ess_threshold > ess`. That the factors depend on the particles leaves the
     normalising constant unbiased. **Arguments:** `ess` in (0, 1).
+
+    **Raises:** `ValueError` for a share outside (0, 1).
     """
 
     ess: Array

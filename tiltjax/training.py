@@ -51,7 +51,7 @@ _TARGETS: dict[Callable, Callable] = {
 
 
 def uniform(key: Array) -> Array:
-    """The usual law of times: uniform on [0, 1)."""
+    """The usual law of times: uniform on [0, 1). A key to a scalar."""
     return jax.random.uniform(key)
 
 
@@ -216,10 +216,7 @@ def _source(key: Array, data: Any, batch: int | None) -> tuple[Any, jax.ShapeDty
             )
         rows = inputs.count(256 if batch is None else batch, "batch")
         example = jax.ShapeDtypeStruct((rows, *source.shape[1:]), source.dtype)
-    if not jnp.issubdtype(example.dtype, jnp.floating) or jnp.finfo(example.dtype).bits < 32:
-        raise ValueError(
-            f"states must have a floating dtype of at least 32 bits, got {example.dtype}: the network may compute in any"
-        )
+    models.state_dtype(example.dtype)
     return source, example
 
 

@@ -33,6 +33,8 @@ class Window(Wrapper):
     The steps i to j - 1 of a grid are the window `(times[i], times[j])`.
 
     **Arguments:** `guidance`; `0 <= start < stop <= 1`, with `stop = 1` up to the end.
+
+    **Raises:** `ValueError` for a window that is empty or leaves [0, 1].
     """
 
     guidance: Guidance
@@ -106,6 +108,8 @@ class Averaged(Guidance):
     every gradient to one length before they are averaged. The k draws are rows of a network's batch, and share the unguided denoiser.
 
     **Arguments:** `guidance`, any that gives `log_h` and knows its unguided denoiser; `k >= 1`.
+
+    **Raises:** `ValueError` for a guidance that gives neither.
     """
 
     guidance: Guidance

@@ -91,15 +91,43 @@ def convolved(x: Array, kernel: Array, strides: Any, padding: Any, **options: An
     """A convolution as `nnx.Conv(conv_general_dilated=)` asks for it, whose gradient with respect to x is as fast inside of a loop as outside.
 
     Of odd sides and stride 1 padded to the same size, the gradient is the convolution with the kernel turned over. Written out, which is all that is
-    done here, XLA runs it ten times as fast within `lax.scan` on a CPU. There is no forward mode. Other strides are left to JAX.
+    done here, XLA runs it ten times as fast within `lax.scan` on a CPU. There is no forward mode. Whatever else is asked for, other strides, paddings
+    and numbers of axes, even sides, groups, dilation, precision, is left to JAX.
+
+    **Arguments:** `x` `(batch, H, W, n)`, `kernel` `(h, w, n, m)`; the rest as in `jax.lax.conv_general_dilated`.
     """
-    if set(strides) != {1} or padding != "SAME":
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    return _same(x, kernel)
+    square = x.ndim == 4 and set(strides) == {1} and padding == "SAME" and all(side % 2 for side in kernel.shape[:2])
+    return (
+        _same(x, kernel)
+        if square and _plainly(x, kernel, **options)
+        else jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    )
+
+
+def _plainly(
+    x: Array,
+    kernel: Array,
+    *,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count=1,
+    **rest: Any,
+) -> bool:
+    """Whether these options ask for what `_plain` does."""
+    dilated = {*(lhs_dilation or (1,)), *(rhs_dilation or (1,))} != {1}
+    ours = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _AXES)
+    numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    return (
+        not dilated and numbers == ours and feature_group_count == 1 and all(value is None for value in rest.values())
+    )
+
+
+_AXES = ("NHWC", "HWIO", "NHWC")
 
 
 def _plain(x: Array, kernel: Array) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_AXES)
 
 
 def _same_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:

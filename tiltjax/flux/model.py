@@ -178,6 +178,8 @@ class Lookahead(Posterior):
     """Where a flow map takes x, in one call of the network, after some of what is known of x is forgotten: `tiltjax.Renoise` with a learned map.
 
     **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, by which the snr falls first; at 1 no noise is added.
+
+    **Raises:** `ValueError` for a network with one time, and a factor below 1.
     """
 
     model: FluxModel
@@ -208,6 +210,8 @@ def times(steps: int, height: int, width: int, *, start: float = 1e-3, mu: float
 
     **Arguments:** `steps`; `height` and `width` of the picture; `start`, the first time, which would be 0: there a guidance knows nothing of x, and what
     divides by t is infinite; `mu`, 0 for FLUX.1-schnell, which is not shifted. **Returns:** `(steps + 1,)`, increasing to 1.
+
+    **Raises:** `ValueError` for a first step that would end before `start`.
     """
     steps = inputs.count(steps, "steps")
     if mu is None:

@@ -118,7 +118,10 @@ def encoded(folder: Path, prompt: str, length: int, dtype: Any) -> tuple[Array, 
 
 
 def schedule(name: str | os.PathLike, model: FluxModel, steps: int, *, start: float = 1e-3) -> Array:
-    """The grid of a model's own scheduler, for `sample(..., times=)`: shifted by the number of tokens, or by a fixed factor."""
+    """The grid of a model's own scheduler, for `sample(..., times=)`: shifted by the number of tokens, or by a fixed factor.
+
+    **Returns:** `(steps + 1,)`, increasing to 1. **Raises:** as `times`.
+    """
     file = located(name) / "scheduler" / "scheduler_config.json"
     settings: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {"use_dynamic_shifting": True}
     rows, columns, _ = model.shape

@@ -102,6 +102,11 @@ def named(numbers: Numbers) -> Scene:
     return Scene(*(known[int(number)] for known, number in zip(_words(), numbers, strict=True)))
 
 
+def all_named(numbers: Numbers) -> list[Scene]:
+    """As `named`, for scenes `(n,)`."""
+    return [named(Numbers(*each)) for each in zip(*map(np.asarray, numbers), strict=True)]
+
+
 def scenes(key: Array, n: int) -> Numbers:
     """Scenes `(n,)`, all alike likely; a shape never has the background's colour."""
     keys = jax.random.split(inputs.typed_key(key), 4)
