@@ -235,8 +235,8 @@ def _mixture(prior: GaussianMixture, law: RewardLaw, log_ratios: Array) -> Gauss
 
 @eqx.filter_jit
 def _at_nodes(ratio: Callable[[Array], Array], values: Array) -> Array:
-    # In batches: every node is met by all of an integral's.
-    return jax.lax.map(ratio, values.reshape(-1), batch_size=256).reshape(values.shape)
+    # In batches: every node is met by all of an integral's. On the way back a batch is computed again: all of them would be gigabytes.
+    return jax.lax.map(jax.checkpoint(lambda r: ratio(r)), values.reshape(-1), batch_size=256).reshape(values.shape)
 
 
 class _Best(eqx.Module):
@@ -356,7 +356,8 @@ def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
     worst = jnp.min(jnp.where(held[1] > 1e-16, held[0], jnp.inf))
     low = -scale * best - jnp.log(n) - 36.0
     v = jax.lax.stop_gradient(low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype))
-    soft = _Soft(n, scale, v, jax.lax.map(lambda v: _log_phi(masses, v + scale * values), v, batch_size=32))
+    log_phi = jax.checkpoint(lambda v: _log_phi(masses, v + scale * values))
+    soft = _Soft(n, scale, v, jax.lax.map(log_phi, v, batch_size=32))
     resolved = v[1] - v[0] < 0.5
     if not isinstance(law, GridReward):
         bulk = jax.lax.stop_gradient(law.log_masses[:, 1:] > -37.0)
@@ -371,7 +372,7 @@ def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
     A, A' are Gumbel, `scale r + A` is what the softmax maximises, and F is smooth on the scale of the noise.
     """
     values = jnp.sort(law.values.reshape(-1))
-    log_below, log_above = jax.lax.map(law.log_cdf, values, batch_size=64)
+    log_below, log_above = jax.lax.map(jax.checkpoint(lambda r: law.log_cdf(r)), values, batch_size=64)
     noise = jnp.asarray(_GUMBEL, values.dtype)
     weights = jnp.exp(-noise - jnp.exp(-noise)) * (noise[1] - noise[0])
     lags = jnp.asarray(np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype)
@@ -389,7 +390,7 @@ def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
         log_cdf = jnp.where(near, jnp.log1p(-jnp.where(near, above, 0.0)), jnp.log(jnp.maximum(below, tiny)))
         return jax.nn.logsumexp((n - 1) * log_cdf + jnp.log(weights)[None], axis=1)
 
-    rows = jax.lax.map(lambda r: at(r[None])[0], values, batch_size=256)
+    rows = jax.lax.map(jax.checkpoint(lambda r: at(r[None])[0]), values, batch_size=256)
     return _Table(values, jnp.log(n) + rows)
 
 
