@@ -206,6 +206,12 @@ def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
     return dtype
 
 
+def state_dtype(dtype: Any) -> np.dtype:
+    """The dtype of states: floating, of at least 32 bits, by default JAX's float. **Raises:** `ValueError`, `TypeError` for another."""
+    why = ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
+    return float_dtype(dtype, "states", why)
+
+
 def spread_over(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     """Refuse what is neither a sharding nor `None`, and one that does not divide `shape`, the first entry of which is called `name`:
     the partitioner would leave the whole on every device."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 UNROLL = 4
@@ -77,6 +78,28 @@ def back_solve(lower: Entries, y: Entries) -> Entries:
     for i in reversed(range(d)):
         x[i] = (y[i] - sum(lower[m][i] * x[m] for m in range(i + 1, d))) * lower[i][i]
     return x
+
+
+def inverse_factor(lower: list[list]) -> list[list]:
+    """The entries of `L^-1`, a lower triangle, for the factor of a small matrix."""
+    inverse: list = []
+    for i, row in enumerate(lower):
+        below = [-sum(row[m] * inverse[m][j] for m in range(j, i)) * row[i] for j in range(i)]
+        inverse.append([*below, row[i]])
+    return inverse
+
+
+def rows(tree: Any) -> tuple[Array, Callable[[Array], Any]]:
+    """A tree of arrays with one leading axis as a matrix, of which a loop reads a row at once; and what makes a tree of a row."""
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [leaf.shape[1:] for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    back = lambda row: structure.unflatten(
+        [part.reshape(shape) for part, shape in zip(jnp.split(row, ends), shapes, strict=True)]
+    )
+    return jnp.concatenate(
+        [leaf.reshape(len(leaf), math.prod(shape)) for leaf, shape in zip(leaves, shapes, strict=True)], axis=1
+    ), back
 
 
 def solve(matrix: Array, b: Array) -> Array:

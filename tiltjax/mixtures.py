@@ -124,10 +124,16 @@ class GaussianMixture(eqx.Module):
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
-        if self._small and x.shape == (self.dim,):
-            return _small_mean(self, alpha, sigma, x)
+        if self.small and x.shape == (self.dim,):
+            return mean_of_views(self.seen(alpha, sigma), x)
         log_weights, means = self._view(alpha, sigma, x)
         return jax.nn.softmax(log_weights) @ means
+
+    def seen(self, alpha: Array, sigma: Array) -> list["Seen"]:
+        """What the view `alpha X_1 + sigma X_0` shows of each component of a `small` mixture, whatever its value."""
+        noise = sigma**2 * jnp.eye(self.dim, dtype=self.means.dtype)
+        parts = zip(self.log_weights, self.means, self.covs, strict=True)
+        return [_seen(log_weight, mean, cov, alpha, sigma, noise) for log_weight, mean, cov in parts]
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
         """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a scalar `precision`; NaN where infinite.
@@ -145,7 +151,8 @@ class GaussianMixture(eqx.Module):
         return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
 
     @property
-    def _small(self) -> bool:
+    def small(self) -> bool:
+        """Whether it is written out entry by entry."""
         k, d = self.means.shape
         return d <= linalg.UNROLL and k <= _UNROLL_COMPONENTS
 
@@ -154,8 +161,8 @@ class GaussianMixture(eqx.Module):
         d = self.dim
         if x.shape != (d,):
             raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
-        if self._small:
-            views = _views(self, alpha, sigma, x)
+        if self.small:
+            views = _views(self.seen(alpha, sigma), x)
             return jnp.stack([view.log_weight for view in views]), jnp.asarray([view.mean for view in views])
 
         def component(log_weight, mean, cov, noisy):
@@ -168,64 +175,94 @@ class GaussianMixture(eqx.Module):
         return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
 
+class Seen(NamedTuple):
+    """One component of a small mixture at one noise level, in entries of lower triangles: what does not depend on the state.
+
+    `log_weight`, less half of log det C_k; `center` `alpha mu_k`; `inverse` of the Cholesky factor of C_k; `slope` A_k; `rest`
+    `sigma^2 C_k^-1 mu_k`, which is `mu_k - alpha A_k mu_k` without the difference.
+    """
+
+    log_weight: Array
+    center: list[Array]
+    inverse: list[list[Array]]
+    slope: list[list[Array]]
+    rest: list[Array]
+
+
 class _View(NamedTuple):
-    """One component of a small mixture, seen at x, in entries: `mean` is m_k, `gain` is g_k, `factor` that of C_k."""
+    """One component of a small mixture, seen at x, in entries: `mean` is m_k, `half` is `L^-1 e_k`."""
 
     log_weight: Array
     mean: list[Array]
-    gain: list[Array]
-    factor: linalg.Entries
+    half: list[Array]
 
 
-def _views(mixture: GaussianMixture, alpha: Any, sigma: Any, x: Array) -> list[_View]:
-    k, d = mixture.means.shape
-    noise = sigma**2 * jnp.eye(d, dtype=mixture.means.dtype)
+def _seen(log_weight: Array, mean: Array, cov: Array, alpha: Any, sigma: Any, noise: Array) -> Seen:
+    factor, d = linalg.cholesky(alpha**2 * cov + noise), len(mean)
+    solve = lambda b: linalg.back_solve(factor, linalg.half_solve(factor, b))
+    columns = [solve([cov[i, j] for i in range(d)]) for j in range(d)]
+    slope = [[alpha * columns[j][i] for j in range(i + 1)] for i in range(d)]
+    rest = [sigma**2 * part for part in solve([mean[i] for i in range(d)])]
+    center = [alpha * mean[i] for i in range(d)]
+    return Seen(log_weight - linalg.half_logdet(factor), center, linalg.inverse_factor(factor), slope, rest)
+
+
+def _views(seen: list[Seen], x: Array) -> list[_View]:
     # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
-    entries, views = jnp.unstack(x), []
-    for c in range(k):
-        mean, cov = mixture.means[c], mixture.covs[c]
-        factor = linalg.cholesky(alpha**2 * cov + noise)
-        half = linalg.half_solve(factor, [entries[i] - alpha * mean[i] for i in range(d)])
-        log_weight = mixture.log_weights[c] - linalg.half_logdet(factor) - sum(h**2 for h in half) / 2
-        gain = linalg.back_solve(factor, half)
-        moved = [mean[i] + alpha * sum(cov[i, j] * gain[j] for j in range(d)) for i in range(d)]
-        views.append(_View(log_weight, moved, gain, factor))
+    entries, views, d = list(jnp.unstack(x)), [], len(x)
+    for part in seen:
+        missed = [one - center for one, center in zip(entries, part.center, strict=True)]
+        half = [_dot(part.inverse[i], missed) for i in range(d)]
+        views.append(_View(part.log_weight - sum(h**2 for h in half) / 2, _line(part, entries), half))
     return views
+
+
+def _line(part: Seen, entries: list[Array]) -> list[Array]:
+    """The posterior mean of one component, affine in x."""
+    full = [[part.slope[max(i, j)][min(i, j)] for j in range(len(entries))] for i in range(len(entries))]
+    return [_dot(row, entries) + rest for row, rest in zip(full, part.rest, strict=True)]
+
+
+def _dot(row: list[Array], entries: list[Array]) -> Array:
+    """Of as many entries as there are in the row."""
+    return functools.reduce(jnp.add, [one * other for one, other in zip(row, entries, strict=False)])
 
 
 def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:
     """The probability of each component, and the mean of all, in entries."""
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [view.log_weight for view in views]))
     masses = [jnp.exp(view.log_weight - largest) for view in views]
-    total = sum(masses[1:], masses[0])
+    total = 1 / sum(masses[1:], masses[0])  # one division, which costs as much as all of the rest
+    shares = [mass * total for mass in masses]
     d = len(views[0].mean)
-    mean = [sum(mass * view.mean[i] for mass, view in zip(masses, views, strict=True)) / total for i in range(d)]
-    return [mass / total for mass in masses], mean
+    return shares, [_dot(shares, [view.mean[i] for view in views]) for i in range(d)]
 
 
-def _plain_mean(mixture: GaussianMixture, alpha: Any, sigma: Any, x: Array) -> Array:
-    return jnp.stack(_averaged(_views(mixture, alpha, sigma, x))[1])
+def _plain_mean(seen: list[Seen], x: Array) -> Array:
+    if len(seen) == 1:
+        return jnp.stack(_line(seen[0], list(jnp.unstack(x))))
+    return jnp.stack(_averaged(_views(seen, x))[1])
 
 
 # The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty numbers a call for the way back; the derivative
-# in x, which guidance asks for above all, is a symmetric matrix of a few.
-_small_mean = eqx.filter_custom_jvp(_plain_mean)
+# in x, which guidance asks for above all, is a symmetric matrix of a few, and of one Gaussian the same for all states.
+mean_of_views = eqx.filter_custom_jvp(_plain_mean)
 
 
-@_small_mean.def_jvp
-def _small_mean_jvp(primals, tangents):
-    mixture, alpha, sigma, x = primals
-    *others, moved = tangents
-    if moved is None or jax.tree.leaves(others):
+@mean_of_views.def_jvp
+def _mean_of_views_jvp(primals, tangents):
+    seen, x = primals
+    of_seen, moved = tangents
+    if moved is None or len(seen) == 1 or jax.tree.leaves(of_seen):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
-    views, d = _views(mixture, alpha, sigma, x), mixture.dim
+    views, d = _views(seen, x), len(x)
     shares, mean = _averaged(views)
     slope: list = [[0.0] * d for _ in range(d)]
-    for share, view, cov in zip(shares, views, jnp.unstack(mixture.covs), strict=True):
+    for share, view, part in zip(shares, views, seen, strict=True):
         for j in range(d):
-            known = linalg.back_solve(view.factor, linalg.half_solve(view.factor, [cov[i, j] for i in range(d)]))
+            gain = sum(part.inverse[m][j] * view.half[m] for m in range(j, d))
             for i in range(j + 1):
-                slope[i][j] += share * (alpha * known[i] - (view.mean[i] - mean[i]) * view.gain[j])
+                slope[i][j] += share * (part.slope[j][i] - (view.mean[i] - mean[i]) * gain)
     entries = jnp.unstack(moved)
     answer = [sum(slope[min(i, j)][max(i, j)] * entries[j] for j in range(d)) for i in range(d)]
     return jnp.stack(mean), jnp.stack(answer)

@@ -8,7 +8,6 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 
 What is said of a model holds for posterior means. A network under classifier-free guidance, or a thresholded one, is none: then
 `Tilted`, `Rescheduled` and the posteriors sample something else.
-
 Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the score.
 """
 
@@ -25,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from tiltjax import inputs, trainable
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.mixtures import GaussianMixture
+from tiltjax.mixtures import GaussianMixture, mean_of_views
 
 _ROUNDING = 1e-5  # of an snr, relatively
 
@@ -68,6 +67,14 @@ class Model(eqx.Module):
     def noise(self, t: Array, x: Array) -> Array:
         """`E[X_0 | X_t = x]`."""
         return self.interpolant.noise(t, x, self.denoise(t, x))
+
+    def prepare(self, t: Array) -> Any:
+        """What of `D_t(x)` does not depend on x, a tree of arrays: a loop over times finds it for all of them before it starts."""
+        return t
+
+    def denoise_prepared(self, prepared: Any, x: Array) -> Array:
+        """`D_t(x)`, of what `prepare(t)` has returned."""
+        return self.denoise(prepared, x)
 
     def check_start(self, t: Array) -> None:
         """Refuse to start sampling at t, with a `ValueError`, where the law of `X_t` is not known well enough for `initial`.
@@ -206,6 +213,13 @@ class Analytic(Model):
     def denoise(self, t: Array, x: Array) -> Array:
         return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
 
+    def prepare(self, t: Array) -> Any:
+        path = self.interpolant
+        return self.mixture.seen(path.alpha(t), path.sigma(t)) if self.mixture.small else t
+
+    def denoise_prepared(self, prepared: Any, x: Array) -> Array:
+        return mean_of_views(prepared, x) if self.mixture.small else self.denoise(prepared, x)
+
     def posterior(self, t: Array, x: Array) -> GaussianMixture:
         """The law of `X_1` given `X_t = x`."""
         return self.mixture.condition(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
@@ -316,12 +330,6 @@ def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> 
     return _checked(net(t, x), shape, x.shape, batched)
 
 
-def state_dtype(dtype: Any) -> np.dtype:
-    """The dtype of states: floating, of at least 32 bits, by default JAX's float. **Raises:** `ValueError`, `TypeError` for another."""
-    why = ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
-    return inputs.float_dtype(dtype, "states", why)
-
-
 def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
@@ -332,7 +340,7 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
         to_denoised=to_denoised,
         batched=inputs.flag(batched, "batched"),
         shape=shape,
-        dtype=state_dtype(dtype),
+        dtype=inputs.state_dtype(dtype),
     )
 
 

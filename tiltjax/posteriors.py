@@ -117,29 +117,34 @@ class Glass(Posterior):
         base = path.sigma(jnp.zeros_like(t))
         width = 1 / jnp.sqrt(precision + base**-2)
 
-        def advance(z: list[Array], s: Array, denoised: list[Array]) -> list[Array]:
-            # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
-            remaining = (1 - s - 1 / self.steps) / (1 - s)
-            return [remaining * one + (1 - remaining) * end for one, end in zip(z, denoised, strict=True)]
+        # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
+        s = jnp.arange(self.steps, dtype=x.dtype) / self.steps
+        remaining = (1 - s - 1 / self.steps) / (1 - s)
+        noise = ((1 - s[1:]) * width) ** 2
+        known = precision + s[1:] ** 2 / noise
+        times, scale = jax.vmap(path.observe)(known, jnp.ones_like(known))
+        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1 + (m - 1) log((m - 1) / m).
+        left = np.arange(self.steps - 1, 0, -1)
+        extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
+        # All that does not depend on the state, for all steps at once: in the loop each number would be an operation of its own.
+        known_before = jax.vmap(self.model.prepare)(times), scale, scale * s[1:] / noise, remaining[1:], extrapolate
+        grid, back = linalg.rows(known_before)
 
-        def step(carry: tuple[list, list], at: tuple[Array, Array]) -> tuple[tuple[list, list], None]:
-            (z, before), (s, extrapolate) = carry, at
-            noise = ((1 - s) * width) ** 2
-            known = precision + s**2 / noise
-            seen = [path.observe(known, one + s / noise * more)[1] for one, more in zip(natural, z, strict=True)]
-            denoised = linalg.entries(self.model.denoise(path.time(known), linalg.array(seen, x.shape)))
-            z = advance(z, s, denoised)
+        def advance(z: list[Array], keep: Array, denoised: list[Array]) -> list[Array]:
+            return [keep * one + (1 - keep) * end for one, end in zip(z, denoised, strict=True)]
+
+        def step(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
+            (z, before), (prepared, of_natural, of_z, keep, extrapolate) = carry, back(row)
+            seen = [of_natural * one + of_z * more for one, more in zip(natural, z, strict=True)]
+            denoised = linalg.entries(self.model.denoise_prepared(prepared, linalg.array(seen, x.shape)))
+            z = advance(z, keep, denoised)
             if self.order == 2:
                 z = [one + extrapolate * (new - old) for one, new, old in zip(z, denoised, before, strict=True)]
             return (z, denoised), None
 
-        grid = jnp.arange(self.steps, dtype=x.dtype) / self.steps
-        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1 + (m - 1) log((m - 1) / m).
-        left = np.arange(self.steps - 1, 0, -1)
-        weights = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
         start = linalg.entries(width * jax.random.normal(key, x.shape, x.dtype))
         first = linalg.entries(self.model.denoise(t, x))
-        end, _ = jax.lax.scan(step, (advance(start, grid[0], first), first), (grid[1:], weights))[0]
+        end, _ = jax.lax.scan(step, (advance(start, remaining[0], first), first), grid)[0]
         return linalg.array(end, x.shape)
 
 
@@ -182,16 +187,18 @@ class FlowMap(Posterior):
         predict, correct = jnp.stack([keep, gain, none], axis=1), jnp.stack([all_of, gain / 2, -gain / 2], axis=1)
         jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
         parts = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
+        asked = jax.vmap(self.model.prepare)(jnp.concatenate([t[None], jnp.repeat(grid, 2)]))
+        stages, back = linalg.rows((asked, *parts.T))
 
-        def stage(carry: tuple[list, list], scanned: tuple[Array, Array]) -> tuple[tuple[list, list], None]:
-            (x, before), (s, (of_x, of_new, of_old)) = carry, scanned
-            denoised = linalg.entries(self.model.denoise(s, linalg.array(x, shape)))
+        def stage(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
+            (x, before), (prepared, of_x, of_new, of_old) = carry, back(row)
+            denoised = linalg.entries(self.model.denoise_prepared(prepared, linalg.array(x, shape)))
             x = [of_x * one + of_new * new + of_old * old for one, new, old in zip(x, denoised, before, strict=True)]
             return (x, denoised), None
 
         shape, start = x.shape, linalg.entries(x)
         begin = start, [jnp.zeros_like(one) for one in start]
-        (end, _), _ = jax.lax.scan(stage, begin, (jnp.concatenate([t[None], jnp.repeat(grid, 2)]), parts))
+        (end, _), _ = jax.lax.scan(stage, begin, stages)
         return linalg.array(end, shape)
 
 

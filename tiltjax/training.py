@@ -216,7 +216,7 @@ def _source(key: Array, data: Any, batch: int | None) -> tuple[Any, jax.ShapeDty
             )
         rows = inputs.count(256 if batch is None else batch, "batch")
         example = jax.ShapeDtypeStruct((rows, *source.shape[1:]), source.dtype)
-    models.state_dtype(example.dtype)
+    inputs.state_dtype(example.dtype)
     return source, example
 
 
