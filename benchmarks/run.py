@@ -27,6 +27,7 @@ INTRODUCTION = """# Results
 
 Written by `python benchmarks/run.py` (`make bench`), and by its `--table` from the files beside this one; each row is what its own JSON file says, on the
 device and at the commit named there. CPU-seconds of different rows are of different runs: compare what stands in one.
+[What each change brought](changes.md) stands apart.
 """
 
 

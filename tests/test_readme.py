@@ -41,6 +41,22 @@ def test_the_tables_are_those_of_the_results():
     costs = json.loads((results / "cost_to_floor.json").read_text())["methods"]
     for row in costs.values():
         assert f"| {row['over_floor']:.2f} ± {row['error']:.2f} | {row['run_cpu']:.4f} | {row['forward']:,} |" in text
+    beside = text.split("What the published code takes")[1].split("\n\n")[1]
+    table = {
+        f"{row['problem']}, {row['method']}": row
+        for row in json.loads((results / "vs_reference.json").read_text())["rows"]
+    }
+    for line in beside.splitlines()[2:]:
+        row = table[line.split(" | ")[0].removeprefix("| ")]
+        both = lambda key, form, row=row: " / ".join(form.format(row[side][key]) for side in ("published", "tiltjax"))
+        cells = (
+            both("run_cpu", "{:.3g}"),
+            f"{row['ratios']['run_cpu']:.1f}",
+            both("process_wall", "{:.1f}"),
+            both("peak_gb", "{:.2f}"),
+        )
+        assert line.endswith(" | " + " | ".join(cells) + " |")
+    assert len(beside.splitlines()) == 9
     study = json.loads((results / "any_reward.json").read_text())["rows"]
     for row in study:
         cells = " | ".join(
