@@ -215,10 +215,14 @@ class Analytic(Model):
 
     def prepare(self, t: Array) -> Any:
         path = self.interpolant
-        return self.mixture.seen(path.alpha(t), path.sigma(t)) if self.mixture.small else t
+        return self.mixture.seen(path.alpha(t), path.sigma(t)) if self._prepares else t
 
     def denoise_prepared(self, prepared: Any, x: Array) -> Array:
-        return mean_of_views(prepared, x) if self.mixture.small else self.denoise(prepared, x)
+        return mean_of_views(prepared, x) if self._prepares else self.denoise(prepared, x)
+
+    @property
+    def _prepares(self) -> bool:
+        return self.mixture.small and type(self).denoise is Analytic.denoise  # a subclass may know another one
 
     def posterior(self, t: Array, x: Array) -> GaussianMixture:
         """The law of `X_1` given `X_t = x`."""
@@ -261,16 +265,13 @@ def from_velocity(
 
     **Arguments:**
 
-    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: a function, a Flax NNX module or an Equinox module,
-      returning the shape of `x`. Parameters travel as arguments of the compiled program, never as constants.
+    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: a function, a Flax NNX module or an Equinox module, returning the shape of `x`. Parameters travel as arguments of the compiled program, never as constants.
     - `shape`: the shape of one state, such as `(2,)` or `(16, 64, 64)`.
-    - `batched`: if true, `fn` takes `t` of shape `(B,)` and `x` of shape `(B, *shape)`, and the particle axis (times the
-      draws of a guidance) becomes its batch axis. Differentiable in x by reverse mode.
+    - `batched`: if true, `fn` takes `t` of shape `(B,)` and `x` of shape `(B, *shape)`, and the particle axis (times the draws of a guidance) becomes its batch axis. Differentiable in x by reverse mode.
     - `interpolant`: what the network was trained with, `Linear()` by default.
     - `dtype`: of the states, JAX's default float unless given. The network's own dtype is left alone.
 
-    The velocity is that of a posterior mean. One changed by classifier-free guidance or by thresholding is not: plain sampling runs, but
-    tilts, posteriors and guidances rest on identities it does not satisfy.
+    The velocity is that of a posterior mean. One changed by classifier-free guidance or by thresholding is not: plain sampling runs, but tilts, posteriors and guidances rest on identities it does not satisfy.
 
     **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
     """
@@ -288,8 +289,7 @@ def from_noise(
 ) -> Network:
     """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments and conditions as in `from_velocity`.
 
-    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows. A network that wants
-    the index of a noise level instead of t: `interpolants.DiscreteVP`.
+    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start later if that shows. A network that wants the index of a noise level instead of t: `interpolants.DiscreteVP`.
     """
     return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
 
