@@ -242,3 +242,27 @@ def test_weights_are_proportional_and_integers_are_numbers():
     mixture = tj.GaussianMixture([1, 3], [[0], [1]], [[[1]], [[2]]])
     chex.assert_trees_all_close(mixture.weights, jnp.asarray([0.25, 0.75]), rtol=1e-15)
     assert mixture.means.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("narrow", [0.0, 1e-4])
+def test_narrow_directions_off_the_axes_in_single_precision(components, narrow):
+    """Where sigma is small C^-1 is large across the data: rounding must meet the residual there, not the state."""
+    angle = np.asarray([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
+    root, mean = angle * np.sqrt([1.0, narrow]), angle @ [0.0, 30.0]
+    means = [mean, mean + angle @ [0.3, 0.0]][:components]
+    mixture = tj.GaussianMixture(np.ones(components), means, [root @ root.T] * components)
+    single = tj.inputs.cast(mixture, jnp.float32)
+    rng = np.random.default_rng(0)
+    for sigma in (1e-2, 1e-3):
+        alpha = np.float32(1 - sigma)
+        x = np.float32(alpha * (mean + rng.normal(size=(500, 2)) @ root.T) + sigma * rng.normal(size=(500, 2)))
+        by = lambda law, dtype, x=x, alpha=alpha, sigma=sigma: jax.vmap(
+            lambda x: law.denoise(jnp.asarray(alpha, dtype), jnp.asarray(np.float32(sigma), dtype), x)
+        )(jnp.asarray(x, dtype))
+        exact = by(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), single), jnp.float64)
+        # What a residual of size sigma and a rounding of the covariance leave, over sigma^2; thirty times less than of the state.
+        assert (
+            np.abs(np.asarray(by(single, jnp.float32), np.float64) - np.asarray(exact)).max()
+            < 10 * np.finfo(np.float32).eps / sigma
+        )

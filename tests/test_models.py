@@ -349,3 +349,44 @@ def test_a_network_with_random_streams_in_evaluation_mode_is_a_model_like_any_ot
     first, second = (tj.from_denoiser(net, shape=(2,)) for _ in range(2))
     x = tj.sample(jax.random.key(0), first, tj.dps(second, rewards.Linear([1.0, 0.0])), num=3, steps=3).x
     assert np.all(np.isfinite(x))
+
+
+def test_what_is_prepared_for_all_times_is_the_denoiser():
+    class Own(tj.Analytic):
+        def denoise(self, t, x):
+            return 7.0 * jnp.ones_like(x)
+
+    analytic, reward = tj.Analytic(MIXTURE), rewards.Quadratic([0.5, 1.0])
+    large = tj.Analytic(contracts.random_mixture(9, 2))
+    network = tj.from_denoiser(analytic.denoise, shape=(2,))
+    several = (
+        analytic,
+        large,
+        network,
+        tj.Tilted(analytic, reward, 0.7),
+        tj.Rescheduled(analytic, tj.VP()),
+        Own(MIXTURE),
+    )
+    times = jnp.asarray([0.1, 0.5, 0.9])
+    for model in several:
+        prepared = jax.vmap(model.prepare)(times)
+        found = jax.vmap(lambda one, model=model: model.denoise_prepared(one, X))(prepared)
+        assert_close(found, jnp.stack([model.denoise(t, X) for t in times]))
+    assert_close(tj.FlowMap(Own(MIXTURE)).draw(jax.random.key(0), times[0], X), 7.0 * jnp.ones(2))
+    for posterior in (tj.Glass, tj.FlowMap, tj.Exact):
+        with pytest.raises(ValueError, match=r"states of shape \(2,\), got"):
+            posterior(analytic).draw(jax.random.key(0), times[0], jnp.zeros(3))
+
+
+def test_a_model_may_prepare_arrays_of_any_dtype():
+    class Levels(tj.Analytic):
+        def prepare(self, t):
+            return jnp.round(10 * t).astype(jnp.int32), t
+
+        def denoise_prepared(self, prepared, x):
+            level, t = prepared
+            return self.denoise(t, x) + jnp.zeros(11)[level]
+
+    model, key, t = Levels(MIXTURE), jax.random.key(1), jnp.asarray(0.3)
+    for posterior in (tj.Glass, tj.FlowMap):
+        assert_close(posterior(model).draw(key, t, X), posterior(tj.Analytic(MIXTURE)).draw(key, t, X))

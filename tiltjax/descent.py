@@ -211,6 +211,7 @@ def minimise(
         header |= settings or {}
         if Path(checkpoint).exists():
             (state, curve), done = checkpoints.read(checkpoint, header, (start, curve))
+        _check_same(done, sharding, checkpoint)
     state, size = everywhere(state), 1
     with progress_bar.meter("training", steps) if progress else nullcontext() as bar:
         while done < steps:
@@ -228,6 +229,8 @@ def minimise(
                 checkpoints.write(checkpoint, header, (state, curve), done)
             if bar is not None:
                 bar.update(done, f"loss {curve.loss[max(done - 100, 0) : done].mean():.4f}")
+    if checkpoint is not None:
+        _check_same(done, sharding, checkpoint)  # and nobody goes on before the file is there
     return Fit(frame.network(state.parameters), frame.network(state.average), curve)
 
 
@@ -298,6 +301,19 @@ def _agreed(size: int, sharding: jax.sharding.NamedSharding | None) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(size)))
+
+
+def _check_same(done: int, sharding: jax.sharding.NamedSharding | None, checkpoint: Any) -> None:
+    """Refuse, on all hosts, to continue from different steps: they would wait for each other for ever."""
+    if sharding is None or sharding.is_fully_addressable:
+        return
+    from jax.experimental import multihost_utils
+
+    found = np.ravel(multihost_utils.process_allgather(np.int32(done)))
+    if np.any(found != done):
+        raise RuntimeError(
+            f"hosts found {checkpoint} at different steps, {found.tolist()}: name a file in a folder that all of them see"
+        )
 
 
 def _check_finite(curve: Curve, start: int, stop: int) -> None:

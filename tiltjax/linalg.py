@@ -89,17 +89,24 @@ def inverse_factor(lower: list[list]) -> list[list]:
     return inverse
 
 
-def rows(tree: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """A tree of arrays with one leading axis as a matrix, of which a loop reads a row at once; and what makes a tree of a row."""
+def rows(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree of arrays with one leading axis as one matrix of each dtype, of which a loop reads a row at once; and what makes a tree of a row."""
     leaves, structure = jax.tree.flatten(tree)
-    shapes = [leaf.shape[1:] for leaf in leaves]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    back = lambda row: structure.unflatten(
-        [part.reshape(shape) for part, shape in zip(jnp.split(row, ends), shapes, strict=True)]
-    )
-    return jnp.concatenate(
-        [leaf.reshape(len(leaf), math.prod(shape)) for leaf, shape in zip(leaves, shapes, strict=True)], axis=1
-    ), back
+    kinds = {leaf.dtype: [i for i, other in enumerate(leaves) if other.dtype == leaf.dtype] for leaf in leaves}
+    flat = lambda leaf: leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
+    matrices = {
+        str(kind): jnp.concatenate([flat(leaves[i]) for i in members], axis=1) for kind, members in kinds.items()
+    }
+
+    def back(row: dict[str, Array]) -> Any:
+        found = list(leaves)
+        for kind, members in kinds.items():
+            ends = np.cumsum([math.prod(leaves[i].shape[1:]) for i in members])[:-1]
+            for i, part in zip(members, jnp.split(row[str(kind)], ends), strict=True):
+                found[i] = part.reshape(leaves[i].shape[1:])
+        return structure.unflatten(found)
+
+    return matrices, back
 
 
 def solve(matrix: Array, b: Array) -> Array:

@@ -124,16 +124,10 @@ class GaussianMixture(eqx.Module):
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
-        if self.small and x.shape == (self.dim,):
-            return mean_of_views(self.seen(alpha, sigma), x)
+        if is_small(self):
+            return posterior_mean(noisy_components(self, alpha, sigma), x)
         log_weights, means = self._view(alpha, sigma, x)
         return jax.nn.softmax(log_weights) @ means
-
-    def seen(self, alpha: Array, sigma: Array) -> list["Seen"]:
-        """What the view `alpha X_1 + sigma X_0` shows of each component of a `small` mixture, whatever its value."""
-        noise = sigma**2 * jnp.eye(self.dim, dtype=self.means.dtype)
-        parts = zip(self.log_weights, self.means, self.covs, strict=True)
-        return [_seen(log_weight, mean, cov, alpha, sigma, noise) for log_weight, mean, cov in parts]
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
         """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a scalar `precision`; NaN where infinite.
@@ -150,19 +144,13 @@ class GaussianMixture(eqx.Module):
 
         return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
 
-    @property
-    def small(self) -> bool:
-        """Whether it is written out entry by entry."""
-        k, d = self.means.shape
-        return d <= linalg.UNROLL and k <= _UNROLL_COMPONENTS
-
     def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[Array, Array]:
         """Log-weights `(K,)`, up to `-d/2 log 2 pi`, and posterior means `(K, d)`."""
         d = self.dim
         if x.shape != (d,):
             raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
-        if self.small:
-            views = _views(self.seen(alpha, sigma), x)
+        if is_small(self):
+            views = _views(noisy_components(self, alpha, sigma), x)
             return jnp.stack([view.log_weight for view in views]), jnp.asarray([view.mean for view in views])
 
         def component(log_weight, mean, cov, noisy):
@@ -175,52 +163,76 @@ class GaussianMixture(eqx.Module):
         return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
 
-class Seen(NamedTuple):
-    """One component of a small mixture at one noise level, in entries of lower triangles: what does not depend on the state.
+class NoisyComponent(NamedTuple):
+    """One component of a small mixture at one noise level, in entries: what its posterior does not ask of the state.
 
-    `log_weight`, less half of log det C_k; `center` `alpha mu_k`; `inverse` of the Cholesky factor of C_k; `slope` A_k; `rest`
-    `sigma^2 C_k^-1 mu_k`, which is `mu_k - alpha A_k mu_k` without the difference.
+    `log_weight`, less half of log det C_k; `mean` mu_k; `center` `alpha mu_k`; `inverse` of the Cholesky factor of C_k, a lower triangle;
+    `slope` A_k.
     """
 
     log_weight: Array
+    mean: list[Array]
     center: list[Array]
     inverse: list[list[Array]]
     slope: list[list[Array]]
-    rest: list[Array]
 
 
 class _View(NamedTuple):
-    """One component of a small mixture, seen at x, in entries: `mean` is m_k, `half` is `L^-1 e_k`."""
+    """The same at a state, in entries: `mean` is m_k, `half` is `L^-1 e_k`."""
 
     log_weight: Array
     mean: list[Array]
     half: list[Array]
 
 
-def _seen(log_weight: Array, mean: Array, cov: Array, alpha: Any, sigma: Any, noise: Array) -> Seen:
-    factor, d = linalg.cholesky(alpha**2 * cov + noise), len(mean)
-    solve = lambda b: linalg.back_solve(factor, linalg.half_solve(factor, b))
-    columns = [solve([cov[i, j] for i in range(d)]) for j in range(d)]
-    slope = [[alpha * columns[j][i] for j in range(i + 1)] for i in range(d)]
-    rest = [sigma**2 * part for part in solve([mean[i] for i in range(d)])]
-    center = [alpha * mean[i] for i in range(d)]
-    return Seen(log_weight - linalg.half_logdet(factor), center, linalg.inverse_factor(factor), slope, rest)
+def is_small(mixture: GaussianMixture) -> bool:
+    """Whether a mixture is written out entry by entry."""
+    k, d = mixture.means.shape
+    return d <= linalg.UNROLL and k <= _UNROLL_COMPONENTS
 
 
-def _views(seen: list[Seen], x: Array) -> list[_View]:
+def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> list[NoisyComponent]:
+    """The components of a small mixture as a view `alpha X_1 + sigma X_0` shows them, whatever its value."""
+    noise, d = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype), mixture.dim
+    found = []
+    for log_weight, mean, cov in zip(mixture.log_weights, mixture.means, mixture.covs, strict=True):
+        factor = linalg.cholesky(alpha**2 * cov + noise)
+        # Row i is `alpha C^-1 S e_i`: what rounding does to it is then divided by sigma^2 only where the state's residual is small.
+        slope = [linalg.back_solve(factor, linalg.half_solve(factor, [cov[j, i] for j in range(d)])) for i in range(d)]
+        found.append(
+            NoisyComponent(
+                log_weight - linalg.half_logdet(factor),
+                [mean[i] for i in range(d)],
+                [alpha * mean[i] for i in range(d)],
+                linalg.inverse_factor(factor),
+                [[alpha * entry for entry in row] for row in slope],
+            )
+        )
+    return found
+
+
+def _missed(component: NoisyComponent, x: Array) -> list[Array]:
+    """The residual e_k."""
+    if x.shape != (len(component.center),):
+        raise ValueError(
+            f"this mixture lives on states of shape ({len(component.center)},), got a state of shape {x.shape}"
+        )
     # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
-    entries, views, d = list(jnp.unstack(x)), [], len(x)
-    for part in seen:
-        missed = [one - center for one, center in zip(entries, part.center, strict=True)]
-        half = [_dot(part.inverse[i], missed) for i in range(d)]
-        views.append(_View(part.log_weight - sum(h**2 for h in half) / 2, _line(part, entries), half))
+    return [one - center for one, center in zip(jnp.unstack(x), component.center, strict=True)]
+
+
+def _moved(component: NoisyComponent, missed: list[Array]) -> list[Array]:
+    """The posterior mean m_k, affine in the state."""
+    return [mean + _dot(row, missed) for mean, row in zip(component.mean, component.slope, strict=True)]
+
+
+def _views(components: list[NoisyComponent], x: Array) -> list[_View]:
+    views = []
+    for component in components:
+        missed = _missed(component, x)
+        half = [_dot(row, missed) for row in component.inverse]
+        views.append(_View(component.log_weight - sum(h**2 for h in half) / 2, _moved(component, missed), half))
     return views
-
-
-def _line(part: Seen, entries: list[Array]) -> list[Array]:
-    """The posterior mean of one component, affine in x."""
-    full = [[part.slope[max(i, j)][min(i, j)] for j in range(len(entries))] for i in range(len(entries))]
-    return [_dot(row, entries) + rest for row, rest in zip(full, part.rest, strict=True)]
 
 
 def _dot(row: list[Array], entries: list[Array]) -> Array:
@@ -238,31 +250,31 @@ def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:
     return shares, [_dot(shares, [view.mean[i] for view in views]) for i in range(d)]
 
 
-def _plain_mean(seen: list[Seen], x: Array) -> Array:
-    if len(seen) == 1:
-        return jnp.stack(_line(seen[0], list(jnp.unstack(x))))
-    return jnp.stack(_averaged(_views(seen, x))[1])
+def _plain_mean(components: list[NoisyComponent], x: Array) -> Array:
+    if len(components) == 1:
+        return jnp.stack(_moved(components[0], _missed(components[0], x)))
+    return jnp.stack(_averaged(_views(components, x))[1])
 
 
 # The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty numbers a call for the way back; the derivative
 # in x, which guidance asks for above all, is a symmetric matrix of a few, and of one Gaussian the same for all states.
-mean_of_views = eqx.filter_custom_jvp(_plain_mean)
+posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 
 
-@mean_of_views.def_jvp
-def _mean_of_views_jvp(primals, tangents):
-    seen, x = primals
-    of_seen, moved = tangents
-    if moved is None or len(seen) == 1 or jax.tree.leaves(of_seen):
+@posterior_mean.def_jvp
+def _posterior_mean_jvp(primals, tangents):
+    components, x = primals
+    of_components, moved = tangents
+    if moved is None or len(components) == 1 or jax.tree.leaves(of_components):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
-    views, d = _views(seen, x), len(x)
+    views, d = _views(components, x), len(x)
     shares, mean = _averaged(views)
     slope: list = [[0.0] * d for _ in range(d)]
-    for share, view, part in zip(shares, views, seen, strict=True):
+    for share, view, component in zip(shares, views, components, strict=True):
         for j in range(d):
-            gain = sum(part.inverse[m][j] * view.half[m] for m in range(j, d))
+            gain = sum(component.inverse[m][j] * view.half[m] for m in range(j, d))
             for i in range(j + 1):
-                slope[i][j] += share * (part.slope[j][i] - (view.mean[i] - mean[i]) * gain)
+                slope[i][j] += share * (component.slope[i][j] - (view.mean[i] - mean[i]) * gain)
     entries = jnp.unstack(moved)
     answer = [sum(slope[min(i, j)][max(i, j)] * entries[j] for j in range(d)) for i in range(d)]
     return jnp.stack(mean), jnp.stack(answer)

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from tiltjax import inputs, trainable
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.mixtures import GaussianMixture, mean_of_views
+from tiltjax.mixtures import GaussianMixture, is_small, noisy_components, posterior_mean
 
 _ROUNDING = 1e-5  # of an snr, relatively
 
@@ -215,14 +215,14 @@ class Analytic(Model):
 
     def prepare(self, t: Array) -> Any:
         path = self.interpolant
-        return self.mixture.seen(path.alpha(t), path.sigma(t)) if self._prepares else t
+        return noisy_components(self.mixture, path.alpha(t), path.sigma(t)) if self._prepares else t
 
     def denoise_prepared(self, prepared: Any, x: Array) -> Array:
-        return mean_of_views(prepared, x) if self._prepares else self.denoise(prepared, x)
+        return posterior_mean(prepared, x) if self._prepares else self.denoise(prepared, x)
 
     @property
     def _prepares(self) -> bool:
-        return self.mixture.small and type(self).denoise is Analytic.denoise  # a subclass may know another one
+        return is_small(self.mixture) and type(self).denoise is Analytic.denoise  # a subclass may know another one
 
     def posterior(self, t: Array, x: Array) -> GaussianMixture:
         """The law of `X_1` given `X_t = x`."""

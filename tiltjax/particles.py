@@ -154,13 +154,16 @@ def save(particles: Particles, file: str | os.PathLike) -> None:
         arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
     shared = not all(array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array))
     kept = {name: inputs.home(array) for name, array in arrays.items() if array is not None}
-    if shared and jax.process_index() > 0:
-        return
     # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and named.
     narrow = [name for name, array in kept.items() if array.dtype.name == "bfloat16"]
     written: dict[str, Any] = kept | {name: kept[name].astype(np.float32) for name in narrow}
-    with open(file, "wb") as stream:
-        np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
+    if not shared or jax.process_index() == 0:
+        with open(file, "wb") as stream:
+            np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
+    if shared:  # nobody goes on before the file is there
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("particles are saved")
 
 
 def load(file: str | os.PathLike) -> Particles:
@@ -192,7 +195,8 @@ def weight_dtype(dtype) -> jnp.dtype:
 
 def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Array:
     """States of a model of tokens, int32 of this shape: integers up to `vocab`, which hides one. **Raises:** `ValueError` for others."""
-    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not isinstance(value, jax.Array):
+        value = np.asarray(value) if inputs.concrete(value) else jnp.asarray(value)
     if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(
             f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a token is hidden, got shape "

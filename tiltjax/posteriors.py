@@ -78,6 +78,10 @@ class Exact(Posterior):
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
+        if x.shape != self.model.shape:
+            raise ValueError(
+                f"this mixture lives on states of shape {self.model.shape}, got a state of shape {x.shape}"
+            )
         parts = mixture.means, mixture.covs, jax.vmap(linalg.square_root)(mixture.covs)
         if len(mixture.means) == 1:  # the same matrices for all particles
             mean, cov, root = (part[0] for part in parts)
@@ -127,8 +131,8 @@ class Glass(Posterior):
         left = np.arange(self.steps - 1, 0, -1)
         extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
         # All that does not depend on the state, for all steps at once: in the loop each number would be an operation of its own.
-        known_before = jax.vmap(self.model.prepare)(times), scale, scale * s[1:] / noise, remaining[1:], extrapolate
-        grid, back = linalg.rows(known_before)
+        table = jax.vmap(self.model.prepare)(times), scale, scale * s[1:] / noise, remaining[1:], extrapolate
+        grid, back = linalg.rows(table)
 
         def advance(z: list[Array], keep: Array, denoised: list[Array]) -> list[Array]:
             return [keep * one + (1 - keep) * end for one, end in zip(z, denoised, strict=True)]
@@ -187,7 +191,8 @@ class FlowMap(Posterior):
         predict, correct = jnp.stack([keep, gain, none], axis=1), jnp.stack([all_of, gain / 2, -gain / 2], axis=1)
         jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
         parts = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
-        asked = jax.vmap(self.model.prepare)(jnp.concatenate([t[None], jnp.repeat(grid, 2)]))
+        when = (np.arange(2 * self.steps + 1) + 1) // 2  # corrections, and what follows them, ask at the same time
+        asked = jax.tree.map(lambda leaf: leaf[when], jax.vmap(self.model.prepare)(times))
         stages, back = linalg.rows((asked, *parts.T))
 
         def stage(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
