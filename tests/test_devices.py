@@ -70,9 +70,9 @@ def test_what_divides_is_left_alone():
 
 def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
     """Weights have no such axis at all."""
-    with pytest.raises(ValueError, match=r"states of shape \(6, 2\) cannot be divided by NamedSharding"):
+    with pytest.raises(ValueError, match=r"an array of shape \(6, 2\) cannot be divided by NamedSharding"):
         tj.sample(KEY, MODEL, num=6, steps=2, sharding=spread((2, 4), "a", "b"))
-    with pytest.raises(ValueError, match=r"states of shape \(8,\) cannot be divided by NamedSharding"):
+    with pytest.raises(ValueError, match=r"an array of shape \(8,\) cannot be divided by NamedSharding"):
         tj.smc(KEY, MODEL, GUIDED, num=8, steps=2, sharding=spread((2, 4), "a", "b"))
 
 

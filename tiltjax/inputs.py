@@ -224,7 +224,7 @@ def spread_over(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     # The parts are the least number that can be divided; no other has a whole multiple of rows on each of them.
     parts = next((n for n in range(1, sharding.num_devices + 1) if not _indivisible(sharding, (n, *shape[1:]))), 0)
     if not parts:  # another axis of the state is at fault, or the sharding has more axes than it
-        raise ValueError(f"states of shape {shape} cannot be divided by {sharding}: {error}")
+        raise ValueError(f"an array of shape {shape} cannot be divided by {sharding}: {error}")
     below = shape[0] // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
     raise ValueError(

@@ -322,9 +322,12 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         moved, value, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
         log_weights = log_weights + log_ratio
         if isinstance(tempering, Adaptive):
-            weigh_by = lambda factor: (
-                log_weights + jax.vmap(lambda one, value: apply(one, value, factor)[0] - one.applied)(moved, value)
-            )
+            # Many sums of the weights, one of which is chosen: exchanged once, too.
+            known = moved.applied, moved.history, value, log_weights
+            applied, history, values, sums = jax.tree.map(lambda array: everywhere(array, sharding), known)
+            shown = moved._replace(applied=applied, history=history)
+            gain = lambda one, value, factor: apply(one, value, factor)[0] - one.applied
+            weigh_by = lambda factor: sums + jax.vmap(gain, in_axes=(0, 0, None))(shown, values, factor)
             given = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
         applied, history = jax.vmap(lambda one, value: apply(one, value, given))(moved, value)
         log_weights = log_weights + less(applied, moved.applied)
