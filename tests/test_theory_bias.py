@@ -1,6 +1,7 @@
 """Laws of guided flows against their ordinary differential equations, Dawson's integral, and each other. Tier: exact, order."""
 
 import diffrax
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,3 +310,12 @@ def test_laws_beyond_the_quadratures_reach_are_refused():
     np.testing.assert_allclose(law.means[0, 0], 2.5 + 2.5 / 1.8e6, rtol=1e-9)
     with pytest.raises(ValueError, match="beyond what the quadrature resolves"):
         theory.plug_in_law(line(1.0), tj.rewards.Quadratic([2.5]), 2e6)
+
+
+@pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Ancestral(0.5)])
+def test_ones_after_the_end_change_nothing_so_that_grids_of_any_length_share_a_program(solver):
+    field = theory.plug_in_field(line(0.5), tj.rewards.Quadratic([2.5]), 1.0)
+    grid = jnp.linspace(1e-3, 1, 5)
+    law = lambda times: theory.discrete_law(field, times=times, solver=solver)
+    longer = jax.jit(law)(jnp.append(grid, jnp.ones(3)))
+    chex.assert_trees_all_close(longer, law(grid), rtol=1e-10)

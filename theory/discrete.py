@@ -205,7 +205,9 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
         t, u, here, there = interval
         # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any more.
         step = lambda: moved(moments, regular(t, u, here, there))
-        return jax.lax.cond(u < 1, step, lambda: moved(moments, here)), None
+        # At t = 1 a further step changes nothing: where times are traced, ones may make grids equally long.
+        jump = lambda: jax.tree.map(lambda new, old: jnp.where(t < 1, new, old), moved(moments, here), moments)
+        return jax.lax.cond(u < 1, step, jump), None
 
     moments = zero, path.sigma(times[0]) ** 2 * eye
     # Once for every time: an end of one step is the start of the next. Nothing reads what stands for t = 1.
