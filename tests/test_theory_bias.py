@@ -1,7 +1,7 @@
 """Laws of guided flows against their ordinary differential equations, Dawson's integral, and each other. Tier: exact, order."""
 
-import diffrax
 import chex
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
