@@ -192,8 +192,10 @@ def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
 
 
 def draws_law(center: Array, variance: Array, target: Array, strength: Array, k: int | Array) -> DrawsLaw:
-    """The law for a prior `N(center, variance I)`, a reward of maximiser `target` and `strength = scale h s^2`, k draws a step."""
-    check_strength(variance, strength, k)
+    """The law for a prior `N(center, variance I)`, a reward of maximiser `target` and `strength = scale h s^2`, k draws a step.
+
+    What has no law `check_strength` refuses, before.
+    """
     d, std = len(center), jnp.sqrt(variance)
     offset = (target - center) / std
     square = offset @ offset

@@ -185,7 +185,7 @@ def minimise(
     check_sharding(sharding)
     parameters, frame = taken_apart(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else inputs.Function(loss, "loss")
-    everywhere = lambda tree: tree if sharding is None else placed(tree, replicated(sharding))
+    everywhere = lambda tree: tree if sharding is None else placed(tree, inputs.replicated(sharding))
     start = _State(jax.tree.map(jnp.copy, parameters), jax.tree.map(jnp.copy, parameters), rule.init(parameters))
     task = _Task(
         *everywhere((key, frame, of_network, jnp.asarray(ema, jnp.float32))), optimiser=rule, sharding=sharding
@@ -196,7 +196,7 @@ def minimise(
         raise ValueError(f"a loss is one floating number, got {value}")
 
     # Hosts see one folder, in which one of them writes: whatever it writes all of them hold.
-    writes = sharding is None or sharding.is_fully_addressable or jax.process_index() == 0
+    writes = not _of_several_hosts(sharding) or jax.process_index() == 0
     state, done, curve = start, 0, Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
     header: dict[str, Any] = {}
     if checkpoint is not None:
@@ -257,7 +257,7 @@ def _advance(task: _Task, state: _State, start: Array, stop: Array) -> tuple[_St
         average = jax.tree.map(lambda a, w: a + change.astype(a.dtype) * (w - a), state.average, parameters)
         state = _State(parameters, average, memory)
         if task.sharding is not None:
-            state = jax.lax.with_sharding_constraint(state, replicated(task.sharding))
+            state = jax.lax.with_sharding_constraint(state, inputs.replicated(task.sharding))
         record = lambda array, number: array.at[k - start].set(number.astype(array.dtype))
         return state, record(losses, value), record(norms, norm)
 
@@ -271,11 +271,6 @@ def check_sharding(sharding: Any) -> None:
         return
     inputs.instance(sharding, jax.sharding.NamedSharding, "sharding", 'NamedSharding(mesh, PartitionSpec("batch"))')
     inputs.auto_axes(sharding)
-
-
-def replicated(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
-    """The same on every device of the mesh."""
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
@@ -294,9 +289,13 @@ def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
+def _of_several_hosts(sharding: jax.sharding.NamedSharding | None) -> bool:
+    return sharding is not None and not sharding.is_fully_addressable
+
+
 def _agreed(size: int, sharding: jax.sharding.NamedSharding | None) -> int:
     """The first host's number: clocks differ, and those that run different numbers of steps would wait for each other for ever."""
-    if sharding is None or sharding.is_fully_addressable:
+    if not _of_several_hosts(sharding):
         return size
     from jax.experimental import multihost_utils
 
@@ -305,7 +304,7 @@ def _agreed(size: int, sharding: jax.sharding.NamedSharding | None) -> int:
 
 def _check_same(done: int, sharding: jax.sharding.NamedSharding | None, checkpoint: Any) -> None:
     """Refuse, on all hosts, to continue from different steps: they would wait for each other for ever."""
-    if sharding is None or sharding.is_fully_addressable:
+    if not _of_several_hosts(sharding):
         return
     from jax.experimental import multihost_utils
 

@@ -243,6 +243,11 @@ def auto_axes(sharding: jax.sharding.Sharding) -> None:
         )
 
 
+def replicated(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """The same on every device of the mesh."""
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
 def _indivisible(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> ValueError | None:
     try:
         if isinstance(sharding, jax.sharding.NamedSharding):

@@ -147,8 +147,7 @@ class GaussianMixture(eqx.Module):
     def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[Array, Array]:
         """Log-weights `(K,)`, up to `-d/2 log 2 pi`, and posterior means `(K, d)`."""
         d = self.dim
-        if x.shape != (d,):
-            raise ValueError(f"this mixture lives on states of shape ({d},), got a state of shape {x.shape}")
+        check_state(x, d)
         if is_small(self):
             views = _views(noisy_components(self, alpha, sigma), x)
             return jnp.stack([view.log_weight for view in views]), jnp.asarray([view.mean for view in views])
@@ -213,10 +212,7 @@ def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> li
 
 def _missed(component: NoisyComponent, x: Array) -> list[Array]:
     """The residual e_k."""
-    if x.shape != (len(component.center),):
-        raise ValueError(
-            f"this mixture lives on states of shape ({len(component.center)},), got a state of shape {x.shape}"
-        )
+    check_state(x, len(component.center))
     # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
     return [one - center for one, center in zip(jnp.unstack(x), component.center, strict=True)]
 
@@ -283,6 +279,12 @@ def _posterior_mean_jvp(primals, tangents):
 def check_mixture(value: Any, name: str) -> None:
     """Refuse, with a `TypeError`, what is no mixture."""
     inputs.instance(value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)")
+
+
+def check_state(x: Array, dim: int) -> None:
+    """Refuse, with a `ValueError`, what is no state of a mixture in so many dimensions."""
+    if x.shape != (dim,):
+        raise ValueError(f"this mixture lives on states of shape ({dim},), got a state of shape {x.shape}")
 
 
 def _check_covariances(covs: np.ndarray) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg
+from tiltjax.mixtures import check_state
 from tiltjax.models import Analytic, Model
 
 
@@ -78,10 +79,7 @@ class Exact(Posterior):
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
-        if x.shape != self.model.shape:
-            raise ValueError(
-                f"this mixture lives on states of shape {self.model.shape}, got a state of shape {x.shape}"
-            )
+        check_state(x, mixture.dim)
         parts = mixture.means, mixture.covs, jax.vmap(linalg.square_root)(mixture.covs)
         if len(mixture.means) == 1:  # the same matrices for all particles
             mean, cov, root = (part[0] for part in parts)

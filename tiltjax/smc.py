@@ -401,8 +401,7 @@ def everywhere(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
     """The whole of an array on every device of a mesh."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return array
-    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.lax.with_sharding_constraint(array, whole)
+    return jax.lax.with_sharding_constraint(array, inputs.replicated(sharding))
 
 
 def own_key(key_step: Array, i: Array) -> Array:
