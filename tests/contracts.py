@@ -4,13 +4,13 @@ A new guidance, posterior or solver is tested by being listed in `all_guidances`
 witnesses (`np_condition`, `np_tilt`, ...) are dense NumPy, sharing no code with the library.
 """
 
-import os
 import socket
 import subprocess
 import sys
 import textwrap
 import time
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,7 +264,7 @@ def traced(fn):
 
 def on_eight_devices(script):
     """What an indented program printed, in a process of its own with eight virtual devices."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = conftest.quickly(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
@@ -275,11 +275,7 @@ def on_two_hosts(script, seconds=300):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    env = conftest.quickly(2) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     program = textwrap.dedent(script)
     command = lambda host: [sys.executable, "-c", f"ADDRESS, HOST = {address!r}, {host}\n{program}"]
     start = lambda host: subprocess.Popen(

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg", "files"},
     {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints", "trainable"},
+    {"nets"},
     {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
     {"guidance", "anisotropic", "potentials", "tempering", "proposals", "surrogates"},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,8 @@ def snippet():
 
 
 def test_the_snippet_runs_in_a_fresh_interpreter(snippet, tmp_path):
-    run = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, check=False)
+    command, env = [sys.executable, "-c", snippet], conftest.quickly()
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr
     naive, damped, better, tilted, best = (float(line) for line in run.stdout.split())
     assert naive > best > max(damped, better, tilted)

@@ -30,7 +30,8 @@ from jaxtyping import Array, PyTree
 from tiltjax import inputs, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.interpolants import Interpolant
-from tiltjax.models import Model, Net, ask
+from tiltjax.models import Model
+from tiltjax.nets import Net, ask
 from tiltjax.particles import as_tokens
 
 

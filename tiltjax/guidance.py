@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import inputs, linalg, rewards, scales
-from tiltjax.interpolants import Interpolant
+from tiltjax.interpolants import Interpolant, seen
 from tiltjax.models import Model
 from tiltjax.posteriors import FlowMap, Posterior, Tweedie
 from tiltjax.solvers import Solver
@@ -122,9 +122,7 @@ def check_start(model: Model, times: Array) -> None:
     """Refuse to guide from where nothing of the data is seen: a pull is `sigma^2 / alpha` times a score."""
     if model.tokens or not inputs.concrete((times, model.interpolant)):
         return
-    with jax.ensure_compile_time_eval():
-        alpha = float(model.interpolant.alpha(jnp.asarray(float(np.asarray(times)[0]))))
-    if alpha == 0:
+    if seen(model.interpolant, np.asarray(times)[0], model.dtype)[0] == 0:
         raise ValueError("a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3")
 
 
@@ -201,7 +199,7 @@ class PlugIn(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         path = self.model.interpolant
-        key_scale, key_draws = jax.random.split(key)
+        key_scale, *key_draws = jax.random.split(key, self.k + 1)
         scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> tuple[Array, Array]:
@@ -209,7 +207,7 @@ class PlugIn(Guidance):
             denoised = self.model.denoise(t, x)
             draw = lambda key: self.posterior.draw_beside(key, t, x, denoised)
             tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, draw(key)))
-            return jax.nn.logsumexp(tilt(jax.random.split(key_draws, self.k))) - jnp.log(self.k), denoised
+            return jax.nn.logsumexp(tilt(jnp.stack(key_draws))) - jnp.log(self.k), denoised
 
         (value, denoised), score = jax.value_and_grad(log_h, has_aux=True)(x)
         return Estimate.from_score(path, t, denoised, value, score), state

@@ -114,20 +114,32 @@ def same(a: Any, b: Any) -> bool:
 def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
     """`value` as a floating array (integers become floats), with its rank checked."""
     try:
-        array = jnp.asarray(value)
+        array = _on_device(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
             raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
         array = array.astype(jnp.result_type(float))
-    # Python numbers are weakly typed: without this, 3.0 and jnp.asarray(3.0) would be two programs.
-    array = jax.lax.convert_element_type(array, array.dtype)
+    if getattr(array, "weak_type", False):  # without this, 3.0 and jnp.float32(3.0) would be two programs
+        array = jax.lax.convert_element_type(array, array.dtype)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and array.ndim not in allowed:
         expected = " or ".join(f"{n}-dimensional" for n in allowed)
         raise ValueError(f"{name} must be {expected}, got shape {array.shape}")
     return array
+
+
+def _on_device(value: Any) -> Array:
+    """`jnp.asarray`, which compiles a program for each new shape, without one for numbers that are there already."""
+    if not isinstance(value, jax.Array) and not hasattr(value, "__jax_array__"):
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError, jax.errors.JAXTypeError):  # ragged, or with tracers in it
+            return jnp.asarray(value)
+        if array.dtype.kind in "biuf":
+            return jax.device_put(array)
+    return jnp.asarray(value)
 
 
 def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:

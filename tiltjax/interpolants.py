@@ -26,6 +26,8 @@ Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2
 (arXiv 2409.08861). Variance-preserving paths: Ho, Jain and Abbeel (arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -294,3 +296,15 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
         return Linear(base_scale)
     inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
     return interpolant
+
+
+def seen(path: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
+    """How much of the data a state at time t shows: `alpha_t`, and the share `snr_t sigma_0^2`; read now, also inside of someone's jit."""
+    with jax.ensure_compile_time_eval():
+        alpha, share = _seen(*inputs.cast((path, inputs.floating(t, "t", 0)), dtype))
+    return float(alpha), float(share)
+
+
+@eqx.filter_jit
+def _seen(path: Interpolant, t: Array) -> tuple[Array, Array]:
+    return path.alpha(t), path.snr(t) * path.sigma(jnp.zeros_like(t)) ** 2

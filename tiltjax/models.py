@@ -11,7 +11,6 @@ What is said of a model holds for posterior means. A network under classifier-fr
 Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the score.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,12 +18,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import inputs, trainable
-from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax import inputs
+from tiltjax.interpolants import Interpolant, or_linear, seen
 from tiltjax.mixtures import GaussianMixture, is_small, noisy_components, posterior_mean
+from tiltjax.nets import Net, ask, checked
 
 _ROUNDING = 1e-5  # of an snr, relatively
 
@@ -83,9 +82,7 @@ class Model(eqx.Module):
         """
         if not inputs.concrete((t, self.interpolant)):
             return
-        with jax.ensure_compile_time_eval():
-            path, t = inputs.cast((self.interpolant, jnp.asarray(t)), self.dtype)
-            share = float(path.snr(t) * path.sigma(jnp.zeros_like(t)) ** 2)
+        share = seen(self.interpolant, t, self.dtype)[1]
         if share > 0.02:
             raise ValueError(
                 f"a run from noise cannot start at t = {float(t):g}, where a share of {share:.2g} of the state is data: start "
@@ -96,9 +93,15 @@ class Model(eqx.Module):
         """`(path, ahead)`: at time t the network at the bottom of this model is asked where `path` has the snr `snr_t + ahead`."""
         return self.interpolant, 0.0
 
+    def _asks_anywhere(self) -> bool:
+        """Whether no time can be wrong: a network of this very path, trained on all of it."""
+        path, ahead = self.asks()
+        itself = path is self.interpolant and isinstance(ahead, float) and ahead == 0
+        return itself and type(path).snr_range is Interpolant.snr_range
+
     def check_times(self, times: Array) -> None:
         """Refuse, with a `ValueError`, times below 1 at which the network would be asked where it was not trained."""
-        if not inputs.concrete((self, times)):
+        if not inputs.concrete((self, times)) or self._asks_anywhere():
             return
         with jax.ensure_compile_time_eval():
             snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
@@ -123,7 +126,7 @@ class Model(eqx.Module):
     def grid(self, steps: int) -> Array:
         """The default grid, equal steps on [1e-3, 1]; where the network was trained on less, on that, with a jump to 1 at the end."""
         times = inputs.time_grid(None, steps)
-        if not inputs.concrete(self):
+        if not inputs.concrete(self) or self._asks_anywhere():
             return times
         with jax.ensure_compile_time_eval():
             snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
@@ -232,7 +235,7 @@ class Analytic(Model):
 class Network(Model):
     """A network as a model; built by `from_velocity`, `from_noise` and `from_denoiser`."""
 
-    net: "Net"
+    net: Net
     interpolant: Interpolant
     to_denoised: Callable = eqx.field(static=True)
     batched: bool = eqx.field(static=True)
@@ -248,7 +251,7 @@ class Network(Model):
         if not self.batched:
             return super().denoise_batch(t, x)
         t = jnp.asarray(t, x.dtype)
-        output = _checked(self.net(jnp.broadcast_to(t, len(x)), x), x.shape, x.shape[1:], True).astype(x.dtype)
+        output = checked(self.net(jnp.broadcast_to(t, len(x)), x), x.shape, x.shape[1:], True).astype(x.dtype)
         return jax.vmap(lambda x, output: self.to_denoised(self.interpolant, t, x, output))(x, output)
 
 
@@ -307,29 +310,6 @@ def from_denoiser(
     return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
 
 
-class Net(inputs.Foreign):
-    """A callable `fn(t, x)` or `fn(params, t, x)` with its parameters, as one pytree."""
-
-    fn: inputs.Function
-    params: PyTree
-
-    def __init__(self, fn: Callable, params: PyTree = None):
-        _refuse_training_mode(fn)
-        _refuse_training_mode(params)
-        self.fn, self.params = inputs.Function(fn), params
-        _check_signature(fn, params)
-
-    def __call__(self, t: Array, x: Array) -> Array:
-        return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
-
-
-def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
-    """The answer of a network, of `shape`, for one sample; one that wants a batch gets as many rows as `vmap`s around this make."""
-    if batched:
-        return _checked(_call_in_batches(net, t[None], x[None]), (1, *shape), x.shape, batched)[0]
-    return _checked(net(t, x), shape, x.shape, batched)
-
-
 def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}")
@@ -344,19 +324,6 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
     )
 
 
-def _check_signature(fn: Callable, params: PyTree) -> None:
-    names = ("t", "x") if params is None else ("params", "t", "x")
-    try:
-        inspect.signature(fn).bind(*names)
-    except TypeError as error:
-        raise TypeError(
-            f"the network is called as fn({', '.join(names)}), which {type(fn).__name__} does not accept ({error}): wrap it, as in "
-            "from_velocity(lambda net, t, x: net(...), net, shape=...)"
-        ) from None
-    except ValueError:  # a callable without a signature to read
-        return
-
-
 def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return interpolant.denoised_from_velocity(t, x, output)
 
@@ -367,84 +334,3 @@ def _from_noise(interpolant: Interpolant, t: Array, x: Array, output: Array) -> 
 
 def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return output
-
-
-def _checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool) -> Array:
-    got = getattr(output, "shape", None)
-    if got != shape:
-        what = f"a batch of states {state}" if batched else f"a state of shape {state}"
-        hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
-        rule = "the shape of its input: expected" if shape[int(batched) :] == state else "the shape"
-        raise ValueError(f"the network must return {rule} {shape} for {what}, got {got}{hint}")
-    return output
-
-
-def _refuse_training_mode(fn: Any) -> None:
-    if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
-        return
-    if (part := trainable.in_training_mode(fn)) is not None:
-        raise ValueError(
-            f"{part} is in training mode and would change its state while sampling: call .eval() on the network first"
-        )
-
-
-# A network that wants a batch, called from code for one sample. `custom_vmap` turns every `vmap` axis around the call
-# into more rows of the batch instead of an axis the network's kernels have never seen; `custom_vjp` does the same for
-# the pullback, because `custom_vmap` alone has no reverse mode.
-
-
-@custom_vmap
-def _forward(net: Net, t: Array, x: Array) -> Array:
-    return net(t, x)
-
-
-@custom_vmap
-def _pullback(net: Net, t: Array, x: Array, cotangent: Array) -> tuple[Array, Array]:
-    return jax.vjp(net, t, x)[1](cotangent)
-
-
-def _as_rows(call: Callable) -> Callable:
-    def rule(size, batched, net, *arrays):
-        if any(jax.tree.leaves(batched[0])):
-            raise ValueError(
-                "a batched=True network cannot be vmapped over its parameters: use batched=False for ensembles"
-            )
-
-        def rows(array, is_batched):
-            array = array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
-            return array.reshape(-1, *array.shape[2:])
-
-        output = call(net, *map(rows, arrays, batched[1:]))
-        split = jax.tree.map(lambda out: out.reshape(size, -1, *out.shape[1:]), output)
-        return split, jax.tree.map(lambda _: True, split)
-
-    return rule
-
-
-_forward.def_vmap(_as_rows(_forward))
-_pullback.def_vmap(_as_rows(_pullback))
-
-
-@jax.custom_vjp
-def _call_in_batches(net: Net, t: Array, x: Array) -> Array:
-    return _forward(net, t, x)
-
-
-def _call_forward(net, t, x):
-    # By type: a Flax variable forwards unknown attributes to its array, so it would pass for anything.
-    primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-    if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=primal) if primal(leaf)):
-        raise TypeError(
-            "a batched=True network is not differentiable in its parameters here: use batched=False, or Model.denoise_batch"
-        )
-    values = jax.tree.map(lambda leaf: leaf.value if primal(leaf) else leaf, (net, t, x), is_leaf=primal)
-    return _forward(*values), values
-
-
-def _call_backward(values, cotangent):
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
-    return None, *_pullback(*values, cotangent)
-
-
-_call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)

@@ -1,7 +1,7 @@
 r"""`sample`: follow a model, or a guided model, from noise to data.
 
-    key --+-- initial ----> x_0 = model.initial(key_i, t_0)                           one per particle
-          +-- run, step, i -> Streams(guidance, noise, second)                        one split per particle and step
+    key --+-- start, i ---> x_0 = model.initial(key_i, t_0)                           one per particle
+          +-- step, i ----> Streams(guidance, noise, second)                          three per particle and step, those that are used
     x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
 
 Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more particles, other batches or
@@ -100,13 +100,14 @@ def sample(
 @eqx.filter_jit
 def _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path) -> Particles:
     model, guidance, solver, times, start = inputs.cast((model, guidance, solver, times, start), model.dtype)
-    key_initial, key_run = jax.random.split(key)
+    steps = len(times) - 1
+    keys = jax.random.split(key, (steps + 1, 3))  # the first row is the start's, whatever the number of steps
     over_particles = (
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )
     indices = jnp.arange(num)
 
-    initial = over_particles(lambda i: model.initial(jax.random.fold_in(key_initial, i), times[0]))
+    initial = over_particles(lambda i: model.initial(jax.random.fold_in(keys[0, 0], i), times[0]))
     x = initial(indices) if start is None else start
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
@@ -132,7 +133,7 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
         step, key_step, t, u = scanned
 
         def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
-            keys = Streams(*jax.random.split(jax.random.fold_in(key_step, i), 3))
+            keys = Streams(*(jax.random.fold_in(stream, i) for stream in key_step))
             x, (memory, bad) = solver.step(
                 keys, model.interpolant, field, t, u, x, (memory, jnp.zeros(len(CULPRITS), bool))
             )
@@ -142,8 +143,7 @@ def _sample(key, model, guidance, solver, times, start, bar, num, batch, shardin
         bar.tick(step)
         return (x, memory), (jnp.any(bad, axis=0), x if save_path else None)
 
-    steps = len(times) - 1
-    scanned = (jnp.arange(steps), jax.random.split(key_run, steps), times[:-1], times[1:])
+    scanned = (jnp.arange(steps), keys[1:], times[:-1], times[1:])
     (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
     path = None if path is None else jnp.concatenate([x[None], path])
     return unweighted(end, Trace(times, bad, path))

@@ -253,9 +253,10 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
         return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
 
-    def look(key: Array, t: Array, x: Array, memory: Any, weigh: Array) -> tuple[Array, Array, Array, Any, Array]:
+    def look(
+        key_guidance: Array, key_twist: Array, t: Array, x: Array, memory: Any, weigh: Array
+    ) -> tuple[Array, Array, Array, Any, Array]:
         """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
-        key_guidance, key_twist = jax.random.split(key)
         of_guidance, of_twist = memory
         if asked:
             weighing = not separate and any(weighs[:-1])
@@ -277,24 +278,27 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         bad = failures(x, Estimate(denoised + pull, denoised, log_h))
         return denoised, pull, log_h, (of_guidance, of_twist), bad
 
-    def begin(i: Array, key: Array) -> tuple[_Particle, Array]:
-        key_initial, key_look = jax.random.split(key)
-        x = model.initial(key_initial, times[0])
+    def begin(i: Array) -> _Particle:
+        x = model.initial(own_key(keys[0, 1], i), times[0])
         memory = guidance.init(x), twisting.init(x) if separate else ()
-        denoised, pull, _, memory, bad = look(key_look, times[0], x, memory, jnp.zeros((), bool))
-        zero = jnp.zeros((), log_dtype)
-        return _Particle(x, denoised, pull, zero, potential.init(), memory, i), bad
+        unknown = jnp.zeros(model.denoised_shape, dtype)
+        return _Particle(x, unknown, unknown, jnp.zeros((), log_dtype), potential.init(), memory, i)
 
     def advance(carry, scanned):
         particles, log_weights, log_norm, factor = carry
-        step, key_step, key_resample, t, u, weigh, given = scanned
-        kernel = solver.kernel(model.interpolant, t, u)
+        step, (key_step, key_resample), t, u, weigh, given = scanned
 
         def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
-            key_noise, key_look = jax.random.split(key)
-            shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
-            x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
-            denoised, pull, value, memory, bad = look(key_look, u, x, particle.memory, weigh)
+            key_noise, key_guidance, key_twist = jax.random.split(key, 3)
+
+            def move() -> tuple[Array, Array]:
+                kernel = solver.kernel(model.interpolant, t, u)
+                shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
+                return kernel.propose(key_noise, particle.x, particle.denoised, shift)
+
+            stay = lambda: (particle.x, jnp.zeros((), dtype))
+            x, log_ratio = jax.lax.cond(step < 0, stay, move)
+            denoised, pull, value, memory, bad = look(key_guidance, key_twist, u, x, particle.memory, weigh)
             moved = particle._replace(x=x, denoised=denoised, pull=pull, memory=memory)
             return moved, value, log_ratio.astype(log_dtype), bad
 
@@ -352,24 +356,24 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         bar.tick(step)
         return (moved, log_weights_next, log_norm, given), (bad, ess, given, uneven)
 
-    key_begin, key_run, key_resample = jax.random.split(key, 3)
-    indices = jnp.arange(num)
-    particles, bad_first = over_particles(lambda i: begin(i, jax.random.fold_in(key_begin, i)))(indices)
+    inner, indices = steps - 1, jnp.arange(num)
+    # Of particles and of resampling, at each step; the first two look at the start, and draw it.
+    keys = jax.random.split(key, (steps + 1, 2))
+    particles = over_particles(begin)(indices)
     if sharding is not None:
         particles = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles)
-    zeros = jnp.zeros(num, log_dtype)
-    carry = particles, zeros, jnp.zeros((), log_dtype), jnp.ones((), log_dtype)
-    if tempering is not None:  # the state before the first step
-        carry = (*carry[:3], jnp.zeros((), log_dtype))
-    inner, keys = steps - 1, jax.random.split(key_run, steps)
+    # The first look, at where particles start, is a step that goes nowhere: a program has each guidance in it once.
+    before = jnp.ones((), log_dtype) if tempering is None else jnp.zeros((), log_dtype)
+    carry = particles, jnp.zeros(num, log_dtype), jnp.zeros((), log_dtype), before
     scanned = (
-        jnp.arange(inner), keys[:inner], jax.random.split(key_resample, inner),
-        times[:-2], times[1:-1], jnp.asarray(weighs[:inner], bool), factors[:inner],
+        jnp.arange(-1, inner), keys[:steps], jnp.concatenate([times[:1], times[:-2]]), times[:-1],
+        jnp.asarray((False, *weighs[:inner])), jnp.concatenate([before[None], factors[:inner]]),
     )  # fmt: skip
-    (particles, log_weights, log_norm, _), (bad, ess, tempered, resampled) = jax.lax.scan(advance, carry, scanned)
+    (particles, log_weights, log_norm, _), (bad, *seen_on_way) = jax.lax.scan(advance, carry, scanned)
+    ess, tempered, resampled = (leaf[1:] for leaf in seen_on_way)
 
     # The last step jumps to the denoiser, and completes the reward (or what a guidance has of its own to complete).
-    finish = lambda i, particle: solver.finish(own_key(keys[inner], i), particle.x, particle.denoised)
+    finish = lambda i, particle: solver.finish(own_key(keys[steps, 0], i), particle.x, particle.denoised)
     x = over_particles(finish)(indices, particles)
     log_tilt = over_particles(guidance.final)(x, particles.memory[0]).astype(log_dtype)
     log_weights = log_weights + less(log_tilt, particles.applied)
@@ -378,8 +382,9 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
     last = effective(seen)
     failed = jnp.zeros(len(CULPRITS), bool).at[1].set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))
+    # What fails at the start counts as the first step's.
     bad = jnp.concatenate([bad, failed[None]])
-    bad = bad.at[0].set(bad[0] | jnp.any(bad_first, axis=0))
+    bad = bad[1:].at[0].set(bad[0] | bad[1])
     bar.tick(steps - 1)
     trace = Trace(
         times,

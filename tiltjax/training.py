@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import checkpoints, inputs, models
+from tiltjax import checkpoints, inputs, nets
 from tiltjax.descent import Curve, Fit, adamw, check_sharding, minimise, schedule
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models import from_denoiser, from_noise, from_velocity
@@ -169,7 +169,7 @@ def fit(
     _wanted(target)
     path = _path(interpolant, target, times)
     inputs.function(network, "network")
-    models.Net(network)  # refuses another signature, and modules hidden in a closure
+    nets.Net(network)  # refuses another signature, and modules hidden in a closure
     source, example = _source(key, data, batch)
     check_sharding(sharding)
     inputs.spread_over(sharding, example.shape, "batch")

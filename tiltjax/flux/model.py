@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from tiltjax import inputs, models
+from tiltjax import inputs, models, nets
 from tiltjax.flux.autoencoder import Autoencoder
 from tiltjax.flux.transformer import Config, Transformer
 from tiltjax.interpolants import Interpolant, Linear
@@ -170,8 +170,8 @@ class FluxModel(models.Model):
         # Kernels that know no `vmap` get rows of a batch, whose pullback computes the forward pass again. What is made of JAX's own operations is
         # left to `vmap`: there the forward pass of a guided step serves its gradient too.
         whole = parts.transformer.attention == "xla"
-        net = models.Net(_velocity_of_one if whole else _velocity, given)
-        return x + (t - end) * models.ask(net, times, x, x.shape, batched=not whole)
+        net = nets.Net(_velocity_of_one if whole else _velocity, given)
+        return x + (t - end) * nets.ask(net, times, x, x.shape, batched=not whole)
 
 
 class Lookahead(Posterior):
