@@ -14,6 +14,7 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)  # what is made while tests are collected
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -25,13 +26,14 @@ _FLAGS = (
 )
 
 
-def quickly(devices: int = 1) -> dict[str, str]:
-    """The environment of a process with so many virtual devices, whose programs are compiled quickly."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS} --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+def quickly(devices: int = 0) -> dict[str, str]:
+    """The environment of a process, with so many virtual devices, whose programs are compiled quickly."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+    flags += f" --xla_force_host_platform_device_count={devices}" if devices else ""
+    return os.environ | {"XLA_FLAGS": flags.strip()} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
 
 
-with mock.patch.dict(os.environ, XLA_FLAGS=quickly()["XLA_FLAGS"]):
+with mock.patch.dict(os.environ, quickly()):
     jax.block_until_ready(jax.jit(lambda: 0)())
 
 # Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
@@ -84,13 +86,22 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _optimise(node: pytest.Item | pytest.Collector) -> None:
+    jax.config.update("jax_disable_most_optimizations", node.get_closest_marker("optimised") is None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs(request):
-    """Compile quickly rather than well, but for modules that say `OPTIMISED = True`; forget what was compiled when that is much.
+    """Compile quickly rather than well, but for what is marked `optimised`; forget what was compiled when that is much.
 
-    Most tests compile for longer than they run. The demo and the snippet of README run as users run them.
+    Most tests compile for longer than they run. The demo runs as users run it.
     """
-    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
+    _optimise(request.node)
     yield
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _program(request):
+    _optimise(request.node)

@@ -51,6 +51,7 @@ def test_single_precision_agrees_with_double(t):
         np.testing.assert_allclose(DENOISE(single, jnp.asarray(t, jnp.float32), x), precise, atol=room)
 
 
+@pytest.mark.optimised
 def test_samples_of_the_flow_lie_on_the_board_with_its_moments():
     x = tj.sample(jax.random.key(0), BOARD, num=4000, steps=200).x
     filled = np.asarray(jax.vmap(BOARD.log_prob)(x)) > -np.inf

@@ -82,18 +82,13 @@ def step(x, sigma, sigma_next, noises, *, snr_factor, scale, length=None, damp=N
 
 
 def draws(key, k, shape):
-    """The noises of a run's first step: of particle 0, from the streams that the verb splits."""
+    """The noises of a run's first step: of particle 0, from the streams of the verb, whose first row is the start's."""
     from tiltjax.solvers import Streams
 
-    _, key_run = jax.random.split(key)
-    first = jax.random.split(key_run, 1)[0]
-    guidance = Streams(*jax.random.split(jax.random.fold_in(first, 0), 3)).guidance
-    keys = [guidance] if k == 1 else jax.random.split(guidance, k)
-    # A plug-in splits for its scale and its draws, and the latter for each draw.
-    return [
-        np.asarray(jax.random.normal(jax.random.split(jax.random.split(each)[1], 1)[0], shape, jnp.float64))
-        for each in keys
-    ]
+    streams = Streams(*(jax.random.fold_in(stream, 0) for stream in jax.random.split(key, (2, 3))[1]))
+    keys = [streams.guidance] if k == 1 else jax.random.split(streams.guidance, k)
+    # Of a plug-in of one draw the first key is its scale's.
+    return [np.asarray(jax.random.normal(jax.random.split(each)[1], shape, jnp.float64)) for each in keys]
 
 
 CASES = {

@@ -55,6 +55,7 @@ def test_the_autoencoder_keeps_shapes_and_colours():
     assert latents.std() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("steps", "leaps"), [(28, False), (4, True)])
 def test_samples_show_what_the_prompt_says(models, steps, leaps):
     grid = jnp.linspace(1e-3, 1.0, steps + 1)

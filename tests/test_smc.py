@@ -107,7 +107,14 @@ def truths():
     return {eta: chain_log_norm(eta) for eta in (1.0, 0.5)}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(type(part).__name__ for part in row[:3]))
+def _row(row):
+    slow = any(guidance is DRAWS4 for guidance in (row[0], row[-1].get("twist")))
+    return pytest.param(
+        row, id="-".join(type(part).__name__ for part in row[:3]), marks=[pytest.mark.optimised] if slow else []
+    )
+
+
+@pytest.mark.parametrize("row", [_row(row) for row in ROWS])
 def test_the_normalising_constant_is_unbiased(row, truths):
     guidance, proposal, potential, scheme, threshold, temper, extra = row
     values = log_norms(

@@ -12,7 +12,7 @@ import theory
 import tiltjax as tj
 from theory import draws
 
-OPTIMISED = True  # it runs for longer than it compiles
+pytestmark = pytest.mark.optimised  # it runs for longer than it compiles
 
 
 def law(k, scale=3.0, s2=0.5, y=2.5, d=1, mean=0.0):

@@ -14,7 +14,7 @@ from theory import planner
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
-OPTIMISED = True  # it runs for longer than it compiles
+pytestmark = pytest.mark.optimised  # it runs for longer than it compiles
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import tiltjax as tj
 
 PLANE = tj.GaussianMixture([1.0], [[0.3, -0.2]], [[[0.5, 0.1], [0.1, 0.8]]])
 LINEAR = tj.rewards.Linear([1.0, 0.5])
-OPTIMISED = True
+pytestmark = pytest.mark.optimised  # it runs for longer than it compiles
 LINE = tj.GaussianMixture([0.3, 0.7], [[-1.5], [1.0]], [[[0.5]], [[0.09]]])
 
 

@@ -199,15 +199,15 @@ class PlugIn(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         path = self.model.interpolant
-        key_scale, *key_draws = jax.random.split(key, self.k + 1)
-        scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
+        keys = jax.random.split(key, 1 + self.k)
+        scale = self.scale(keys[0], path.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> tuple[Array, Array]:
             # Of the network, the step needs D(x) and a draw may: one call serves both, and the gradient of the draw.
             denoised = self.model.denoise(t, x)
             draw = lambda key: self.posterior.draw_beside(key, t, x, denoised)
             tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, draw(key)))
-            return jax.nn.logsumexp(tilt(jnp.stack(key_draws))) - jnp.log(self.k), denoised
+            return jax.nn.logsumexp(tilt(keys[1:])) - jnp.log(self.k), denoised
 
         (value, denoised), score = jax.value_and_grad(log_h, has_aux=True)(x)
         return Estimate.from_score(path, t, denoised, value, score), state

@@ -13,7 +13,7 @@ import theory
 import tiltjax as tj
 
 SIGMAS = 5.0
-OPTIMISED = True  # it runs for longer than it compiles
+pytestmark = pytest.mark.optimised  # it runs for longer than it compiles
 
 
 def single(prior):
