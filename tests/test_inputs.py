@@ -361,3 +361,21 @@ def test_an_unhashable_callable_says_what_to_do():
 
     with pytest.raises(TypeError, match=r"hashable.*Unhashable.*equinox"):
         rewards.as_reward(Unhashable())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_done_to_an_array_afterwards_is_not_seen(dtype):
+    memory = np.zeros(64 + 16, np.uint8)
+    mine = memory[-memory.ctypes.data % 64 :][: 2 * np.dtype(dtype).itemsize].view(dtype)  # as aligned as a device wants it
+    kept = inputs.floating(mine, "x")
+    mine += 1
+    np.testing.assert_array_equal(kept, 0)
+
+
+def test_numbers_that_no_integer_of_the_device_holds_are_floats():
+    with jax.enable_x64(False):
+        assert float(inputs.floating(10**10, "x")) == 1e10
+        np.testing.assert_array_equal(inputs.floating([2**63, 1], "x"), np.asarray([2.0**63, 1], np.float32))
+    with pytest.raises(TypeError, match="must be numbers, got MaskedArray"):
+        inputs.floating(np.ma.array([1.0, 2.0], mask=[True, False]), "x")
+    assert inputs.floating([jnp.float32(1), 2.0], "x").dtype == jnp.float32

@@ -115,7 +115,7 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
     """`value` as a floating array (integers become floats), with its rank checked."""
     try:
         array = _on_device(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
@@ -131,15 +131,23 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
 
 
 def _on_device(value: Any) -> Array:
-    """`jnp.asarray`, which compiles a program for each new shape, without one for numbers that are there already."""
-    if not isinstance(value, jax.Array) and not hasattr(value, "__jax_array__"):
-        try:
-            array = np.asarray(value)
-        except (TypeError, ValueError, jax.errors.JAXTypeError):  # ragged, or with tracers in it
-            return jnp.asarray(value)
-        if array.dtype.kind in "biuf":
-            return jax.device_put(array)
-    return jnp.asarray(value)
+    """`jnp.asarray`, which compiles a program for each new shape, without one for plain numbers. A copy: what the caller does to its own
+    array afterwards is not seen."""
+    mine = type(value) is np.ndarray or isinstance(value, np.generic)
+    if not mine and not _written(value):
+        return jnp.asarray(value)
+    array = np.array(value)
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or not array.dtype.isnative:  # JAX says what is wrong
+        return jnp.asarray(value)
+    # JAX's integers may be too short for a number that a float holds.
+    return jax.device_put(array if mine and array.dtype.kind == "f" else array.astype(jnp.result_type(float)))
+
+
+def _written(value: Any) -> bool:
+    """Whether a number, or nested lists of them, is made of Python's own."""
+    if isinstance(value, list | tuple):
+        return all(map(_written, value))
+    return type(value) in (int, float, bool)
 
 
 def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:

@@ -65,11 +65,13 @@ class GaussianMixture(eqx.Module):
         if inputs.concrete(covs):
             _check_covariances(np.asarray(covs))
         dtype = jnp.result_type(weights, means, covs)
-        # In NumPy where it can be: three programs less for a first mixture to wait for.
-        lib = np if inputs.concrete(weights) else jnp
-        with np.errstate(divide="ignore"):  # a weight of zero
-            log_weights = lib.log(lib.asarray(weights) / lib.sum(lib.asarray(weights)))
-        self.log_weights = inputs.floating(log_weights, "weights").astype(dtype)
+        if inputs.concrete(weights):  # in NumPy: three programs less for a first mixture to wait for
+            mass = np.asarray(weights, np.float64)
+            with np.errstate(divide="ignore"):  # a weight of zero
+                log_weights = jax.device_put(np.log(mass / mass.sum()).astype(dtype))
+        else:
+            log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
+        self.log_weights = log_weights
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
 

@@ -101,7 +101,7 @@ def sample(
 def _sample(key, model, guidance, solver, times, start, bar, num, batch, sharding, save_path) -> Particles:
     model, guidance, solver, times, start = inputs.cast((model, guidance, solver, times, start), model.dtype)
     steps = len(times) - 1
-    keys = jax.random.split(key, (steps + 1, 3))  # the first row is the start's, whatever the number of steps
+    keys = jax.random.split(key, (steps + 1, 3))  # the first row is the start's
     over_particles = (
         jax.vmap if batch is None else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=batch)
     )

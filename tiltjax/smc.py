@@ -237,6 +237,8 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
     asked = proposal.guided or guidance.follows
     twisting, separate = guidance if twist is None else twist, twist is not None or not asked
 
+    unguided = lambda t, x: model.denoise(t, x).astype(dtype)
+
     def read(guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool) -> tuple[Array, ...]:
         """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
         estimate, memory = guide(key, t, x, memory)
@@ -249,7 +251,7 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
                 "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
             )
         # The base chain needs the unguided denoiser.
-        denoised = model.denoise(t, x) if estimate.denoised is None else estimate.denoised
+        denoised = unguided(t, x) if estimate.denoised is None else estimate.denoised
         log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
         return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
 
@@ -261,20 +263,20 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
         if asked:
             weighing = not separate and any(weighs[:-1])
             denoised, pull, log_h, of_guidance = read(guidance, key_guidance, t, x, of_guidance, weighing)
-            unguided = lambda: denoised
+            base = lambda: denoised
         else:
-            unguided = lambda: model.denoise(t, x)
+            base = lambda: unguided(t, x)
             pull, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
         if separate:  # a twist of its own is asked only where it counts, unless it has to see every state
 
             def ask(of_twist: Any) -> tuple[Array, Array, Any]:
                 denoised, _, log_h, of_twist = read(twisting, key_twist, t, x, of_twist, True)
-                return (unguided() if asked else denoised), log_h, of_twist
+                return (base() if asked else denoised), log_h, of_twist
 
-            pass_by = lambda of_twist: (unguided(), log_h, of_twist)
+            pass_by = lambda of_twist: (base(), log_h, of_twist)
             denoised, log_h, of_twist = jax.lax.cond(weigh | twisting.follows, ask, pass_by, of_twist)
         else:
-            denoised = unguided()
+            denoised = base()
         bad = failures(x, Estimate(denoised + pull, denoised, log_h))
         return denoised, pull, log_h, (of_guidance, of_twist), bad
 
@@ -294,13 +296,14 @@ def _smc(key, model, guidance, twist, settings, solver, times, factors, weighs, 
             def move() -> tuple[Array, Array]:
                 kernel = solver.kernel(model.interpolant, t, u)
                 shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
-                return kernel.propose(key_noise, particle.x, particle.denoised, shift)
+                x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
+                return x, log_ratio.astype(log_dtype)
 
-            stay = lambda: (particle.x, jnp.zeros((), dtype))
+            stay = lambda: (particle.x, jnp.zeros((), log_dtype))
             x, log_ratio = jax.lax.cond(step < 0, stay, move)
             denoised, pull, value, memory, bad = look(key_guidance, key_twist, u, x, particle.memory, weigh)
             moved = particle._replace(x=x, denoised=denoised, pull=pull, memory=memory)
-            return moved, value, log_ratio.astype(log_dtype), bad
+            return moved, value, log_ratio, bad
 
         def apply(particle: _Particle, value: Array, factor: Array) -> tuple[Array, Any]:
             # A twist of -inf is not believed before the end: what it excludes too early may yet be allowed. Any number is unbiased.
