@@ -27,10 +27,12 @@ _FLAGS = (
 
 
 def quickly(devices: int = 0) -> dict[str, str]:
-    """The environment of a process, with so many virtual devices, whose programs are compiled quickly."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
-    flags += f" --xla_force_host_platform_device_count={devices}" if devices else ""
-    return os.environ | {"XLA_FLAGS": flags.strip()} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
+    """The environment of a process whose programs are compiled quickly; if it has so many virtual devices, as quickly as can be."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+    if not devices:
+        return os.environ | {"XLA_FLAGS": flags}
+    flags += f" --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 with mock.patch.dict(os.environ, quickly()):
@@ -104,4 +106,5 @@ def _programs(request):
 
 @pytest.fixture(autouse=True)
 def _program(request):
+    """The same of one test, which may be marked alone."""
     _optimise(request.node)

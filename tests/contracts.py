@@ -264,7 +264,7 @@ def traced(fn):
 
 def on_eight_devices(script):
     """What an indented program printed, in a process of its own with eight virtual devices."""
-    env = conftest.quickly(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = conftest.quickly(8)
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
@@ -275,7 +275,7 @@ def on_two_hosts(script, seconds=300):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = conftest.quickly(2) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = conftest.quickly(2)
     program = textwrap.dedent(script)
     command = lambda host: [sys.executable, "-c", f"ADDRESS, HOST = {address!r}, {host}\n{program}"]
     start = lambda host: subprocess.Popen(

@@ -57,7 +57,7 @@ CODE = {page: blocks(text) for page, text in PAGES.items() if page != QUICK_STAR
 
 def test_the_code_of_the_pages_runs():
     """In one process for all: most of the time goes into starting it and compiling."""
-    env = conftest.quickly(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = conftest.quickly(8)
     run = subprocess.run(
         [sys.executable, "-c", RUNNER], input=json.dumps(CODE), capture_output=True, text=True, env=env, cwd=ROOT, timeout=600, check=False
     )  # fmt: skip

@@ -366,9 +366,8 @@ def test_an_unhashable_callable_says_what_to_do():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_is_done_to_an_array_afterwards_is_not_seen(dtype):
     memory = np.zeros(64 + 16, np.uint8)
-    mine = memory[-memory.ctypes.data % 64 :][: 2 * np.dtype(dtype).itemsize].view(
-        dtype
-    )  # as aligned as a device wants it
+    start = -memory.ctypes.data % 64  # as aligned as a device wants it
+    mine = memory[start : start + 2 * np.dtype(dtype).itemsize].view(dtype)
     kept = inputs.floating(mine, "x")
     mine += 1
     np.testing.assert_array_equal(kept, 0)

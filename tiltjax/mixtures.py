@@ -68,10 +68,9 @@ class GaussianMixture(eqx.Module):
         if inputs.concrete(weights):  # in NumPy: three programs less for a first mixture to wait for
             mass = np.asarray(weights, np.float64)
             with np.errstate(divide="ignore"):  # a weight of zero
-                log_weights = jax.device_put(np.log(mass / mass.sum()).astype(dtype))
+                self.log_weights = jax.device_put(np.log(mass / mass.sum()).astype(dtype))
         else:
-            log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
-        self.log_weights = log_weights
+            self.log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
 

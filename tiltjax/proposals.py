@@ -69,8 +69,9 @@ class Shifted(Proposal):
 class Children(Proposal):
     """Each particle proposes `m` states and goes on as one of them, chosen by weight; it carries the mean weight of all.
 
-    That mean is what keeps the normalising constant unbiased. Costs m evaluations a step, the look at the start included. **Arguments:** `m`; `proposal` of each child,
-    `Base()` by default.
+    That mean is what keeps the normalising constant unbiased. Costs m evaluations a step, the look at the start included.
+
+    **Arguments:** `m`; `proposal` of each child, `Base()` by default.
 
     **Raises:** `ValueError` for children of children.
     """

@@ -236,7 +236,7 @@ def test_many_draws_have_their_law(d):
     # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.
     prior = tj.GaussianMixture([1.0], [np.zeros(d)], [0.5 * np.eye(d)])
     reward = tj.rewards.Quadratic(np.where(np.arange(d) == 0, 2.5, 0.0))
-    model, num, k = tj.Analytic(single(prior)), 12_000, 4
+    model, num, k = tj.Analytic(single(prior)), 20_000, 4
     law = theory.plug_in_law(prior, reward, 3.0, k=k)
     mean, std = law.mean(), jnp.sqrt(jnp.diagonal(law.cov()))
     runs = {}

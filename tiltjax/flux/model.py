@@ -8,7 +8,7 @@ sigma, and its sign, live in this file and nowhere else. A state is a latent as 
 its places as one token (`packed`). The text is in the model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
 
 Particles and the draws of a guidance are one batch of the network: with `attention="xla"` by `vmap`, with any other as rows, which kernels that know no
-`vmap` need (`tiltjax.models`); with those a gradient computes the forward pass once more.
+`vmap` need (`tiltjax.nets`); with those a gradient computes the forward pass once more.
 
 | `Lookahead(model, snr_factor)` | where a flow map takes x in one call, after noise is added until the snr is `snr_factor` lower |
 |---|---|
