@@ -4,6 +4,7 @@ float64 is on (single precision is asked for explicitly where it is tested), imp
 errors, and so are warnings (pyproject.toml).
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -15,6 +16,9 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # what is made while tests are collected
+jax.config.update(
+    "jax_traceback_in_locations_limit", 0
+)  # where an operation was written, in every program of thousands
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -74,6 +78,14 @@ def pytest_collection_modifyitems(config, items):
         dice = random.Random(seed)
         order = dice.sample(list(files.values()), len(files))
         items[:] = [item for tests in order for item in dice.sample(tests, len(tests))]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Collect garbage seldom: modules, programs and traces are many objects, and all reachable."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_configure(config):

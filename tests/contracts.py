@@ -246,6 +246,13 @@ def assert_moments(samples, mean, cov, slack=0.0):
     assert_mean(centred[:, :, None] * centred[:, None, :], cov, slack)
 
 
+def same_bits(a, b):
+    """Whether two trees hold the same numbers to the last bit."""
+    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
+    assert len(leaves[0]) == len(leaves[1]) > 0
+    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(*leaves, strict=True))
+
+
 def slope(errors):
     """The order at which errors fall along a sequence of doubled step counts: minus the fitted slope in log2."""
     return -np.polyfit(np.arange(len(errors)), np.log2(np.asarray(errors)), 1)[0]

@@ -65,17 +65,15 @@ def test_samples_of_the_flow_lie_on_the_board_with_its_moments():
 
 
 def test_the_gradient_is_finite_at_every_time():
+    slope = jax.jit(jax.vmap(jax.jacobian(BOARD.denoise, argnums=1), in_axes=(None, 0)))
     for t in (1e-3, 0.5, 0.9, 0.999):
-        for point in POINTS:
-            assert np.all(
-                np.isfinite(jax.jacobian(lambda x, t=t: BOARD.denoise(jnp.asarray(t), x))(jnp.asarray(point)))
-            )
+        assert np.all(np.isfinite(slope(jnp.asarray(t), jnp.asarray(POINTS))))
 
 
 @pytest.mark.parametrize("state", [[0.999, 0.001], [2.0005, -2.9995], [9.0, -40.0]])
 def test_single_precision_near_and_beyond_corners(state):
     t = 0.9995
-    double = tj.Checkerboard(dtype=jnp.float64).denoise(jnp.asarray(t), jnp.asarray(state))
+    double = jax.jit(tj.Checkerboard(dtype=jnp.float64).denoise)(jnp.asarray(t), jnp.asarray(state))
     single = tj.Checkerboard(tj.Linear(jnp.float32(3**0.5)), dtype=jnp.float32)
-    value = single.denoise(jnp.float32(t), jnp.asarray(state, jnp.float32))
+    value = jax.jit(single.denoise)(jnp.float32(t), jnp.asarray(state, jnp.float32))
     np.testing.assert_allclose(value, double, atol=1e-4)

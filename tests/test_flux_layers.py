@@ -35,7 +35,8 @@ def test_values_and_gradients_are_those_of_jax(name):
         layer = nnx.Conv(4, 6, rngs=nnx.Rngs(1), **settings, **convolution)
         graph, parameters = nnx.split(layer)
         value = lambda parameters, x: jnp.sum(jnp.sin(nnx.merge(graph, parameters)(x)))
-        return layer(x), *jax.tree.leaves(jax.grad(value, argnums=(0, 1))(parameters, x))
+        gradient = jax.jit(jax.grad(value, argnums=(0, 1)))
+        return layer(x), *jax.tree.leaves(gradient(parameters, x))
 
     for ours, theirs in zip(of(conv_general_dilated=layers.convolved), of(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)

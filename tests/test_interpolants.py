@@ -26,7 +26,7 @@ def state(seed, d=3):
 @pytest.mark.parametrize("t", TIMES)
 def test_parametrisations_round_trip(path, t):
     t, x, denoised = jnp.asarray(t), state(0), state(1)
-    noise, velocity = path.noise(t, x, denoised), path.velocity(t, x, denoised)
+    noise, velocity = jax.jit(lambda *of: (path.noise(*of), path.velocity(*of)))(t, x, denoised)
     # Dividing by alpha (or by the Wronskian) magnifies rounding by |x| / alpha: relative to that, nothing is lost.
     size = float(1 + jnp.max(jnp.abs(x)) / path.alpha(t) + 1 / path.sigma(t))
     chex.assert_trees_all_close(path.denoised_from_noise(t, x, noise), denoised, atol=1e-13 * size, rtol=0)
@@ -53,7 +53,7 @@ def test_the_velocity_is_the_derivative_of_the_path(path):
 
 def test_time_inverts_snr_including_both_ends(path):
     t = jnp.linspace(0.0, 1.0, 41)
-    back = jax.vmap(lambda t: path.time(path.snr(t)))(t)
+    back = jax.jit(jax.vmap(lambda t: path.time(path.snr(t))))(t)
     chex.assert_trees_all_close(back, t, atol=TOLERANCE)
     assert float(path.time(jnp.asarray(jnp.inf))) == 1.0
     assert np.isinf(float(path.snr(jnp.asarray(1.0))))
@@ -210,10 +210,11 @@ def test_a_table_is_met_at_its_levels_and_smooth_between_them():
     t = path.clock(levels)
     assert (float(t[0]), float(t[-1])) == (1 - 1e-3, 0.0)
     chex.assert_trees_all_close(path.index(t), levels, atol=1e-9)
-    chex.assert_trees_all_close(jax.vmap(path.alpha)(t) ** 2, table, rtol=1e-13)
-    chex.assert_trees_all_close(jax.vmap(path.sigma)(t) ** 2, 1 - table, rtol=1e-11)
+    alpha, sigma, snr = jax.jit(jax.vmap(lambda t: (path.alpha(t), path.sigma(t), path.snr(t))))(t)
+    chex.assert_trees_all_close(alpha**2, table, rtol=1e-13)
+    chex.assert_trees_all_close(sigma**2, 1 - table, rtol=1e-11)
     low, high = path.snr_range()
-    chex.assert_trees_all_close((high, low), tuple(jax.vmap(path.snr)(t[jnp.asarray([0, -1])])), rtol=1e-10)
+    chex.assert_trees_all_close((high, low), (snr[0], snr[-1]), rtol=1e-10)
     # Its noise rate is positive everywhere and the same from both sides of a level; a level's share of it is nearly that of training.
     rate = jax.jit(jax.vmap(path.diffusion))
     chex.assert_trees_all_close(rate(t - 1e-10), rate(t + 1e-10), rtol=1e-6)
@@ -223,20 +224,20 @@ def test_a_table_is_met_at_its_levels_and_smooth_between_them():
 
 def test_beyond_a_table_the_noise_rate_is_constant_to_the_data_and_the_snr_goes_on_falling_before_the_noise():
     path = tj.DiscreteVP([0.9, 0.5, 0.1])
-    chex.assert_trees_all_close(
-        jax.vmap(path.diffusion)(path.clock(jnp.asarray([0.0, -0.5, -1.0]))), jnp.full(3, -3 * np.log(0.9))
-    )
+    rate = jax.jit(jax.vmap(path.diffusion))(path.clock(jnp.asarray([0.0, -0.5, -1.0])))
+    chex.assert_trees_all_close(rate, jnp.full(3, -3 * np.log(0.9)))
     t = jnp.linspace(-3.0, 0.0, 100)
-    assert np.all(np.diff(jax.vmap(path.snr)(t)) > 0)
-    chex.assert_trees_all_close(jax.vmap(lambda t: path.time(path.snr(t)))(t), t, atol=1e-9)
+    snr, back = jax.jit(jax.vmap(lambda t: (path.snr(t), path.time(path.snr(t)))))(t)
+    assert np.all(np.diff(snr) > 0)
+    chex.assert_trees_all_close(back, t, atol=1e-9)
 
 
 def test_a_table_of_a_path_is_that_path_to_third_order():
     path, t = tj.VP(), jnp.linspace(0.02, 0.9, 500)
 
     def error(n):
-        table = tj.DiscreteVP(jax.vmap(path.alpha)(1 - (jnp.arange(n) + 1) / n) ** 2)
-        return float(jnp.max(jnp.abs(jnp.log(jax.vmap(table.snr)(t) / jax.vmap(path.snr)(t)))))
+        table = tj.DiscreteVP(jax.jit(jax.vmap(path.alpha))(1 - (np.arange(n) + 1) / n) ** 2)
+        return np.abs(np.log(jax.jit(jax.vmap(table.snr))(t) / jax.jit(jax.vmap(path.snr))(t))).max()
 
     assert abs(contracts.slope([error(n) for n in (100, 200, 400)]) - 3) < 0.3
 

@@ -123,7 +123,8 @@ def test_glass_converges_to_the_posterior_of_a_mixture(path):
 def test_glass_of_a_point_mass_is_exact_in_one_step(order):
     model = tj.Analytic(contracts.gaussian([0.2, -0.1], np.zeros((2, 2))))
     for steps in (1, 5):
-        draw = tj.Glass(model, steps, order).draw(jax.random.key(0), jnp.asarray(0.3), X)
+        glass = tj.Glass(model, steps, order)
+        draw = jax.jit(lambda x, glass=glass: glass.draw(jax.random.key(0), jnp.asarray(0.3), x))(X)
         chex.assert_trees_all_close(draw, jnp.asarray([0.2, -0.1]), rtol=1e-10)
 
 
@@ -158,7 +159,8 @@ def flow_end(path, t, x):
 @pytest.mark.parametrize(("path", "t"), [("linear", 0.05), ("base 1.7", 0.5), ("trigonometric", 0.3)])
 def test_the_flow_map_is_of_second_order(path, t):
     truth, model = flow_end(PATHS[path], t, 1.4), line(PATHS[path])
-    ends = lambda steps: tj.FlowMap(model, steps).draw(jax.random.key(0), jnp.asarray(t), jnp.asarray([1.4]))
+    end = lambda x, steps: tj.FlowMap(model, steps).draw(jax.random.key(0), jnp.asarray(t), x)
+    ends = lambda steps: jax.jit(end, static_argnums=1)(jnp.asarray([1.4]), steps)
     errors = [abs(float(ends(steps)[0]) - truth) for steps in (20, 40, 80)]
     assert abs(contracts.slope(errors) - 2) < 0.2, errors
 

@@ -287,7 +287,7 @@ def test_gradients_are_right_also_where_eigenvalues_coincide(name, cov):
         (0.0, np.array([0.7, -0.4]), np.zeros((2, 2))),
         (0.0, np.zeros(2), np.array([[0.3, 0.5], [0.5, -0.2]])),
     ]
-    gradient, program = jax.grad(value, argnums=(0, 1, 2))(*point), jax.jit(value)
+    gradient, program = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(*point), jax.jit(value)
     for move in moves:
         up, down = (program(*(x + sign * step * m for x, m in zip(point, move, strict=True))) for sign in (1, -1))
         along = sum(np.sum(np.asarray(g) * m) for g, m in zip(gradient, move, strict=True))

@@ -1,5 +1,6 @@
 """The exact h-function against its definition. Tier: exact."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ PATHS = [tj.Linear(), tj.Linear(1.7)]
 @pytest.mark.parametrize("name", tj.problems.NAMES)
 def test_log_h_is_log_norm_at_noise_and_the_reward_at_data(name):
     problem = tj.problems.get(name)
-    log_h = theory.log_h(problem.prior, problem.reward, problem.scale)
+    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale))
     x = jnp.full(problem.prior.dim, 0.4)
     # 41 nodes a dimension resolve the quartic's tilt to 4e-5; everything else is closed, or far better resolved.
     tolerance = 1e-4 if name == "double_well" else 1e-6
@@ -36,7 +37,7 @@ def test_log_h_matches_a_conditional_expectation_on_a_grid(name, path, t):
     log_posterior = grid.log_masses + log_view
     reward = problem.scale * jax.vmap(problem.reward)(grid.centers)
     expected = jax.nn.logsumexp(log_posterior + reward) - jax.nn.logsumexp(log_posterior)
-    got = theory.log_h(problem.prior, problem.reward, problem.scale, path)(t, x)
+    got = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))(t, x)
     assert np.isclose(got, expected, rtol=0, atol=1e-4 if name == "double_well" else 1e-6)
 
 
@@ -44,7 +45,7 @@ def test_log_h_matches_a_conditional_expectation_on_a_grid(name, path, t):
 def test_the_tilted_marginal_is_p_times_h_over_z(path):
     problem = tj.problems.noniso()
     tilt = theory.tilt(problem.prior, problem.reward, problem.scale)
-    log_h = theory.log_h(problem.prior, problem.reward, problem.scale, path)
+    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))
     for t in (0.2, 0.6, 0.95):
         x = jnp.array([0.5, 0.8])
         left = theory.marginal(tilt.mixture, t, path).log_prob(x)
@@ -55,7 +56,7 @@ def test_the_tilted_marginal_is_p_times_h_over_z(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_gradient_of_log_h_moves_the_denoiser_to_the_tilted_one(path):
     problem = tj.problems.quadratic()
-    log_h = theory.log_h(problem.prior, problem.reward, problem.scale, path)
+    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))
     model = tj.Analytic(problem.prior, path)
     tilted = tj.Analytic(theory.tilt(problem.prior, problem.reward, problem.scale).mixture, path)
     conjugate = tj.Tilted(model, problem.reward, problem.scale)

@@ -259,6 +259,7 @@ class _Table(eqx.Module):
         return jnp.interp(r, self.values, self.log_ratios)
 
 
+@eqx.filter_jit
 def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
     """`(F^n - F_-^n) / (F - F_-)` for every atom, those of equal reward, up to rounding, being one."""
     values = jax.lax.stop_gradient(law.values[0])
@@ -366,6 +367,7 @@ def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
     return soft, scale * (best - worst), resolved
 
 
+@eqx.filter_jit
 def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
     """`log g` where `scale * r` spreads over much more than the noise: `n E[F_Y(scale r + A)^(n-1)]`, `F_Y(y) = E[F((y - A') / scale)]`.
 
@@ -398,6 +400,7 @@ def _unresolved(r: Array) -> Array:
     return jnp.full_like(r, jnp.nan)
 
 
+@jax.jit
 def _normalised(log_weights: Array) -> Array:
     return jnp.exp(log_weights - jax.nn.logsumexp(log_weights))
 

@@ -325,7 +325,8 @@ def time_grid(times: Any, steps: int | None) -> Array:
 
 def _time_grid(times: Any, steps: int | None) -> Array:
     if times is None:
-        return jnp.linspace(1e-3, 1.0, count(100 if steps is None else steps, "steps") + 1)
+        grid = np.linspace(1e-3, 1.0, count(100 if steps is None else steps, "steps") + 1)
+        return jax.device_put(grid.astype(jnp.result_type(float)))
     if steps is not None:
         raise ValueError(
             f"give steps or times, not both, got steps = {steps} and times: the times say how many steps there are"

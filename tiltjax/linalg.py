@@ -19,6 +19,9 @@ from jaxtyping import Array
 
 UNROLL = 4
 
+# One program where it is called by itself, rather than one for each operation; part of the caller's where that is compiled.
+_together = functools.partial(jax.jit, inline=True)
+
 Entries = Any  # an array, or nested lists of scalars where the matrix is small
 
 
@@ -35,6 +38,7 @@ def array(entries: list[Array], shape: tuple[int, ...]) -> Array:
     return jnp.stack(entries).reshape(shape) if 0 < math.prod(shape) <= UNROLL else entries[0]
 
 
+@_together
 def cholesky(matrix: Array) -> Entries:
     """The lower factor of a symmetric positive-definite `(d, d)` matrix, to be handed to `half_solve` and `back_solve`.
 
@@ -52,6 +56,7 @@ def cholesky(matrix: Array) -> Entries:
     return lower
 
 
+@_together
 def half_logdet(lower: Entries) -> Array:
     """Half the log-determinant of the factored matrix."""
     if isinstance(lower, list):
@@ -59,6 +64,7 @@ def half_logdet(lower: Entries) -> Array:
     return jnp.sum(jnp.log(jnp.diagonal(lower)))
 
 
+@_together
 def half_solve(lower: Entries, b: Entries) -> Entries:
     """`L^-1 b`, whose squared length is `b^T A^-1 b`. Lists in, lists out."""
     if not isinstance(lower, list):
@@ -69,6 +75,7 @@ def half_solve(lower: Entries, b: Entries) -> Entries:
     return y
 
 
+@_together
 def back_solve(lower: Entries, y: Entries) -> Entries:
     """`L^-T y`."""
     if not isinstance(lower, list):
@@ -137,6 +144,7 @@ def _spectral_jvp(fn, primals, tangents):
     return (axes * image[None]) @ axes.T, axes @ (rates * (axes.T @ tangent @ axes)) @ axes.T
 
 
+@_together
 def square_root(matrix: Array) -> Array:
     """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite matrices.
 

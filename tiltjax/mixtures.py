@@ -100,8 +100,11 @@ class GaussianMixture(eqx.Module):
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, shape `(num, d)`."""
-        key_component, key_normal = jax.random.split(inputs.typed_key(key))
-        num = inputs.count(num, "num")
+        return self._sample(inputs.typed_key(key), inputs.count(num, "num"))
+
+    @eqx.filter_jit
+    def _sample(self, key: Array, num: int) -> Array:
+        key_component, key_normal = jax.random.split(key)
         component = jax.random.categorical(key_component, self.log_weights, shape=(num,))
         normal = jax.random.normal(key_normal, (num, self.dim), self.means.dtype)
         roots = jax.vmap(linalg.square_root)(self.covs)

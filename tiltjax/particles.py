@@ -7,6 +7,7 @@ no normalising constant.
 """
 
 import dataclasses
+import functools
 import os
 import zipfile
 from typing import Any
@@ -130,6 +131,7 @@ class Particles(eqx.Module):
         return self.x[jax.random.permutation(key_order, ancestors)]
 
 
+@functools.partial(jax.jit, inline=True)
 def effective(log_weights: Array) -> Array:
     """The effective sample size `(sum w)^2 / sum w^2` of log-weights."""
     return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))

@@ -135,6 +135,7 @@ def _counted(log_weights: Array, offset: Array, num: int) -> Array:
     return jnp.minimum(ancestors, len(log_weights) - 1)
 
 
+@jax.jit
 def _look_up(log_weights: Array, points: Array) -> Array:
     cumulative = _cumulative(log_weights)
     # Points are below one, but their product with the total may round up to it: the last particle with any weight takes those.
@@ -143,6 +144,7 @@ def _look_up(log_weights: Array, points: Array) -> Array:
     return jnp.minimum(ancestors, len(cumulative) - 1).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="num")
 def _split(log_weights: Array, num: int) -> tuple[Array, Array]:
     """Expected offspring as whole numbers and fractions."""
     weights = _weights(log_weights)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -201,5 +200,5 @@ def _placed(entry: Entry, state_dict: Mapping[str, Any], sharding: jax.sharding.
         return buffer
 
     if sharding is None:
-        return jnp.asarray(part(tuple(slice(None) for _ in shape)))
+        return jax.device_put(part(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, sharding, part)
