@@ -369,10 +369,10 @@ def test_what_is_prepared_for_all_times_is_the_denoiser():
     )
     times = jnp.asarray([0.1, 0.5, 0.9])
     for model in several:
-        prepared = jax.jit(jax.vmap(model.prepare))(times)
+        prepared = jax.jit(jax.vmap(lambda t, model=model: model.prepare(t)))(times)
         found = jax.jit(jax.vmap(lambda one, model=model: model.denoise_prepared(one, X)))(prepared)
-        denoise = jax.jit(model.denoise)
-        assert_close(found, jnp.stack([denoise(t, X) for t in times]))
+        denoise = jax.jit(lambda t, model=model: model.denoise(t, X))
+        assert_close(found, jnp.stack([denoise(t) for t in times]))
     assert_close(tj.FlowMap(Own(MIXTURE)).draw(jax.random.key(0), times[0], X), 7.0 * jnp.ones(2))
     for posterior in (tj.Glass, tj.FlowMap, tj.Exact):
         with pytest.raises(ValueError, match=r"states of shape \(2,\), got"):
