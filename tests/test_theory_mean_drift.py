@@ -106,6 +106,7 @@ def test_one_gaussian_is_the_closed_form_for_any_damping():
     assert np.all(np.isclose(law.cdf(law.quantile(0.2)), 0.2, atol=1e-8))
 
 
+@pytest.mark.optimised
 def test_rewards_without_closed_form_go_by_quadrature():
     problem = tj.problems.bump()
     law = theory.mean_drift_law(problem.prior, problem.reward, problem.scale)

@@ -269,7 +269,7 @@ def _chi_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> C
 def _grid_law(prior: GaussianMixture, reward: rewards.Reward, grid: quadrature.GridTilt) -> GridReward:
     centers = jax.lax.stop_gradient(grid.centers)  # the integral does not depend on where its nodes are
     log_masses = jax.vmap(prior.component_log_probs)(centers).T + jnp.sum(jnp.log(jax.lax.stop_gradient(grid.cell)))
-    values = jax.vmap(lambda x: rewards.value(reward, x))(centers)
+    values = rewards.values(reward, centers)
     return GridReward(values[None], log_masses - jax.nn.logsumexp(log_masses), centers)
 
 

@@ -74,7 +74,12 @@ def token_states(vocab: int, length: int) -> Array:
 
 def token_log_prob(chain: Chain, x: Array) -> Array:
     """`log P(x)` of one sequence without hidden tokens. `x` is `(length,)`."""
-    return chain.log_initial[x[0]] + jnp.sum(chain.log_transition[x[:-1], x[1:]])
+    return _log_prob(chain.log_initial, chain.log_transition, x)
+
+
+@jax.jit
+def _log_prob(log_initial: Array, log_transition: Array, x: Array) -> Array:
+    return log_initial[x[0]] + jnp.sum(log_transition[x[:-1], x[1:]])
 
 
 def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given: Any = None) -> TokenLaw:
@@ -172,6 +177,6 @@ def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any, na
         if inputs.concrete(mass) and not np.isfinite(mass):
             raise ValueError(f"what is given has probability zero under the chain: {np.asarray(given).tolist()}")
         log_law = log_law - mass
-    values = jax.vmap(lambda x: rewards.value(fn, x))(states).astype(dtype)
+    values = rewards.values(fn, states).astype(dtype)
     # At scale 0 an exclusion is none.
     return states, log_law, jnp.where(scale == 0, 0.0, scale * values)

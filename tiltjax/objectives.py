@@ -79,7 +79,7 @@ def values(objectives: Sequence[Callable], x: Array) -> Array:
     if not x.ndim:
         raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")
     return jnp.stack(
-        [jax.vmap(lambda x, one=one: rewards.value(rewards.as_reward(one, "objectives"), x))(x) for one in objectives],
+        [rewards.values(rewards.as_reward(one, "objectives"), x) for one in objectives],
         1,
     )
 

@@ -247,6 +247,12 @@ def value(reward: Reward, x: Array) -> Array:
     return result
 
 
+@eqx.filter_jit
+def values(reward: Reward, x: Array) -> Array:
+    """The reward of each row of `x` `(num, *shape)`, `(num,)`."""
+    return jax.vmap(lambda x: value(reward, x))(x)
+
+
 def _same_shape(x: Array, other: Array, name: str) -> None:
     if x.shape != other.shape:
         raise ValueError(

@@ -68,7 +68,7 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
         fitting = " or ".join(str(total) for total in (num - num % n, num - num % n + n) if total)
         raise ValueError(f"groups of n = {n} must divide the {num} particles: sample {fitting} of them")
     reward = inputs.cast(rewards.as_reward(reward), particles.x.dtype)
-    values = _values(reward, particles.x).reshape(num // n, n)
+    values = rewards.values(reward, particles.x).reshape(num // n, n)
     if inputs.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
         raise FloatingPointError(f"the reward is NaN for {missing} of {num} particles")
     winners = jnp.arange(num // n) * n + choose(values)
@@ -76,8 +76,3 @@ def _select(particles: Particles, reward: Callable, n: int, choose: Callable[[Ar
     if trace is not None and trace.path is not None:
         trace = eqx.tree_at(lambda trace: trace.path, trace, trace.path[:, winners])
     return unweighted(particles.x[winners], trace)
-
-
-@eqx.filter_jit
-def _values(reward: rewards.Reward, x: Array) -> Array:
-    return jax.vmap(lambda x: rewards.value(reward, x))(x)
