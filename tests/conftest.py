@@ -16,9 +16,7 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # what is made while tests are collected
-jax.config.update(
-    "jax_traceback_in_locations_limit", 0
-)  # where an operation was written, in every program of thousands
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no note of where each operation was written
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -114,6 +112,7 @@ def _programs(request):
     yield
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
+        gc.collect()  # some are held by cycles, as of the tracebacks of errors
 
 
 @pytest.fixture(autouse=True)

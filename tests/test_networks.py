@@ -140,17 +140,17 @@ def test_what_cannot_be_trained_is_refused():
 
 
 def test_guided_runs_of_a_network_come_out_alike_to_the_last_bit():
-    # Also weighed, and compiled anew: nothing but the key decides.
+    # Also weighed, and traced anew: nothing but the key decides.
     net = tj.networks.Velocity((2,), width=16, depth=2, rngs=nnx.Rngs(0))
     reward = tj.rewards.Bump([0.5, 0.5], 1.0)
 
-    def runs():
-        another = jax.tree_util.Partial(lambda net, t, x: net(t, x), net)
-        model = tj.from_velocity(another, shape=(2,), batched=True, dtype=jnp.float32)
+    def runs(net):
+        model = tj.from_velocity(net, shape=(2,), batched=True, dtype=jnp.float32)
         glass = tj.Glass(model, steps=2)
         guided = tj.sample(jax.random.key(1), model, tj.PlugIn(glass, reward, 2.0, k=2), num=8, steps=4)
         weighted = tj.smc(jax.random.key(1), model, tj.dps(model, reward, 2.0), num=8, steps=4)
         return np.asarray(guided.x), np.asarray(weighted.x), np.asarray(weighted.log_weights)
 
-    for a, b in zip(runs(), runs(), strict=True):
+    another = jax.tree_util.Partial(lambda net, t, x: net(t, x), net)
+    for a, b in zip(runs(net), runs(another), strict=True):
         np.testing.assert_array_equal(a, b)

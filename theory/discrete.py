@@ -152,12 +152,10 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     solver = solvers.Heun() if solver is None else solver
     inputs.instance(solver, solvers.Solver, "solver", "use Euler, Heun or Ancestral")
     times = inputs.time_grid(inputs.finite(times, "times", 1), None).astype(field.prior.means.dtype)
-    if not isinstance(solver, solvers.Euler | solvers.Heun | solvers.Ancestral):
-        raise ValueError(f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one")
-    return _recursion(field, times, solver)
+    # What is traced already is a part of its caller's program.
+    return (_compiled if inputs.concrete((field, times)) else _recursion)(field, times, solver)
 
 
-@eqx.filter_jit
 def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:
     path, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
@@ -201,6 +199,8 @@ def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> Gaus
             regular = heun
         case solvers.Ancestral():
             regular, eta = ancestral, solver.eta.astype(times.dtype)
+        case _:
+            raise ValueError(f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one")
 
     def moved(moments: tuple[Array, Array], transition: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         (mean, cov), (matrix, move, spread) = moments, transition
@@ -220,3 +220,6 @@ def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> Gaus
     here, there = jax.tree.map(lambda x: x[:-1], known), jax.tree.map(lambda x: x[1:], known)
     (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], here, there))
     return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
+
+
+_compiled = eqx.filter_jit(_recursion)

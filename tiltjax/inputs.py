@@ -121,8 +121,8 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
             raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
         array = array.astype(jnp.result_type(float))
-    # Traced Python numbers are weakly typed: without this, 3.0 and jnp.float32(3.0) would be two programs.
-    array = jax.lax.convert_element_type(array, array.dtype)
+    if getattr(array, "weak_type", False):  # else 3.0 and jnp.float32(3.0) would be two programs
+        array = jax.lax.convert_element_type(array, array.dtype)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and array.ndim not in allowed:
         expected = " or ".join(f"{n}-dimensional" for n in allowed)

@@ -38,15 +38,17 @@ def array(entries: list[Array], shape: tuple[int, ...]) -> Array:
     return jnp.stack(entries).reshape(shape) if 0 < math.prod(shape) <= UNROLL else entries[0]
 
 
-@_together
 def cholesky(matrix: Array) -> Entries:
     """The lower factor of a symmetric positive-definite `(d, d)` matrix, to be handed to `half_solve` and `back_solve`.
 
     Not positive definite gives NaN, as in `jnp.linalg.cholesky`. For small d the diagonal holds reciprocals.
     """
+    return _small_cholesky(matrix) if matrix.shape[-1] <= UNROLL else jnp.linalg.cholesky(matrix)
+
+
+@_together
+def _small_cholesky(matrix: Array) -> list[list]:
     d = matrix.shape[-1]
-    if d > UNROLL:
-        return jnp.linalg.cholesky(matrix)
     lower: list = [[None] * d for _ in range(d)]
     for j in range(d):
         pivot = matrix[j, j] - sum(lower[j][m] ** 2 for m in range(j))
@@ -144,13 +146,17 @@ def _spectral_jvp(fn, primals, tangents):
     return (axes * image[None]) @ axes.T, axes @ (rates * (axes.T @ tangent @ axes)) @ axes.T
 
 
-@_together
 def square_root(matrix: Array) -> Array:
     """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite matrices.
 
     A pivot that is zero to the rounding of its own entry, or negative, closes its column: point masses and flat directions are
     exact, gradients stay finite where an eigendecomposition's would not, and `L L^T` is positive semi-definite whatever came in.
     """
+    return _square_root(matrix, unrolled=matrix.shape[-1] <= UNROLL)
+
+
+@functools.partial(_together, static_argnames="unrolled")
+def _square_root(matrix: Array, unrolled: bool) -> Array:
     d = matrix.shape[-1]
     floor = d * jnp.finfo(matrix.dtype).eps * jnp.abs(jnp.diagonal(matrix))
 
@@ -161,7 +167,7 @@ def square_root(matrix: Array) -> Array:
         col = jnp.where(positive & (jnp.arange(d) >= j), scaled, 0.0)
         return rest - col[:, None] * col[None, :], col
 
-    if d > UNROLL:
+    if not unrolled:
         return jax.lax.scan(column, matrix, jnp.arange(d))[1].T
     columns = []
     for j in range(d):

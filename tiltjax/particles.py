@@ -137,6 +137,7 @@ def effective(log_weights: Array) -> Array:
     return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
 
 
+@functools.partial(jax.jit, inline=True)
 def conditional_effective(log_weights: Array, increments: Array) -> Array:
     """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, W the normalised weights before the factors v = exp(increments).
 

@@ -247,7 +247,6 @@ def value(reward: Reward, x: Array) -> Array:
     return result
 
 
-@eqx.filter_jit
 def values(reward: Reward, x: Array) -> Array:
     """The reward of each row of `x` `(num, *shape)`, `(num,)`."""
     return jax.vmap(lambda x: value(reward, x))(x)
