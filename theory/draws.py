@@ -27,6 +27,7 @@ At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.b
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import diffrax
@@ -170,7 +171,7 @@ class DrawsLaw(eqx.Module):
 
     def _flow(self, table: Array, along: Array, square: Array) -> tuple[Array, Array]:
         """Ends of the flow from points with coordinate `along` and squared radius `square`: the coordinate, and the radius' factor."""
-        return _flow(table, self.strength, self.distance, self._log_reach(), along, square)
+        return _flow(table, self._log_reach(), along, self.strength, self.distance, square)
 
     def _log_reach(self) -> Array:
         return _log_reach(self.dim, self.strength, self.distance)
@@ -213,22 +214,48 @@ def draws_moments(center: Array, variance: Array, target: Array, strength: Array
     return draws_law(center, variance, target, strength, k).mean_and_cov()
 
 
+@jax.custom_jvp
 @jax.jit
 def _flow(
-    table: Array, strength: Array, distance: Array, log_reach: Array, along: Array, square: Array
+    table: Array, log_reach: Array, along: Array, strength: Array, distance: Array, square: Array
 ) -> tuple[Array, Array]:
-    def drift(w: Array, y: tuple[Array, Array], args: None) -> tuple[Array, Array]:
-        offset = w * y[0] - distance
-        p2 = strength * (offset**2 + (w * y[1]) ** 2 * square)
-        rate = -2 * strength * _interpolate(_row(table, strength, w), log_reach, p2)
-        return rate * offset, rate * w * y[1]
-
+    drift = lambda w, y, args: _velocity(table, log_reach, w, y, (strength, distance, square))
     return _solve(drift, (along, jnp.ones_like(along)), 0.0, 1.0)
+
+
+@_flow.defjvp
+@jax.jit
+def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    # Four numbers in, two out, for each point: their slopes travel with them, so that no step is kept or traced back.
+    table, log_reach, along, *place = primals
+    which = jnp.eye(4, dtype=along.dtype)
+    pushes = [jnp.multiply.outer(which[i + 1], jnp.ones_like(number)) for i, number in enumerate(place)]
+
+    def drift(w: Array, y: tuple, args: None) -> tuple:
+        state, slopes = y
+        velocity, push = jax.linearize(lambda *at: _velocity(table, log_reach, w, *at), state, place)
+        return velocity, jax.vmap(push)(slopes, pushes)
+
+    one, first = jnp.ones_like(along), jnp.multiply.outer(which[0], jnp.ones_like(along))
+    end, slopes = _solve(drift, ((along, one), (first, jnp.zeros_like(first))), 0.0, 1.0)
+    return end, jax.tree.map(
+        lambda slope: sum(each * moved for each, moved in zip(slope, tangents[2:], strict=True)), slopes
+    )
+
+
+def _velocity(
+    table: Array, log_reach: Array, w: Array, state: tuple[Array, Array], place: Sequence[Array]
+) -> tuple[Array, Array]:
+    (along, factor), (strength, distance, square) = state, place
+    offset = w * along - distance
+    p2 = strength * (offset**2 + (w * factor) ** 2 * square)
+    rate = -2 * strength * _interpolate(_row(table, strength, w), log_reach, p2)
+    return rate * offset, rate * w * factor
 
 
 def _row(table: Array, strength: Array, w: Array) -> Array:
     """The coefficients in p at the clock's w."""
-    place = jnp.log1p(2 * strength * (1 - w**2)) / jnp.log1p(2 * strength)
+    place = jnp.log1p(2 * strength * (1 - w**2)) / jnp.log1p(2 * jax.lax.stop_gradient(strength))
     return _chebyshev(len(table), 2 * place - 1) @ table
 
 
@@ -252,6 +279,7 @@ def _chebyshev(count: int, x: Array) -> Array:
 
 def _log_reach(d: int, strength: Array, distance: Array) -> Array:
     """The end of the interpolant's coordinate `log(1 + p^2)`: no trajectory from inside the normal's bulk goes further."""
+    strength, distance = jax.lax.stop_gradient((strength, distance))
     return jnp.log1p(strength * (distance + np.sqrt(d) + _REACH) ** 2)
 
 
@@ -263,7 +291,11 @@ def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
 def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int, ...]) -> Array:
-    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`."""
+    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, and no derivative.
+
+    phi is a function of q and p alone: its interpolant differentiates in both, while how far it reaches is no matter.
+    """
+    strength, distance = jax.lax.stop_gradient((strength, distance))
     angles = [(np.arange(n) + 0.5) * np.pi / n for n in nodes[:2]]
     # Coefficients from values at the Chebyshev points, along each axis.
     analyse = [2 / len(a) * np.cos(np.outer(np.arange(len(a)), a)) for a in angles]
@@ -284,22 +316,7 @@ def shrinkage(q: Array, p2: Array, k: int | Array, d: int, nodes: tuple[int, ...
     **Arguments:** `q = scale h v > 0` and `p2 = scale h |m - y|^2`, scalars; `k`, `d`. In the weighted mean the draws' weights are
     `exp(-q |X - y|^2 / v)`.
     """
-    return _phi(d, nodes, q, p2, jnp.asarray(k, q.dtype))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _phi(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) -> Array:
-    return _integrate(d, nodes, q, p2, k)
-
-
-@_phi.defjvp
-def _phi_jvp(d: int, nodes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # Two numbers in, one out: forward mode, so that reverse mode need not keep the integrand at every node.
-    q, p2, k = primals
-    one = jnp.ones_like(q)
-    value, by_q = jax.jvp(lambda q: _integrate(d, nodes, q, p2, k), (q,), (one,))
-    _, by_p2 = jax.jvp(lambda p2: _integrate(d, nodes, q, p2, k), (p2,), (one,))
-    return value, by_q * tangents[0] + by_p2 * tangents[1]
+    return _integrate(d, nodes, q, p2, jnp.asarray(k, q.dtype))
 
 
 def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) -> Array:
