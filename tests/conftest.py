@@ -4,6 +4,7 @@ float64 is on (single precision is asked for explicitly where it is tested), imp
 errors, and so are warnings (pyproject.toml).
 """
 
+import functools
 import gc
 import os
 import random
@@ -13,6 +14,7 @@ from unittest import mock
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # what is made while tests are collected
@@ -43,7 +45,7 @@ with mock.patch.dict(os.environ, quickly()):
 # Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
 # compiler dies of a segmentation fault. The whole suite in two processes comes close.
 _MAPPINGS = Path("/proc/self/maps")
-_MANY = 30_000
+_MANY = 50_000
 
 # What one process of a run has compiled the others read, those that tests start too. A folder named by JAX_COMPILATION_CACHE_DIR is
 # kept: the next run then compiles only what has changed.
@@ -102,6 +104,20 @@ def _optimise(node: pytest.Item | pytest.Collector) -> None:
     jax.config.update("jax_disable_most_optimizations", node.get_closest_marker("optimised") is None)
 
 
+def _shared(make):
+    """JAX makes a new MLIR context for each program, which takes longer than to lower a small one: let many share one."""
+    one = functools.cache(make)
+
+    def context():
+        try:
+            mlir.ir.Context.current  # noqa: B018
+        except ValueError:
+            return one()
+        return make()  # for a program that is needed while another is lowered
+
+    return context
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs(request):
     """Compile quickly rather than well, but for what is marked `optimised`; forget what was compiled when that is much.
@@ -109,7 +125,8 @@ def _programs(request):
     Most tests compile for longer than they run. The demo runs as users run it.
     """
     _optimise(request.node)
-    yield
+    with mock.patch.object(mlir, "make_ir_context", _shared(mlir.make_ir_context)):
+        yield
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
         gc.collect()  # some are held by cycles, as of the tracebacks of errors
