@@ -44,8 +44,8 @@ with mock.patch.dict(os.environ, quickly()):
 
 # Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
 # compiler dies of a segmentation fault. The whole suite in two processes comes close.
-_MAPPINGS = Path("/proc/self/maps")
-_MANY = 50_000
+# One file of tests adds up to 9,000.
+_MAPPINGS, _LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 # What one process of a run has compiled the others read, those that tests start too. A folder named by JAX_COMPILATION_CACHE_DIR is
 # kept: the next run then compiles only what has changed.
@@ -110,10 +110,10 @@ def _shared(make):
 
     def context():
         try:
-            mlir.ir.Context.current  # noqa: B018
+            mlir.ir.InsertionPoint.current  # noqa: B018
         except ValueError:
             return one()
-        return make()  # for a program that is needed while another is lowered
+        return make()  # a program that is needed while another is lowered, and would be written into it
 
     return context
 
@@ -122,14 +122,14 @@ def _shared(make):
 def _programs(request):
     """Compile quickly rather than well, but for what is marked `optimised`; forget what was compiled when that is much.
 
-    Most tests compile for longer than they run. The demo runs as users run it.
+    Most tests compile for longer than they run. The demo runs as users run it. One MLIR context serves all tests of a file.
     """
     _optimise(request.node)
     with mock.patch.object(mlir, "make_ir_context", _shared(mlir.make_ir_context)):
         yield
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+    if _LIMIT.exists() and _MAPPINGS.read_bytes().count(b"\n") > int(_LIMIT.read_text()) * 3 // 4:
         jax.clear_caches()
-        gc.collect()  # some are held by cycles, as of the tracebacks of errors
+        gc.collect()  # some are held by cycles, such as those of errors' tracebacks
 
 
 @pytest.fixture(autouse=True)

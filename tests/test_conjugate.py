@@ -165,7 +165,7 @@ def test_a_run_that_asks_beyond_the_table_says_so():
     levels = model.times(path.clock(jnp.arange(19.0, -1.0, -1.0)))
     with pytest.raises(FloatingPointError, match="where the guidance asked it"):
         tj.sample(KEY, model, guidance, num=20, times=levels)
-    # Of eight keys tried, runs that go on closer to the data ask beyond the table with one to seven, runs that jump from here with none.
+    # Of eight keys tried, one to seven ask beyond the table where runs go on closer to the data, none where they jump from here.
     x = tj.sample(KEY, model, guidance, num=20, times=levels.at[-16].set(1.0)[:-15]).x
     assert np.all(np.isfinite(x))
 

@@ -153,7 +153,7 @@ def discrete_law(field: AffineField, *, times: Array, solver: solvers.Solver | N
     inputs.instance(solver, solvers.Solver, "solver", "use Euler, Heun or Ancestral")
     times = inputs.time_grid(inputs.finite(times, "times", 1), None).astype(field.prior.means.dtype)
     # What is traced already is a part of its caller's program.
-    return (_compiled if inputs.concrete((field, times)) else _recursion)(field, times, solver)
+    return (_compiled if inputs.concrete((field, times, solver)) else _recursion)(field, times, solver)
 
 
 def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:

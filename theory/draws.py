@@ -52,8 +52,9 @@ class DrawsLaw(eqx.Module):
     """What plug-in guidance with k draws samples from one Gaussian, in the limit of small steps: not a Gaussian for k > 1.
 
     It is the push-forward of N(0, I) by `transport`; `mean`, `cov`, `sample`, `log_prob` as for a mixture, and `quantile` on the line.
-    Built by `plug_in_law`. Nothing about it is exact in closed form: `error` says how far the quadrature can be trusted. Derivatives, in
-    either mode, are those of the interpolant of phi, which misses them by about 1e-6.
+    Built by `plug_in_law`. Nothing about it is exact in closed form: `error` says how far the quadrature can be trusted. Derivatives are those
+    of the interpolant of phi, which misses them by about 1e-6; first ones in either mode, second ones and those of `log_prob` in reverse
+    mode. At `y = mu` beyond one dimension those by y and mu are right along the first axis alone.
 
     **Fields:** `center` `(d,)`, `std` and `strength = scale h s^2`, scalars; `distance` of the maximiser in units of s, along `axis` `(d,)`.
     """
@@ -202,7 +203,7 @@ def draws_law(center: Array, variance: Array, target: Array, strength: Array, k:
     offset = (target - center) / std
     square = offset @ offset
     apart = square > 0
-    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
+    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), offset[0])
     first = jnp.zeros(d, center.dtype).at[0].set(1)
     axis = jnp.where(apart, offset / jnp.where(apart, distance, 1.0), first)
     table = _table(jnp.asarray(k, strength.dtype), d, strength, distance, _FINE)
@@ -227,10 +228,13 @@ def _flow(
 @_flow.defjvp
 @jax.jit
 def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    # Four numbers in, two out, for each point: their slopes travel with them, so that no step is kept or traced back.
+    # Four numbers in, two out, for each point: their slopes travel with them, so that no step is kept or traced back. By the logarithm of
+    # the strength: the slope by itself falls with its square, below what the solver resolves.
     table, log_reach, along, *place = primals
+    strength, distance, square = place
     which = jnp.eye(4, dtype=along.dtype)
-    pushes = [jnp.multiply.outer(which[i + 1], jnp.ones_like(number)) for i, number in enumerate(place)]
+    units = strength, jnp.ones_like(distance), jnp.ones_like(square)
+    pushes = [jnp.multiply.outer(each, unit) for each, unit in zip(which[1:], units, strict=True)]
 
     def drift(w: Array, y: tuple, args: None) -> tuple:
         state, slopes = y
@@ -239,9 +243,8 @@ def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 
     one, first = jnp.ones_like(along), jnp.multiply.outer(which[0], jnp.ones_like(along))
     end, slopes = _solve(drift, ((along, one), (first, jnp.zeros_like(first))), 0.0, 1.0)
-    return end, jax.tree.map(
-        lambda slope: sum(each * moved for each, moved in zip(slope, tangents[2:], strict=True)), slopes
-    )
+    moves = tangents[2], tangents[3] / strength, *tangents[4:]
+    return end, jax.tree.map(lambda slope: sum(each * move for each, move in zip(slope, moves, strict=True)), slopes)
 
 
 def _velocity(
@@ -257,7 +260,7 @@ def _velocity(
 def _row(table: Array, strength: Array, w: Array) -> Array:
     """The coefficients in p at the clock's w."""
     place = jnp.log1p(2 * strength * (1 - w**2)) / jnp.log1p(2 * jax.lax.stop_gradient(strength))
-    return _chebyshev(len(table), 2 * place - 1) @ table
+    return _chebyshev(len(table), 2 * place - 1) @ jax.lax.stop_gradient(table)
 
 
 def _solve(drift: Any, start: Any, begin: float, end: float) -> Any:
@@ -292,11 +295,11 @@ def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
 def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int, ...]) -> Array:
-    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, and no derivative.
+    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, held fixed under differentiation.
 
-    phi is a function of q and p alone: its interpolant differentiates in both, while how far it reaches is no matter.
+    phi is a function of q and p alone: its interpolant differentiates in both, and how far that reaches does not matter.
     """
-    strength, distance = jax.lax.stop_gradient((strength, distance))
+    k, strength, distance = jax.lax.stop_gradient((k, strength, distance))
     angles = [(np.arange(n) + 0.5) * np.pi / n for n in nodes[:2]]
     # Coefficients from values at the Chebyshev points, along each axis.
     analyse = [2 / len(a) * np.cos(np.outer(np.arange(len(a)), a)) for a in angles]

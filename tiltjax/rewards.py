@@ -248,7 +248,10 @@ def value(reward: Reward, x: Array) -> Array:
 
 
 def values(reward: Reward, x: Array) -> Array:
-    """The reward of each row of `x` `(num, *shape)`, `(num,)`."""
+    """The reward of each row of `x` `(num, *shape)`, `(num,)`.
+
+    Not compiled by itself: what a function of a user's sees beside its argument may change between two calls.
+    """
     return jax.vmap(lambda x: value(reward, x))(x)
 
 
