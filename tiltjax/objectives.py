@@ -78,10 +78,7 @@ def values(objectives: Sequence[Callable], x: Array) -> Array:
     x = inputs.floating(x, "x") if not isinstance(x, jax.Array) else x
     if not x.ndim:
         raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")
-    return jnp.stack(
-        [rewards.values(rewards.as_reward(one, "objectives"), x) for one in objectives],
-        1,
-    )
+    return jnp.stack([rewards.values(rewards.as_reward(one, "objectives"), x) for one in objectives], 1)
 
 
 def front(values: ArrayLike) -> np.ndarray:
