@@ -16,6 +16,13 @@ def positive(d, seed=0):
     return root @ root.T + 0.3 * np.eye(d)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (5,), (2, 2), (3, 2), (0,)])
+def test_inner_products(shape):
+    a, b = np.random.default_rng(0).normal(size=(2, *shape))
+    chex.assert_trees_all_close(linalg.inner(jnp.asarray(a), jnp.asarray(b)), np.sum(a * b), rtol=1e-12)
+    chex.assert_trees_all_close(jax.grad(linalg.inner)(jnp.asarray(a), jnp.asarray(b)), b, rtol=1e-12)
+
+
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_solves_and_determinants(d):
     matrix, b = positive(d), np.random.default_rng(1).normal(size=d)

@@ -109,6 +109,31 @@ def test_the_unrolled_path_equals_lapack(d, monkeypatch):
     chex.assert_trees_all_close(small, jax.jit(lambda *args: everything(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_of_two_components_the_smaller_share_keeps_its_digits(side):
+    """Of points at 0 and c, `D = c / (1 + exp(c (c/2 - x) / sigma^2))`, from where c has all of the mass to where it has none; c may come first."""
+    c, x = 1.0, np.linspace(-20.0, 21.0, 83)
+    points = np.float32([[0.0], [c]])[:: int(side)]
+    mixture = tj.GaussianMixture(np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32))
+    denoised = jax.vmap(lambda x: mixture.denoise(jnp.float32(1), jnp.float32(0.5), x))(jnp.float32(x)[:, None])[:, 0]
+    expected = c / (1 + np.exp(c * (c / 2 - x) / 0.5**2))
+    assert denoised.dtype == jnp.float32
+    # The exponent, of up to 82, has single digits itself, and the smallest shares are those of the largest exponent there is.
+    np.testing.assert_allclose(denoised, np.maximum(expected, 0), rtol=2e-5, atol=1e-34)
+
+
+def test_derivatives_where_two_components_tie():
+    """`D = x/2 + tanh(x/2)/2` of N(-1, 1) and N(1, 1) at alpha = sigma = 1; at 0 a comparison decides which of two forms is differentiated."""
+    mixture = tj.GaussianMixture(jnp.full(2, 0.5), [[-1.0], [1.0]], np.ones((2, 1, 1)))
+    of = lambda x: mixture.denoise(1.0, 1.0, x[None])[0]
+    for x in jnp.asarray([0.0, 0.3, -0.3]):
+        tanh = np.tanh(x / 2)
+        rate = (1 - tanh**2) / 2
+        got = of(x), jax.grad(of)(x), jax.jacfwd(jax.grad(of))(x), jax.grad(jax.jacfwd(jax.grad(of)))(x)
+        expected = x / 2 + tanh / 2, 0.5 + rate / 2, -tanh * rate / 2, (-(rate**2) + tanh**2 * rate) / 2
+        chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_embedding_in_a_higher_dimension_changes_nothing():
     """A plane inside six dimensions, the rest a point mass at zero: LAPACK's path, singular covariances, same numbers."""
     mixture, d = contracts.planar(), 6

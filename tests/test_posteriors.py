@@ -44,6 +44,33 @@ def test_contract(name, dtype):
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
+def test_several_draws_are_as_many_independent_ones(name):
+    """A single one is `draw`'s, also with the denoiser at hand; many have its moments, and their first has nothing to do with their second."""
+    posterior, t, num = POSTERIORS[name](MODEL), jnp.asarray(0.4), 5000
+
+    @jax.jit
+    def run(keys):
+        single = lambda x: posterior.draws(keys[0], t, x, 1, MODEL.denoise(t, x))[0]
+        draw = lambda x: posterior.draw(keys[0], t, x)
+        one = [(of(X), jax.jacobian(of)(X)) for of in (single, draw)]
+        apart = jax.vmap(lambda key: posterior.draw(key, t, X))(keys)
+        pairs = jax.vmap(lambda key: posterior.draws(key, t, X, 2))(keys)
+        return one, apart, posterior.draws(keys[1], t, X, num), pairs
+
+    (single, draw), apart, many, pairs = jax.tree.map(np.asarray, run(jax.random.split(jax.random.key(5), num)))
+    chex.assert_trees_all_close(single, draw, rtol=1e-12, atol=1e-12)
+    assert many.shape == apart.shape == (num, 2)
+    if np.all(apart == apart[0]):  # a point, whatever the key
+        np.testing.assert_array_equal(many, apart)
+        return
+    for of in (lambda x: x, lambda x: (x - apart.mean(0)) ** 2):
+        error = np.sqrt((of(many).var(axis=0) + of(apart).var(axis=0)) / num)
+        assert np.all(np.abs(of(many).mean(axis=0) - of(apart).mean(axis=0)) < 5 * error)
+    first, second = (pairs[:, i] - pairs[:, i].mean(axis=0) for i in range(2))
+    assert np.all(np.abs(first.T @ second) < 5 * np.sqrt((first**2).T @ second**2))
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_draws_near_the_data_end_stay_near_x(name):
     """At t = .9995 the posterior is within some 1 - t of x / t."""
     t = jnp.asarray(0.9995)

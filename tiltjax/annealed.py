@@ -54,7 +54,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, rewards
+from tiltjax import inputs, linalg, rewards
 from tiltjax.guidance import Estimate, Guidance
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model
@@ -253,7 +253,7 @@ class Tuned(Guidance):
         std = jnp.where(moves, kernel.std, 1.0)
         noise = (x - kernel.keep * seen.x - kernel.gain * seen.base) / std
         shift = kernel.gain * (seen.tuned - seen.base) / std
-        return jnp.where(moves, jnp.sum(shift * (noise - shift / 2)), 0.0)
+        return jnp.where(moves, linalg.inner(shift, noise - shift / 2), 0.0)
 
 
 def check_pair(base: Model, tuned: Model, name: str) -> None:

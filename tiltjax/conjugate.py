@@ -300,12 +300,12 @@ def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Arra
 def _steepness(w: Array, bent: Array) -> Array:
     """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex one, which needs no restraint."""
     along = _length(w)
-    return jnp.where(jnp.sum(w * bent) > 0, _length(bent) / jnp.where(along > 0, along, 1), 0)
+    return jnp.where(linalg.inner(w, bent) > 0, _length(bent) / jnp.where(along > 0, along, 1), 0)
 
 
 def _length(x: Array) -> Array:
     """`|x|`, with a gradient of zero at zero."""
-    square = jnp.sum(x**2)
+    square = linalg.inner(x, x)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 

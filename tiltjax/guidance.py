@@ -199,15 +199,16 @@ class PlugIn(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         path = self.model.interpolant
-        keys = jax.random.split(key, 1 + self.k)
-        scale = self.scale(keys[0], path.snr(t), t, jax.lax.stop_gradient(x))
+        # Apart, not split: a law that draws nothing has its key never hashed.
+        key_scale, key_draws = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> tuple[Array, Array]:
             # Of the network, the step needs D(x) and a draw may: one call serves both, and the gradient of the draw.
             denoised = self.model.denoise(t, x)
-            draw = lambda key: self.posterior.draw_beside(key, t, x, denoised)
-            tilt = jax.vmap(lambda key: scale * rewards.value(self.reward, draw(key)))
-            return jax.nn.logsumexp(tilt(keys[1:])) - jnp.log(self.k), denoised
+            draws = self.posterior.draws(key_draws, t, x, self.k, denoised)
+            tilts = jax.vmap(lambda x1: scale * rewards.value(self.reward, x1))(draws)
+            return jax.nn.logsumexp(tilts) - jnp.log(self.k), denoised
 
         (value, denoised), score = jax.value_and_grad(log_h, has_aux=True)(x)
         return Estimate.from_score(path, t, denoised, value, score), state
@@ -303,7 +304,8 @@ class Wrapper(Guidance):
 
     def to_length(self, t: Array, estimate: Estimate, length: Array) -> Array:
         """The factor that brings the score to a length; 1 where it is zero, with a finite derivative there."""
-        square = jnp.sum(estimate.score(self.model.interpolant, t) ** 2)
+        score = estimate.score(self.model.interpolant, t)
+        square = linalg.inner(score, score)
         return jnp.where(square > 0, length * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:

@@ -244,12 +244,28 @@ def _dot(row: list[Array], entries: list[Array]) -> Array:
     return functools.reduce(jnp.add, [one * other for one, other in zip(row, entries, strict=False)])
 
 
+def _shares(log_weights: list[Array]) -> list[Array]:
+    """Their softmax, by one division and, of two, one exponential: either costs as much as all of the rest."""
+    if len(log_weights) == 2:
+        return _shares_of_two(*log_weights)
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
+    masses = [jnp.exp(log_weight - largest) for log_weight in log_weights]
+    total = 1 / sum(masses[1:], masses[0])
+    return [mass * total for mass in masses]
+
+
+def _shares_of_two(one: Array, other: Array) -> list[Array]:
+    """By the smaller share, whose sign says whose it is: of one number, the last to be divided, both come with all their digits."""
+    gap = other - one
+    behind, highest = gap > 0, np.log(np.finfo(gap.dtype).max) - 8  # beyond which the sign would be lost with the share
+    inverse = 1 + jnp.exp(jnp.minimum(jnp.where(behind, gap, -gap), highest))
+    smaller = 1 / jnp.where(behind, inverse, -inverse)
+    return [jnp.where(smaller > 0, smaller, 1 + smaller), jnp.where(smaller > 0, 1 - smaller, -smaller)]
+
+
 def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:
     """The probability of each component, and the mean of all, in entries."""
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [view.log_weight for view in views]))
-    masses = [jnp.exp(view.log_weight - largest) for view in views]
-    total = 1 / sum(masses[1:], masses[0])  # one division, which costs as much as all of the rest
-    shares = [mass * total for mass in masses]
+    shares = _shares([view.log_weight for view in views])
     d = len(views[0].mean)
     return shares, [_dot(shares, [view.mean[i] for view in views]) for i in range(d)]
 

@@ -38,9 +38,13 @@ class Posterior(eqx.Module):
         """One draw, of the shape of `x`, reparametrised: differentiable in `x`."""
         raise NotImplementedError
 
-    def draw_beside(self, key: Array, t: Array, x: Array, denoised: Array) -> Array:
-        """The same draw where `denoised = D_t(x)`, a function of x, is there already: a posterior that would ask for it once more need not."""
-        return self.draw(key, t, x)
+    def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
+        """k independent draws, `(k, *x.shape)`, with `denoised = D_t(x)`, a function of x, if it is there already; a single one is `draw`'s.
+
+        Overridden where that spares a call of the denoiser, or where one key makes random numbers for less than k keys do.
+        """
+        keys = key[None] if k == 1 else jax.random.split(key, k)
+        return jax.vmap(lambda key: self.draw(key, t, x))(keys)
 
 
 class Tweedie(Posterior):
@@ -55,8 +59,8 @@ class Tweedie(Posterior):
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         return self.model.denoise(t, x)
 
-    def draw_beside(self, key: Array, t: Array, x: Array, denoised: Array) -> Array:
-        return denoised
+    def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
+        return jnp.broadcast_to(self.draw(key, t, x) if denoised is None else denoised, (k, *x.shape))
 
 
 class Exact(Posterior):
@@ -76,21 +80,28 @@ class Exact(Posterior):
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
+        return self.draws(key, t, x, 1)[0]
+
+    def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
         check_state(x, mixture.dim)
         parts = mixture.means, mixture.covs, jax.vmap(linalg.square_root)(mixture.covs)
-        if len(mixture.means) == 1:  # the same matrices for all particles
-            mean, cov, root = (part[0] for part in parts)
-        else:
-            log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
-            component = jax.random.categorical(key_component, log_weights)
-            mean, cov, root = (part[component] for part in parts)
-        data = mean + root @ jax.random.normal(key_data, x.shape, x.dtype)
-        missed = x - alpha * data - sigma * jax.random.normal(key_noise, x.shape, x.dtype)
-        noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
-        return data + alpha * cov @ linalg.solve(noisy, missed)
+        normal = lambda key: jax.random.normal(key, (k, *x.shape), x.dtype)
+
+        def correct(part: tuple[Array, Array, Array], data: Array, noise: Array) -> Array:
+            mean, cov, root = part
+            data = mean + root @ data
+            noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
+            return data + alpha * cov @ linalg.solve(noisy, x - alpha * data - sigma * noise)
+
+        if len(mixture.means) == 1:  # the same matrices for all particles and draws
+            only = jax.tree.map(lambda part: part[0], parts)
+            return jax.vmap(correct, (None, 0, 0))(only, normal(key_data), normal(key_noise))
+        log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
+        chosen = jax.random.categorical(key_component, log_weights, shape=(k,))
+        return jax.vmap(correct)(jax.tree.map(lambda part: part[chosen], parts), normal(key_data), normal(key_noise))
 
 
 class Glass(Posterior):
@@ -114,6 +125,15 @@ class Glass(Posterior):
             raise ValueError(f"order must be 1 or 2, got {order}")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
+        return self.draws(key, t, x, 1)[0]
+
+    def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
+        denoised = self.model.denoise(t, x) if denoised is None else denoised
+        # Each draw has a state of its own: a shared one would be pulled back to by a sum over draws at every step of the flow.
+        noises, states = jax.random.normal(key, (k, *x.shape), x.dtype), jnp.broadcast_to(x, (k, *x.shape))
+        return jax.vmap(lambda xi, x: self._from(xi, t, x, denoised))(noises, states)
+
+    def _from(self, xi: Array, t: Array, x: Array, denoised: Array) -> Array:
         path = self.model.interpolant
         precision, natural = path.snr(t), linalg.entries(path.alpha(t) / path.sigma(t) ** 2 * x)
         base = path.sigma(jnp.zeros_like(t))
@@ -144,8 +164,7 @@ class Glass(Posterior):
                 z = [one + extrapolate * (new - old) for one, new, old in zip(z, denoised, before, strict=True)]
             return (z, denoised), None
 
-        start = linalg.entries(width * jax.random.normal(key, x.shape, x.dtype))
-        first = linalg.entries(self.model.denoise(t, x))
+        start, first = linalg.entries(width * xi), linalg.entries(denoised)
         end, _ = jax.lax.scan(step, (advance(start, remaining[0], first), first), grid)[0]
         return linalg.array(end, x.shape)
 

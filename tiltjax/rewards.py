@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import inputs, linalg
 
 
 class Reward(eqx.Module):
@@ -99,7 +99,7 @@ class Quadratic(Reward):
         _same_shape(x, self.target, "target")
         residual = x - self.target
         weighted = self.weight @ residual if self.weight.ndim == 2 else self.weight * residual
-        return -jnp.sum(residual * weighted)
+        return -linalg.inner(residual, weighted)
 
     def conjugate(self) -> tuple[Array, Array]:
         if self.weight.ndim:
@@ -128,7 +128,7 @@ class Linear(Reward):
 
     def __call__(self, x: Array) -> Array:
         _same_shape(x, self.direction, "direction")
-        return jnp.sum(self.direction * x)
+        return linalg.inner(self.direction, x)
 
     def conjugate(self) -> tuple[Array, Array]:
         return self.direction, jnp.zeros((), self.direction.dtype)
@@ -146,7 +146,7 @@ class Bump(Reward):
 
     def __call__(self, x: Array) -> Array:
         _same_shape(x, self.target, "target")
-        return jnp.exp(-jnp.sum((x - self.target) ** 2) / (2 * self.width**2))
+        return jnp.exp(-linalg.inner(x - self.target, x - self.target) / (2 * self.width**2))
 
 
 class Step(Reward):
@@ -166,7 +166,7 @@ class Step(Reward):
 
     def __call__(self, x: Array) -> Array:
         _same_shape(x, self.normal, "normal")
-        return jnp.where(jnp.sum(self.normal * x) >= self.offset, jnp.zeros_like(self.height), -self.height)
+        return jnp.where(linalg.inner(self.normal, x) >= self.offset, jnp.zeros_like(self.height), -self.height)
 
 
 class DoubleWell(Reward):

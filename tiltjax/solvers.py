@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import inputs, linalg
 from tiltjax.interpolants import Interpolant
 
 
@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
         if shift is None:
             return moved, jnp.zeros((), x.dtype)
         scaled = shift / self.std
-        return moved + shift, -jnp.sum(scaled * (noise + scaled / 2))
+        return moved + shift, -linalg.inner(scaled, noise + scaled / 2)
 
 
 class Reveal(NamedTuple):

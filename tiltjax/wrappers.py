@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, scales
+from tiltjax import inputs, linalg, scales
 from tiltjax.guidance import Estimate, Guidance, Wrapper
 from tiltjax.models import Model
 from tiltjax.solvers import Solver
@@ -97,7 +97,7 @@ class Shortened(Wrapper):
         # With its own length as the target: the factor that would bring a score of that length to 1, upside down.
         inverse = self.to_length(t, estimate, jnp.ones((), estimate.tilted.dtype))
         score = estimate.score(self.model.interpolant, t)
-        length = jnp.sum(score**2) * inverse
+        length = linalg.inner(score, score) * inverse
         return 1 / (1 + 2 * length * scales.gaussian_variance(self.sigma, self.model.interpolant.snr(t)))
 
 
