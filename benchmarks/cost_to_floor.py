@@ -35,7 +35,8 @@ def settings(problem: tj.problems.Problem) -> Iterator[Setting]:
     """Cheapest first within a method."""
     prior, reward, scale = problem.prior, problem.reward, problem.scale
     model = tj.Analytic(prior)
-    damping, glass, inner = tj.Damped(scale, problem.sigma), tj.Glass(model, steps=20), 20
+    damping, glass = tj.Damped(scale, problem.sigma), tj.Glass(model, steps=20)
+    calls = lambda k: 1 + k * (glass.steps - 1)  # the first of all draws is that of the field itself
     exact = tj.Doob(model, theory.log_h(prior, reward, scale))
     for steps in (5, 10, 20, 50):
         yield Setting("Tilted", f"{steps} steps", tj.Tilted(model, reward, scale), None, steps, 1, 0)
@@ -45,13 +46,13 @@ def settings(problem: tj.problems.Problem) -> Iterator[Setting]:
         yield Setting("Laplace", f"{steps} steps", model, tj.Laplace(model, reward, scale), steps, 1, prior.dim)
     for steps in (50, 100, 200, 800):
         guidance = tj.PlugIn(glass, reward, damping)
-        yield Setting("damped, k = 1", f"{steps} steps", model, guidance, steps, inner, inner)
+        yield Setting("damped, k = 1", f"{steps} steps", model, guidance, steps, calls(1), calls(1))
     for k in (8, 32):
         guidance = tj.PlugIn(glass, reward, damping, k=k)
-        yield Setting("damped, k > 1", f"k = {k}, 50 steps", model, guidance, 50, inner * k, inner * k)
+        yield Setting("damped, k > 1", f"k = {k}, 50 steps", model, guidance, 50, calls(k), calls(k))
     for k in (1, 8, 32, 128):
         guidance = tj.PlugIn(glass, reward, scale, k=k)
-        yield Setting("plug-in", f"k = {k}, 50 steps", model, guidance, 50, inner * k, inner * k)
+        yield Setting("plug-in", f"k = {k}, 50 steps", model, guidance, 50, calls(k), calls(k))
     yield Setting("DPS", "50 steps", model, tj.dps(model, reward, scale), 50, 1, 1)
     yield Setting("FMRG", "50 steps", model, tj.fmrg(model, reward, scale, steps=20), 50, 42, 41)
 

@@ -71,7 +71,7 @@ def test_an_error_is_the_distance_of_the_law_at_these_steps(plan):
 
 
 def counted_calls(build):
-    """Denoiser calls and pullbacks through them in one evaluation of a guidance, k = 1."""
+    """Denoiser calls and pullbacks through them in one evaluation of a guidance; k draws that are made side by side count once."""
     calls, pullbacks = [], []
 
     @jax.custom_vjp
@@ -98,13 +98,13 @@ def counted_calls(build):
 def test_costs_are_what_guidances_spend(plan):
     reward = tj.rewards.Quadratic([0.5, 0.2])
     inner = 3
-    # Calls of the cost model; a second call at the same state and time, which compilation merges with the first, counts once there.
-    assert counted_calls(lambda m: tj.PlugIn(tj.Glass(m, inner), reward, 1.0)) == (1 + inner, inner)
+    for k in (1, 4):
+        assert counted_calls(lambda m, k=k: tj.PlugIn(tj.Glass(m, inner), reward, 1.0, k=k)) == (inner, inner)
     assert counted_calls(lambda m: tj.dps(m, reward, 1.0)) == (1, 1)
     assert counted_calls(lambda m: tj.fmrg(m, reward, 1.0, steps=inner)) == (2 * inner + 2, 2 * inner + 1)
     # Those of the plan: five inner steps, two calls a pullback.
     for start, cost in {
-        "PlugIn(Glass(model, 5), reward, 3)": 1 + 3 * 5,
+        "PlugIn(Glass(model, 5), reward, 3)": 3 * 5,
         "dps": 1 + 2,
         "fmrg": 12 + 2 * 11,
         "Laplace": 1 + 2 * 2,

@@ -7,12 +7,12 @@ and in pullbacks through it (`pullback` calls each):
 |---|---|---|---|
 | `Tilted` | 1 | | rewards whose tilt is conjugate |
 | `Conjugate` | 2 | | any reward |
-| `PlugIn(Glass(model, g), k)`, damped or not | `1 + k g` | `k g` | any reward |
+| `PlugIn(Glass(model, g), k)`, damped or not | `1 + k (g - 1)` | as many | any reward |
 | `dps` | 1 | 1 | any reward |
 | `fmrg`, g inner steps | `2 g + 2` | `2 g + 1` | any reward |
 | `Laplace` | 1 | d | smooth rewards |
 | `best_of_n`, `softmax_of_n` | n samples | | any reward |
-| weighted paths of the damped diffusion | n paths of 25 steps, `1 + g` each | n times 25 g | any reward |
+| weighted paths of the damped diffusion | n paths of 25 steps, g each | as many | any reward |
 
 **Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*: `discrete_law` for one Gaussian and one
 draw; the law of small steps plus that of one draw's step error for k > 1; `Selected.mixture` of what unguided sampling gives in these
@@ -168,7 +168,7 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
             law = _run(field, weights, steps)
             yield Option(method, steps, (2 * steps - 1) * cost, _distance(law, tilt), basis, law)
 
-    alone, one_draw = prior.log_weights, 1 + inner * (1 + pullback)
+    alone, one_draw = prior.log_weights, inner * (1 + pullback)
     unguided = eqx.tree_at(lambda f: f.law.final, pulled(discrete._pull_at_mean), jnp.zeros_like(scale))
     yield from flow("no guidance", 1, unguided, alone)
     if conjugate and isotropic and curvature >= 0:
@@ -262,7 +262,7 @@ def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -
     """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
     one, many = bias.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
     for k in (2, 8, 32):
-        cost = 1 + k * inner * (1 + pullback)
+        cost = (1 + k * (inner - 1)) * (1 + pullback)  # the first call of all draws is that of the field itself
         steps = _affordable(budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
