@@ -118,8 +118,36 @@ def test_of_two_components_the_smaller_share_keeps_its_digits(side):
     denoised = jax.vmap(lambda x: mixture.denoise(jnp.float32(1), jnp.float32(0.5), x))(jnp.float32(x)[:, None])[:, 0]
     expected = c / (1 + np.exp(c * (c / 2 - x) / 0.5**2))
     assert denoised.dtype == jnp.float32
-    # The exponent, of up to 82, has single digits itself, and the smallest shares are those of the largest exponent there is.
-    np.testing.assert_allclose(denoised, np.maximum(expected, 0), rtol=2e-5, atol=1e-34)
+    np.testing.assert_allclose(denoised, expected, rtol=2e-5)  # of the exponent, up to 82, as many digits
+
+
+@pytest.mark.parametrize("weight", [1e-10, 1e-25, 1e-34])
+def test_a_small_weight_moves_the_mean_by_the_right_amount(weight):
+    """Of points at 1 and 0, weighted w to 1 and seen halfway, `D = w / (1 + w)`."""
+    points, halfway = np.float32([[1.0], [0.0]]), jnp.full(1, 0.5, jnp.float32)
+
+    def of(w):
+        mixture = tj.GaussianMixture(jnp.stack([w, jnp.float32(1)]), points, np.zeros((2, 1, 1), np.float32))
+        return mixture.denoise(jnp.float32(1), jnp.float32(0.5), halfway)[0]
+
+    got = [jax.jit(way(of))(jnp.float32(weight)) for way in (jax.grad, jax.jacfwd)]
+    np.testing.assert_allclose(got, 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gap", [3.0, 30.0, 50.0, 79.0, 200.0])
+def test_derivatives_of_two_components_far_apart_in_single_precision(gap):
+    """In the width of the noise, thrice, forward and reverse: of points at 1 and -1, seen at x, `D = 1 - 2 / (1 + exp(2 x / sigma^2))`."""
+    points, x = np.float32([[1.0], [-1.0]]), gap / 2
+    mixture = tj.GaussianMixture(np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32))
+    of = lambda sigma: mixture.denoise(jnp.float32(1), sigma, jnp.full(1, x, jnp.float32))[0]
+    plain = lambda sigma: -2 * jax.nn.sigmoid(-2 * x / sigma**2)
+    for ways in ([jax.grad] * 3, [jax.jacfwd] * 3, [jax.grad, jax.jacfwd, jax.jacfwd]):
+        got, expected = of, plain
+        for way in ways:
+            got, expected = way(got), way(expected)
+            value = jax.jit(got)(jnp.float32(1))
+            assert value.dtype == jnp.float32
+            np.testing.assert_allclose(value, expected(jnp.float64(1)), rtol=1e-3, atol=1e-30)
 
 
 def test_derivatives_where_two_components_tie():

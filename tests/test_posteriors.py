@@ -43,10 +43,11 @@ def test_contract(name, dtype):
         chex.assert_trees_all_close(jacobian, numeric, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("name", [*POSTERIORS, "renoise"])
 def test_several_draws_are_as_many_independent_ones(name):
-    """A single one is `draw`'s, also with the denoiser at hand; many have its moments, and their first has nothing to do with their second."""
-    posterior, t, num = POSTERIORS[name](MODEL), jnp.asarray(0.4), 5000
+    """A single one is `draw`'s, also with the denoiser at hand; many have its moments, and of three none has to do with another."""
+    all_of = POSTERIORS | {"renoise": lambda model: tj.Renoise(model, 3.0, 5)}
+    posterior, t, num = all_of[name](MODEL), jnp.asarray(0.4), 5000
 
     @jax.jit
     def run(keys):
@@ -54,10 +55,10 @@ def test_several_draws_are_as_many_independent_ones(name):
         draw = lambda x: posterior.draw(keys[0], t, x)
         one = [(of(X), jax.jacobian(of)(X)) for of in (single, draw)]
         apart = jax.vmap(lambda key: posterior.draw(key, t, X))(keys)
-        pairs = jax.vmap(lambda key: posterior.draws(key, t, X, 2))(keys)
-        return one, apart, posterior.draws(keys[1], t, X, num), pairs
+        threes = jax.vmap(lambda key: posterior.draws(key, t, X, 3))(keys)
+        return one, apart, posterior.draws(keys[1], t, X, num), threes
 
-    (single, draw), apart, many, pairs = jax.tree.map(np.asarray, run(jax.random.split(jax.random.key(5), num)))
+    (single, draw), apart, many, threes = jax.tree.map(np.asarray, run(jax.random.split(jax.random.key(5), num)))
     chex.assert_trees_all_close(single, draw, rtol=1e-12, atol=1e-12)
     assert many.shape == apart.shape == (num, 2)
     if np.all(apart == apart[0]):  # a point, whatever the key
@@ -66,8 +67,27 @@ def test_several_draws_are_as_many_independent_ones(name):
     for of in (lambda x: x, lambda x: (x - apart.mean(0)) ** 2):
         error = np.sqrt((of(many).var(axis=0) + of(apart).var(axis=0)) / num)
         assert np.all(np.abs(of(many).mean(axis=0) - of(apart).mean(axis=0)) < 5 * error)
-    first, second = (pairs[:, i] - pairs[:, i].mean(axis=0) for i in range(2))
-    assert np.all(np.abs(first.T @ second) < 5 * np.sqrt((first**2).T @ second**2))
+    threes = threes - threes.mean(axis=0)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert np.all(np.abs(threes[:, i].T @ threes[:, j]) < 5 * np.sqrt((threes[:, i] ** 2).T @ threes[:, j] ** 2))
+
+
+@pytest.mark.parametrize("base", [tj.Glass, tj.Exact, tj.Tweedie, tj.FlowMap])
+def test_a_draw_of_ones_own_is_what_several_are_made_of(base):
+    class Clamped(base):
+        def draw(self, key, t, x):
+            return jnp.clip(super().draw(key, t, x), -0.1, 0.1)
+
+    draws = jax.jit(lambda: Clamped(MODEL).draws(jax.random.key(0), jnp.asarray(0.4), X, 4, jnp.zeros(2)))()
+    assert np.all(np.abs(draws) <= 0.1)
+    guidance = tj.PlugIn(Clamped(MODEL), tj.rewards.Linear([1.0, 1.0]), 1.0, k=3)
+    assert abs(jax.jit(lambda: guidance(jax.random.key(0), jnp.asarray(0.4), X, ())[0].log_h)()) <= 0.2
+
+
+@pytest.mark.parametrize("base", [tj.Glass, tj.Exact, tj.Tweedie, tj.FlowMap])
+def test_no_draws_are_refused(base):
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        base(MODEL).draws(jax.random.key(0), jnp.asarray(0.4), X, 0)
 
 
 @pytest.mark.parametrize("name", POSTERIORS)

@@ -136,7 +136,7 @@ def test_averaged_plug_ins_of_one_draw_are_the_plug_in_of_k():
     """The gradient of the log of a mean is the mean of gradients under the softmax."""
     base, k = model(), 4
     # The keys of the draws: a plug-in's first is its scale's.
-    keys = jax.vmap(lambda key: jax.random.split(key)[1])(jax.random.split(KEY, k))
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(jax.random.split(KEY, k))
     log_h = lambda x: (
         jax.nn.logsumexp(jax.vmap(lambda key: 2.0 * REWARD(Noisy(base).draw(key, T, x)))(keys)) - jnp.log(k)
     )

@@ -174,7 +174,8 @@ class PlugIn(Guidance):
     typical draws instead of the tilt: it overshoots the reward's maximiser and loses spread (`theory.plug_in_law`), and
     it cannot choose between modes. Bias of order 1/k; the damped scale removes it at k = 1 for one Gaussian.
 
-    **Arguments:** `posterior`; `reward`, any function of one sample; `scale`, a number or a law; `k >= 1` draws.
+    **Arguments:** `posterior`; `reward`, any function of one sample; `scale`, a number or a law; `k >= 1` draws, where one is enough of
+    a point like `Tweedie`.
 
     **Raises:** `TypeError` for what is no posterior, `ValueError` for `k < 1`. Source: Dandapanthula and Boffi (arXiv 2606.02884).
     """

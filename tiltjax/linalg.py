@@ -39,9 +39,8 @@ def array(entries: list[Array], shape: tuple[int, ...]) -> Array:
 
 
 def inner(a: Array, b: Array) -> Array:
-    """`<a, b>` over all entries. A sum over an axis of two is a call of its own to a library, at a fifth of a guided step."""
-    product = a * b
-    return functools.reduce(jnp.add, entries(product)) if 0 < product.size <= UNROLL else jnp.sum(product)
+    """`<a, b>` over all entries of arrays; small ones written out, as a reduction over a short axis becomes a call to a library."""
+    return functools.reduce(jnp.add, map(jnp.sum, entries(a * b)))
 
 
 def cholesky(matrix: Array) -> Entries:

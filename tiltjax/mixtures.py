@@ -245,22 +245,34 @@ def _dot(row: list[Array], entries: list[Array]) -> Array:
 
 
 def _shares(log_weights: list[Array]) -> list[Array]:
-    """Their softmax, by one division and, of two, one exponential: either costs as much as all of the rest."""
+    """Their softmax, by one division and, of two, one exponential: either costs as much as all the rest."""
     if len(log_weights) == 2:
-        return _shares_of_two(*log_weights)
+        return list(_shares_of_two(*log_weights))
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
     masses = [jnp.exp(log_weight - largest) for log_weight in log_weights]
     total = 1 / sum(masses[1:], masses[0])
     return [mass * total for mass in masses]
 
 
-def _shares_of_two(one: Array, other: Array) -> list[Array]:
-    """By the smaller share, whose sign says whose it is: of one number, the last to be divided, both come with all their digits."""
-    gap = other - one
-    behind, highest = gap > 0, np.log(np.finfo(gap.dtype).max) - 8  # beyond which the sign would be lost with the share
-    inverse = 1 + jnp.exp(jnp.minimum(jnp.where(behind, gap, -gap), highest))
+@jax.custom_jvp
+def _shares_of_two(one: Array, other: Array) -> tuple[Array, Array]:
+    """By the smaller share, which carries as its sign, also at zero, whether it is the other's.
+
+    As all that follows asks for this one number, the compiler neither keeps the exponential nor repeats it. Differentiated as they stand, powers of
+    `inverse` would overflow.
+    """
+    behind = other > one
+    inverse = 1 + jnp.exp(jnp.where(behind, other - one, one - other))
     smaller = 1 / jnp.where(behind, inverse, -inverse)
-    return [jnp.where(smaller > 0, smaller, 1 + smaller), jnp.where(smaller > 0, 1 - smaller, -smaller)]
+    of_other = jnp.signbit(smaller)
+    return jnp.where(of_other, 1 + smaller, smaller), jnp.where(of_other, -smaller, 1 - smaller)
+
+
+@_shares_of_two.defjvp
+def _shares_of_two_jvp(primals: tuple, tangents: tuple) -> tuple:
+    shares = _shares_of_two(*primals)
+    moved = shares[0] * shares[1] * (tangents[0] - tangents[1])
+    return shares, (moved, -moved)
 
 
 def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:

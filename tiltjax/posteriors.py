@@ -1,4 +1,4 @@
-r"""Posterior samplers: one draw of `X_1 | X_t = x`, differentiable in x.
+r"""Posterior samplers: draws of `X_1 | X_t = x`, differentiable in x.
 
 | posterior | a draw | law |
 |---|---|---|
@@ -18,6 +18,8 @@ Both inner flows use the exponential form of the probability flow, `d(x / sigma)
 constant denoiser, with no singularity at the data end, for any interpolant.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -30,19 +32,28 @@ from tiltjax.models import Analytic, Model
 
 
 class Posterior(eqx.Module):
-    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one sample."""
+    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one sample, and `draws` if several can share work."""
 
     model: eqx.AbstractVar[Model]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Several draws that are inherited from another posterior would not be these.
+        if "draw" in vars(cls) and "draws" not in vars(cls):
+            cls.draws = Posterior.draws
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         """One draw, of the shape of `x`, reparametrised: differentiable in `x`."""
         raise NotImplementedError
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
-        """k independent draws, `(k, *x.shape)`, with `denoised = D_t(x)`, a function of x, if it is there already; a single one is `draw`'s.
+        """k independent draws, `(k, *x.shape)`; `draws(..., 1)[0]` is `draw(...)`.
 
-        Overridden where that spares a call of the denoiser, or where one key makes random numbers for less than k keys do.
+        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is there already: spares a posterior that would ask for it a call.
+
+        **Raises:** `ValueError` for `k < 1`.
         """
+        k = inputs.count(k, "k")
         keys = key[None] if k == 1 else jax.random.split(key, k)
         return jax.vmap(lambda key: self.draw(key, t, x))(keys)
 
@@ -60,7 +71,8 @@ class Tweedie(Posterior):
         return self.model.denoise(t, x)
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
-        return jnp.broadcast_to(self.draw(key, t, x) if denoised is None else denoised, (k, *x.shape))
+        denoised = self.draw(key, t, x) if denoised is None else denoised
+        return jnp.broadcast_to(denoised, (inputs.count(k, "k"), *denoised.shape))
 
 
 class Exact(Posterior):
@@ -80,9 +92,10 @@ class Exact(Posterior):
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        return self.draws(key, t, x, 1)[0]
+        return Exact.draws(self, key, t, x, 1)[0]
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
+        k = inputs.count(k, "k")
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
@@ -125,9 +138,10 @@ class Glass(Posterior):
             raise ValueError(f"order must be 1 or 2, got {order}")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        return self.draws(key, t, x, 1)[0]
+        return Glass.draws(self, key, t, x, 1)[0]
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
+        k = inputs.count(k, "k")
         denoised = self.model.denoise(t, x) if denoised is None else denoised
         # Each draw has a state of its own: a shared one would be pulled back to by a sum over draws at every step of the flow.
         noises, states = jax.random.normal(key, (k, *x.shape), x.dtype), jnp.broadcast_to(x, (k, *x.shape))

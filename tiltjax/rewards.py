@@ -146,7 +146,8 @@ class Bump(Reward):
 
     def __call__(self, x: Array) -> Array:
         _same_shape(x, self.target, "target")
-        return jnp.exp(-linalg.inner(x - self.target, x - self.target) / (2 * self.width**2))
+        residual = x - self.target
+        return jnp.exp(-linalg.inner(residual, residual) / (2 * self.width**2))
 
 
 class Step(Reward):
