@@ -108,7 +108,7 @@ def plug_in_rows(model: tj.Model, label: str) -> list[Row]:
             # All groups are taken from one run.
             return tj.best_of_n(run(damped, k, num if k > 1 else 4 * num), REWARD, n).x[:num]
 
-        cost = n * (1 + k * (inner - 1)) * (steps - 1)
+        cost = n * common.plug_in_calls(inner, k) * (steps - 1)
         return Row(f"{name}, {label}", samples, cost, cost, published)
 
     return [

@@ -83,6 +83,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def plug_in_calls(steps: int, k: int) -> int:
+    """Denoiser calls, and as many pullbacks, of a plug-in of k GLASS draws of so many steps: the first of all draws is that of the guidance itself."""
+    return 1 + k * (steps - 1)
+
+
 def write(name: str, results: dict[str, Any]) -> Path:
     """Write `results` with the environment as `results/<name>.json`."""
     RESULTS.mkdir(exist_ok=True)

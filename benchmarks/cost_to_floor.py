@@ -36,7 +36,7 @@ def settings(problem: tj.problems.Problem) -> Iterator[Setting]:
     prior, reward, scale = problem.prior, problem.reward, problem.scale
     model = tj.Analytic(prior)
     damping, glass = tj.Damped(scale, problem.sigma), tj.Glass(model, steps=20)
-    calls = lambda k: 1 + k * (glass.steps - 1)  # the first of all draws is that of the field itself
+    calls = lambda k: common.plug_in_calls(glass.steps, k)
     exact = tj.Doob(model, theory.log_h(prior, reward, scale))
     for steps in (5, 10, 20, 50):
         yield Setting("Tilted", f"{steps} steps", tj.Tilted(model, reward, scale), None, steps, 1, 0)

@@ -126,7 +126,7 @@ def measure(row: Row, num: int, repeats: int) -> dict[str, Any]:
         "row": row.name,
         "k": row.k,
         "num": num,
-        "evaluations": row.looks * (1 + (row.inner - 1) * row.k),
+        "evaluations": row.looks * common.plug_in_calls(row.inner, row.k),
     }
     for i, clock in enumerate(("wall", "cpu")):
         one, all_draws = (min(taken[f"{size} {way}"][i] for way in ways) / LOOP for size in (num, num * row.k))

@@ -87,7 +87,7 @@ def draws(key, k, shape):
 
     streams = Streams(*(jax.random.fold_in(stream, 0) for stream in jax.random.split(key, (2, 3))[1]))
     keys = [streams.guidance] if k == 1 else jax.random.split(streams.guidance, k)
-    # Of a plug-in of one draw the first key is its scale's.
+    # Of a plug-in's two keys the first is its scale's.
     return [np.asarray(jax.random.normal(jax.random.fold_in(each, 1), shape, jnp.float64)) for each in keys]
 
 
