@@ -1,9 +1,10 @@
 """Where do the methods land for rewards that no closed form tilts, in 2 to 100 dimensions?
 
-Two modes at ±2.5 along the first coordinate, variance 1/2 in every coordinate. All rewards but the double well are sums over the
-coordinates, which no method is told; so the tilt is a product of laws on the line, known by quadrature in any dimension. Reported are
-the share P(x_1 >= 0) of the right mode, and the root mean square over the coordinates of the W2 distances between marginals (exact
-on the line), with the floor between two exact samples. The double well is folded by the sign of x_1.
+Two modes at ±2.5 along the first coordinate, variance 1/2 in every coordinate. All rewards but the
+double well are sums over the coordinates, which no method is told; so the tilt is a product of laws
+on the line, known by quadrature in any dimension. Reported are the share P(x_1 >= 0) of the right
+mode, and the root mean square over the coordinates of the W2 distances between marginals (exact on
+the line), with the floor between two exact samples. The double well is folded by the sign of x_1.
 
     python benchmarks/any_reward.py [--quick]
 """
@@ -51,7 +52,9 @@ class Problem(NamedTuple):
     def law(self, i: int) -> theory.quadrature.GridTilt:
         """The tilt's law of coordinate i."""
         means = [[-MODE], [MODE]] if i == 0 else [[0.0]]
-        prior = tj.GaussianMixture([1 / len(means)] * len(means), means, [[[VARIANCE]]] * len(means))
+        prior = tj.GaussianMixture(
+            [1 / len(means)] * len(means), means, [[[VARIANCE]]] * len(means)
+        )
         return theory.quadrature.tilt(prior, lambda x: self.part(i, x[0]), self.scale)
 
 
@@ -65,14 +68,21 @@ def problems(dims: tuple[int, ...]) -> list[Problem]:
             Problem("quadratic, stiff between modes", dim, quadratic(stiff), 1.0),
             Problem("quadratic, stiff across modes", dim, quadratic(stiff[::-1]), 1.0),
             Problem("kink, -|x - 1|", dim, lambda i, x: -jnp.abs(x - 1), 1.5),
-            Problem("plateau, clip(x_1, -1, 1)", dim, lambda i, x: jnp.where(i == 0, jnp.clip(x, -1, 1), 0.0), 1.5),
+            Problem(
+                "plateau, clip(x_1, -1, 1)",
+                dim,
+                lambda i, x: jnp.where(i == 0, jnp.clip(x, -1, 1), 0.0),
+                1.5,
+            ),
         ]
     return rows
 
 
 def marginal_w2(x, y) -> float:
     """Root mean square over the coordinates of the W2 distances between equally many samples."""
-    return float(np.sqrt(np.mean((np.sort(np.asarray(x), axis=0) - np.sort(np.asarray(y), axis=0)) ** 2)))
+    return float(
+        np.sqrt(np.mean((np.sort(np.asarray(x), axis=0) - np.sort(np.asarray(y), axis=0)) ** 2))
+    )
 
 
 def right_share(law: theory.quadrature.GridTilt) -> float:
@@ -80,20 +90,30 @@ def right_share(law: theory.quadrature.GridTilt) -> float:
     return float(law.expect(lambda x: jnp.where(x[0] >= 0, 1.0, 0.0)))
 
 
-def methods(model: tj.Model, reward: Callable, scale: float) -> dict[str, tj.Guidance]:
-    glass, variance = tj.Glass(model, steps=20), tj.calibrate(model, jax.random.key(1))
-    rows: dict[str, tj.Guidance] = {
+def methods(model: tj.Model, reward: Callable, scale: float) -> dict[str, tj.guidance.Guidance]:
+    glass, variance = tj.Glass(model, inner_steps=20), tj.calibrate(model, jax.random.key(1))
+    rows: dict[str, tj.guidance.Guidance] = {
         "plug-in": tj.PlugIn(glass, reward, scale),
         "damped": tj.PlugIn(glass, reward, tj.Damped(scale, VARIANCE**0.5)),
     }
     if model.shape[0] <= 10:  # it pulls back along every coordinate
         rows["Laplace"] = tj.Laplace(model, reward, scale)
     rows["Conjugate"] = tj.Conjugate(model, reward, scale, variance=variance)
-    rows["Conjugate, anisotropic"] = tj.Conjugate(model, reward, scale, variance=variance, anisotropic=True)
+    rows["Conjugate, anisotropic"] = tj.Conjugate(
+        model, reward, scale, variance=variance, anisotropic=True
+    )
     return rows
 
 
-def landed(model: tj.Model, reward: Callable, scale: float, exact, key, num: int, fold: Callable = lambda x: x) -> dict:
+def landed(
+    model: tj.Model,
+    reward: Callable,
+    scale: float,
+    exact,
+    key,
+    num: int,
+    fold: Callable = lambda x: x,
+) -> dict:
     """For each method the right mode's share and the marginal W2, `None` where the run failed."""
     results = {}
     for method, guidance in methods(model, reward, scale).items():
@@ -102,19 +122,26 @@ def landed(model: tj.Model, reward: Callable, scale: float, exact, key, num: int
         except FloatingPointError:
             results[method] = None
         else:
-            results[method] = {"share": float(np.mean(np.asarray(x[:, 0]) >= 0)), "w2": marginal_w2(fold(x), exact)}
+            results[method] = {
+                "share": float(np.mean(np.asarray(x[:, 0]) >= 0)),
+                "w2": marginal_w2(fold(x), exact),
+            }
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="1,000 samples, two dimensions")
     args = parser.parse_args()
     num, dims = (1000, (2,)) if args.quick else (4000, (2, 10, 100))
     table = []
 
     def report(name, dim, truth, floor, results):
-        table.append({"problem": name, "dim": dim, "share": truth, "floor": floor, "methods": results})
+        table.append(
+            {"problem": name, "dim": dim, "share": truth, "floor": floor, "methods": results}
+        )
         cells = "; ".join(
             f"{method} " + ("failed" if r is None else f"{r['share']:.3f} / {r['w2']:.3f}")
             for method, r in results.items()
@@ -133,7 +160,13 @@ def main() -> None:
         keys = jax.random.split(jax.random.key(7), 3)
         exact, again = problem.exact(keys[0], num), problem.exact(keys[1], num)
         results = landed(model, problem.reward, problem.scale, exact, keys[2], num)
-        report(problem.name, problem.dim, right_share(problem.law(0)), marginal_w2(exact, again), results)
+        report(
+            problem.name,
+            problem.dim,
+            right_share(problem.law(0)),
+            marginal_w2(exact, again),
+            results,
+        )
 
     well = tj.problems.double_well()
     law = theory.quadrature.tilt(well.prior, well.reward, well.scale)
@@ -150,10 +183,16 @@ def main() -> None:
         for method in table[0]["methods"]:
             cell = row["methods"].get(method, "-")
             cells.append(
-                cell if cell == "-" else "not finite" if cell is None else f"{cell['share']:.3f} / {cell['w2']:.2f}"
+                cell
+                if cell == "-"
+                else "not finite"
+                if cell is None
+                else f"{cell['share']:.3f} / {cell['w2']:.2f}"
             )
         print(
-            f"| {row['problem']} | {row['dim']} | {row['share']:.3f} | {row['floor']:.2f} | " + " | ".join(cells) + " |"
+            f"| {row['problem']} | {row['dim']} | {row['share']:.3f} | {row['floor']:.2f} | "
+            + " | ".join(cells)
+            + " |"
         )
     if not args.quick:
         print(f"\nwritten: {common.write('any_reward', {'num': num, 'rows': table})}")

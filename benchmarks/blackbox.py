@@ -1,9 +1,11 @@
 """A reward that may be asked 192 times: how far below the optimum is the best answer?
 
-Data: eight modes of unit width on a ring in six dimensions (a plane turned at random). The reward, hidden behind noise of .05, has one peak of height 1
-two widths away from a mode, and a broad one of height .6 on the other side. Queries go out 16 at a time: best-of-n (all from the model), steering by a
-surrogate that is fitted once, to 64 draws of the model, and the two optimists that learn after each round. Twenty seeds: simple regret (of the
-noiseless reward) after 64, 128 and 192 queries, and the share of seeds that climbed the high peak (regret below .1).
+Data: eight modes of unit width on a ring in six dimensions (a plane turned at random). The reward,
+hidden behind noise of .05, has one peak of height 1 two widths away from a mode, and a broad one of
+height .6 on the other side. Queries go out 16 at a time: best-of-n (all from the model), steering
+by a surrogate that is fitted once, to 64 draws of the model, and the two optimists that learn after
+each round. Twenty seeds: simple regret (of the noiseless reward) after 64, 128 and 192 queries, and
+the share of seeds that climbed the high peak (regret below .1).
 
     python benchmarks/blackbox.py [--quick] [--figure FILE]
 """
@@ -52,7 +54,7 @@ def run(method: str, seed: int, rounds: int) -> np.ndarray:
     if method == "best of n":
         x = tj.sample(key, model, num=rounds * BATCH).x
     elif method == "surrogate of 64":
-        first = tj.optimise(key, model, query, rounds=4, **settings | {"guide": unguided})
+        first = tj.optimize(key, model, query, rounds=4, **settings | {"guide": unguided})
         guidance = tj.dps(model, first.surrogate, settings["scale"])
         rest = [
             tj.smc(jax.random.key(1000 * seed + j), model, guidance, num=128, steps=20).resample(
@@ -62,8 +64,12 @@ def run(method: str, seed: int, rounds: int) -> np.ndarray:
         ]
         x = np.concatenate([first.x, *rest])
     else:
-        surrogate = tj.GaussianProcess() if method == "Gaussian process" else tj.Bootstrap()
-        x = tj.optimise(key, model, query, surrogate, rounds=rounds, **settings).x
+        surrogate = (
+            tj.search.surrogates.GaussianProcess()
+            if method == "Gaussian process"
+            else tj.search.surrogates.Bootstrap()
+        )
+        x = tj.optimize(key, model, query, surrogate, rounds=rounds, **settings).x
     return optimum - np.maximum.accumulate(np.asarray(clean(x)))
 
 
@@ -78,11 +84,15 @@ def figure(curves: dict[str, np.ndarray], file: str) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (name, rows), colour in zip(curves.items(), ("0.6", "tab:orange", "tab:blue", "tab:green"), strict=True):
+    for (name, rows), color in zip(
+        curves.items(), ("0.6", "tab:orange", "tab:blue", "tab:green"), strict=True
+    ):
         queries = 1 + np.arange(rows.shape[1])
-        axes.plot(queries, rows.mean(0), color=colour, label=name)
+        axes.plot(queries, rows.mean(0), color=color, label=name)
         error = rows.std(0, ddof=1) / np.sqrt(len(rows))
-        axes.fill_between(queries, rows.mean(0) - error, rows.mean(0) + error, color=colour, alpha=0.2, lw=0)
+        axes.fill_between(
+            queries, rows.mean(0) - error, rows.mean(0) + error, color=color, alpha=0.2, lw=0
+        )
     axes.set(xlabel="queries", ylabel="regret of the best so far", xlim=(1, None), ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -90,14 +100,18 @@ def figure(curves: dict[str, np.ndarray], file: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two seeds, few rounds")
     parser.add_argument("--figure", help="write the regret curves")
     args = parser.parse_args()
     seeds, rounds = (2, 6) if args.quick else (20, 12)
     curves, table = {}, {}
     marks = [4 * BATCH - 1, 8 * BATCH - 1, 12 * BATCH - 1]
-    print("| queries | " + " | ".join(str(m + 1) for m in marks) + " | found |\n|---|---|---|---|---|")
+    print(
+        "| queries | " + " | ".join(str(m + 1) for m in marks) + " | found |\n|---|---|---|---|---|"
+    )
     for method in METHODS:
         rows = np.stack([run(method, seed, rounds) for seed in range(seeds)])
         curves[method] = rows
@@ -108,11 +122,16 @@ def main() -> None:
             "found": float(np.mean(rows[:, -1] < 0.1)),
         }
         cells = [f"{rows[:, m].mean():.3f} ± {error[m]:.3f}" for m in at]
-        print(f"| {method} | " + " | ".join(cells) + f" | {np.mean(rows[:, -1] < 0.1):.2f} |", flush=True)
+        print(
+            f"| {method} | " + " | ".join(cells) + f" | {np.mean(rows[:, -1] < 0.1):.2f} |",
+            flush=True,
+        )
     if args.figure:
         figure(curves, args.figure)
     if not args.quick:
-        print(f"\nwritten: {common.write('blackbox', {'seeds': seeds, 'rounds': rounds, 'table': table})}")
+        print(
+            f"\nwritten: {common.write('blackbox', {'seeds': seeds, 'rounds': rounds, 'table': table})}"
+        )
 
 
 if __name__ == "__main__":

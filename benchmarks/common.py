@@ -1,6 +1,7 @@
 """What every benchmark records: device, versions, commit, and where time goes.
 
-CPU seconds are user and system time of this process, compilation and run apart; a run's figure is the median of repeats.
+CPU seconds are user and system time of this process, compilation and run apart; a run's figure is
+the median of repeats.
 """
 
 import json
@@ -43,12 +44,17 @@ def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
 
 def _commit() -> str:
     root = Path(__file__).parent.parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=root, capture_output=True, text=True, check=False
+    )
     changed = git("diff", "--quiet", "HEAD", "--", "tiltjax", "theory").returncode != 0
-    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + (" with changes" if changed else "")
+    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + (
+        " with changes" if changed else ""
+    )
 
 
-COMMIT = _commit()  # of the code that was imported, whatever happens to the checkout during a long run
+# of the code that was imported, whatever happens to the checkout during a long run
+COMMIT = _commit()
 
 
 def environment() -> dict[str, Any]:
@@ -70,7 +76,9 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         if names:
             return names[0]
@@ -84,7 +92,9 @@ def _cores() -> int:
 
 
 def plug_in_calls(steps: int, k: int) -> int:
-    """Denoiser calls, and as many pullbacks, of a plug-in of k GLASS draws of so many steps: the first of all draws is that of the guidance itself."""
+    """Denoiser calls, and as many pullbacks, of a plug-in of k GLASS draws of so many steps: the
+    first of all draws is that of the guidance itself.
+    """
     return 1 + k * (steps - 1)
 
 

@@ -2,11 +2,14 @@
 
     python benchmarks/flux_speed.py [--sizes 512 1024] [--attention cudnn] [--remat] [--peer] [--quick]
 
-Weights are random and bfloat16, of a network of two times; nothing is downloaded. The ceiling is a product of two bfloat16 matrices of side 8192,
-timed in the same run. Arithmetic is counted from shapes: two operations for each weight and token, and four n^2 d for the scores and values of n tokens
-of width d in every block; with a gradient to the latents, forward pass included, weights count twice and attention three times. A picture is 28 steps, decoded; a guided one as published,
-with one draw for 5 of them. `--peer` times the forward pass of `diffusers` in the same run, where it and PyTorch with a device are installed.
-`--quick` is a small network at 64 x 64 pixels, to see that it runs; its numbers are not kept.
+Weights are random and bfloat16, of a network of two times; nothing is downloaded. The ceiling is a
+product of two bfloat16 matrices of side 8192, timed in the same run. Arithmetic is counted from
+shapes: two operations for each weight and token, and four n^2 d for the scores and values of n
+tokens of width d in every block; with a gradient to the latents, forward pass included, weights
+count twice and attention three times. A picture is 28 steps, decoded; a guided one as published,
+with one draw for 5 of them. `--peer` times the forward pass of `diffusers` in the same run, where
+it and PyTorch with a device are installed. `--quick` is a small network at 64 x 64 pixels, to see
+that it runs; its numbers are not kept.
 """
 
 import argparse
@@ -20,8 +23,11 @@ import numpy as np
 from flax import nnx
 
 import tiltjax as tj
-from tiltjax import flux
-from tiltjax.flux import autoencoder, model, rewards, transformer
+from tiltjax.images import flux
+from tiltjax.images import rewards
+from tiltjax.images.networks import autoencoder
+from tiltjax.images.networks import transformer
+
 
 LENGTH = 512
 STEPS, REPEATS = 28, 5
@@ -29,7 +35,9 @@ SMALL = transformer.Config(
     in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=4,
     joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12), dual_time=True,
 )  # fmt: skip
-SMALL_CODER = autoencoder.Config(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8)
+SMALL_CODER = autoencoder.Config(
+    block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8
+)
 
 
 def seconds(call, repeats=REPEATS):
@@ -50,10 +58,15 @@ def ceiling(side):
 
 
 def operations(config, tokens):
-    """Of a forward pass over so many tokens of text and image together, and with a gradient to its input."""
+    """Of a forward pass over so many tokens of text and image together, and with a gradient to its
+    input.
+    """
     d = config.width
     double, single = config.num_layers, config.num_single_layers
-    weights, attention = 2 * tokens * 12 * d * d * (double + single), 4 * tokens**2 * d * (double + single)
+    weights, attention = (
+        2 * tokens * 12 * d * d * (double + single),
+        4 * tokens**2 * d * (double + single),
+    )
     return weights + attention, 2 * weights + 3 * attention
 
 
@@ -67,10 +80,14 @@ def networks(config, coder, settings):
     }
     # One program, so that no second copy of a parameter is left behind.
     network = jax.jit(lambda: transformer.Transformer(config, **options, rngs=nnx.Rngs(0)))()
-    decoder = jax.jit(lambda: autoencoder.Autoencoder(coder, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1)))()
+    decoder = jax.jit(
+        lambda: autoencoder.Autoencoder(coder, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    )()
     text = jax.random.normal(jax.random.key(2), (LENGTH, config.joint_attention_dim), jnp.bfloat16)
     pooled = jax.random.normal(jax.random.key(3), (config.pooled_projection_dim,), jnp.bfloat16)
-    return lambda size: flux.FluxModel(network, text, pooled, height=size, width=size, autoencoder=decoder)
+    return lambda size: flux.FluxModel(
+        network, text, pooled, height=size, width=size, autoencoder=decoder
+    )
 
 
 def measured(given, size, top):
@@ -81,7 +98,9 @@ def measured(given, size, top):
     t = jnp.asarray(0.4)
     forward = jax.jit(lambda given, x: batch(given.denoise, (None, 0))(t, x))
     # As a guidance takes it: the gradient of a sum of squares, forward pass included.
-    pulled = jax.jit(lambda given, x: jax.grad(lambda x: jnp.sum(batch(given.denoise, (None, 0))(t, x) ** 2))(x))
+    pulled = jax.jit(
+        lambda given, x: jax.grad(lambda x: jnp.sum(batch(given.denoise, (None, 0))(t, x) ** 2))(x)
+    )
     decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
     grid = flux.times(STEPS, size, size)
     plain = {"model": given.leaping(grid), "times": grid, "solver": tj.Euler()}
@@ -104,10 +123,17 @@ def measured(given, size, top):
         if count is not None:
             found[name] |= {"tflops": count / later / 1e12, "share_of_ceiling": count / later / top}
         print(
-            f"{size:>5} {name:>14} {later:9.4f} s   first {first:6.1f} s   {found[name].get('share_of_ceiling', float('nan')):6.1%} of the ceiling",
+            f"{size:>5} {name:>14} {later:9.4f} s   first {first:6.1f} s   "
+            f"{found[name].get('share_of_ceiling', float('nan')):6.1%} of the ceiling",
             flush=True,
         )
-    return {"size": size, "tokens": tokens, "tflop_forward": work / 1e12, **found, "peak_gb": peak_gb()}
+    return {
+        "size": size,
+        "tokens": tokens,
+        "tflop_forward": work / 1e12,
+        **found,
+        "peak_gb": peak_gb(),
+    }
 
 
 def peak_gb():
@@ -135,7 +161,11 @@ def peer(config, sizes):
         "guidance_embeds",
     )
     with torch.device("cuda"):
-        network = FluxTransformer2DModel(**{name: getattr(config, name) for name in names}).to(torch.bfloat16).eval()
+        network = (
+            FluxTransformer2DModel(**{name: getattr(config, name) for name in names})
+            .to(torch.bfloat16)
+            .eval()
+        )
     found = {}
     for size in sizes:
         n = (size // 16) ** 2
@@ -162,7 +192,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="cudnn" if jax.default_backend() == "gpu" else "xla"
+        "--attention",
+        choices=("xla", "cudnn"),
+        default="cudnn" if jax.default_backend() == "gpu" else "xla",
     )
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--peer", action="store_true")
@@ -176,8 +208,10 @@ def main():
     sizes = [64] if settings.quick else settings.sizes
     if not settings.quick:
         largest = max(sizes)
-        model.check_memory(
-            model.memory(config, largest, largest, remat=settings.remat, fused=settings.attention != "xla")
+        flux.check_memory(
+            flux.memory(
+                config, largest, largest, remat=settings.remat, fused=settings.attention != "xla"
+            )
         )
     top = ceiling(512 if settings.quick else 8192)
     print(f"a large product: {top / 1e12:.2f} TFLOP/s on {jax.devices()[0].device_kind}")

@@ -1,8 +1,9 @@
 """How far does each method land from the tilt of a Gaussian mixture, and what does it cost?
 
-Five mixtures with the reward -|x - (0, 2.5)|^2 at scale 3, in the published setting: 2,000 samples, 49 Heun steps on [.001, .999],
-20 GLASS steps, scores clipped at length 100. W2 is the exact 2-Wasserstein distance to 2,000 exact samples, as a mean over seeds with
-its standard error; the floor is the distance between two exact sets. Published numbers: the code of Dandapanthula and Boffi
+Five mixtures with the reward -|x - (0, 2.5)|^2 at scale 3, in the published setting: 2,000 samples,
+49 Heun steps on [.001, .999], 20 GLASS steps, scores clipped at length 100. W2 is the exact
+2-Wasserstein distance to 2,000 exact samples, as a mean over seeds with its standard error; the
+floor is the distance between two exact sets. Published numbers: the code of Dandapanthula and Boffi
 (arXiv 2606.02884), one run each.
 
     python benchmarks/gaussian_tilt.py [--quick]
@@ -32,18 +33,20 @@ PUBLISHED = {
 }
 
 
-def methods(problem: tj.problems.Problem) -> dict[str, tuple[tj.Model, tj.Guidance | None]]:
+def methods(
+    problem: tj.problems.Problem,
+) -> dict[str, tuple[tj.Model, tj.guidance.Guidance | None]]:
     """The table's rows as (model, guidance)."""
     model = tj.Analytic(problem.prior)
-    glass, reward, scale = tj.Glass(model, steps=20), problem.reward, problem.scale
+    glass, reward, scale = tj.Glass(model, inner_steps=20), problem.reward, problem.scale
 
     def plug_in(scale, k=1):
-        return model, tj.Clipped(tj.PlugIn(glass, reward, scale, k=k), 100.0)
+        return model, tj.guidance.wrappers.Clipped(tj.PlugIn(glass, reward, scale, k=k), 100.0)
 
     rows = {"exact h": (model, tj.Doob(model, theory.log_h(problem.prior, reward, scale)))}
     rows |= {f"plug-in k={k}": plug_in(scale, k) for k in (1, 2, 4, 8, 16)}
     rows["damped k=1"] = plug_in(tj.Damped(scale, problem.sigma))
-    rows["FMRG"] = (model, tj.Clipped(tj.fmrg(model, reward, scale), 100.0))
+    rows["FMRG"] = (model, tj.guidance.wrappers.Clipped(tj.fmrg(model, reward, scale), 100.0))
     rows["Laplace"] = (model, tj.Laplace(model, reward, scale))
     rows["Tilted"] = (tj.Tilted(model, reward, scale), None)
     return rows
@@ -54,7 +57,9 @@ def mean_and_error(values) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="500 samples, two seeds")
     args = parser.parse_args()
     num, seeds = (500, 2) if args.quick else (2000, 8)
@@ -66,17 +71,23 @@ def main() -> None:
         truth = theory.tilt(problem.prior, problem.reward, problem.scale)
         exact = [truth.sample(jax.random.key(1000 + seed), num) for seed in range(seeds)]
         again = [truth.sample(jax.random.key(2000 + seed), num) for seed in range(seeds)]
-        floor = mean_and_error([tj.metrics.wasserstein(x, y) for x, y in zip(exact, again, strict=True)])
+        floor = mean_and_error(
+            [tj.metrics.wasserstein(x, y) for x, y in zip(exact, again, strict=True)]
+        )
         table.setdefault("floor", {})[name] = {"w2": floor, "published": PUBLISHED["floor"][column]}
         for method, (model, guidance) in methods(problem).items():
             samples = {}
 
             def run(seed, model=model, guidance=guidance, samples=samples):
-                samples[seed] = tj.sample(jax.random.key(seed), model, guidance, num=num, times=times).x
+                samples[seed] = tj.sample(
+                    jax.random.key(seed), model, guidance, num=num, times=times
+                ).x
                 return samples[seed]
 
             timing = common.timed(run, repeats=seeds - 1)
-            w2 = mean_and_error([tj.metrics.wasserstein(samples[seed], exact[seed]) for seed in range(seeds)])
+            w2 = mean_and_error(
+                [tj.metrics.wasserstein(samples[seed], exact[seed]) for seed in range(seeds)]
+            )
             cell = {"w2": w2, "over_floor": w2[0] / floor[0], **timing._asdict()}
             cell["published"] = PUBLISHED.get(method, (None,) * 5)[column]
             if cell["published"]:
@@ -84,9 +95,11 @@ def main() -> None:
                 cell["sigmas"] = (w2[0] - cell["published"]) / (w2[1] * (1 + seeds) ** 0.5)
             table.setdefault(method, {})[name] = cell
             print(
-                f"{name:11s} {method:13s} W2 {w2[0]:.3f} ± {w2[1]:.3f} (published {cell['published'] or '-'}, {cell.get('sigmas', 0):+.1f} "
+                f"{name:11s} {method:13s} W2 {w2[0]:.3f} ± {w2[1]:.3f} (published "
+                f"{cell['published'] or '-'}, {cell.get('sigmas', 0):+.1f} "
                 f"standard errors), "
-                f"{cell['over_floor']:5.2f} x floor; run {timing.run_wall:.3f} s, {timing.run_cpu:.3f} CPU-s; "
+                f"{cell['over_floor']:5.2f} x floor; run {timing.run_wall:.3f} s, "
+                f"{timing.run_cpu:.3f} CPU-s; "
                 f"first call {timing.first_wall:.1f} s",
                 flush=True,
             )
@@ -102,7 +115,9 @@ def main() -> None:
         cpu = row["quadratic"].get("run_cpu")
         print(f"| {method} | " + " | ".join(cells) + f" | {'' if cpu is None else f'{cpu:.3f}'} |")
     if not args.quick:
-        print(f"\nwritten: {common.write('gaussian_tilt', {'num': num, 'seeds': seeds, 'table': table})}")
+        print(
+            f"\nwritten: {common.write('gaussian_tilt', {'num': num, 'seeds': seeds, 'table': table})}"
+        )
 
 
 if __name__ == "__main__":

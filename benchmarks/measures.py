@@ -1,4 +1,6 @@
-"""What a process has spent: CPU seconds, and the most memory it held. Neither JAX nor git is asked, so that any process may import this."""
+"""What a process has spent: CPU seconds, and the most memory it held. Neither JAX nor git is asked,
+so that any process may import this.
+"""
 
 import resource
 from pathlib import Path
@@ -11,7 +13,9 @@ def cpu_seconds() -> float:
 
 
 def peak_gb() -> float:
-    """The largest resident memory of this process; where it can be read, of this program alone (`ru_maxrss` remembers who started it)."""
+    """The largest resident memory of this process; where it can be read, of this program alone
+    (`ru_maxrss` remembers who started it).
+    """
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

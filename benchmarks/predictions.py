@@ -1,7 +1,8 @@
 """Where will each method land, before anything runs?
 
-The predicted W2 to the tilt on the problem `gaussian` (scale 3): one Gaussian, so the laws are exact. Plug-in by its number of draws, one damped draw
-by how wrong its width is with the least k at which plain plug-in comes closer (`theory.matching_k`), and `theory.recommend` at several budgets of
+The predicted W2 to the tilt on the problem `gaussian` (scale 3): one Gaussian, so the laws are
+exact. Plug-in by its number of draws, one damped draw by how wrong its width is with the least k at
+which plain plug-in comes closer (`theory.matching_k`), and `theory.recommend` at several budgets of
 denoiser calls. Published: one damped particle matches eight to sixteen plain ones.
 
     python benchmarks/predictions.py [--quick]
@@ -23,7 +24,9 @@ BUDGETS = (10, 100, 1000, 10_000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few rows")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
@@ -38,7 +41,10 @@ def main() -> None:
         law = theory.plug_in_law(prior, reward, scale, k=k)
         plain[k] = far(law.mean(), law.cov())
     fmrg = theory.fmrg_law(prior, reward, scale)
-    others = {"no guidance": far(prior.means[0], prior.covs[0]), "FMRG": far(fmrg.means[0], fmrg.covs[0])}
+    others = {
+        "no guidance": far(prior.means[0], prior.covs[0]),
+        "FMRG": far(fmrg.means[0], fmrg.covs[0]),
+    }
     print("| k | W2 of plug-in |\n|---|---|")
     for k, distance in plain.items():
         print(f"| {k:,} | {distance:.4f} |")
@@ -53,7 +59,8 @@ def main() -> None:
         k = theory.matching_k(prior, reward, scale_law)
         damped[ratio] = {"w2": far(law.means[0], law.covs[0]), "k": k}
         print(
-            f"| {ratio:g} | {damped[ratio]['w2']:.4f} | {'none up to 10,000' if k is None else f'{k:,}'} |", flush=True
+            f"| {ratio:g} | {damped[ratio]['w2']:.4f} | {'none up to 10,000' if k is None else f'{k:,}'} |",
+            flush=True,
         )
 
     plans = {}

@@ -1,10 +1,12 @@
-"""Run the benchmarks, one process after the other, and write what came out as one table into results/README.md.
+"""Run the benchmarks, one process after the other, and write what came out as one table into
+results/README.md.
 
     python benchmarks/run.py [NAME ...] [--quick] [--reference CHECKOUT [--python OTHER_PYTHON]]
     python benchmarks/run.py --table                                                                 # from the results that exist
 
-Every benchmark writes `results/<name>.json`; with `--quick` it runs on a small scale and writes nothing, and nor does this. A benchmark that fails, or
-that lacks what it compares with, is named at the end and does not keep the others from running.
+Every benchmark writes `results/<name>.json`; with `--quick` it runs on a small scale and writes
+nothing, and nor does this. A benchmark that fails, or that lacks what it compares with, is named at
+the end and does not keep the others from running.
 """
 
 import argparse
@@ -41,7 +43,8 @@ def _cost_to_floor(r: dict) -> str:
     reached = {name: m for name, m in r["methods"].items() if m["over_floor"] <= 1.2}
     cheapest = min(reached, key=lambda name: reached[name]["run_cpu"])
     return (
-        f"{len(reached)} of {len(r['methods'])} methods come within 1.2 times the floor; {cheapest} in {1000 * reached[cheapest]['run_cpu']:.1f} CPU-ms, "
+        f"{len(reached)} of {len(r['methods'])} methods come within 1.2 times the floor; "
+        f"{cheapest} in {1000 * reached[cheapest]['run_cpu']:.1f} CPU-ms, "
         f"plug-in ends at {r['methods']['plug-in']['over_floor']:.1f} times"
     )
 
@@ -77,8 +80,13 @@ def _predictions(r: dict) -> str:
 
 
 def _weighted(r: dict) -> str:
-    plane = {name: row["Laplace, Guided"] for name, row in r["planar"].items() if name != "double_well"}
-    over, off = max(c["over_floor"][0] for c in plane.values()), max(abs(c["log_norm_off"][0]) for c in plane.values())
+    plane = {
+        name: row["Laplace, Guided"] for name, row in r["planar"].items() if name != "double_well"
+    }
+    over, off = (
+        max(c["over_floor"][0] for c in plane.values()),
+        max(abs(c["log_norm_off"][0]) for c in plane.values()),
+    )
     return f"Laplace's twist on {len(plane)} mixtures: W2 at most {over:.2f} times the floor, log Z off by at most {off:.3f}"
 
 
@@ -109,7 +117,9 @@ def _pareto(r: dict) -> str:
 
 
 def _blackbox(r: dict) -> str:
-    return "optimum found by " + ", ".join(f"{name} {row['found']:.0%}" for name, row in r["table"].items())
+    return "optimum found by " + ", ".join(
+        f"{name} {row['found']:.0%}" for name, row in r["table"].items()
+    )
 
 
 def _external(r: dict) -> str:
@@ -130,14 +140,19 @@ def _text(r: dict) -> str:
 def _training(r: dict) -> str:
     last, beside = r["rows"][-1], r["side_by_side"]
     text = f"{last['share_average'][0]:.1%} in filled squares after {last['steps']:,} steps, {last['steps_per_second']:.1f} steps a second"
-    return text if beside is None else f"{text}; {beside['ratio']:.2f} times those of the published code side by side"
+    return (
+        text
+        if beside is None
+        else f"{text}; {beside['ratio']:.2f} times those of the published code side by side"
+    )
 
 
 def _annealing(r: dict) -> str:
     reached = [row for row in r["eight modes"]["rows"] if row["tilt"] > 1]
     row = min(reached, key=lambda row: row["divergence"][0] / row["tilt"])
     return (
-        f"eight modes: {row['method']}, {row['setting']}, is nearest to the frontier: mean reward {row['reward'][0]:.2f} at a divergence of "
+        f"eight modes: {row['method']}, {row['setting']}, is nearest to the frontier: mean reward "
+        f"{row['reward'][0]:.2f} at a divergence of "
         f"{row['divergence'][0]:.2f}, where the tilt has {row['tilt']:.2f}"
     )
 
@@ -162,16 +177,21 @@ def _devices(r: dict) -> str:
     )
     most = max(row["devices"] for row in r["rows"])
     last = next(row for row in r["rows"] if (row["devices"], row["verb"]) == (most, "smc"))
-    falls = " and ".join(f"1/{work(1, verb) / work(most, verb):.1f} in `{verb}`" for verb in ("sample", "smc"))
+    falls = " and ".join(
+        f"1/{work(1, verb) / work(most, verb):.1f} in `{verb}`" for verb in ("sample", "smc")
+    )
     return (
-        f"a device of {most} does {falls} of the work of one alone; `sample` exchanges nothing in a step, `smc` {last['collectives_a_step']:.0f} "
+        f"a device of {most} does {falls} of the work of one alone; `sample` exchanges nothing in "
+        f"a step, `smc` {last['collectives_a_step']:.0f} "
         f"arrays, {last['received_a_step'] / last['num']:.0f} bytes a particle to each device"
     )
 
 
 def _flux_memory(r: dict) -> str:
     at = lambda n: max(
-        (row["argument_bytes"] + row["computed_bytes"]) / 2**30 for row in r["results"] if row["devices"] == n
+        (row["argument_bytes"] + row["computed_bytes"]) / 2**30
+        for row in r["results"]
+        if row["devices"] == n
     )
     return f"with a gradient, {at(1):.1f} GiB on one device, {at(8):.1f} GiB on each of eight"
 
@@ -179,24 +199,33 @@ def _flux_memory(r: dict) -> str:
 def _flux_speed(r: dict) -> str:
     row = r["rows"][0]
     return (
-        f"{row['size']} x {row['size']}: forward {row['forward']['s']:.3f} s, {row['forward']['share_of_ceiling']:.0%} of a large product's rate; "
+        f"{row['size']} x {row['size']}: forward {row['forward']['s']:.3f} s, "
+        f"{row['forward']['share_of_ceiling']:.0%} of a large product's rate; "
         f"a picture {row['picture']['s']:.2f} s, guided {row['guided_picture']['s']:.2f} s"
     )
 
 
 def _train_tiny_flux(r: dict) -> str:
-    minutes = sum(stage["wall_s"] for stage in r.values() if isinstance(stage, dict) and "wall_s" in stage) / 60
+    minutes = (
+        sum(
+            stage["wall_s"] for stage in r.values() if isinstance(stage, dict) and "wall_s" in stage
+        )
+        / 60
+    )
     maps = r["flow_map"]
     right = lambda steps: f"{maps[steps]['all']:.1%}"
     return (
-        f"{minutes:.0f} minutes; samples right in shape, colour, place and background: {right('velocity_28_steps')} in 28 steps, "
+        f"{minutes:.0f} minutes; samples right in shape, color, place and background: "
+        f"{right('velocity_28_steps')} in 28 steps, "
         f"{right('map_4_steps')} in 4 of the map"
     )
 
 
 def _vs_reference(r: dict) -> str:
     met = sum(not goal["missed"] for goal in r["goals"].values())
-    span = lambda key: "{:.1f} to {:.1f}".format(*(f(row["ratios"][key] for row in r["rows"]) for f in (min, max)))
+    span = lambda key: "{:.1f} to {:.1f}".format(
+        *(f(row["ratios"][key] for row in r["rows"]) for f in (min, max))
+    )
     return f"{span('run_cpu')} times fewer CPU-seconds, {span('process_wall')} times less wall of a process; {met} of {len(r['goals'])} goals met"
 
 
@@ -231,15 +260,28 @@ def script(name: str) -> Path:
 
 def question(name: str) -> str:
     """The first paragraph of a benchmark's docstring."""
-    return " ".join((ast.get_docstring(ast.parse(script(name).read_text())) or "").split("\n\n")[0].split())
+    return " ".join(
+        (ast.get_docstring(ast.parse(script(name).read_text())) or "").split("\n\n")[0].split()
+    )
 
 
 def line(name: str, results: dict[str, Any]) -> str:
     """A row of the table."""
     where = results["environment"]
-    device = where["device"] if where["backend"] != "cpu" else f"{where['processor']}, {where['cores']} cores"
+    device = (
+        where["device"]
+        if where["backend"] != "cpu"
+        else f"{where['processor']}, {where['cores']} cores"
+    )
     versions = f"Python {where['python']}, JAX {where['jax']}"
-    cells = (f"[{name}]({name}.json)", question(name), HEADLINES[name](results), device, versions, where["commit"])
+    cells = (
+        f"[{name}]({name}.json)",
+        question(name),
+        HEADLINES[name](results),
+        device,
+        versions,
+        where["commit"],
+    )
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
@@ -247,9 +289,16 @@ def table(folder: Path = RESULTS) -> str:
     """The whole file, from the JSON files of the folder."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     if unknown := sorted(set(found) - set(HEADLINES)):
-        raise ValueError(f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in {Path(__file__).name}")
+        raise ValueError(
+            f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in {Path(__file__).name}"
+        )
     head = "| benchmark | question | headline | device | versions | commit |\n|---|---|---|---|---|---|"
-    return "\n".join([INTRODUCTION, head, *(line(name, found[name]) for name in HEADLINES if name in found)]) + "\n"
+    return (
+        "\n".join(
+            [INTRODUCTION, head, *(line(name, found[name]) for name in HEADLINES if name in found)]
+        )
+        + "\n"
+    )
 
 
 def names() -> list[str]:
@@ -266,14 +315,28 @@ def command(name: str, args: argparse.Namespace) -> list[str] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names())}; all by default")
-    parser.add_argument("--quick", action="store_true", help="each on a small scale; nothing is written")
-    parser.add_argument("--table", action="store_true", help="run nothing: write the table of the results that exist")
-    parser.add_argument(
-        "--reference", type=Path, help="a checkout of the published code, for vs_reference and training"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", default=sys.executable, help="of an environment in which it runs")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"some of {', '.join(names())}; all by default"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="each on a small scale; nothing is written"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="run nothing: write the table of the results that exist",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="a checkout of the published code, for vs_reference and training",
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="of an environment in which it runs"
+    )
     args = parser.parse_args()
     if unknown := sorted(set(args.names) - set(names())):
         parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(names())}")
@@ -285,7 +348,9 @@ def main() -> None:
             continue
         print(f"\n== {name}: {question(name)}\n", flush=True)
         begun = time.monotonic()
-        if subprocess.run(words, env=os.environ | ENVIRONMENT.get(name, {}), check=False).returncode:
+        if subprocess.run(
+            words, env=os.environ | ENVIRONMENT.get(name, {}), check=False
+        ).returncode:
             failed.append(name)
         print(f"\n== {name}: {time.monotonic() - begun:.0f} s", flush=True)
     if not args.quick:

@@ -1,14 +1,18 @@
 """Does steering make a small language model write what it rarely writes?
 
-A transformer of two layers learns, as masked diffusion, sentences of a made-up language: subjects and verbs agree in number, and one sentence in twelve
-is glad, one grim, which shows in some of its adjectives, verbs and adverbs. The attribute is to be glad. The reward does not know the language: it is
-the log-odds of a logistic regression on words, learned from 3,000 labelled sentences. The judges do: the attribute is that a sentence is glad with
-probability above one half under the true law of its words; nats a word, the log of a perplexity, are those of an interpolated trigram model of 50,000
-other sentences.
+A transformer of two layers learns, as masked diffusion, sentences of a made-up language: subjects
+and verbs agree in number, and one sentence in twelve is glad, one grim, which shows in some of its
+adjectives, verbs and adverbs. The attribute is to be glad. The reward does not know the language:
+it is the log-odds of a logistic regression on words, learned from 3,000 labeled sentences. The
+judges do: the attribute is that a sentence is glad with probability above one half under the true
+law of its words; nats a word, the log of a perplexity, are those of an interpolated trigram model
+of 50,000 other sentences.
 
-Every row asks the network as often, once a token for each of n samples or particles: best of n and softmax of n unguided samples; Feynman-Kac
-steering, gradient-free, with four completions a state and the potentials `Difference` and `Max` (every fourth step); and with proposals that lean towards the
-completions that were liked. `best` is the sentence of largest reward of the n, `draw` one by weight, which is what tends to the tilt.
+Every row asks the network as often, once a token for each of n samples or particles: best of n and
+softmax of n unguided samples; Feynman-Kac steering, gradient-free, with four completions a state
+and the potentials `Difference` and `Max` (every fourth step); and with proposals that lean towards
+the completions that were liked. `best` is the sentence of largest reward of the n, `draw` one by
+weight, which is what tends to the tilt.
 
     python benchmarks/text.py [--quick]
 """
@@ -31,7 +35,7 @@ TONES = ("dull", "glad", "grim")
 SHARES = (10 / 12, 1 / 12, 1 / 12)
 OWN = 0.7  # how often a word that could show the tone does
 WORDS = {
-    "adjective": ("grey plain quiet old small slow", "bright kind merry", "bitter cold cruel"),
+    "adjective": ("gray plain quiet old small slow", "bright kind merry", "bitter cold cruel"),
     "verb": ("see meet follow find hear", "love cheer hug", "hate hit fear"),
     "adverb": ("today slowly again there", "gladly sweetly", "grimly sadly"),
 }
@@ -44,7 +48,11 @@ LENGTH, SCALE = 12, 1.0
 def vocabulary() -> list[str]:
     words = [word for lists in WORDS.values() for one in lists for word in one.split()]
     words += [word + "s" for one in WORDS["verb"] for word in one.split()]
-    words += sorted({word for one in DETERMINERS for word in one.split()}) + NOUNS + [noun + "s" for noun in NOUNS]
+    words += (
+        sorted({word for one in DETERMINERS for word in one.split()})
+        + NOUNS
+        + [noun + "s" for noun in NOUNS]
+    )
     return [*words, *PREPOSITIONS, "."]
 
 
@@ -122,11 +130,13 @@ def critic(tokens: np.ndarray, is_glad: np.ndarray) -> tj.rewards.Reward:
 
     def loss(weights):
         logits = counts @ weights[:-1] + weights[-1]
-        return optax.sigmoid_binary_cross_entropy(logits, labels).mean() + 1e-4 * jnp.sum(weights**2)
+        return optax.sigmoid_binary_cross_entropy(logits, labels).mean() + 1e-4 * jnp.sum(
+            weights**2
+        )
 
-    weights, optimiser = jnp.zeros(len(VOCABULARY) + 1), optax.adam(0.05)
-    state = optimiser.init(weights)
-    step = jax.jit(lambda w, s: optimiser.update(jax.grad(loss)(w), s))
+    weights, optimizer = jnp.zeros(len(VOCABULARY) + 1), optax.adam(0.05)
+    state = optimizer.init(weights)
+    step = jax.jit(lambda w, s: optimizer.update(jax.grad(loss)(w), s))
     for _ in range(400):
         update, state = step(weights, state)
         weights = weights + update
@@ -137,7 +147,10 @@ class Block(nnx.Module):
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
         self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
-        self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+        self.up, self.down = (
+            nnx.Linear(width, 4 * width, rngs=rngs),
+            nnx.Linear(4 * width, width, rngs=rngs),
+        )
 
     def __call__(self, y):
         y = y + self.attention(self.norms[0](y))
@@ -151,7 +164,10 @@ class Transformer(nnx.Module):
         self.words = nnx.Embed(len(VOCABULARY) + 1, width, rngs=rngs)
         self.places = nnx.Embed(LENGTH, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(layers)])
-        self.norm, self.out = nnx.LayerNorm(width, rngs=rngs), nnx.Linear(width, len(VOCABULARY), rngs=rngs)
+        self.norm, self.out = (
+            nnx.LayerNorm(width, rngs=rngs),
+            nnx.Linear(width, len(VOCABULARY), rngs=rngs),
+        )
 
     def __call__(self, t, x):
         y = self.words(x) + self.places(jnp.arange(LENGTH))[None]
@@ -161,9 +177,13 @@ class Transformer(nnx.Module):
 
 
 def train(tokens: np.ndarray, steps: int, batch: int = 256) -> tuple[Transformer, float]:
-    """The network, and its last mean loss: the bound on nats a word, `E[mean over the hidden of -log D]`, 1 to all hidden alike often."""
+    """The network, and its last mean loss: the bound on nats a word,
+    `E[mean over the hidden of -log D]`, 1 to all hidden alike often.
+    """
     network = Transformer(nnx.Rngs(0))
-    optimiser = nnx.Optimizer(network, optax.adamw(optax.cosine_decay_schedule(3e-3, steps)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        network, optax.adamw(optax.cosine_decay_schedule(3e-3, steps)), wrt=nnx.Param
+    )
     data = jnp.asarray(tokens)
 
     def loss(network, key):
@@ -177,12 +197,12 @@ def train(tokens: np.ndarray, steps: int, batch: int = 256) -> tuple[Transformer
         return jnp.mean(jnp.sum(jnp.where(hidden, entropy, 0.0), axis=1) / number[:, 0])
 
     @nnx.jit
-    def step(network, optimiser, key):
+    def step(network, optimizer, key):
         value, slope = nnx.value_and_grad(loss)(network, key)
-        optimiser.update(network, slope)
+        optimizer.update(network, slope)
         return value
 
-    losses = [float(step(network, optimiser, jax.random.key(k))) for k in range(steps)]
+    losses = [float(step(network, optimizer, jax.random.key(k))) for k in range(steps)]
     return network, float(np.mean(losses[-100:]))
 
 
@@ -193,7 +213,7 @@ def pick(key, x, log_weights, reward):
 
 
 def steer(model, reward, n: int, runs: int, lean: float, settings: dict):
-    guide = tj.Completions(model, reward, SCALE, k=4, lean=lean)
+    guide = tj.tokens.Completions(model, reward, SCALE, k=4, proposal_weight=lean)
 
     def one(key):
         key_run, key_pick = jax.random.split(key)
@@ -210,26 +230,28 @@ def select(model, reward, n: int, runs: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="hardly any training, few runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "the effective share")
     steps, runs = (30, 20) if args.quick else (2000, 400)
     learned, _ = sentences(0, 20_000)
-    labelled, tones = sentences(1, 3_000)
+    labeled, tones = sentences(1, 3_000)
     other, other_tones = sentences(2, 50_000)
-    judge, reward = Trigrams(other), critic(labelled, tones == 1)
+    judge, reward = Trigrams(other), critic(labeled, tones == 1)
     network, bound = train(learned, steps)
-    model = tj.from_logits(network, length=LENGTH, vocab=len(VOCABULARY), batched=True)
+    model = tj.tokens.from_logits(network, length=LENGTH, vocab=len(VOCABULARY), batched=True)
     truth = {
         "glad": float(np.mean(glad(other) > 0.5)), "nats": float(judge.nats(sentences(3, 5_000)[0]).mean()),
         "reward_right": float(np.mean((np.asarray(jax.vmap(reward)(other)) > 0) == (other_tones == 1))),
     }  # fmt: skip
     print(f"bound {bound:.3f} nats a word; of the language itself: {truth}")
-    window = tj.Every(4, start=3)
+    window = tj.weighted.potentials.ResampleSchedule(4, start=3)
     methods = {
         "selection": functools.partial(select, model, reward),
-        "steering": lambda n, runs: steer(model, reward, n, runs, 0.0, {"proposal": tj.proposals.Base()}),
+        "steering": lambda n, runs: steer(model, reward, n, runs, 0.0, {"proposal": tj.weighted.proposals.Base()}),
         "steering, Max": lambda n, runs: steer(
             model, reward, n, runs, 0.0, tj.fk_steering(schedule=window)
         ),
@@ -237,7 +259,8 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     print(
-        "| | n | glad: best | draw | reward: best | draw | nats a word: best | draw |\n|---|---|---|---|---|---|---|---|"
+        "| | n | glad: best | draw | reward: best | draw | nats a word: best | draw "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     for name, method in methods.items():
         for n in (1, 4, 8, 16):
@@ -251,11 +274,15 @@ def main() -> None:
                 }
             rows.append(row)
             cell = lambda which, key, row=row: "{:.2f} ± {:.2f}".format(*row[which][key])
-            cells = [cell(which, key) for key in ("glad", "reward", "nats") for which in ("best", "draw")]
+            cells = [
+                cell(which, key) for key in ("glad", "reward", "nats") for which in ("best", "draw")
+            ]
             print(f"| {name} | {n} | " + " | ".join(cells) + " |", flush=True)
         print("   e.g.", " / ".join(" ".join(VOCABULARY[i] for i in x) for x in draw[:3]))
     if not args.quick:
-        print(f"\nwritten: {common.write('text', {'runs': runs, 'bound': bound, 'truth': truth, 'rows': rows})}")
+        print(
+            f"\nwritten: {common.write('text', {'runs': runs, 'bound': bound, 'truth': truth, 'rows': rows})}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""The mixture toys of DAS with the exact score: do settings of one loop reach their targets, and why does the published one miss them?
+"""The mixture toys of DAS with the exact score: do settings of one loop reach their targets, and
+why does the published one miss them?
 
-Nine modes on a square, reward -x^2/100 - y^2, and eight on a circle, reward -x^2 - (y - 1)^2/10, scale 1; the noise levels of DDPM (1,000, betas from
-1e-4 to .02), 100 ancestral steps. Independent runs of 100 particles, ten of each run kept. Mean reward with its standard error over runs (of
-single points, where there are no runs), and the earth mover's distance (Euclidean, by exact assignment) of 500 points to 500 of the target, mean
-and standard deviation over twenty subsets, with its floor.
+Nine modes on a square, reward -x^2/100 - y^2, and eight on a circle, reward -x^2 - (y - 1)^2/10,
+scale 1; the noise levels of DDPM (1,000, betas from 1e-4 to .02), 100 ancestral steps. Independent
+runs of 100 particles, ten of each run kept. Mean reward with its standard error over runs (of
+single points, where there are no runs), and the earth mover's distance (Euclidean, by exact
+assignment) of 500 points to 500 of the target, mean and standard deviation over twenty subsets,
+with its floor.
 
-`published` is the mean reward of Kim et al. (arXiv 2501.05803), a learned score, from the notebooks' figures; they show no distances. Their loop has
-two faults, which `notebook` repeats here with the exact score: resampling hands on states and noise predictions, but neither the denoised states,
-which make up most of the next mean, nor guidance and twists; and the last weights are 0/0, so that the last resampling never comes.
-The same loop without them is beside it. Guidance with a shift of `∇ r(D)`, not multiplied by the step's variance, is their baseline.
+`published` is the mean reward of Kim et al. (arXiv 2501.05803), a learned score, from the
+notebooks' figures; they show no distances. Their loop has two faults, which `notebook` repeats here
+with the exact score: resampling hands on states and noise predictions, but neither the denoised
+states, which make up most of the next mean, nor guidance and twists; and the last weights are 0/0,
+so that the last resampling never comes. The same loop without them is beside it. Guidance with a
+shift of `∇ r(D)`, not multiplied by the step's variance, is their baseline.
 
     python benchmarks/toys.py [--quick]
 """
@@ -49,7 +54,7 @@ def grid(path: tj.DiscreteVP) -> jax.Array:
     return jnp.append(path.clock(jnp.asarray(np.linspace(999, 0, STEPS))), 1.0)
 
 
-class Unscaled(tj.proposals.Proposal):
+class Unscaled(tj.weighted.proposals.Proposal):
     """The base kernel's mean plus `∇ log h`, whatever the step's variance."""
 
     def shift(self, kernel, pull):
@@ -57,11 +62,16 @@ class Unscaled(tj.proposals.Proposal):
 
 
 def notebook(key, model, reward, times, num: int, descends: bool, weighs_last: bool):
-    """DAS as its notebooks have it, with and without what resampling forgets and what the last weights lose.
+    """DAS as its notebooks have it, with and without what resampling forgets and what the last
+    weights lose.
 
-    The last step moves nothing (its variance is zero), unless states and noise predictions are another particle's than denoised states.
+    The last step moves nothing (its variance is zero), unless states and noise predictions are
+    another particle's than denoised states.
     """
-    path, gathered = model.interpolant, lambda tree, ancestors: jax.tree.map(lambda leaf: leaf[ancestors], tree)
+    path, gathered = (
+        model.interpolant,
+        lambda tree, ancestors: jax.tree.map(lambda leaf: leaf[ancestors], tree),
+    )
     key_initial, key_run = jax.random.split(key)
     x = jax.vmap(lambda key: model.initial(key, times[0]))(jax.random.split(key_initial, num))
     zeros = jnp.zeros(num)
@@ -72,10 +82,14 @@ def notebook(key, model, reward, times, num: int, descends: bool, weighs_last: b
         key_resample, key_noise = jax.random.split(key)
         denoised = jax.vmap(lambda x: model.denoise(t, x))(x)
         noise = (x - path.alpha(t) * denoised) / path.sigma(t)
-        value, slope = jax.vmap(jax.value_and_grad(lambda x: factor * reward(model.denoise(t, x))))(x)
+        value, slope = jax.vmap(jax.value_and_grad(lambda x: factor * reward(model.denoise(t, x))))(
+            x
+        )
         log_weights = log_weights + value - before
         uneven = effective(log_weights) < 0.5 * num
-        ancestors = jnp.where(uneven, tj.resampling.ssp(key_resample, log_weights), jnp.arange(num, dtype=jnp.int32))
+        ancestors = jnp.where(
+            uneven, tj.resampling.ssp(key_resample, log_weights), jnp.arange(num, dtype=jnp.int32)
+        )
         x, noise = gathered((x, noise), ancestors)
         if descends:
             denoised, slope, value = gathered((denoised, slope, value), ancestors)
@@ -84,7 +98,10 @@ def notebook(key, model, reward, times, num: int, descends: bool, weighs_last: b
         xi = jax.random.normal(key_noise, x.shape)
         mean = path.alpha(u) * denoised + kernel.keep * path.sigma(t) * noise
         x = mean + kernel.std**2 * slope + kernel.std * xi
-        ratio = -kernel.std * jnp.sum(slope * xi, axis=1) - kernel.std**2 * jnp.sum(slope**2, axis=1) / 2
+        ratio = (
+            -kernel.std * jnp.sum(slope * xi, axis=1)
+            - kernel.std**2 * jnp.sum(slope**2, axis=1) / 2
+        )
         return (x, log_weights + ratio, value), uneven
 
     # The move from level 0 is to level 0.
@@ -128,17 +145,21 @@ def methods(model: tj.Model, reward: tj.rewards.Reward, times) -> dict:
         "DAS, last weights lost": loop(descends=True, weighs_last=False),
         "DAS, neither fault": loop(descends=True, weighs_last=True),
         "DAS": run(dps, **tj.das(GAMMA)),
-        "DAS without gradient": run(dps, **tj.das(GAMMA, proposal=tj.proposals.Base())),
+        "DAS without gradient": run(dps, **tj.das(GAMMA, proposal=tj.weighted.proposals.Base())),
         "DAS, 10 particles": run(dps, num=10, **tj.das(GAMMA)),
         "TDS": run(dps, **tj.tds()),
         "FK steering": run(dps, **tj.fk_steering()),
-        "FK steering, difference": run(dps, **tj.fk_steering(potential=tj.potentials.Difference())),
+        "FK steering, difference": run(
+            dps, **tj.fk_steering(potential=tj.weighted.potentials.Difference())
+        ),
         "Laplace twist": run(laplace),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "the effective share")
@@ -147,22 +168,38 @@ def main() -> None:
     times = grid(path)
     table: dict[str, dict] = {}
     for place, (toy, (means, reward)) in enumerate(TOYS.items()):
-        prior = tj.GaussianMixture(np.ones(len(means)), means, 0.3 * np.stack([np.eye(2)] * len(means)))
+        prior = tj.GaussianMixture(
+            np.ones(len(means)), means, 0.3 * np.stack([np.eye(2)] * len(means))
+        )
         model = tj.Analytic(prior, path)
         truth = theory.tilt(prior, reward, 1.0)
         target = np.asarray(truth.sample(jax.random.key(1), 10_000))
-        judge = functools.partial(judged, reward=reward, target=target, rng=np.random.default_rng(0))
+        judge = functools.partial(
+            judged, reward=reward, target=target, rng=np.random.default_rng(0)
+        )
 
-        rows: dict[str, dict] = {"target (floor)": judge(truth.sample(jax.random.key(2), 10_000)[:, None])}
-        rows["target (floor)"]["reward"] = [float(theory.expected_reward(truth.mixture, reward)), 0.0]
+        rows: dict[str, dict] = {
+            "target (floor)": judge(truth.sample(jax.random.key(2), 10_000)[:, None])
+        }
+        rows["target (floor)"]["reward"] = [
+            float(theory.expected_reward(truth.mixture, reward)),
+            0.0,
+        ]
         size = {"num": runs * KEPT, "times": times}
-        rows["base"] = judge(tj.sample(jax.random.key(3), model, solver=tj.Ancestral(), **size).x[:, None])
+        rows["base"] = judge(
+            tj.sample(jax.random.key(3), model, solver=tj.Ancestral(), **size).x[:, None]
+        )
         for name, proposal in {
-            "guided, no weights": tj.proposals.Shifted(),
+            "guided, no weights": tj.weighted.proposals.Shifted(),
             "guided by ∇ r(D), no weights": Unscaled(),
         }.items():
             guided = tj.smc(
-                jax.random.key(3), model, tj.dps(model, reward, 1.0), proposal=proposal, ess_threshold=0.0, **size
+                jax.random.key(3),
+                model,
+                tj.dps(model, reward, 1.0),
+                proposal=proposal,
+                ess_threshold=0.0,
+                **size,
             )
             rows[name] = judge(guided.x[:, None])
         for name, run in methods(model, reward, times).items():
@@ -171,14 +208,19 @@ def main() -> None:
                 key_run, key_keep = jax.random.split(key)
                 return run(key_run).resample(key_keep, KEPT)
 
-            rows[name] = judge(jax.lax.map(one, jax.random.split(jax.random.key(4), runs), batch_size=50))
+            rows[name] = judge(
+                jax.lax.map(one, jax.random.split(jax.random.key(4), runs), batch_size=50)
+            )
         for name, row in rows.items():
             row["published"] = PUBLISHED[name][place] if name in PUBLISHED else None
         table[toy] = rows
         print(f"\n{toy}\n| | mean reward | EMD | published reward |\n|---|---|---|---|")
         for name, row in rows.items():
             (mean, error), (emd, spread), published = row["reward"], row["emd"], row["published"]
-            print(f"| {name} | {mean:.3f} ± {error:.3f} | {emd:.2f} ± {spread:.2f} | {published or ''} |", flush=True)
+            print(
+                f"| {name} | {mean:.3f} ± {error:.3f} | {emd:.2f} ± {spread:.2f} | {published or ''} |",
+                flush=True,
+            )
     if not args.quick:
         print(f"\nwritten: {common.write('toys', {'runs': runs, 'table': table})}")
 

@@ -1,13 +1,17 @@
 """The toys of DAS with learned networks: how much of a method's error is the network's?
 
-The two mixtures of `toys.py` and the swiss roll, `(s cos s / 2, s sin s / 2, z) + N(0, .3^2 I)` with s uniform on 3 pi [1/2, 3/2] and z on [-3, 3], reward
-`-x^2 / 100 - y^2 / 100 - z^2`. For each a network of the published size (two layers of 64 units) is trained from scratch to tell the noise at 1,000
-levels, and every method runs twice: with the exact denoiser and with the network. Mean reward with its standard error (over runs of 100 particles,
-ten of each kept; over single points where there are no runs) and the earth mover's distance of 500 points to 500 of the target, mean and
-standard deviation over twenty subsets; the floor is the target's own. 100 ancestral steps, scale 1; `published` as in `toys.py`.
+The two mixtures of `toys.py` and the swiss roll, `(s cos s / 2, s sin s / 2, z) + N(0, .3^2 I)`
+with s uniform on 3 pi [1/2, 3/2] and z on [-3, 3], reward `-x^2 / 100 - y^2 / 100 - z^2`. For each
+a network of the published size (two layers of 64 units) is trained from scratch to tell the noise
+at 1,000 levels, and every method runs twice: with the exact denoiser and with the network. Mean
+reward with its standard error (over runs of 100 particles, ten of each kept; over single points
+where there are no runs) and the earth mover's distance of 500 points to 500 of the target, mean and
+standard deviation over twenty subsets; the floor is the target's own. 100 ancestral steps, scale 1;
+`published` as in `toys.py`.
 
-The roll is a product of a curve in the plane and an interval. Small Gaussians of its own noise, closer to each other than they are wide, stand for
-both: then the denoiser and the tilt are closed forms. Beside the table what `tj.audit` says of two guidances on either model.
+The roll is a product of a curve in the plane and an interval. Small Gaussians of its own noise,
+closer to each other than they are wide, stand for both: then the denoiser and the tilt are closed
+forms. Beside the table what `tj.audit` says of two guidances on either model.
 
     python benchmarks/toys_learned.py [--quick]
 """
@@ -33,8 +37,10 @@ WIDTH, DEPTH, BATCH = 64, 2, 1024
 NOISE, SPACING = 0.3, 0.25
 
 
-class Clamped(tj.Reward):
-    """A quadratic reward whose squares end at 10,000, with their gradient: the notebooks' own, which diverged samples need."""
+class Clamped(tj.rewards.Reward):
+    """A quadratic reward whose squares end at 10,000, with their gradient: the notebooks' own,
+    which diverged samples need.
+    """
 
     reward: tj.rewards.Quadratic
 
@@ -43,7 +49,9 @@ class Clamped(tj.Reward):
 
 
 class Toy(NamedTuple):
-    """A data law: `prior`, a mixture, with the exact model, a sampler of clean states and the width of a mode."""
+    """A data law: `prior`, a mixture, with the exact model, a sampler of clean states and the width
+    of a mode.
+    """
 
     prior: tj.GaussianMixture
     exact: tj.Model
@@ -57,20 +65,26 @@ class Toy(NamedTuple):
 
 
 def mixture(means: list, reward: tj.rewards.Quadratic, path: tj.DiscreteVP) -> Toy:
-    # Eight modes are written as nine, two of which are halves of one: both mixtures are then one program, compiled once.
+    # Eight modes are written as nine, two of which are halves of one: both mixtures are then one
+    # program, compiled once.
     extra = 9 - len(means)
     weights = np.repeat([0.5, 1.0], [2 * extra, 9 - 2 * extra])
     prior = tj.GaussianMixture(weights, means[:extra] + means, 0.3 * np.stack([np.eye(2)] * 9))
-    return Toy(prior, tj.Analytic(prior, path), lambda key: prior.sample(key, BATCH), reward, 0.3**0.5)
+    return Toy(
+        prior, tj.Analytic(prior, path), lambda key: prior.sample(key, BATCH), reward, 0.3**0.5
+    )
 
 
 def roll(path: tj.DiscreteVP) -> Toy:
-    """The swiss roll; its grid of centres is that of equal steps along the curve, weighed by the s that each step takes."""
+    """The swiss roll; its grid of centers is that of equal steps along the curve, weighed by the s
+    that each step takes.
+    """
     point = lambda s: np.stack([s * np.cos(s), s * np.sin(s)], axis=-1) / 2
     fine = np.linspace(1.5 * np.pi, 4.5 * np.pi, 100_001)
     length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(point(fine), axis=0), axis=1))])
     num = int(length[-1] / SPACING)
-    at = np.interp(np.arange(2 * num + 1) / (2 * num) * length[-1], length, fine)  # edges and middles by turns
+    # edges and middles by turns
+    at = np.interp(np.arange(2 * num + 1) / (2 * num) * length[-1], length, fine)
     curve, shares = point(at[1::2]), np.diff(at[::2]) / np.ptp(fine)
     count = int(6 / SPACING)
     line = -3 + 6 * (np.arange(count) + 0.5) / count
@@ -78,11 +92,11 @@ def roll(path: tj.DiscreteVP) -> Toy:
     covs = np.broadcast_to(NOISE**2 * np.eye(3), (len(means), 3, 3))
     prior = tj.GaussianMixture(np.repeat(shares, count), means, covs)
 
-    def mean(t, x, centres, weights):
+    def mean(t, x, centers, weights):
         alpha, spread = path.alpha(t), path.alpha(t) ** 2 * NOISE**2 + path.sigma(t) ** 2
-        off = jnp.sum((x[None] - alpha * centres) ** 2, axis=1) / (2 * spread)
-        centre = jax.nn.softmax(jnp.log(weights) - off) @ centres
-        return centre + alpha * NOISE**2 / spread * (x - alpha * centre)
+        off = jnp.sum((x[None] - alpha * centers) ** 2, axis=1) / (2 * spread)
+        center = jax.nn.softmax(jnp.log(weights) - off) @ centers
+        return center + alpha * NOISE**2 / spread * (x - alpha * center)
 
     plane = jnp.asarray(curve), jnp.asarray(shares)
     height = jnp.asarray(line[:, None]), jnp.full(count, 1 / count)
@@ -102,17 +116,32 @@ def roll(path: tj.DiscreteVP) -> Toy:
 def trained(toy: Toy, path: tj.DiscreteVP, steps: int) -> tuple[tj.Model, float]:
     """The model of a network after `steps` steps, and the mean loss of its last tenth."""
     shape = toy.exact.shape
-    network = tj.networks.Velocity(shape, width=WIDTH, depth=DEPTH, rngs=nnx.Rngs(0))
+    network = tj.training.networks.Velocity(shape, width=WIDTH, depth=DEPTH, rngs=nnx.Rngs(0))
     levels = lambda key: path.clock(jax.random.randint(key, (), 0, len(toys.LEVELS)))
     settings: dict[str, Any] = {"interpolant": path, "batched": True}
     fit = tj.fit(
-        jax.random.key(0), network, toy.draw, steps=steps, target=tj.from_noise, times=levels, rate=3e-3, **settings
+        jax.random.key(0),
+        network,
+        toy.draw,
+        steps=steps,
+        target=tj.from_noise,
+        time_sampler=levels,
+        learning_rate=3e-3,
+        **settings,
     )
-    return tj.from_noise(fit.average, shape=shape, **settings), float(fit.curve.loss[-steps // 10 :].mean())
+    return tj.from_noise(fit.average, shape=shape, **settings), float(
+        fit.curve.loss[-steps // 10 :].mean()
+    )
 
 
 @eqx.filter_jit
-def weighed(keys: jax.Array, model: tj.Model, guidance: tj.Guidance, times: jax.Array, settings: dict) -> jax.Array:
+def weighed(
+    keys: jax.Array,
+    model: tj.Model,
+    guidance: tj.guidance.Guidance,
+    times: jax.Array,
+    settings: dict,
+) -> jax.Array:
     """Points by run, `(runs, n, d)`, each of 100 weighted particles."""
 
     def one(key):
@@ -124,12 +153,16 @@ def weighed(keys: jax.Array, model: tj.Model, guidance: tj.Guidance, times: jax.
 
 
 @eqx.filter_jit
-def faulty(keys: jax.Array, model: tj.Model, reward: tj.Reward, times: jax.Array) -> jax.Array:
+def faulty(
+    keys: jax.Array, model: tj.Model, reward: tj.rewards.Reward, times: jax.Array
+) -> jax.Array:
     """The same of the published loop."""
 
     def one(key):
         key_run, key_keep = jax.random.split(key)
-        particles = toys.notebook(key_run, model, reward, times, 100, descends=False, weighs_last=False)
+        particles = toys.notebook(
+            key_run, model, reward, times, 100, descends=False, weighs_last=False
+        )
         return particles.resample(key_keep, toys.KEPT)
 
     return jax.lax.map(one, keys, batch_size=50)
@@ -140,13 +173,16 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
     reward, total = toy.clamped, runs * toys.KEPT
     dps, laplace = tj.dps(model, reward, 1.0), tj.Laplace(model, reward, 1.0)
     conjugate = tj.Conjugate(model, reward, 1.0, variance=tj.calibrate(model, jax.random.key(0)))
-    glass = tj.Glass(model, steps=5, order=2)
-    # It asks closer to the data than its time says, and no closer than level 0 is the network trained: the jump comes ten levels earlier.
+    glass = tj.Glass(model, inner_steps=5, order=2)
+    # It asks closer to the data than its time says, and no closer than level 0 is the network
+    # trained: the jump comes ten levels earlier.
     inner = jnp.delete(times, -2)
 
     def sampled(guidance=None, times=times, solver=None):
         solver = tj.Ancestral() if solver is None else solver
-        return lambda key: tj.sample(key, model, guidance, num=total, times=times, solver=solver).x[:, None]
+        return lambda key: tj.sample(key, model, guidance, num=total, times=times, solver=solver).x[
+            :, None
+        ]
 
     def shifted(proposal):
         settings = {"num": total, "times": times, "ess_threshold": 0.0}
@@ -159,19 +195,21 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
     plug_in = lambda k, scale=1.0: sampled(tj.PlugIn(glass, reward, scale, k=k))
     return {
         "base": sampled(),
-        "guided, no weights": shifted(tj.proposals.Shifted()),
+        "guided, no weights": shifted(tj.weighted.proposals.Shifted()),
         "guided by ∇ r(D), no weights": shifted(toys.Unscaled()),
-        "FMRG": sampled(tj.fmrg(model, reward, 1.0, steps=3), solver=tj.Heun()),
+        "FMRG": sampled(tj.fmrg(model, reward, 1.0, inner_steps=3), solver=tj.Heun()),
         "plug-in, k = 1": plug_in(1),
         "plug-in, k = 8": plug_in(8),
         "damped plug-in": plug_in(1, tj.Damped(1.0, toy.width)),
         "Laplace": sampled(laplace),
         "Conjugate": sampled(conjugate, times=inner),
-        "Gibbs": lambda key: tj.gibbs(key, model, toy.reward, 1.0, num=total // 4, steps=20, max_sweeps=500)[0].x[
-            :, None
-        ],
+        "Gibbs": lambda key: tj.gibbs(
+            key, model, toy.reward, 1.0, num=total // 4, steps=20, max_sweeps=500
+        )[0].x[:, None],
         "best-of-16": lambda key: tj.best_of_n(many(key), reward, 16).x[:, None],
-        "softmax-of-16": lambda key: tj.softmax_of_n(jax.random.key(6), many(key), reward, 16, 1.0).x[:, None],
+        "softmax-of-16": lambda key: tj.softmax_of_n(
+            jax.random.key(6), many(key), reward, 16, 1.0
+        ).x[:, None],
         "DAS, both faults": lambda key: faulty(jax.random.split(key, runs), model, reward, times),
         "DAS": weighted(dps, **tj.das(toys.GAMMA)),
         "TDS": weighted(dps, **tj.tds()),
@@ -182,7 +220,9 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
 
 
 def slope(model: tj.Model, path: tj.DiscreteVP) -> float:
-    """The root mean square of the entries of `∂D/∂x` at the noisiest level, where a network's error of noise is multiplied by sigma / alpha."""
+    """The root mean square of the entries of `∂D/∂x` at the noisiest level, where a network's error
+    of noise is multiplied by sigma / alpha.
+    """
     t = path.clock(jnp.asarray(len(toys.LEVELS) - 1.0))
     x = jax.random.normal(jax.random.key(7), (1000, *model.shape))
     return float(jnp.sqrt(jnp.mean(jax.vmap(jax.jacrev(lambda x: model.denoise(t, x)))(x) ** 2)))
@@ -191,7 +231,10 @@ def slope(model: tj.Model, path: tj.DiscreteVP) -> float:
 def audits(toy: Toy, model: tj.Model, times: jax.Array, num: int) -> dict:
     """What `tj.audit` says of two guidances; log Z is judged against the tilt's."""
     log_norm = float(theory.tilt(toy.prior, toy.reward, 1.0).log_norm)
-    guidances = {"DPS": tj.dps(model, toy.clamped, 1.0), "Laplace": tj.Laplace(model, toy.clamped, 1.0)}
+    guidances = {
+        "DPS": tj.dps(model, toy.clamped, 1.0),
+        "Laplace": tj.Laplace(model, toy.clamped, 1.0),
+    }
     rows = {}
     for name, guidance in guidances.items():
         report = tj.audit(jax.random.key(5), model, guidance, num=num, times=times)
@@ -205,25 +248,34 @@ def audits(toy: Toy, model: tj.Model, times: jax.Array, num: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="500 training steps, few runs; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="500 training steps, few runs; nothing is written"
+    )
     quick = parser.parse_args().quick
     warnings.filterwarnings("ignore", "the effective share")
     runs, steps = (20, 500) if quick else (200, 8000)
     path = tj.DiscreteVP(toys.LEVELS)
     times = toys.grid(path)
-    problems = {name: mixture(*law, path) for name, law in toys.TOYS.items()} | {"swiss roll": roll(path)}
+    problems = {name: mixture(*law, path) for name, law in toys.TOYS.items()} | {
+        "swiss roll": roll(path)
+    }
     began, table, seen, losses, slopes = common.cpu_seconds(), {}, {}, {}, {}
     for place, (name, toy) in enumerate(problems.items()):
         start = common.cpu_seconds()
         network, losses[name] = trained(toy, path, steps)
         print(
-            f"\n{name}: loss {losses[name]:.4f} after {steps} steps, {common.cpu_seconds() - start:.0f} CPU-s",
+            f"\n{name}: loss {losses[name]:.4f} after {steps} steps, {common.cpu_seconds() - start:.0f} "
+            "CPU-s",
             flush=True,
         )
         truth = theory.tilt(toy.prior, toy.reward, 1.0)
         target = np.asarray(truth.sample(jax.random.key(1), 10_000))
-        judge = functools.partial(toys.judged, reward=toy.clamped, target=target, rng=np.random.default_rng(0))
+        judge = functools.partial(
+            toys.judged, reward=toy.clamped, target=target, rng=np.random.default_rng(0)
+        )
         floor = judge(truth.sample(jax.random.key(2), 10_000)[:, None])
         floor["reward"] = [float(theory.expected_reward(truth.mixture, toy.reward)), 0.0]
         models = {"exact": toy.exact, "learned": network}
@@ -237,11 +289,14 @@ def main() -> None:
                     row = judge(run(jax.random.key(3)))
                 except FloatingPointError as error:
                     row = {"failed": "not finite", "why": str(error)}
-                except RuntimeError as error:  # of Gibbs, which says when it has not forgotten its start
+                except (
+                    RuntimeError
+                ) as error:  # of Gibbs, which says when it has not forgotten its start
                     row = {"failed": "not mixed", "why": str(error)}
                 rows.setdefault(method, {})[which] = row
                 print(
-                    f"{which} {method}: {' '.join(cells(row))} ({common.cpu_seconds() - start:.1f} CPU-s)", flush=True
+                    f"{which} {method}: {' '.join(cells(row))} ({common.cpu_seconds() - start:.1f} CPU-s)",
+                    flush=True,
                 )
             seen.setdefault(name, {})[which] = audits(toy, model, times, 400 if quick else 2000)
         for method, row in rows.items():
@@ -251,7 +306,13 @@ def main() -> None:
     cpu = common.cpu_seconds() - began
     print(f"\n{cpu:.0f} CPU-s in all")
     if not quick:
-        settings = {"runs": runs, "training_steps": steps, "batch": BATCH, "width": WIDTH, "depth": DEPTH}
+        settings = {
+            "runs": runs,
+            "training_steps": steps,
+            "batch": BATCH,
+            "width": WIDTH,
+            "depth": DEPTH,
+        }
         results = {
             "settings": settings,
             "cpu_seconds": cpu,
@@ -272,16 +333,25 @@ def cells(row: dict) -> list[str]:
 
 def show(name: str, rows: dict, reports: dict) -> None:
     """Print the tables of one toy."""
-    print(f"\n| {name} | reward, exact | learned | EMD, exact | learned | published |\n|---|---|---|---|---|---|")
+    print(
+        f"\n| {name} | reward, exact | learned | EMD, exact | learned | published |\n|---|---|---|---|---|---|"
+    )
     for method, row in rows.items():
-        rewards, distances = zip(*(cells(row[which]) for which in ("exact", "learned")), strict=True)
+        rewards, distances = zip(
+            *(cells(row[which]) for which in ("exact", "learned")), strict=True
+        )
         published = "" if row["published"] is None else f"{row['published']:.2f}"
         print(f"| {method} | {' | '.join(rewards + distances)} | {published} |")
-    print("\n| audit | model | effective share | Pareto k | path KL | log Z off |\n|---|---|---|---|---|---|")
+    print(
+        "\n| audit | model | effective share | Pareto k | path KL | log Z off |\n|---|---|---|---|---|---|"
+    )
     for which, report in reports.items():
         for method, row in report.items():
             kl, off = ("{:.3f} ± {:.3f}".format(*row[key]) for key in ("path_kl", "log_norm_off"))
-            print(f"| {method} | {which} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {off} |", flush=True)
+            print(
+                f"| {method} | {which} | {row['share']:.3f} | {row['pareto_k']:.2f} | {kl} | {off} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

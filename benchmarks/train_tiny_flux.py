@@ -1,19 +1,22 @@
-"""Can a FLUX.1 of ten thousandth the size be trained on two cores within the hour, and does it draw what it is told?
+"""Can a FLUX.1 of ten thousandth the size be trained on two cores within the hour, and does it draw
+what it is told?
 
     python benchmarks/train_tiny_flux.py [--output FOLDER] [--quick]
 
-Trains the model that the package brings along, the same classes on pictures of `tiltjax.flux.shapes`, in four stages, and measures each of them before
-the next begins. A folder that holds a stage already is continued from there.
+Trains the model that the package brings along, the same classes on pictures of
+`tiltjax.flux.shapes`, in four stages, and measures each of them before the next begins. A folder
+that holds a stage already is continued from there.
 
-| stage | minimised | judged by |
+| stage | minimized | judged by |
 |---|---|---|
 | `autoencoder` | squared error, the shape counting four times, + 1e-4 of the divergence of the latents from noise | what `read` finds in pictures that went through it |
 | `clip` | contrast of pictures and captions; every picture that a caption fits is right | the most similar of 64 captions |
 | `velocity` | flow matching at two equal times; with it the T5, whose states it reads | what `read` finds in samples, by 28 steps of Euler |
 | `flow_map` | half of a batch as before, half: one step is two steps through a time between them; half of the captions leave out much | the same by 4 steps, and by 1 |
 
-Network and encoders are written in the layout that FLUX.1 is published in, as 16-bit numbers. Steps of a stage share one schedule: a tenth up, a cosine down.
-References: Jordan et al. (2024), Muon; Frans et al. (arXiv 2410.12557) and Boffi et al. (arXiv 2505.18825), self-distilled maps.
+Network and encoders are written in the layout that FLUX.1 is published in, as 16-bit numbers. Steps
+of a stage share one schedule: a tenth up, a cosine down. References: Jordan et al. (2024), Muon;
+Frans et al. (arXiv 2410.12557) and Boffi et al. (arXiv 2505.18825), self-distilled maps.
 """
 
 import argparse
@@ -32,11 +35,21 @@ import optax
 from flax import nnx
 
 import tiltjax as tj
-from tiltjax import descent, flux
-from tiltjax.flux import autoencoder, clip, files, model, pipeline, shapes, t5, text, transformer, weights
-from tiltjax.trainable import taken_apart
+from tiltjax import training
+from tiltjax.images import flux
+from tiltjax.images import loading
+from tiltjax.images import prompts
+from tiltjax.images import shapes
+from tiltjax.images.networks import autoencoder
+from tiltjax.images.networks import clip
+from tiltjax.images.networks import t5
+from tiltjax.images.networks import transformer
+from tiltjax.pretrained import files
+from tiltjax.pretrained import state_dicts
+from tiltjax.training import taken_apart
 
-PLACE = Path(flux.__file__).parent / pipeline.TINY
+
+PLACE = Path(flux.__file__).parent / flux.TINY
 LENGTH = 16  # tokens of a caption, for both encoders
 LATENTS = 8
 PICTURES = 1 << 15
@@ -57,25 +70,50 @@ VELOCITY = transformer.Config(
     in_channels=4 * LATENTS, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
     joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12), dual_time=True,
 )  # fmt: skip
-WORDS = ("a", "an", "in", "the", "on", "background", "shape", "top", "bottom", "left", "right", "middle")
+WORDS = (
+    "a",
+    "an",
+    "in",
+    "the",
+    "on",
+    "background",
+    "shape",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "middle",
+)
 WORDS += (*shapes.SHAPES, *shapes.COLORS)
-SPECIAL = {"tokenizer": ("<|startoftext|>", "<|endoftext|>", "<unk>"), "tokenizer_2": ("<pad>", "</s>", "<unk>")}
+SPECIAL = {
+    "tokenizer": ("<|startoftext|>", "<|endoftext|>", "<unk>"),
+    "tokenizer_2": ("<pad>", "</s>", "<unk>"),
+}
 VOCABULARY = len(WORDS) + 3
 T5 = t5.Config(
     vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
     relative_attention_num_buckets=16, relative_attention_max_distance=LENGTH,
 )  # fmt: skip
-_TOWER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CLIP = clip.Config(
-    clip.TextConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, eos_token_id=1, **_TOWER),
+    clip.TextConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, eos_token_id=1, **_TOWER
+    ),
     clip.PictureConfig(image_size=shapes.SIDE, patch_size=8, **_TOWER),
     projection_dim=32,
 )
 
 
 def muon(name, steps):
-    """Muon on matrices, the convolutions' and the stacked blocks' among them, Adam on the rest; a tenth of the steps up, then a cosine."""
-    rate = descent.schedule(RATES[name], steps, max(steps // 10, 1))
+    """Muon on matrices, the convolutions' and the stacked blocks' among them, Adam on the rest; a
+    tenth of the steps up, then a cosine.
+    """
+    rate = training.schedule(RATES[name], steps, max(steps // 10, 1))
     axes = {2: ((0,), 1), 3: ((1,), 2), 4: ((0, 1, 2), 3)}
     numbers = optax.contrib.MuonDimensionNumbers
 
@@ -87,7 +125,9 @@ def muon(name, steps):
         }
 
     adam = lambda count: 0.1 * rate(count)
-    rule = optax.contrib.muon(rate, adam_b2=0.99, adam_learning_rate=adam, muon_weight_dimension_numbers=which)
+    rule = optax.contrib.muon(
+        rate, adam_b2=0.99, adam_learning_rate=adam, muon_weight_dimension_numbers=which
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), rule)
 
 
@@ -99,18 +139,26 @@ def pictures(key, n):
 
 
 def partly(key, scenes, sparse=False):
-    """Scenes of which each word is left out now and then; of half of them, if `sparse`, every other word. Its number is then the one after the last."""
+    """Scenes of which each word is left out now and then; of half of them, if `sparse`, every other
+    word. Its number is then the one after the last.
+    """
     key_words, key_scenes = jax.random.split(key)
     often = jax.random.bernoulli(key_scenes, 0.5, scenes.shape.shape)
     unsaid = jnp.where(often, 0.5, 0.0) if sparse else jnp.full(often.shape, UNSAID)
     said = jax.random.bernoulli(key_words, 1 - unsaid, (4, len(often)))
-    return shapes.Numbers(*(jnp.where(keep, n, m) for keep, n, m in zip(said, scenes, COUNTS, strict=True)))
+    return shapes.Numbers(
+        *(jnp.where(keep, n, m) for keep, n, m in zip(said, scenes, COUNTS, strict=True))
+    )
 
 
 def captions(of):
-    """Token ids of all captions, with every word said or not: `(shapes + 1, colours + 1, places + 1, colours + 1, LENGTH)`."""
+    """Token ids of all captions, with every word said or not:
+    `(shapes + 1, colors + 1, places + 1, colors + 1, LENGTH)`.
+    """
     table = np.zeros((*(n + 1 for n in COUNTS), LENGTH), np.int32)
-    words = [[*known, None] for known in (shapes.SHAPES, shapes.COLORS, shapes.PLACES, shapes.COLORS)]
+    words = [
+        [*known, None] for known in (shapes.SHAPES, shapes.COLORS, shapes.PLACES, shapes.COLORS)
+    ]
     for at in np.ndindex(*table.shape[:-1]):
         scene = shapes.Scene(*(known[i] for known, i in zip(words, at, strict=True)))
         table[at] = of(shapes.caption(scene))
@@ -118,7 +166,9 @@ def captions(of):
 
 
 class Contrast(eqx.Module):
-    """`-log` of the share of a caption's pictures, and of a picture's captions, among all of a batch."""
+    """`-log` of the share of a caption's pictures, and of a picture's captions, among all of a
+    batch.
+    """
 
     ids: jax.Array
 
@@ -131,13 +181,16 @@ class Contrast(eqx.Module):
         for words, shown, m in zip(said, scenes, COUNTS, strict=True):
             fits &= (words[:, None] == m) | (words[:, None] == shown[None])
         share = lambda axis: jnp.mean(
-            jax.nn.logsumexp(logits, axis) - jax.nn.logsumexp(jnp.where(fits, logits, -jnp.inf), axis)
+            jax.nn.logsumexp(logits, axis)
+            - jax.nn.logsumexp(jnp.where(fits, logits, -jnp.inf), axis)
         )
         return share(0) + share(1)
 
 
 class Matching(eqx.Module):
-    """Flow matching at equal times, on latents that are drawn once; with `maps`, half of the batch by maps through a time between."""
+    """Flow matching at equal times, on latents that are drawn once; with `maps`, half of the batch
+    by maps through a time between.
+    """
 
     ids: jax.Array
     pooled: jax.Array
@@ -150,7 +203,9 @@ class Matching(eqx.Module):
         keys = jax.random.split(key, 6)
         n = BATCHES["velocity"]
         which = jax.random.randint(keys[0], (n,), 0, PICTURES)
-        said = partly(keys[1], shapes.Numbers(*(numbers[which] for numbers in self.scenes)), sparse=self.maps)
+        said = partly(
+            keys[1], shapes.Numbers(*(numbers[which] for numbers in self.scenes)), sparse=self.maps
+        )
         data, pooled = self.latents[which].astype(jnp.float32), self.pooled[said]
         states = encoder(self.ids[said])
         noise = jax.random.normal(keys[2], data.shape)
@@ -167,7 +222,9 @@ class Matching(eqx.Module):
         ends = jax.random.uniform(keys[4], (2, n // 2))
         often = jax.random.bernoulli(keys[5], jnp.asarray([[0.3], [0.5]]), (2, n // 2))
         above, below = jnp.where(often, jnp.asarray([[1.0], [0.0]]), jnp.sort(ends, axis=0)[::-1])
-        between = below + (above - below) * jax.random.uniform(keys[4], (n // 2,), minval=0.25, maxval=0.75)
+        between = below + (above - below) * jax.random.uniform(
+            keys[4], (n // 2,), minval=0.25, maxval=0.75
+        )
         start = start.at[at].set(above)
         mix = start[:, None, None]
         x = mix * noise + (1 - mix) * data
@@ -182,7 +239,9 @@ class Matching(eqx.Module):
 
 
 def train_autoencoder(steps, folder):
-    """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA on a CPU is slow at convolutions in loops."""
+    """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA
+    on a CPU is slow at convolutions in loops.
+    """
     start, frame = taken_apart(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
     rule = muon("autoencoder", steps)
 
@@ -201,11 +260,18 @@ def train_autoencoder(steps, folder):
         change, memory = rule.update(slope, memory, arrays)
         arrays = optax.apply_updates(arrays, change)
         kept = jnp.minimum(0.995, (1 + k) / (10 + k))
-        return arrays, jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, arrays), memory, value
+        return (
+            arrays,
+            jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, arrays),
+            memory,
+            value,
+        )
 
     arrays, average, memory, key = start, start, rule.init(start), jax.random.key(1)
     for k in range(steps):
-        arrays, average, memory, value = step(arrays, average, memory, jax.random.fold_in(key, k), float(k))
+        arrays, average, memory, value = step(
+            arrays, average, memory, jax.random.fold_in(key, k), float(k)
+        )
         if k % 100 == 99:
             print(f"autoencoder {k + 1}/{steps}: {float(value):.5f}", flush=True)
     network = frame.network(average)
@@ -223,8 +289,11 @@ def train_autoencoder(steps, folder):
 def save(folder, network, config, renames=None, stacked=()):
     """One part as it is published, its numbers 16 bits long."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = weights.to_state_dict(network, renames, stacked)
-    files.write(folder / "model.safetensors", {name: np.asarray(array, np.float16) for name, array in arrays.items()})
+    arrays = state_dicts.to_state_dict(network, renames, stacked)
+    files.write(
+        folder / "model.safetensors",
+        {name: np.asarray(array, np.float16) for name, array in arrays.items()},
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -238,25 +307,40 @@ def write_tokenizers(folder):
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
         }  # fmt: skip
         (folder / name / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n")
-        names = {"eos_token": special[1], "pad_token": special[0] if name == "tokenizer_2" else special[1]}
+        names = {
+            "eos_token": special[1],
+            "pad_token": special[0] if name == "tokenizer_2" else special[1],
+        }
         names |= {"bos_token": special[0]} if name == "tokenizer" else {"model_max_length": LENGTH}
         (folder / name / "tokenizer_config.json").write_text(json.dumps(names, indent=1) + "\n")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False, "shift": 1.0}, indent=1
+            {
+                "_class_name": "FlowMatchEulerDiscreteScheduler",
+                "use_dynamic_shifting": False,
+                "shift": 1.0,
+            },
+            indent=1,
         )
         + "\n"
     )
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}, indent=1) + "\n")
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "FluxPipeline"}, indent=1) + "\n"
+    )
 
 
 def train_clip(steps, folder):
     """Both towers; FLUX.1 reads the first, a reward may have both."""
-    ids = captions(text.clip_tokenizer(folder / "tokenizer", LENGTH))
+    ids = captions(prompts.clip_tokenizer(folder / "tokenizer", LENGTH))
     start = clip.CLIP(CLIP, rngs=nnx.Rngs(1))
-    found = descent.minimise(
-        jax.random.key(3), start, Contrast(ids), steps=steps, optimiser=muon("clip", steps), ema=0.99
+    found = training.minimize(
+        jax.random.key(3),
+        start,
+        Contrast(ids),
+        steps=steps,
+        optimizer=muon("clip", steps),
+        ema=0.99,
     )
     tower = {**_TOWER, "hidden_act": "quick_gelu"}
     words = {
@@ -284,41 +368,56 @@ def train_clip(steps, folder):
 
 
 def matching(folder, maps):
-    """The loss of both last stages, with the latents of as many pictures as are seen, and the CLIP states of all captions."""
-    coder, reader = flux.load("autoencoder", folder), flux.load("clip", folder)
-    encode = jax.jit(lambda key, coder: [found := pictures(key, 256), coder.encode(found[1], key).astype(jnp.float16)])
+    """The loss of both last stages, with the latents of as many pictures as are seen, and the CLIP
+    states of all captions.
+    """
+    coder, reader = loading.load("autoencoder", folder), loading.load("clip", folder)
+    encode = jax.jit(
+        lambda key, coder: [
+            found := pictures(key, 256),
+            coder.encode(found[1], key).astype(jnp.float16),
+        ]
+    )
     drawn = [encode(key, coder) for key in jax.random.split(jax.random.key(4), PICTURES // 256)]
     scenes, latents = jax.tree.map(
         lambda *parts: jnp.concatenate(parts), *[(found[0], latent) for found, latent in drawn]
     )
-    ids = captions(text.clip_tokenizer(folder / "tokenizer", LENGTH))
+    ids = captions(prompts.clip_tokenizer(folder / "tokenizer", LENGTH))
     pooled = jax.jit(reader.pooled)(ids.reshape(-1, LENGTH)).reshape(*ids.shape[:-1], -1)
-    words = captions(text.t5_tokenizer(folder / "tokenizer_2", LENGTH))
-    return Matching(words, pooled, model.packed(latents), scenes, maps)
+    words = captions(prompts.t5_tokenizer(folder / "tokenizer_2", LENGTH))
+    return Matching(words, pooled, flux.packed(latents), scenes, maps)
 
 
 def train_velocity(steps, folder):
     """The velocity, from noise, with the T5 that it reads."""
     start = transformer.Transformer(VELOCITY, rngs=nnx.Rngs(2)), t5.T5(T5, rngs=nnx.Rngs(3))
-    train_networks("velocity", jax.random.key(5), start, matching(folder, False), steps, folder, ema=0.998)
+    train_networks(
+        "velocity", jax.random.key(5), start, matching(folder, False), steps, folder, ema=0.998
+    )
 
 
 def train_flow_map(steps, folder):
     """Maps between any two times, from the velocity."""
-    start = flux.load("transformer", folder), flux.load("t5", folder)
-    train_networks("flow_map", jax.random.key(6), start, matching(folder, True), steps, folder, ema=0.995)
+    start = loading.load("transformer", folder), loading.load("t5", folder)
+    train_networks(
+        "flow_map", jax.random.key(6), start, matching(folder, True), steps, folder, ema=0.995
+    )
 
 
 def train_networks(name, key, start, loss, steps, folder, ema):
-    """What both last stages do: minimise, and write transformer and T5."""
+    """What both last stages do: minimize, and write transformer and T5."""
     rule = muon(name, steps)
-    found = descent.minimise(key, start, loss, steps=steps, optimiser=rule, ema=ema, progress=True)
+    found = training.minimize(key, start, loss, steps=steps, optimizer=rule, ema=ema, progress=True)
     write_networks(folder, found.average)
 
 
 def write_networks(folder, networks):
     velocity, encoder = networks
-    config = {name: value for name, value in dataclasses.asdict(VELOCITY).items() if name != "out_channels"}
+    config = {
+        name: value
+        for name, value in dataclasses.asdict(VELOCITY).items()
+        if name != "out_channels"
+    }
     save(
         folder / "transformer",
         velocity,
@@ -343,12 +442,20 @@ def agreement(wanted, found):
             for want, have in zip(wanted, found, strict=True)
         ]
     )
-    return dict(zip((*shapes.Scene._fields, "all"), [*same.mean(axis=0), same.all(axis=1).mean()], strict=True))
+    return dict(
+        zip(
+            (*shapes.Scene._fields, "all"),
+            [*same.mean(axis=0), same.all(axis=1).mean()],
+            strict=True,
+        )
+    )
 
 
 def judge_autoencoder(folder, n):
-    """The peak signal-to-noise ratio, and what is read, of pictures that went through the autoencoder."""
-    coder = flux.load("autoencoder", folder)
+    """The peak signal-to-noise ratio, and what is read, of pictures that went through the
+    autoencoder.
+    """
+    coder = loading.load("autoencoder", folder)
     scenes, drawn = pictures(jax.random.key(7), n)
     through = np.clip(jax.jit(lambda x, coder: coder.decode(coder.encode(x)))(drawn, coder), 0, 1)
     error = np.mean((through - np.asarray(drawn)) ** 2, axis=(1, 2, 3))
@@ -360,20 +467,24 @@ def judge_autoencoder(folder, n):
 
 def judge_clip(folder, n):
     """How often the caption of a picture is the most similar of 64, 63 of them of other scenes."""
-    judge, tokens = clip.load(folder / "clip"), text.clip_tokenizer(folder / "tokenizer", LENGTH)
+    judge, tokens = clip.load(folder / "clip"), prompts.clip_tokenizer(folder / "tokenizer", LENGTH)
     scenes, drawn = pictures(jax.random.key(8), n)
     ids = np.stack([tokens(shapes.caption(scene)) for scene in shapes.all_named(scenes)])
-    similar = np.asarray(jax.jit(lambda judge: judge.picture(drawn) @ judge.text(jnp.asarray(ids)).T)(judge))
-    found = [row[i] >= row[np.r_[i, (i + 1 + np.arange(63)) % n]].max() for i, row in enumerate(similar)]
+    similar = np.asarray(
+        jax.jit(lambda judge: judge.picture(drawn) @ judge.text(jnp.asarray(ids)).T)(judge)
+    )
+    found = [
+        row[i] >= row[np.r_[i, (i + 1 + np.arange(63)) % n]].max() for i, row in enumerate(similar)
+    ]
     return {"most_similar_of_64": float(np.mean(found))}
 
 
 def judge_samples(folder, prompts, each, steps, leap):
     """What is read in samples for so many captions of whole scenes, `each` of a caption."""
-    velocity, coder = flux.load("transformer", folder), flux.load("autoencoder", folder)
-    encoders = {"clip": flux.load("clip", folder), "t5": flux.load("t5", folder)}
-    encoders |= {"clip_tokenizer": text.clip_tokenizer(folder / "tokenizer", LENGTH)}
-    encoders |= {"t5_tokenizer": text.t5_tokenizer(folder / "tokenizer_2", LENGTH)}
+    velocity, coder = loading.load("transformer", folder), loading.load("autoencoder", folder)
+    encoders = {"clip": loading.load("clip", folder), "t5": loading.load("t5", folder)}
+    encoders |= {"clip_tokenizer": prompts.clip_tokenizer(folder / "tokenizer", LENGTH)}
+    encoders |= {"t5_tokenizer": prompts.t5_tokenizer(folder / "tokenizer_2", LENGTH)}
     grid, wanted, found = (
         jnp.linspace(1e-3, 1.0, steps + 1),
         shapes.all_named(shapes.scenes(jax.random.key(9), prompts)),
@@ -381,10 +492,14 @@ def judge_samples(folder, prompts, each, steps, leap):
     )
     decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
     for number, scene in enumerate(wanted):
-        states, pooled = text.embed(shapes.caption(scene), **encoders)
-        given = flux.FluxModel(velocity, states, pooled, height=shapes.SIDE, width=shapes.SIDE, autoencoder=coder)
+        states, pooled = prompts.embed(shapes.caption(scene), **encoders)
+        given = flux.FluxModel(
+            velocity, states, pooled, height=shapes.SIDE, width=shapes.SIDE, autoencoder=coder
+        )
         key = jax.random.fold_in(jax.random.key(10), number)
-        drawn = tj.sample(key, given.leaping(grid) if leap else given, num=each, times=grid, solver=tj.Euler()).x
+        drawn = tj.sample(
+            key, given.leaping(grid) if leap else given, num=each, times=grid, solver=tj.Euler()
+        ).x
         found += [shapes.read(picture) for picture in np.asarray(decode(given, drawn))]
     return agreement([scene for scene in wanted for _ in range(each)], found)
 
@@ -392,9 +507,13 @@ def judge_samples(folder, prompts, each, steps, leap):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, help="folder of the model (the package's own; with --quick one that is deleted)"
+        "--output",
+        type=Path,
+        help="folder of the model (the package's own; with --quick one that is deleted)",
     )
-    parser.add_argument("--quick", action="store_true", help="a few steps of each stage, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of each stage, to see that it runs"
+    )
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         train(settings.output or (Path(scratch) if settings.quick else PLACE), settings.quick)

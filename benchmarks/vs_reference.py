@@ -1,17 +1,25 @@
-"""How much faster than the published PyTorch code is the same guided sampling, and is it as close to the tilt?
+"""How much faster than the published PyTorch code is the same guided sampling, and is it as close
+to the tilt?
 
-The published functions (github.com/sanjitdp/reward-guidance, a local checkout) and tiltjax in turn, each row of each in a fresh process without caches,
-2,000 samples, in the published setting: six mixtures (49 Heun steps on [.001, .999], GLASS of 20 steps and a jump, FMRG of 50, scores clipped at 100),
-two problems on the line (200 Euler steps, GLASS of 50), once as they are and once as the best of 16, and the checkerboard with one and the same network
-(published architecture, trained here for a moment, weights handed to both; GLASS of 50, and of 200 published Euler steps 100, as they take minutes). Both
-evaluate the denoiser as often: GLASS here takes so many steps that its calls are those of the other.
+The published functions (github.com/sanjitdp/reward-guidance, a local checkout) and tiltjax in turn,
+each row of each in a fresh process without caches, 2,000 samples, in the published setting: six
+mixtures (49 Heun steps on [.001, .999], GLASS of 20 steps and a jump, FMRG of 50, scores clipped at
+100), two problems on the line (200 Euler steps, GLASS of 50), once as they are and once as the best
+of 16, and the checkerboard with one and the same network (published architecture, trained here for
+a moment, weights handed to both; GLASS of 50, and of 200 published Euler steps 100, as they take
+minutes). Both evaluate the denoiser as often: GLASS here takes so many steps that its calls are
+those of the other.
 
-A process reports CPU seconds (user and system, of all threads) and wall seconds of a first call and of later ones, of which the median counts (what is
-not compiled counts its first call, too), and what a user waits for: the wall from before the process starts until the samples are on the host, imports
-and compilation included, with the largest resident memory until then. Where one call takes minutes there is no second one: compilation is then what two
-calls of two steps differ by. Both run with the threads they choose themselves; `--cores 1` holds both to one core. W2 is that of the samples to as many
-exact ones of the tilt, the same for both sides (`double_well` folded at its symmetry, x to -x, which leaves out the split between far modes), of quarters
-where there is one call. Its error is the spread of both sides' calls, pooled; of so few calls it is known badly, and Student's t takes that into account.
+A process reports CPU seconds (user and system, of all threads) and wall seconds of a first call and
+of later ones, of which the median counts (what is not compiled counts its first call, too), and
+what a user waits for: the wall from before the process starts until the samples are on the host,
+imports and compilation included, with the largest resident memory until then. Where one call takes
+minutes there is no second one: compilation is then what two calls of two steps differ by. Both run
+with the threads they choose themselves; `--cores 1` holds both to one core. W2 is that of the
+samples to as many exact ones of the tilt, the same for both sides (`double_well` folded at its
+symmetry, x to -x, which leaves out the split between far modes), of quarters where there is one
+call. Its error is the spread of both sides' calls, pooled; of so few calls it is known badly, and
+Student's t takes that into account.
 
 The goals are those of this library for two cores; a row that misses one is named.
 
@@ -59,7 +67,13 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return "line" if self.problem in LINE else "board" if self.problem == "checkerboard" else "plane"
+        return (
+            "line"
+            if self.problem in LINE
+            else "board"
+            if self.problem == "checkerboard"
+            else "plane"
+        )
 
     @property
     def once(self) -> bool:
@@ -70,18 +84,26 @@ def calls(row: Row) -> dict[str, tuple[int, int]]:
     """Denoiser calls and pullbacks a sample, of each side."""
     if row.kind != "plane":
         group, inner = GROUP if row.method == "best of 16" else 1, 50
-        return dict.fromkeys(("published", "tiltjax"), (group * row.steps * (inner + 1), group * row.steps * inner))
+        return dict.fromkeys(
+            ("published", "tiltjax"), (group * row.steps * (inner + 1), group * row.steps * inner)
+        )
     if row.method == "FMRG":
         at = {"published": (101, 100), "tiltjax": (102, 101)}
     else:
-        at = dict.fromkeys(("published", "tiltjax"), (21 * DRAWS[row.method] + 1, 21 * DRAWS[row.method]))
+        at = dict.fromkeys(
+            ("published", "tiltjax"), (21 * DRAWS[row.method] + 1, 21 * DRAWS[row.method])
+        )
     # The published guidance asks for nothing in the last stage, at .999, but the reward.
     evaluations = {"published": 2 * row.steps - 1, "tiltjax": 2 * row.steps}
     extra = {"published": 1, "tiltjax": 0}
-    return {side: (evaluations[side] * f + extra[side], evaluations[side] * b) for side, (f, b) in at.items()}
+    return {
+        side: (evaluations[side] * f + extra[side], evaluations[side] * b)
+        for side, (f, b) in at.items()
+    }
 
 
-# What runs in processes of their own: `prepare(row, ...) -> call(seed, steps) -> samples on the host`.
+# What runs in processes of their own:
+# `prepare(row, ...) -> call(seed, steps) -> samples on the host`.
 
 
 def published(row: Row, checkout: Path, weights: Path | None) -> Callable[[int, int], np.ndarray]:
@@ -107,7 +129,9 @@ def published(row: Row, checkout: Path, weights: Path | None) -> Callable[[int, 
 
         def on_line(steps: int) -> Any:
             num = row.num * (GROUP if row.method == "best of 16" else 1)
-            drawn, rewards, _ = published.sample_guided(num, 3.0, 1.0, 5.0, reward, settings, k=1, num_ode_steps=steps)
+            drawn, rewards, _ = published.sample_guided(
+                num, 3.0, 1.0, 5.0, reward, settings, k=1, num_ode_steps=steps
+            )
             return published.best_of_n(drawn, rewards, num // row.num)[0][:, None]
 
         return seeded(on_line)
@@ -115,7 +139,8 @@ def published(row: Row, checkout: Path, weights: Path | None) -> Callable[[int, 
         network = parts.VelocityMLP(rescale=WIDTH)
         arrays = np.load(str(weights))
         state = {
-            name: torch.tensor(arrays[name].T if arrays[name].ndim == 2 else arrays[name]) for name in arrays.files
+            name: torch.tensor(arrays[name].T if arrays[name].ndim == 2 else arrays[name])
+            for name in arrays.files
         }
         network.load_state_dict(state)
         return seeded(
@@ -131,9 +156,17 @@ def published(row: Row, checkout: Path, weights: Path | None) -> Callable[[int, 
         target = of("TARGET")
         reward = lambda x: parts.reward_quadratic(x, target)
     damped = row.method == "damped"
-    sampler = published.GuidedSampler(path, reward, lam=3.0, sigma_hyper=SIGMA, apply_damping_scale=damped)
-    method = {"method": "fmrg"} if row.method == "FMRG" else {"method": "plugin", "k_particles": DRAWS[row.method]}
-    return seeded(lambda steps: published.sample_guided(sampler, row.num, num_steps=steps + 1, **method)[0])
+    sampler = published.GuidedSampler(
+        path, reward, lam=3.0, sigma_hyper=SIGMA, apply_damping_scale=damped
+    )
+    method = (
+        {"method": "fmrg"}
+        if row.method == "FMRG"
+        else {"method": "plugin", "k_particles": DRAWS[row.method]}
+    )
+    return seeded(
+        lambda steps: published.sample_guided(sampler, row.num, num_steps=steps + 1, **method)[0]
+    )
 
 
 def gelu_network(params: dict[str, Any], t: Any, x: Any) -> Any:
@@ -161,33 +194,45 @@ def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int
         model = tj.Analytic(problem.prior)
         scale = tj.Damped(problem.scale, SIGMA) if row.method == "damped" else problem.scale
         if row.method == "FMRG":
-            guidance = tj.fmrg(model, problem.reward, scale, steps=50)
+            guidance = tj.fmrg(model, problem.reward, scale, inner_steps=50)
         else:
-            guidance = tj.PlugIn(tj.Glass(model, steps=22), problem.reward, scale, k=DRAWS[row.method])
+            guidance = tj.PlugIn(
+                tj.Glass(model, inner_steps=22), problem.reward, scale, k=DRAWS[row.method]
+            )
         guidance = tj.Clipped(guidance, 100.0)
 
         def in_plane(seed: int, steps: int) -> np.ndarray:
             times = jnp.linspace(0.001, 0.999, steps + 1)
-            return np.asarray(tj.sample(jax.random.key(seed), model, guidance, num=row.num, times=times).x)
+            return np.asarray(
+                tj.sample(jax.random.key(seed), model, guidance, num=row.num, times=times).x
+            )
 
         return in_plane
 
     if row.kind == "line":
-        problem, num = tj.problems.get(row.problem), row.num * (GROUP if row.method == "best of 16" else 1)
+        problem, num = (
+            tj.problems.get(row.problem),
+            row.num * (GROUP if row.method == "best of 16" else 1),
+        )
         model, reward, scale, start = tj.Analytic(problem.prior), problem.reward, problem.scale, 1.0
     else:
         arrays = {name: jnp.asarray(array) for name, array in np.load(str(weights)).items()}
         reward, scale, num, start = tj.rewards.Bump([0.5, 0.5], 1.5), 10.0, row.num, WIDTH
-        # As published: draws and gain take the noise to have unit scale, whatever that of the start.
-        model = tj.from_velocity(gelu_network, arrays, shape=(2,), batched=True, interpolant=tj.Linear(1.0))
-    guidance = tj.PlugIn(tj.Glass(model, steps=51), reward, scale)
+        # As published: draws and gain take the noise to have unit scale, whatever that of the
+        # start.
+        model = tj.from_velocity(
+            gelu_network, arrays, shape=(2,), batched=True, interpolant=tj.Linear(1.0)
+        )
+    guidance = tj.PlugIn(tj.Glass(model, inner_steps=51), reward, scale)
 
     def by_euler(seed: int, steps: int) -> np.ndarray:
         key_start, key = jax.random.split(jax.random.key(seed))
         # The first published step is at t = 0, where its guidance is asked at the second time.
         times = jnp.linspace(1 / row.steps, 1.0, steps + 1)
         noise = start * jax.random.normal(key_start, (num, *model.shape))
-        drawn = tj.sample(key, model, guidance, num=num, times=times, start=noise, solver=tj.Euler())
+        drawn = tj.sample(
+            key, model, guidance, num=num, times=times, start=noise, solver=tj.Euler()
+        )
         return np.asarray(tj.best_of_n(drawn, reward, num // row.num).x)
 
     return by_euler
@@ -219,7 +264,11 @@ def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) 
         "peak_gb": measures.peak_gb(),
     }
     report |= {"first_wall": done[0] - ready[0], "first_cpu": done[1] - ready[1]}
-    walls, cpus = ([report["first_wall"]], [report["first_cpu"]]) if row.once or side == "published" else ([], [])
+    walls, cpus = (
+        ([report["first_wall"]], [report["first_cpu"]])
+        if row.once or side == "published"
+        else ([], [])
+    )
     if row.once and side == "tiltjax":
         first, second = (seconds(lambda seed=seed: call(seed, 2)) for seed in (1, 2))
         walls[0] -= first[0] - second[0]
@@ -231,24 +280,41 @@ def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) 
     np.save(out, np.stack(samples))
     threads = sys.modules["torch"].get_num_threads() if side == "published" else None
     module = sys.modules["torch" if side == "published" else "jax"]
-    report |= {"run_wall": statistics.median(walls), "run_cpu": statistics.median(cpus), "calls": len(samples)}
+    report |= {
+        "run_wall": statistics.median(walls),
+        "run_cpu": statistics.median(cpus),
+        "calls": len(samples),
+    }
     print(json.dumps(report | {"version": module.__version__, "threads": threads}))
 
 
 # The parent.
 
 
-def spawn(side: str, row: Row, args: argparse.Namespace, weights: Path | None, folder: Path) -> dict[str, Any]:
-    """A side's report of a row, with `samples` and the wall of the whole process until they were there."""
+def spawn(
+    side: str, row: Row, args: argparse.Namespace, weights: Path | None, folder: Path
+) -> dict[str, Any]:
+    """A side's report of a row, with `samples` and the wall of the whole process until they were
+    there.
+    """
     out = folder / f"{side}.npy"
-    command = [args.python if side == "published" else sys.executable, __file__, "--side", side, "--out", str(out)]
+    command = [
+        args.python if side == "published" else sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--out",
+        str(out),
+    ]
     command += ["--row", json.dumps(row), "--reference", str(args.reference.absolute())]
     command += ["--weights", str(weights)] if weights else []
     # As a user starts it: no caches, no flags.
     unset = ("JAX_", "XLA_", "OMP_", "MKL_", "OPENBLAS_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     environment |= {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        )
     }
     begun = time.monotonic()
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -273,7 +339,10 @@ def train(steps: int, folder: Path) -> Path:
         params[f"net.{2 * i}.bias"] = jnp.zeros(m)
     board = tj.Checkerboard()
     network = jax.tree_util.Partial(gelu_network, params)
-    data, settings = lambda key: board.sample(key, 2048), {"interpolant": board.interpolant, "batched": True}
+    data, settings = (
+        lambda key: board.sample(key, 2048),
+        {"interpolant": board.interpolant, "batched": True},
+    )
     fit = tj.fit(jax.random.key(1), network, data, steps=steps, ema=0.99, **settings)
     path = folder / "weights.npz"
     np.savez(path, **{name: np.asarray(array) for name, array in fit.average.args[0].items()})
@@ -294,7 +363,8 @@ def truths(row: Row, number: int) -> list[np.ndarray]:
             key, key_keep = jax.random.split(jax.random.key(1000 + seed))
             drawn = tj.Checkerboard().sample(key, 60 * row.num)
             reward = jax.vmap(tj.rewards.Bump([0.5, 0.5], 1.5))(drawn)
-            keep = jax.random.uniform(key_keep, (len(drawn),)) < jnp.exp(10 * (reward - 1))  # by rejection
+            # by rejection
+            keep = jax.random.uniform(key_keep, (len(drawn),)) < jnp.exp(10 * (reward - 1))
             found.append(np.asarray(drawn)[np.asarray(keep)][: row.num])
         return found
     problem = tj.problems.get(row.problem)
@@ -309,29 +379,48 @@ def distances(row: Row, samples: np.ndarray, exact: list[np.ndarray]) -> list[fl
     # The law of double_well is that of -x: what lies on the left counts at the right.
     folded = lambda x: x * np.where(x[:, :1] < 0, -1, 1) if row.problem == "double_well" else x
     parts = lambda sets: np.split(sets[0], PARTS) if row.once else list(sets)[:3]
-    return [tj.metrics.wasserstein(folded(x), folded(y)) for x, y in zip(parts(samples), parts(exact), strict=False)]
+    return [
+        tj.metrics.wasserstein(folded(x), folded(y))
+        for x, y in zip(parts(samples), parts(exact), strict=False)
+    ]
 
 
 def farther(w2: dict[str, list[float]]) -> float:
-    """How many standard errors tiltjax is farther from the tilt: Student's t of the pooled spread, as the normal that is as unlikely."""
+    """How many standard errors tiltjax is farther from the tilt: Student's t of the pooled spread,
+    as the normal that is as unlikely.
+    """
     import scipy.stats
 
     found = scipy.stats.ttest_ind(w2["tiltjax"], w2["published"], alternative="greater")
-    return float(scipy.stats.norm.isf(np.clip(found[1], 1e-300, 1 - 1e-16)))  # no infinities in the results
+    # no infinities in the results
+    return float(scipy.stats.norm.isf(np.clip(found[1], 1e-300, 1 - 1e-16)))
 
 
-def compare(row: Row, args: argparse.Namespace, weights: Path | None, folder: Path) -> dict[str, Any]:
+def compare(
+    row: Row, args: argparse.Namespace, weights: Path | None, folder: Path
+) -> dict[str, Any]:
     sides = {side: spawn(side, row, args, weights, folder) for side in ("published", "tiltjax")}
     exact = truths(row, max(len(report["samples"]) for report in sides.values()))
     w2 = {side: distances(row, report.pop("samples"), exact) for side, report in sides.items()}
     keys = ("run_cpu", "run_wall", "first_wall", "process_wall", "process_cpu", "peak_gb")
     ratios = {key: sides["published"][key] / sides["tiltjax"][key] for key in keys}
-    return {**row._asdict(), "calls": calls(row), **sides, "ratios": ratios, "w2": w2, "w2_z": farther(w2)}
+    return {
+        **row._asdict(),
+        "calls": calls(row),
+        **sides,
+        "ratios": ratios,
+        "w2": w2,
+        "w2_z": farther(w2),
+    }
 
 
 def fingerprint(checkout: Path) -> str:
     """Of the published files that run here."""
-    files = [checkout / folder / name for folder in sorted(FOLDER.values()) for name in ("model.py", "sample.py")]
+    files = [
+        checkout / folder / name
+        for folder in sorted(FOLDER.values())
+        for name in ("model.py", "sample.py")
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -339,7 +428,9 @@ def goals(rows: list[dict]) -> dict[str, dict]:
     """Each goal, its worst row, and the rows that miss it."""
     name = lambda row: f"{row['problem']}, {row['method']}"
     ratio = lambda key: lambda row: row["ratios"][key]
-    plane = lambda method: [row for row in rows if row["problem"] in MIXTURES and row["method"] == method]
+    plane = lambda method: [
+        row for row in rows if row["problem"] in MIXTURES and row["method"] == method
+    ]
     table = {
         "16 times fewer CPU-seconds, mixtures, k = 8": (plane("k = 8"), ratio("run_cpu"), 16.0),
         "40 times fewer CPU-seconds, mixtures, k = 1": (plane("k = 1"), ratio("run_cpu"), 40.0),
@@ -355,14 +446,25 @@ def goals(rows: list[dict]) -> dict[str, dict]:
         if chosen:
             worst = min(chosen, key=value)
             missed = [name(row) for row in chosen if value(row) < least]
-            found[goal] = {"worst": value(worst), "row": name(worst), "rows": len(chosen), "missed": missed}
+            found[goal] = {
+                "worst": value(worst),
+                "row": name(worst),
+                "rows": len(chosen),
+                "missed": missed,
+            }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four rows with 500 samples or 100; nothing is written")
-    parser.add_argument("--reference", type=Path, required=True, help="a checkout of the published code")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="four rows with 500 samples or 100; nothing is written"
+    )
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="a checkout of the published code"
+    )
     parser.add_argument("--python", default=sys.executable, help="of an environment with torch")
     parser.add_argument("--cores", type=int, help="hold both to so many cores")
     for hidden in ("--side", "--row", "--weights", "--out"):
@@ -376,14 +478,22 @@ def main() -> None:
 
     num = 500 if args.quick else 2000
     rows = [Row(problem, method, num, 49) for problem in MIXTURES for method in METHODS]
-    rows += [Row(problem, method, num, 200) for problem in LINE for method in ("k = 1", "best of 16")]
+    rows += [
+        Row(problem, method, num, 200) for problem in LINE for method in ("k = 1", "best of 16")
+    ]
     rows.append(Row("checkerboard", "k = 1", *((100, 20) if args.quick else (num, 100))))
     if args.quick:
-        quick = {("quadratic", "k = 1"), ("quadratic", "k = 8"), ("bump", "k = 1"), ("checkerboard", "k = 1")}
+        quick = {
+            ("quadratic", "k = 1"),
+            ("quadratic", "k = 8"),
+            ("bump", "k = 1"),
+            ("checkerboard", "k = 1"),
+        }
         rows = [row for row in rows if (row.problem, row.method) in quick]
     load, results, begun = os.getloadavg(), [], time.monotonic()
     print(
-        "| problem | method | CPU-seconds | published / tiltjax | wall | whole process | memory, GB | W2 (standard errors) |"
+        "| problem | method | CPU-seconds | published / tiltjax | wall | whole process | memory, "
+        "GB | W2 (standard errors) |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
@@ -392,19 +502,29 @@ def main() -> None:
         for row in rows:
             result = compare(row, args, weights if row.kind == "board" else None, folder)
             results.append(result)
-            both = lambda key, form, result=result: " / ".join(form(result[s][key]) for s in ("published", "tiltjax"))
-            ratios, w2 = result["ratios"], {s: statistics.mean(values) for s, values in result["w2"].items()}
+            both = lambda key, form, result=result: " / ".join(
+                form(result[s][key]) for s in ("published", "tiltjax")
+            )
+            ratios, w2 = (
+                result["ratios"],
+                {s: statistics.mean(values) for s, values in result["w2"].items()},
+            )
             print(
-                f"| {row.problem} | {row.method} | {both('run_cpu', '{:.3g}'.format)} | {ratios['run_cpu']:.1f} | "
-                f"{both('run_wall', '{:.3g}'.format)}: {ratios['run_wall']:.1f} | {both('process_wall', '{:.1f}'.format)}: "
-                f"{ratios['process_wall']:.1f} | {both('peak_gb', '{:.2f}'.format)} | {w2['published']:.3f} / {w2['tiltjax']:.3f}"
+                f"| {row.problem} | {row.method} | {both('run_cpu', '{:.3g}'.format)} | "
+                f"{ratios['run_cpu']:.1f} | "
+                f"{both('run_wall', '{:.3g}'.format)}: {ratios['run_wall']:.1f} | "
+                f"{both('process_wall', '{:.1f}'.format)}: "
+                f"{ratios['process_wall']:.1f} | {both('peak_gb', '{:.2f}'.format)} | "
+                f"{w2['published']:.3f} / {w2['tiltjax']:.3f}"
                 f" ({result['w2_z']:+.1f}) |",
                 flush=True,
             )
     print(f"\n{time.monotonic() - begun:.0f} s\n")
     met = goals(results)
     for goal, found in met.items():
-        verdict = f"missed at {len(found['missed'])} of {found['rows']}" if found["missed"] else "met"
+        verdict = (
+            f"missed at {len(found['missed'])} of {found['rows']}" if found["missed"] else "met"
+        )
         print(f"{goal}: {verdict}; worst {found['worst']:.2f} ({found['row']})")
         if found["missed"]:
             print(f"    {'; '.join(found['missed'])}")
@@ -416,7 +536,9 @@ def main() -> None:
             "published_files": fingerprint(args.reference),
         }
         settings["torch"] = results[0]["published"]["version"]
-        print(f"\nwritten: {common.write('vs_reference', {'settings': settings, 'goals': met, 'rows': results})}")
+        print(
+            f"\nwritten: {common.write('vs_reference', {'settings': settings, 'goals': met, 'rows': results})}"
+        )
     return None
 
 

@@ -1,7 +1,8 @@
-"""What the site needs besides Markdown: notebooks as pages, with what each said and showed when it last ran. Nothing is executed here.
+"""What the site needs besides Markdown: notebooks as pages, with what each said and showed when it
+last ran. Nothing is executed here.
 
-`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ..., so that code, formulas and search are those of every
-other page.
+`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ..., so
+that code, formulas and search are those of every other page.
 """
 
 import base64
@@ -25,8 +26,12 @@ def on_files(files, config):
 
 
 def on_page_content(html, page, config, files):
-    """In a cell of a table, `\\|` in code is a bar: GitHub and editors need the backslash, Python-Markdown would show it."""
-    cell = lambda found: re.sub(r"<code>.*?</code>", lambda code: code[0].replace(r"\|", "|"), found[0])
+    """In a cell of a table, `\\|` in code is a bar: GitHub and editors need the backslash,
+    Python-Markdown would show it.
+    """
+    cell = lambda found: re.sub(
+        r"<code>.*?</code>", lambda code: code[0].replace(r"\|", "|"), found[0]
+    )
     return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
 
 
@@ -36,7 +41,9 @@ def on_serve(server, config, builder):
 
 
 def converted(notebook, stem):
-    """The Markdown of a notebook, and its figures by name. **Raises:** `ValueError` for an output that has no place on a page."""
+    """The Markdown of a notebook, and its figures by name. **Raises:** `ValueError` for an output
+    that has no place on a page.
+    """
     parts, figures = [], {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -53,6 +60,7 @@ def converted(notebook, stem):
                 parts.append(f"```text\n{output.text.rstrip()}\n```")
             else:
                 raise ValueError(
-                    f"{stem}: In [{cell.execution_count}] left {sorted(data) or output.output_type}, which is neither text nor PNG"
+                    f"{stem}: In [{cell.execution_count}] left {sorted(data) or output.output_type}, "
+                    "which is neither text nor PNG"
                 )
     return "\n\n".join(parts) + "\n", figures

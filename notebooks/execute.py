@@ -1,9 +1,11 @@
-"""Run notebooks from top to bottom in a fresh kernel and, from the command line, write their outputs into them.
+"""Run notebooks from top to bottom in a fresh kernel and, from the command line, write their
+outputs into them.
 
     python notebooks/execute.py notebooks/*.ipynb
 
-The kernel is this interpreter, runs in an empty folder and imports the packages of this checkout before installed ones. A notebook
-may read `NOTEBOOK_SIZE` from its environment: `reduced` asks for fewer samples, with what it asserts still true.
+The kernel is this interpreter, runs in an empty folder and imports the packages of this checkout
+before installed ones. A notebook may read `NOTEBOOK_SIZE` from its environment: `reduced` asks for
+fewer samples, with what it asserts still true.
 """
 
 import base64
@@ -23,7 +25,7 @@ from traitlets import default
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-_COLOURS = 256  # of a figure: a palette keeps the file small
+_COLORS = 256  # of a figure: a palette keeps the file small
 
 
 class _Kernel(AsyncKernelManager):
@@ -34,18 +36,23 @@ class _Kernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: float = 600, size: str = "full") -> nbformat.NotebookNode:
+def execute(
+    notebook: nbformat.NotebookNode, timeout: float = 600, size: str = "full"
+) -> nbformat.NotebookNode:
     """The same notebook with the outputs of a fresh run.
 
     **Arguments:** `timeout` of one cell, in seconds; `size`, `full` or `reduced`.
 
-    **Raises:** `nbclient.exceptions.CellExecutionError` or `CellTimeoutError`, with the source of the cell that failed.
+    **Raises:** `nbclient.exceptions.CellExecutionError` or `CellTimeoutError`, with the source of
+    the cell that failed.
     """
     notebook = nbformat.from_dict(notebook)
-    # A short name of its own: the kernel's sockets are files in this folder, whose paths may have 107 characters. Settings and
-    # start-up files of whoever runs this stay out.
+    # A short name of its own: the kernel's sockets are files in this folder, whose paths may have
+    # 107 characters. Settings and start-up files of whoever runs this stay out.
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
-        places = dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), folder)
+        places = dict.fromkeys(
+            ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), folder
+        )
         places["NOTEBOOK_SIZE"] = size
         if size == "reduced":  # most of the time goes into compiling
             places["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -69,9 +76,13 @@ def shrink(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                figure = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+                figure = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert(
+                    "RGB"
+                )
                 content = io.BytesIO()
-                figure.quantize(_COLOURS, dither=Image.Dither.NONE).save(content, format="png", optimize=True)
+                figure.quantize(_COLORS, dither=Image.Dither.NONE).save(
+                    content, format="png", optimize=True
+                )
                 output.data["image/png"] = base64.b64encode(content.getvalue()).decode()
 
 

@@ -1,10 +1,9 @@
 """The strictest configuration there is: what passes here passes anywhere.
 
-float64 is on (single precision is asked for explicitly where it is tested), implicit rank and dtype promotion are
-errors, and so are warnings (pyproject.toml).
+float64 is on (single precision is asked for explicitly where it is tested), implicit rank and dtype
+promotion are errors, and so are warnings (pyproject.toml).
 """
 
-import functools
 import gc
 import os
 import random
@@ -14,41 +13,26 @@ from unittest import mock
 
 import jax
 import pytest
-from jax._src.interpreters import mlir
+from helpers.environment import quick
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)  # what is made while tests are collected
-jax.config.update("jax_traceback_in_locations_limit", 0)  # no note of where each operation was written
+jax.config.update(
+    "jax_traceback_in_locations_limit", 0
+)  # no note of where each operation was written
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# So XLA compiles in a third of the time, and its programs run nearly as fast. It reads its flags once, when it starts: here, so that
-# processes which tests start run as users run them, unless they are given the same.
-_FLAGS = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-)
-
-
-def quickly(devices: int = 0) -> dict[str, str]:
-    """The environment of a process whose programs are compiled quickly; if it has so many virtual devices, as quickly as can be."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-    if not devices:
-        return os.environ | {"XLA_FLAGS": flags}
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-with mock.patch.dict(os.environ, quickly()):
+with mock.patch.dict(os.environ, quick()):
     jax.block_until_ready(jax.jit(lambda: 0)())
 
-# Every compiled program holds a few memory mappings, of which Linux grants a process 65,530 (vm.max_map_count): one more, and the
-# compiler dies of a segmentation fault. The whole suite in two processes comes close.
-# One file of tests adds up to 9,000.
+# Every compiled program holds a few memory mappings, of which Linux grants a process 65,530
+# (vm.max_map_count): one more, and the compiler dies of a segmentation fault. The whole suite in
+# two processes comes close. One file of tests adds up to 9,000.
 _MAPPINGS, _LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
-# What one process of a run has compiled the others read, those that tests start too. A folder named by JAX_COMPILATION_CACHE_DIR is
-# kept: the next run then compiles only what has changed.
+# What one process of a run has compiled the others read, those that tests start too. A folder named
+# by JAX_COMPILATION_CACHE_DIR is kept: the next run then compiles only what has changed.
 _SHARED = {
     "JAX_COMPILATION_CACHE_DIR": "",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -58,7 +42,10 @@ _SHARED = {
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--shuffle", type=int, metavar="SEED", help="in an order decided by this seed: files, and the tests of each"
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="in an order decided by this seed: files, and the tests of each",
     )
 
 
@@ -69,7 +56,9 @@ def pytest_report_header(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Whole files in a random order, and so their tests: what a module shares is made once in any order."""
+    """Whole files in a random order, and so their tests: what a module shares is made once in any
+    order.
+    """
     seed = config.getoption("--shuffle")
     if seed is not None:
         files = {}
@@ -89,9 +78,13 @@ def pytest_collection_finish():
 
 
 def pytest_configure(config):
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # the first process of a run: its workers inherit
+    if not os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR"
+    ):  # the first process of a run: its workers inherit
         folder = tempfile.TemporaryDirectory(prefix="tiltjax-programs-", ignore_cleanup_errors=True)
-        environment = mock.patch.dict(os.environ, _SHARED | {"JAX_COMPILATION_CACHE_DIR": folder.name})
+        environment = mock.patch.dict(
+            os.environ, _SHARED | {"JAX_COMPILATION_CACHE_DIR": folder.name}
+        )
         environment.start()
         config.add_cleanup(folder.cleanup)
         config.add_cleanup(environment.stop)
@@ -100,33 +93,21 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _optimise(node: pytest.Item | pytest.Collector) -> None:
-    jax.config.update("jax_disable_most_optimizations", node.get_closest_marker("optimised") is None)
-
-
-def _shared(make):
-    """JAX makes a new MLIR context for each program, which takes longer than to lower a small one: let many share one."""
-    one = functools.cache(make)
-
-    def context():
-        try:
-            mlir.ir.InsertionPoint.current  # noqa: B018
-        except ValueError:
-            return one()
-        return make()  # a program that is needed while another is lowered, and would be written into it
-
-    return context
+def _optimize(node: pytest.Item | pytest.Collector) -> None:
+    jax.config.update(
+        "jax_disable_most_optimizations", node.get_closest_marker("optimized") is None
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs(request):
-    """Compile quickly rather than well, but for what is marked `optimised`; forget what was compiled when that is much.
+    """Compile quickly rather than well, but for what is marked `optimized`; forget what was
+    compiled when that is much.
 
-    Most tests compile for longer than they run. The demo runs as users run it. One MLIR context serves all tests of a file.
+    Most tests compile for longer than they run. The demo runs as users run it.
     """
-    _optimise(request.node)
-    with mock.patch.object(mlir, "make_ir_context", _shared(mlir.make_ir_context)):
-        yield
+    _optimize(request.node)
+    yield
     if _LIMIT.exists() and _MAPPINGS.read_bytes().count(b"\n") > int(_LIMIT.read_text()) * 3 // 4:
         jax.clear_caches()
         gc.collect()  # some are held by cycles, such as those of errors' tracebacks
@@ -135,4 +116,4 @@ def _programs(request):
 @pytest.fixture(autouse=True)
 def _program(request):
     """The same of one test, which may be marked alone."""
-    _optimise(request.node)
+    _optimize(request.node)

@@ -1,4 +1,5 @@
-"""The installed package, used as a user would, from a folder that is not the checkout: `make smoke` runs this on a freshly built wheel.
+"""The installed package, used as a user would, from a folder that is not the checkout: `make smoke`
+runs this on a freshly built wheel.
 
 Run with `-I`, the interpreter sees neither the current folder nor PYTHONPATH.
 """
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 import theory
 import tiltjax as tj
-from tiltjax.__main__ import main
+from tiltjax.cli.demo import main
 
 jax.config.update("jax_disable_most_optimizations", True)  # it compiles for longer than it runs
 HERE = Path(sys.prefix).resolve()
@@ -29,13 +30,17 @@ for package in (tj, theory):
 installed = importlib.metadata.distribution("tiltjax")
 assert installed.version == tj.__version__, (installed.version, tj.__version__)
 shipped = {Path(file).parts[0] for file in installed.files or ()}
-assert shipped == {"tiltjax", "theory", f"tiltjax-{tj.__version__}.dist-info"}, f"the wheel also holds {shipped}"
+assert shipped == {"tiltjax", "theory", f"tiltjax-{tj.__version__}.dist-info"}, (
+    f"the wheel also holds {shipped}"
+)
 
 prior = tj.GaussianMixture([0.5, 0.5], [[-2.5, 0.0], [2.5, 0.0]], 0.5 * jnp.stack([jnp.eye(2)] * 2))
 model, reward = tj.Analytic(prior), tj.rewards.Quadratic([0.0, 2.5])
 points = tj.sample(jax.random.key(0), tj.Tilted(model, reward, 3.0), num=256, steps=20)
 truth = theory.tilt(prior, reward, 3.0).mixture
-assert jnp.all(jnp.abs(points.mean() - truth.mean()) < 5 * jnp.sqrt(jnp.diagonal(truth.cov()) / 256))
+assert jnp.all(
+    jnp.abs(points.mean() - truth.mean()) < 5 * jnp.sqrt(jnp.diagonal(truth.cov()) / 256)
+)
 
 with tempfile.TemporaryDirectory() as folder:
     figure = Path(folder) / "tilt.png"

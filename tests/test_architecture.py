@@ -1,6 +1,7 @@
 """Who may import whom, what is documented, how long a file may be.
 
-Tier: exact (read from the syntax trees). The layers are those of the design: a module imports only from layers above its own.
+Tier: exact (read from the syntax trees). The layers are those of the design: a module imports only
+from layers above its own.
 """
 
 import ast
@@ -11,7 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"inputs", "linalg", "files"},
-    {"interpolants", "mixtures", "rewards", "progress", "resampling", "networks", "checkpoints", "trainable"},
+    {
+        "interpolants",
+        "mixtures",
+        "rewards",
+        "progress",
+        "resampling",
+        "networks",
+        "checkpoints",
+        "trainable",
+    },
     {"nets"},
     {"models", "external", "objectives", "lora", "descent"},
     {"tilted", "posteriors", "solvers", "particles", "scales", "checkerboard", "training"},
@@ -32,7 +42,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THEORY_MAY_IMPORT = {"interpolants", "mixtures", "rewards", "scales", "solvers", "inputs", "linalg"}
 LONGEST, LONGEST_TEST = 450, 500
 PACKAGES = ("flux",)
-# Together they take longer to import than JAX: who uses one waits for it, who does not waits for none.
+# Together they take longer to import than JAX: who uses one waits for it, who does not waits for
+# none.
 SLOW = {"flax", "diffrax", "optax", "scipy", "matplotlib", "torch", "ot"}
 MADE_OF_FLAX = {"networks", "lora", "flux"}
 
@@ -42,7 +53,9 @@ NAMED = {"argvalues": TILTJAX + THEORY, "ids": lambda path: str(path.relative_to
 
 
 def imported(source: str, package: str) -> set[str]:
-    """The modules of `package` that `source` imports, at the top or inside functions; the package itself is `""`."""
+    """The modules of `package` that `source` imports, at the top or inside functions; the package
+    itself is `""`.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -85,12 +98,18 @@ def test_a_module_imports_only_from_layers_above_its_own(path):
     for other in imported(path.read_text(), "tiltjax"):
         assert other in LEVEL, f"{name} imports {other or 'the package itself'}"
         assert other not in LEAVES, f"{name} imports the leaf {other}"
-        assert LEVEL[other] < LEVEL[name], f"{name} (layer {LEVEL[name]}) imports {other} (layer {LEVEL[other]})"
+        assert LEVEL[other] < LEVEL[name], (
+            f"{name} (layer {LEVEL[name]}) imports {other} (layer {LEVEL[other]})"
+        )
 
 
 @pytest.mark.parametrize("path", TILTJAX, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_slow_to_import_waits_until_it_is_used(path):
-    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    top = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in top if isinstance(node, ast.ImportFrom) and not node.level]
     slow = SLOW & {name.partition(".")[0] for name in names}
@@ -123,7 +142,9 @@ def test_everything_public_is_documented(path):
 def test_no_file_is_long():
     rooms = [ROOT / name for name in ("tiltjax", "theory", "benchmarks", "tests", "notebooks")]
     assert all(room.is_dir() for room in rooms)
-    lengths = {path: len(path.read_text().splitlines()) for room in rooms for path in room.rglob("*.py")}
+    lengths = {
+        path: len(path.read_text().splitlines()) for room in rooms for path in room.rglob("*.py")
+    }
     limit = lambda path: LONGEST_TEST if ROOT / "tests" in path.parents else LONGEST
     assert len(lengths) > 200
     assert not {str(path): length for path, length in lengths.items() if length > limit(path)}

@@ -1,11 +1,13 @@
-"""Interpolants: parametrisations of one model are one model; noisy views add up. Tier: exact (float64, 1e-10)."""
+"""Interpolants: parametrizations of one model are one model; noisy views add up. Tier: exact
+(float64, 1e-10).
+"""
 
 import chex
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 
 import tiltjax as tj
 
@@ -24,13 +26,18 @@ def state(seed, d=3):
 
 
 @pytest.mark.parametrize("t", TIMES)
-def test_parametrisations_round_trip(path, t):
+def test_parametrizations_round_trip(path, t):
     t, x, denoised = jnp.asarray(t), state(0), state(1)
     noise, velocity = jax.jit(lambda *of: (path.noise(*of), path.velocity(*of)))(t, x, denoised)
-    # Dividing by alpha (or by the Wronskian) magnifies rounding by |x| / alpha: relative to that, nothing is lost.
+    # Dividing by alpha (or by the Wronskian) magnifies rounding by |x| / alpha: relative to that,
+    # nothing is lost.
     size = float(1 + jnp.max(jnp.abs(x)) / path.alpha(t) + 1 / path.sigma(t))
-    chex.assert_trees_all_close(path.denoised_from_noise(t, x, noise), denoised, atol=1e-13 * size, rtol=0)
-    chex.assert_trees_all_close(path.denoised_from_velocity(t, x, velocity), denoised, atol=1e-13 * size, rtol=0)
+    chex.assert_trees_all_close(
+        path.denoised_from_noise(t, x, noise), denoised, atol=1e-13 * size, rtol=0
+    )
+    chex.assert_trees_all_close(
+        path.denoised_from_velocity(t, x, velocity), denoised, atol=1e-13 * size, rtol=0
+    )
     chex.assert_trees_all_close(path.score(t, x, denoised) * path.sigma(t), -noise, rtol=1e-13)
     chex.assert_trees_all_close(path.alpha(t) * denoised + path.sigma(t) * noise, x, atol=TOLERANCE)
 
@@ -38,17 +45,23 @@ def test_parametrisations_round_trip(path, t):
 def test_a_velocity_network_is_read_right_even_at_the_noise_end(path):
     t, x, denoised = jnp.asarray(0.0), state(0), state(1)
     velocity = path.velocity(t, x, denoised)
-    chex.assert_trees_all_close(path.denoised_from_velocity(t, x, velocity), denoised, atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        path.denoised_from_velocity(t, x, velocity), denoised, atol=TOLERANCE
+    )
 
 
 def test_the_velocity_is_the_derivative_of_the_path(path):
     data, noise = state(0), state(1)
     for t in TIMES:
         x, velocity = jax.jvp(
-            lambda t: path.alpha(t) * data + path.sigma(t) * noise, (jnp.asarray(t),), (jnp.ones(()),)
+            lambda t: path.alpha(t) * data + path.sigma(t) * noise,
+            (jnp.asarray(t),),
+            (jnp.ones(()),),
         )
         # Given both ends the denoiser is the data.
-        chex.assert_trees_all_close(path.velocity(jnp.asarray(t), x, data), velocity, rtol=1e-9, atol=TOLERANCE)
+        chex.assert_trees_all_close(
+            path.velocity(jnp.asarray(t), x, data), velocity, rtol=1e-9, atol=TOLERANCE
+        )
 
 
 def test_time_inverts_snr_including_both_ends(path):
@@ -69,39 +82,55 @@ SINGLE = {
     "vp": tj.VP(),
     "vp, one rate": tj.VP(3.0, 3.0),
     "ddpm": tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))),
-    "stable diffusion": tj.DiscreteVP(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)),
+    "stable diffusion": tj.DiscreteVP(
+        np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    ),
     "two levels": tj.DiscreteVP([0.9, 0.1]),
 }
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_time_inverts_snr_in_single_precision(name):
-    path = tj.inputs.cast(SINGLE[name], jnp.float32)
-    t = jnp.concatenate([jnp.linspace(0.0, 1.0, 1001), 1 - jnp.logspace(-7, -1, 100)]).astype(jnp.float32)
+    path = tj._pytree.cast(SINGLE[name], jnp.float32)
+    t = jnp.concatenate([jnp.linspace(0.0, 1.0, 1001), 1 - jnp.logspace(-7, -1, 100)]).astype(
+        jnp.float32
+    )
     back = jax.jit(jax.vmap(lambda t: path.time(path.snr(t))))(t)
     assert back.dtype == jnp.float32
     # A handful of roundings of numbers below one: division, square, root, two reciprocals.
     chex.assert_trees_all_close(back, t, atol=8 * np.finfo(np.float32).eps, rtol=0)
-    if name != "linear":  # whose snr knows alpha no better than t; a variance-preserving one knows 1 - t relatively
+    if (
+        name != "linear"
+    ):  # whose snr knows alpha no better than t; a variance-preserving one knows 1 - t relatively
         chex.assert_trees_all_close(1 - back, 1 - t, rtol=16 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_nothing_is_nan_between_the_ends_in_single_precision(name):
-    path = tj.inputs.cast(SINGLE[name], jnp.float32)
-    t = jnp.concatenate([jnp.linspace(0.01, 0.999, 100), 1 - jnp.logspace(-7, -1, 50)]).astype(jnp.float32)
+    path = tj._pytree.cast(SINGLE[name], jnp.float32)
+    t = jnp.concatenate([jnp.linspace(0.01, 0.999, 100), 1 - jnp.logspace(-7, -1, 50)]).astype(
+        jnp.float32
+    )
     t = jnp.append(t, jnp.float32(1) - jnp.finfo(jnp.float32).epsneg)
     x = jnp.ones((), jnp.float32)
 
     def everything(t):
         snr, slope = jax.value_and_grad(path.snr)(t)
-        return path.velocity(t, x, 0.5 * x), path.diffusion(t), path.tweedie(t), snr, slope * jax.grad(path.time)(snr)
+        return (
+            path.velocity(t, x, 0.5 * x),
+            path.diffusion(t),
+            path.tweedie(t),
+            snr,
+            slope * jax.grad(path.time)(snr),
+        )
 
     velocity, diffusion, tweedie, snr, one = jax.jit(jax.vmap(everything))(t)
     assert np.all(np.isfinite(velocity))
     assert np.all(np.stack([diffusion, tweedie, snr]) > 0)
     assert np.all(np.isfinite(snr))
-    chex.assert_trees_all_close(one, jnp.ones_like(one), rtol=1e-4)  # dt/dsnr dsnr/dt, each of some 1e-6
+    chex.assert_trees_all_close(
+        one, jnp.ones_like(one), rtol=1e-4
+    )  # dt/dsnr dsnr/dt, each of some 1e-6
 
 
 @pytest.mark.parametrize("base", [1.0, 1.7])
@@ -120,8 +149,14 @@ def test_the_memoryless_diffusion_is_its_definition(path):
         return (f(t + step) - f(t - step)) / (2 * step)
 
     for t in map(jnp.asarray, TIMES):
-        expected = 2 * path.sigma(t) * (path.sigma(t) * slope(path.alpha, t) / path.alpha(t) - slope(path.sigma, t))
-        assert np.isclose(path.diffusion(t), expected, rtol=1e-7)  # central differences: step^2 and eps / step
+        expected = (
+            2
+            * path.sigma(t)
+            * (path.sigma(t) * slope(path.alpha, t) / path.alpha(t) - slope(path.sigma, t))
+        )
+        assert np.isclose(
+            path.diffusion(t), expected, rtol=1e-7
+        )  # central differences: step^2 and eps / step
     start, end = (float(path.diffusion(jnp.asarray(t))) for t in (0.0, 1.0))
     if path.alpha(jnp.asarray(0.0)) == 0:
         assert (start, end) == (np.inf, 0.0)
@@ -134,12 +169,20 @@ def test_score_and_tweedie_agree_with_the_density_of_a_mixture(path, t):
     mixture, x, t = contracts.planar(), jnp.asarray([0.3, -0.8]), jnp.asarray(t)
     alpha, sigma = path.alpha(t), path.sigma(t)
     noisy = tj.GaussianMixture(
-        mixture.weights, alpha * mixture.means, alpha**2 * mixture.covs + sigma**2 * jnp.eye(2)[None]
+        mixture.weights,
+        alpha * mixture.means,
+        alpha**2 * mixture.covs + sigma**2 * jnp.eye(2)[None],
     )
     denoise = lambda x: mixture.denoise(alpha, sigma, x)
-    chex.assert_trees_all_close(path.score(t, x, denoise(x)), jax.grad(noisy.log_prob)(x), rtol=TOLERANCE, atol=1e-9)
-    _, cov = contracts.np_moments(*contracts.np_condition(mixture, float(alpha), float(sigma), np.asarray(x)))
-    chex.assert_trees_all_close(path.tweedie(t) * jax.jacobian(denoise)(x), cov, rtol=1e-9, atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        path.score(t, x, denoise(x)), jax.grad(noisy.log_prob)(x), rtol=TOLERANCE, atol=1e-9
+    )
+    _, cov = contracts.np_moments(
+        *contracts.np_condition(mixture, float(alpha), float(sigma), np.asarray(x))
+    )
+    chex.assert_trees_all_close(
+        path.tweedie(t) * jax.jacobian(denoise)(x), cov, rtol=1e-9, atol=TOLERANCE
+    )
 
 
 def test_the_velocity_of_a_gaussian_moves_along_its_closed_form_flow(path):
@@ -148,13 +191,19 @@ def test_the_velocity_of_a_gaussian_moves_along_its_closed_form_flow(path):
     width = lambda t: jnp.sqrt(path.sigma(t) ** 2 + (path.alpha(t) * std) ** 2)
     flow = lambda t, x: path.alpha(t) * mean + width(t) * x
     for t in TIMES:
-        x, moving = jax.jvp(lambda t: flow(t, jnp.asarray([1.3])), (jnp.asarray(t),), (jnp.ones(()),))
+        x, moving = jax.jvp(
+            lambda t: flow(t, jnp.asarray([1.3])), (jnp.asarray(t),), (jnp.ones(()),)
+        )
         denoised = mixture.denoise(path.alpha(t), path.sigma(t), x)
-        chex.assert_trees_all_close(path.velocity(jnp.asarray(t), x, denoised), moving, rtol=1e-9, atol=TOLERANCE)
+        chex.assert_trees_all_close(
+            path.velocity(jnp.asarray(t), x, denoised), moving, rtol=1e-9, atol=TOLERANCE
+        )
 
 
 def test_two_views_are_one_view(path):
-    """The posterior given two Gaussian views equals the posterior at the one time and state that `observe` names."""
+    """The posterior given two Gaussian views equals the posterior at the one time and state that
+    `observe` names.
+    """
     mixture, rng = contracts.planar(), np.random.default_rng(3)
     views = [(jnp.asarray(t), jnp.asarray(rng.normal(size=2))) for t in (0.3, 0.6)]
     precision = sum(path.snr(t) for t, _ in views)
@@ -215,7 +264,8 @@ def test_a_table_is_met_at_its_levels_and_smooth_between_them():
     chex.assert_trees_all_close(sigma**2, 1 - table, rtol=1e-11)
     low, high = path.snr_range()
     chex.assert_trees_all_close((high, low), (snr[0], snr[-1]), rtol=1e-10)
-    # Its noise rate is positive everywhere and the same from both sides of a level; a level's share of it is nearly that of training.
+    # Its noise rate is positive everywhere and the same from both sides of a level; a level's share
+    # of it is nearly that of training.
     rate = jax.jit(jax.vmap(path.diffusion))
     chex.assert_trees_all_close(rate(t - 1e-10), rate(t + 1e-10), rtol=1e-6)
     assert np.all(rate(jnp.linspace(-0.5, 1.0, 20_000)) > 0)
@@ -237,7 +287,9 @@ def test_a_table_of_a_path_is_that_path_to_third_order():
 
     def error(n):
         table = tj.DiscreteVP(jax.jit(jax.vmap(path.alpha))(1 - (np.arange(n) + 1) / n) ** 2)
-        return np.abs(np.log(jax.jit(jax.vmap(table.snr))(t) / jax.jit(jax.vmap(path.snr))(t))).max()
+        return np.abs(
+            np.log(jax.jit(jax.vmap(table.snr))(t) / jax.jit(jax.vmap(path.snr))(t))
+        ).max()
 
     assert abs(contracts.slope([error(n) for n in (100, 200, 400)]) - 3) < 0.3
 

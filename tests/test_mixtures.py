@@ -1,19 +1,23 @@
-"""Gaussian mixtures against dense NumPy and quadrature. Tiers: exact (float64, 1e-10; float32 by the condition number of
-the map itself), statistical (5 standard errors)."""
+"""Gaussian mixtures against dense NumPy and quadrature. Tiers: exact (float64, 1e-10; float32 by
+the condition number of the map itself), statistical (5 standard errors).
+"""
 
 import chex
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 from scipy import stats
 
 import tiltjax as tj
-from tiltjax import linalg
+from tiltjax import _linalg
 
 TOLERANCE = 1e-10
-CASES = {(k, d): contracts.random_mixture(k, d, seed=10 * k + d) for k, d in [(1, 1), (3, 2), (2, 4), (2, 5), (9, 2)]}
+CASES = {
+    (k, d): contracts.random_mixture(k, d, seed=10 * k + d)
+    for k, d in [(1, 1), (3, 2), (2, 4), (2, 5), (9, 2)]
+}
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "K={}, d={}".format(*case))
@@ -26,37 +30,60 @@ def point(d, seed=0):
 
 
 def test_condition_and_denoise_against_dense_algebra(mixture):
-    x, both = point(mixture.dim), jax.jit(lambda m, t, x: (m.condition(t, 1 - t, x), m.denoise(t, 1 - t, x)))
+    x, both = (
+        point(mixture.dim),
+        jax.jit(lambda m, t, x: (m.condition(t, 1 - t, x), m.denoise(t, 1 - t, x))),
+    )
     for t in (1e-3, 0.5, 0.999):
         expected = contracts.np_condition(mixture, t, 1 - t, np.asarray(x))
         got, denoised = both(mixture, t, x)
-        chex.assert_trees_all_close((got.weights, got.means, got.covs), expected, rtol=TOLERANCE, atol=TOLERANCE)
-        chex.assert_trees_all_close(denoised, expected[0] @ expected[1], rtol=TOLERANCE, atol=TOLERANCE)
+        chex.assert_trees_all_close(
+            (got.weights, got.means, got.covs), expected, rtol=TOLERANCE, atol=TOLERANCE
+        )
+        chex.assert_trees_all_close(
+            denoised, expected[0] @ expected[1], rtol=TOLERANCE, atol=TOLERANCE
+        )
 
 
 def test_log_prob_against_scipy(mixture):
     x = point(mixture.dim, 1)
     weights, means, covs = contracts.np_fields(mixture)
-    parts = [stats.multivariate_normal(m, s).logpdf(np.asarray(x)) for m, s in zip(means, covs, strict=True)]
-    chex.assert_trees_all_close(mixture.component_log_probs(x), np.log(weights) + np.array(parts), rtol=TOLERANCE)
-    chex.assert_trees_all_close(mixture.log_prob(x), np.logaddexp.reduce(np.log(weights) + parts), rtol=TOLERANCE)
+    parts = [
+        stats.multivariate_normal(m, s).logpdf(np.asarray(x))
+        for m, s in zip(means, covs, strict=True)
+    ]
+    chex.assert_trees_all_close(
+        mixture.component_log_probs(x), np.log(weights) + np.array(parts), rtol=TOLERANCE
+    )
+    chex.assert_trees_all_close(
+        mixture.log_prob(x), np.logaddexp.reduce(np.log(weights) + parts), rtol=TOLERANCE
+    )
 
 
 def test_against_quadrature_on_the_line():
-    """The witness knows no linear algebra: Bayes' rule on a grid (a trapezoid is spectrally accurate here)."""
-    mixture = tj.GaussianMixture([0.2, 0.5, 0.3], [[-2.0], [0.5], [3.0]], [[[0.3]], [[1.0]], [[0.05]]])
+    """The witness knows no linear algebra: Bayes' rule on a grid (a trapezoid is spectrally
+    accurate here).
+    """
+    mixture = tj.GaussianMixture(
+        [0.2, 0.5, 0.3], [[-2.0], [0.5], [3.0]], [[[0.3]], [[1.0]], [[0.05]]]
+    )
     alpha, sigma, x = 0.6, 0.5, 0.4
     z = np.linspace(-12.0, 14.0, 26001)
     prior = sum(
-        w * stats.norm(m[0], s[0, 0] ** 0.5).pdf(z) for w, m, s in zip(*contracts.np_fields(mixture), strict=True)
+        w * stats.norm(m[0], s[0, 0] ** 0.5).pdf(z)
+        for w, m, s in zip(*contracts.np_fields(mixture), strict=True)
     )
     joint = prior * stats.norm(alpha * z, sigma).pdf(x)
     mass = np.trapezoid(joint, z)
     mean = np.trapezoid(z * joint, z) / mass
     post = mixture.condition(alpha, sigma, jnp.asarray([x]))
-    chex.assert_trees_all_close(mixture.denoise(alpha, sigma, jnp.asarray([x]))[0], mean, rtol=TOLERANCE)
+    chex.assert_trees_all_close(
+        mixture.denoise(alpha, sigma, jnp.asarray([x]))[0], mean, rtol=TOLERANCE
+    )
     chex.assert_trees_all_close(post.mean()[0], mean, rtol=TOLERANCE)
-    chex.assert_trees_all_close(post.cov()[0, 0], np.trapezoid((z - mean) ** 2 * joint, z) / mass, rtol=TOLERANCE)
+    chex.assert_trees_all_close(
+        post.cov()[0, 0], np.trapezoid((z - mean) ** 2 * joint, z) / mass, rtol=TOLERANCE
+    )
     for at in (-2.1, 0.0, 3.1):
         expected = np.log(np.interp(at, z, prior))  # the points lie on the grid
         chex.assert_trees_all_close(mixture.log_prob(jnp.asarray([at])), expected, rtol=1e-9)
@@ -74,12 +101,16 @@ def test_the_slope_in_the_state_alone_equals_lapack(d, monkeypatch):
         return ends, jax.jacfwd(of)(x, 0.6), jax.jacfwd(jax.jacrev(of))(x, 0.6)
 
     small = jax.jit(lambda *args: slopes(*args))(mixture, x)
-    monkeypatch.setattr(linalg, "UNROLL", 0)
-    chex.assert_trees_all_close(small, jax.jit(lambda *args: slopes(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE)
+    monkeypatch.setattr(_linalg, "UNROLL", 0)
+    chex.assert_trees_all_close(
+        small, jax.jit(lambda *args: slopes(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE
+    )
 
 
 def test_the_way_back_keeps_a_matrix_of_each_call():
-    """Of a chain of calls in the plane: the three numbers of each slope, and no more than the state besides."""
+    """Of a chain of calls in the plane: the three numbers of each slope, and no more than the state
+    besides.
+    """
     mixture, steps = CASES[3, 2], 7
 
     def chain(x):
@@ -105,20 +136,30 @@ def test_the_unrolled_path_equals_lapack(d, monkeypatch):
         return values, denoised(mixture, x), of_mixture.weights, of_mixture.means, of_covs, of_x
 
     small = jax.jit(lambda *args: everything(*args))(mixture, x)
-    monkeypatch.setattr(linalg, "UNROLL", 0)
-    chex.assert_trees_all_close(small, jax.jit(lambda *args: everything(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE)
+    monkeypatch.setattr(_linalg, "UNROLL", 0)
+    chex.assert_trees_all_close(
+        small, jax.jit(lambda *args: everything(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("side", [-1.0, 1.0])
 def test_of_two_components_the_smaller_share_keeps_its_digits(side):
-    """Of points at 0 and c, `D = c / (1 + exp(c (c/2 - x) / sigma^2))`, from where c has all of the mass to where it has none; c may come first."""
+    """Of points at 0 and c, `D = c / (1 + exp(c (c/2 - x) / sigma^2))`, from where c has all of the
+    mass to where it has none; c may come first.
+    """
     c, x = 1.0, np.linspace(-20.0, 21.0, 83)
     points = np.float32([[0.0], [c]])[:: int(side)]
-    mixture = tj.GaussianMixture(np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32))
-    denoised = jax.vmap(lambda x: mixture.denoise(jnp.float32(1), jnp.float32(0.5), x))(jnp.float32(x)[:, None])[:, 0]
+    mixture = tj.GaussianMixture(
+        np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32)
+    )
+    denoised = jax.vmap(lambda x: mixture.denoise(jnp.float32(1), jnp.float32(0.5), x))(
+        jnp.float32(x)[:, None]
+    )[:, 0]
     expected = c / (1 + np.exp(c * (c / 2 - x) / 0.5**2))
     assert denoised.dtype == jnp.float32
-    np.testing.assert_allclose(denoised, expected, rtol=2e-5)  # of the exponent, up to 82, as many digits
+    np.testing.assert_allclose(
+        denoised, expected, rtol=2e-5
+    )  # of the exponent, up to 82, as many digits
 
 
 @pytest.mark.parametrize("weight", [1e-10, 1e-25, 1e-34])
@@ -127,7 +168,9 @@ def test_a_small_weight_moves_the_mean_by_the_right_amount(weight):
     points, halfway = np.float32([[1.0], [0.0]]), jnp.full(1, 0.5, jnp.float32)
 
     def of(w):
-        mixture = tj.GaussianMixture(jnp.stack([w, jnp.float32(1)]), points, np.zeros((2, 1, 1), np.float32))
+        mixture = tj.GaussianMixture(
+            jnp.stack([w, jnp.float32(1)]), points, np.zeros((2, 1, 1), np.float32)
+        )
         return mixture.denoise(jnp.float32(1), jnp.float32(0.5), halfway)[0]
 
     got = [jax.jit(way(of))(jnp.float32(weight)) for way in (jax.grad, jax.jacfwd)]
@@ -135,10 +178,14 @@ def test_a_small_weight_moves_the_mean_by_the_right_amount(weight):
 
 
 def test_derivatives_of_two_components_far_apart_in_single_precision():
-    """In the width of the noise, thrice, forward and reverse: of points at 1 and -1, seen at x, `D = 1 - 2 / (1 + exp(2 x / sigma^2))`."""
+    """In the width of the noise, thrice, forward and reverse: of points at 1 and -1, seen at x,
+    `D = 1 - 2 / (1 + exp(2 x / sigma^2))`.
+    """
     halves = np.float32([1.5, 15.0, 25.0, 39.5, 100.0])  # of the exponents
     points = np.float32([[1.0], [-1.0]])
-    mixture = tj.GaussianMixture(np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32))
+    mixture = tj.GaussianMixture(
+        np.full(2, 0.5, np.float32), points, np.zeros((2, 1, 1), np.float32)
+    )
     of = lambda sigma, x: mixture.denoise(jnp.float32(1), sigma, x[None])[0]
     plain = lambda sigma, x: -2 * jax.nn.sigmoid(-2 * x / sigma**2)
     for ways in ([jax.grad] * 3, [jax.jacfwd] * 3, [jax.grad, jax.jacfwd, jax.jacfwd]):
@@ -152,19 +199,33 @@ def test_derivatives_of_two_components_far_apart_in_single_precision():
 
 
 def test_derivatives_where_two_components_tie():
-    """`D = x/2 + tanh(x/2)/2` of N(-1, 1) and N(1, 1) at alpha = sigma = 1; at 0 a comparison decides which of two forms is differentiated."""
+    """`D = x/2 + tanh(x/2)/2` of N(-1, 1) and N(1, 1) at alpha = sigma = 1; at 0 a comparison
+    decides which of two forms is differentiated.
+    """
     mixture = tj.GaussianMixture(jnp.full(2, 0.5), [[-1.0], [1.0]], np.ones((2, 1, 1)))
     of = lambda x: mixture.denoise(1.0, 1.0, x[None])[0]
     for x in jnp.asarray([0.0, 0.3, -0.3]):
         tanh = np.tanh(x / 2)
         rate = (1 - tanh**2) / 2
-        got = of(x), jax.grad(of)(x), jax.jacfwd(jax.grad(of))(x), jax.grad(jax.jacfwd(jax.grad(of)))(x)
-        expected = x / 2 + tanh / 2, 0.5 + rate / 2, -tanh * rate / 2, (-(rate**2) + tanh**2 * rate) / 2
+        got = (
+            of(x),
+            jax.grad(of)(x),
+            jax.jacfwd(jax.grad(of))(x),
+            jax.grad(jax.jacfwd(jax.grad(of)))(x),
+        )
+        expected = (
+            x / 2 + tanh / 2,
+            0.5 + rate / 2,
+            -tanh * rate / 2,
+            (-(rate**2) + tanh**2 * rate) / 2,
+        )
         chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_embedding_in_a_higher_dimension_changes_nothing():
-    """A plane inside six dimensions, the rest a point mass at zero: LAPACK's path, singular covariances, same numbers."""
+    """A plane inside six dimensions, the rest a point mass at zero: LAPACK's path, singular
+    covariances, same numbers.
+    """
     mixture, d = contracts.planar(), 6
     means = jnp.zeros((2, d)).at[:, :2].set(mixture.means)
     covs = jnp.zeros((2, d, d)).at[:, :2, :2].set(mixture.covs)
@@ -172,8 +233,12 @@ def test_embedding_in_a_higher_dimension_changes_nothing():
     padded = jnp.concatenate([x, jnp.zeros(d - 2)])
     small_post, large_post = mixture.condition(0.6, 0.3, x), large.condition(0.6, 0.3, padded)
     chex.assert_trees_all_close(large_post.weights, small_post.weights, atol=TOLERANCE)
-    chex.assert_trees_all_close(large_post.means, means.at[:, :2].set(small_post.means), atol=TOLERANCE)
-    chex.assert_trees_all_close(large_post.covs, covs.at[:, :2, :2].set(small_post.covs), atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        large_post.means, means.at[:, :2].set(small_post.means), atol=TOLERANCE
+    )
+    chex.assert_trees_all_close(
+        large_post.covs, covs.at[:, :2, :2].set(small_post.covs), atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("d", [2, 5])
@@ -195,9 +260,13 @@ def test_a_component_without_weight_takes_no_part():
     mixture = tj.GaussianMixture([0.0, 1.0], [[0.0, 0.0], [1.0, 2.0]], np.stack([np.eye(2)] * 2))
     alone = contracts.gaussian([1.0, 2.0], np.eye(2))
     x = point(2)
-    chex.assert_trees_all_close(mixture.denoise(0.4, 0.6, x), alone.denoise(0.4, 0.6, x), atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        mixture.denoise(0.4, 0.6, x), alone.denoise(0.4, 0.6, x), atol=TOLERANCE
+    )
     gradient = jax.jacobian(lambda x: mixture.denoise(0.4, 0.6, x))(x)
-    chex.assert_trees_all_close(gradient, jax.jacobian(lambda x: alone.denoise(0.4, 0.6, x))(x), atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        gradient, jax.jacobian(lambda x: alone.denoise(0.4, 0.6, x))(x), atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("d", [2, 5])
@@ -205,7 +274,10 @@ def test_single_precision_loses_only_what_the_map_itself_magnifies(d):
     single = contracts.random_mixture(3, d, seed=d, dtype=jnp.float32)
     double = jax.tree.map(lambda a: a.astype(jnp.float64), single)
     with_derivatives = jax.jit(
-        lambda m, *at: (m.denoise(*at), jax.jacobian(lambda *at: m.denoise(*at), argnums=(0, 1, 2))(*at))
+        lambda m, *at: (
+            m.denoise(*at),
+            jax.jacobian(lambda *at: m.denoise(*at), argnums=(0, 1, 2))(*at),
+        )
     )
     for t in (1e-3, 0.5, 0.999):
         alpha, sigma = jnp.float32(t), jnp.float32(1 - t)
@@ -244,9 +316,16 @@ def test_gradients_are_finite_for_isotropic_covariances(d):
     x = point(d)
 
     def loss(covs, t):
-        mixture = tj.GaussianMixture(jnp.asarray([0.5, 0.5]), jnp.ones((2, d)).at[0].set(-1.0), covs)
+        mixture = tj.GaussianMixture(
+            jnp.asarray([0.5, 0.5]), jnp.ones((2, d)).at[0].set(-1.0), covs
+        )
         post = mixture.condition(t, 1 - t, x)
-        return jnp.sum(mixture.denoise(t, 1 - t, x)) + mixture.log_prob(x) + jnp.sum(post.covs) + jnp.sum(post.cov())
+        return (
+            jnp.sum(mixture.denoise(t, 1 - t, x))
+            + mixture.log_prob(x)
+            + jnp.sum(post.covs)
+            + jnp.sum(post.cov())
+        )
 
     covs, half, loss = 0.5 * jnp.stack([jnp.eye(d)] * 2), jnp.asarray(0.5), jax.jit(loss)
     gradients = jax.grad(loss, argnums=(0, 1))(covs, half)
@@ -258,7 +337,9 @@ def test_gradients_are_finite_for_isotropic_covariances(d):
 
 def test_moments(mixture):
     chex.assert_trees_all_close(
-        (mixture.mean(), mixture.cov()), contracts.np_moments(*contracts.np_fields(mixture)), atol=TOLERANCE
+        (mixture.mean(), mixture.cov()),
+        contracts.np_moments(*contracts.np_fields(mixture)),
+        atol=TOLERANCE,
     )
 
 
@@ -275,7 +356,9 @@ def test_samples_of_a_singular_covariance_stay_on_its_plane():
     mixture = tj.GaussianMixture([1.0], [[1.0, 0.0, 0.0]], np.outer(direction, direction)[None])
     draws = np.asarray(mixture.sample(jax.random.key(2), 5000))
     along = (draws - [1.0, 0.0, 0.0]) @ direction / (direction @ direction)
-    np.testing.assert_allclose(draws, np.array([1.0, 0.0, 0.0]) + along[:, None] * direction, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        draws, np.array([1.0, 0.0, 0.0]) + along[:, None] * direction, atol=TOLERANCE
+    )
     contracts.assert_mean(along[:, None] ** 2, 1.0)
 
 
@@ -288,8 +371,12 @@ def test_under_jit_and_vmap_over_its_fields():
 
     together = jax.jit(jax.vmap(denoise))(scales)
     chex.assert_trees_all_close(together, jnp.stack([denoise(s) for s in scales]), atol=TOLERANCE)
-    stacked = jax.vmap(lambda s: tj.GaussianMixture(base.weights, base.means, s * base.covs))(scales)
-    chex.assert_trees_all_close(jax.vmap(lambda m: m.denoise(0.3, 0.7, x))(stacked), together, atol=TOLERANCE)
+    stacked = jax.vmap(lambda s: tj.GaussianMixture(base.weights, base.means, s * base.covs))(
+        scales
+    )
+    chex.assert_trees_all_close(
+        jax.vmap(lambda m: m.denoise(0.3, 0.7, x))(stacked), together, atol=TOLERANCE
+    )
 
 
 def test_weights_are_proportional_and_integers_are_numbers():
@@ -301,21 +388,28 @@ def test_weights_are_proportional_and_integers_are_numbers():
 @pytest.mark.parametrize("components", [1, 2])
 @pytest.mark.parametrize("narrow", [0.0, 1e-4])
 def test_narrow_directions_off_the_axes_in_single_precision(components, narrow):
-    """Where sigma is small C^-1 is large across the data: rounding must meet the residual there, not the state."""
+    """Where sigma is small C^-1 is large across the data: rounding must meet the residual there,
+    not the state.
+    """
     angle = np.asarray([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
     root, mean = angle * np.sqrt([1.0, narrow]), angle @ [0.0, 30.0]
     means = [mean, mean + angle @ [0.3, 0.0]][:components]
     mixture = tj.GaussianMixture(np.ones(components), means, [root @ root.T] * components)
-    single = tj.inputs.cast(mixture, jnp.float32)
+    single = tj._pytree.cast(mixture, jnp.float32)
     rng = np.random.default_rng(0)
     for sigma in (1e-2, 1e-3):
         alpha = np.float32(1 - sigma)
-        x = np.float32(alpha * (mean + rng.normal(size=(500, 2)) @ root.T) + sigma * rng.normal(size=(500, 2)))
+        x = np.float32(
+            alpha * (mean + rng.normal(size=(500, 2)) @ root.T) + sigma * rng.normal(size=(500, 2))
+        )
         by = lambda law, dtype, x=x, alpha=alpha, sigma=sigma: jax.vmap(
-            lambda x: law.denoise(jnp.asarray(alpha, dtype), jnp.asarray(np.float32(sigma), dtype), x)
+            lambda x: law.denoise(
+                jnp.asarray(alpha, dtype), jnp.asarray(np.float32(sigma), dtype), x
+            )
         )(jnp.asarray(x, dtype))
         exact = by(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), single), jnp.float64)
-        # What a residual of size sigma and a rounding of the covariance leave, over sigma^2; thirty times less than of the state.
+        # What a residual of size sigma and a rounding of the covariance leave, over sigma^2; thirty
+        # times less than of the state.
         assert (
             np.abs(np.asarray(by(single, jnp.float32), np.float64) - np.asarray(exact)).max()
             < 10 * np.finfo(np.float32).eps / sigma

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
-from tiltjax.selection import best_of_n
+from tiltjax.samplers import best_of_n
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2)))
 LOG_WEIGHTS = jnp.asarray([-2.0, 0.5, 1.0, -jnp.inf, 3.0, 0.0, -1.0])
@@ -24,7 +24,9 @@ def test_weights_mean_and_ess(shift):
     chex.assert_trees_all_close(particles.weights, w, rtol=1e-10)
     chex.assert_trees_all_close(particles.ess, 1 / np.sum(w**2), rtol=1e-10)
     chex.assert_trees_all_close(particles.mean(), w @ np.asarray(X), rtol=1e-10)
-    chex.assert_trees_all_close(particles.mean(lambda x: x[0] ** 2), w @ np.asarray(X)[:, 0] ** 2, rtol=1e-10)
+    chex.assert_trees_all_close(
+        particles.mean(lambda x: x[0] ** 2), w @ np.asarray(X)[:, 0] ** 2, rtol=1e-10
+    )
     assert len(particles) == 7
 
 
@@ -66,7 +68,9 @@ def test_one_particle_with_all_the_weight(where, dtype):
 
 
 def test_many_single_precision_weights_never_pick_one_without_weight():
-    """A float32 cumulative sum of 1e5 equal weights does not end at one; the last particles, of no weight, stay out."""
+    """A float32 cumulative sum of 1e5 equal weights does not end at one; the last particles, of no
+    weight, stay out.
+    """
     n = 100_000
     log_weights = jnp.zeros(n + 10, jnp.float32).at[n:].set(-jnp.inf)
     x = jnp.arange(n + 10, dtype=jnp.float32)[:, None]
@@ -75,7 +79,9 @@ def test_many_single_precision_weights_never_pick_one_without_weight():
 
 
 def test_resampling_keeps_single_precision():
-    assert Particles(X.astype(jnp.float32), LOG_WEIGHTS.astype(jnp.float32)).resample(jax.random.key(0)).shape == (7, 2)
+    assert Particles(X.astype(jnp.float32), LOG_WEIGHTS.astype(jnp.float32)).resample(
+        jax.random.key(0)
+    ).shape == (7, 2)
 
 
 @pytest.mark.parametrize("culprit", range(4))
@@ -96,9 +102,13 @@ def test_a_population_is_a_pytree():
 
 
 def test_means_of_conditions_and_counts_are_numbers():
-    particles = Particles(jnp.asarray([[-1.0], [1.0], [2.0], [3.0]]), jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1])))
+    particles = Particles(
+        jnp.asarray([[-1.0], [1.0], [2.0], [3.0]]), jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1]))
+    )
     for fn in (lambda x: x[0] > 0, lambda x: jnp.sum(x > 0)):
         np.testing.assert_allclose(particles.mean(fn), 0.6, rtol=1e-12)
-        np.testing.assert_allclose(particles.standard_error(fn), np.sqrt(0.16 * 0.36 + 0.16 * 0.14), rtol=1e-12)
+        np.testing.assert_allclose(
+            particles.standard_error(fn), np.sqrt(0.16 * 0.36 + 0.16 * 0.14), rtol=1e-12
+        )
     with pytest.raises(ValueError, match="weighted"):
         best_of_n(particles, lambda x: x[0], 2)

@@ -18,7 +18,10 @@ from tiltjax.mixtures import GaussianMixture
 from tiltjax.particles import Particles
 
 PLANE, LINE = ((-5.0, 5.0), (-4.0, 4.0)), (-5.0, 5.0)
-MIXTURES = {d: GaussianMixture([0.3, 0.7], [[-2.0] * d, [1.0] * d], 0.3 * jnp.stack([jnp.eye(d)] * 2)) for d in (1, 2)}
+MIXTURES = {
+    d: GaussianMixture([0.3, 0.7], [[-2.0] * d, [1.0] * d], 0.3 * jnp.stack([jnp.eye(d)] * 2))
+    for d in (1, 2)
+}
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
@@ -44,11 +47,13 @@ def test_contours_enclose_the_mass_they_name():
         np.testing.assert_allclose(got, np.sqrt(-2 * np.log(1 - mass)), atol=0.02)
 
 
-def test_curve_is_the_normalised_density():
+def test_curve_is_the_normalized_density():
     ax = axes()
     plotting.density_contours(ax, lambda x: 3 + MIXTURES[1].log_prob(x), LINE)
     x, y = ax.lines[0].get_data()
-    np.testing.assert_allclose(y, np.exp(jax.vmap(MIXTURES[1].log_prob)(jnp.asarray(x)[:, None])), atol=1e-5)
+    np.testing.assert_allclose(
+        y, np.exp(jax.vmap(MIXTURES[1].log_prob)(jnp.asarray(x)[:, None])), atol=1e-5
+    )
     assert ax.get_xlim() == LINE
 
 
@@ -75,7 +80,14 @@ def test_panel_in_the_plane_shows_samples_weights_and_paths():
     x, path = drawn(2)
     weights = np.arange(1.0, 51.0)
     ax = axes()
-    plotting.panel(ax, Particles(jnp.asarray(x), jnp.log(weights)), path=path, bounds=PLANE, title="T", note="N")
+    plotting.panel(
+        ax,
+        Particles(jnp.asarray(x), jnp.log(weights)),
+        path=path,
+        bounds=PLANE,
+        title="T",
+        note="N",
+    )
     dots = next(c for c in ax.collections if not isinstance(c, LineCollection))
     np.testing.assert_allclose(dots.get_offsets(), x)
     np.testing.assert_allclose(dots.get_sizes() / dots.get_sizes()[0], weights, rtol=1e-10)
@@ -119,15 +131,18 @@ def test_comparison_draws_every_panel_and_a_legend(d, tmp_path):
     bounds = LINE if d == 1 else PLANE
     names = ["a", "b", "c", "d", "e"]
     panels = [plotting.Panel(name, x, path, f"note {name}", name == "c") for name in names]
-    figure = plotting.comparison(panels, log_density=MIXTURES[d].log_prob, bounds=bounds, suptitle="Top")
+    figure = plotting.comparison(
+        panels, log_density=MIXTURES[d].log_prob, bounds=bounds, suptitle="Top"
+    )
     assert [ax.get_title(loc="left") for ax in figure.axes] == names
     assert [ax.texts[0].get_text() for ax in figure.axes] == [f"note {name}" for name in names]
-    title_colours = [ax._left_title.get_color() for ax in figure.axes]
-    assert title_colours == [plotting.GREEN if name == "c" else title_colours[0] for name in names]
+    title_colors = [ax._left_title.get_color() for ax in figure.axes]
+    assert title_colors == [plotting.GREEN if name == "c" else title_colors[0] for name in names]
     assert {ax.get_xlim() for ax in figure.axes} == {LINE}
     assert len(figure.legends[0].get_texts()) == 3
     assert figure.get_suptitle() == "Top"
-    # Numbers below where nothing else stands below: in a row of three, the third panel of five has an empty place there.
+    # Numbers below where nothing else stands below: in a row of three, the third panel of five has
+    # an empty place there.
     figure.draw_without_rendering()
     below = [ax.xaxis.get_major_ticks()[1].label1.get_visible() for ax in figure.axes]
     assert below == [False, False, True, True, True]
@@ -141,12 +156,20 @@ def test_comparison_without_density_or_paths():
     assert width == 10
 
 
-@pytest.mark.parametrize(("num", "columns"), [(1, 1), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 3), (10, 4), (12, 4)])
+@pytest.mark.parametrize(
+    ("num", "columns"), [(1, 1), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 3), (10, 4), (12, 4)]
+)
 def test_columns_leave_few_gaps(num, columns):
     x = np.zeros((2, 1))
     figure = plotting.comparison([plotting.Panel("", x)] * num, bounds=LINE)
     assert figure.axes[0].get_gridspec().ncols == columns
-    assert plotting.comparison([plotting.Panel("", x)] * num, bounds=LINE, columns=2).axes[0].get_gridspec().ncols == 2
+    assert (
+        plotting.comparison([plotting.Panel("", x)] * num, bounds=LINE, columns=2)
+        .axes[0]
+        .get_gridspec()
+        .ncols
+        == 2
+    )
 
 
 # --- files
@@ -184,7 +207,9 @@ def test_save_says_what_is_wrong_with_the_place(tmp_path):
 
 
 def test_save_into_a_folder_that_refuses(tmp_path, monkeypatch):
-    """The refusal is simulated: permissions do not bind an administrator, who may be running this test."""
+    """The refusal is simulated: permissions do not bind an administrator, who may be running this
+    test.
+    """
 
     def refuse(self, data):
         raise PermissionError(13, "Permission denied")
@@ -251,20 +276,49 @@ def quadratic(x):
 
 
 BAD = {
-    "bounds order": (lambda: plotting.panel(axes(), np.zeros((2, 1)), bounds=(1, 0), title=""), "low < high"),
+    "bounds order": (
+        lambda: plotting.panel(axes(), np.zeros((2, 1)), bounds=(1, 0), title=""),
+        "low < high",
+    ),
     "bounds shape": (lambda: plotting.contour_bounds(np.zeros(3)), r"x\[:, None\]"),
-    "three axes": (lambda: plotting.panel(axes(), np.zeros((2, 3)), bounds=[(0, 1)] * 3, title=""), "bounds must be"),
-    "samples": (lambda: plotting.panel(axes(), np.zeros((2, 3)), bounds=PLANE, title=""), r"\(n, 2\).*x\[:, :2\]"),
-    "no samples": (lambda: plotting.panel(axes(), np.zeros((0, 2)), bounds=PLANE, title=""), r"got \(0, 2\)"),
-    "nan": (lambda: plotting.panel(axes(), np.array([[0.0], [np.nan]]), bounds=LINE, title=""), "1 of 2 are not"),
+    "three axes": (
+        lambda: plotting.panel(axes(), np.zeros((2, 3)), bounds=[(0, 1)] * 3, title=""),
+        "bounds must be",
+    ),
+    "samples": (
+        lambda: plotting.panel(axes(), np.zeros((2, 3)), bounds=PLANE, title=""),
+        r"\(n, 2\).*x\[:, :2\]",
+    ),
+    "no samples": (
+        lambda: plotting.panel(axes(), np.zeros((0, 2)), bounds=PLANE, title=""),
+        r"got \(0, 2\)",
+    ),
+    "nan": (
+        lambda: plotting.panel(axes(), np.array([[0.0], [np.nan]]), bounds=LINE, title=""),
+        "1 of 2 are not",
+    ),
     "path": (
-        lambda: plotting.panel(axes(), np.zeros((2, 2)), path=np.zeros((3, 2)), bounds=PLANE, title=""),
+        lambda: plotting.panel(
+            axes(), np.zeros((2, 2)), path=np.zeros((3, 2)), bounds=PLANE, title=""
+        ),
         r"path must have shape \(steps \+ 1, n, 2\)",
     ),
-    "levels": (lambda: plotting.density_contours(axes(), quadratic, PLANE, levels=(0.5, 1.0)), "masses between"),
-    "vector": (lambda: plotting.density_contours(axes(), lambda x: x, PLANE), r"to a scalar, got \(2,\)"),
-    "nan density": (lambda: plotting.density_contours(axes(), lambda x: x[0] * jnp.nan, LINE), "not NaN"),
-    "no density": (lambda: plotting.density_contours(axes(), lambda x: x[0] * 0 - jnp.inf, LINE), "above -inf"),
+    "levels": (
+        lambda: plotting.density_contours(axes(), quadratic, PLANE, levels=(0.5, 1.0)),
+        "masses between",
+    ),
+    "vector": (
+        lambda: plotting.density_contours(axes(), lambda x: x, PLANE),
+        r"to a scalar, got \(2,\)",
+    ),
+    "nan density": (
+        lambda: plotting.density_contours(axes(), lambda x: x[0] * jnp.nan, LINE),
+        "not NaN",
+    ),
+    "no density": (
+        lambda: plotting.density_contours(axes(), lambda x: x[0] * 0 - jnp.inf, LINE),
+        "above -inf",
+    ),
     "no panels": (lambda: plotting.comparison([], bounds=LINE), "at least one Panel"),
 }
 
@@ -279,7 +333,9 @@ def test_bad_input_is_refused_with_a_reason(case):
 def test_an_audit_is_drawn(tmp_path):
     problem = tj.problems.get("gaussian")
     model = tj.Analytic(problem.prior)
-    report = tj.audit(jax.random.key(0), model, tj.dps(model, problem.reward, 0.8), num=200, steps=10)
+    report = tj.audit(
+        jax.random.key(0), model, tj.dps(model, problem.reward, 0.8), num=200, steps=10
+    )
     figure = plotting.audit(report)
     left, right = figure.axes
     assert sum(patch.get_height() for patch in left.patches) == 200
@@ -303,15 +359,24 @@ def test_the_frontier_fills_what_nothing_dominates():
     figure = plotting.frontier(marks, [[0, 2], [1, 1.5], [2, 0]], diversity="nats", suptitle="S")
     (ax,) = figure.axes
     dots = [c for c in ax.collections if not isinstance(c, LineCollection)]
-    np.testing.assert_allclose(np.concatenate([c.get_offsets() for c in dots]), [mark[1:3] for mark in marks])
+    np.testing.assert_allclose(
+        np.concatenate([c.get_offsets() for c in dots]), [mark[1:3] for mark in marks]
+    )
     white = [np.all(face == 1) for c in dots for face in c.get_facecolors()]
     assert white == [False, False, True]
     curve = next(line for line in ax.lines if line.get_label() == "exact tilts")
     np.testing.assert_allclose(curve.get_xydata(), [[0, 2], [1, 1.5], [2, 0]])
-    bars = np.concatenate([np.asarray(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)])
+    bars = np.concatenate(
+        [np.asarray(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)]
+    )
     lengths = sorted(np.round(np.abs(bars[:, 1] - bars[:, 0]).max(axis=1), 12))
     assert lengths == [0, 0, 0.1, 0.1, 0.2, 0.4]  # twice the standard errors
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["exact tilts", "base", "a", "b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "exact tilts",
+        "base",
+        "a",
+        "b",
+    ]
     assert (ax.get_xlabel(), ax.get_ylabel(), figure.get_suptitle()) == ("mean reward", "nats", "S")
 
 

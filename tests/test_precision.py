@@ -1,4 +1,5 @@
-"""Networks in bfloat16 under states in float32: the network keeps its own precision, everything around it that of the states.
+"""Networks in bfloat16 under states in float32: the network keeps its own precision, everything
+around it that of the states.
 
 Tier: exact, to the rounding of bfloat16 (8 bits: 2^-8) where the network's precision shows.
 """
@@ -18,7 +19,9 @@ TARGET = jnp.asarray([0.5, 1.0], jnp.float32)
 
 
 class Net(nnx.Module):
-    """A velocity network with parameters and computation in one dtype, for one state or for rows of them."""
+    """A velocity network with parameters and computation in one dtype, for one state or for rows of
+    them.
+    """
 
     def __init__(self, dtype):
         options = {"param_dtype": dtype, "dtype": dtype, "rngs": nnx.Rngs(0)}
@@ -59,7 +62,7 @@ def test_an_estimate_is_rounded_as_the_network_and_not_more(name, batched):
     """Of a plug-in also the gradient, through the network."""
 
     def call(m):
-        guidance = tj.inputs.cast(GUIDANCES[name](m), jnp.float32)
+        guidance = tj._pytree.cast(GUIDANCES[name](m), jnp.float32)
         return guidance(KEY, T, X, guidance.init(X))[0].tilted, guidance.model.denoise(T, X)
 
     half, single = jax.jit(call)(model(batched)), jax.jit(call)(model(batched, jnp.float32))
@@ -81,9 +84,15 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_states_stay_in_single_precision_around_a_network_in_half(name):
     m, guidance, solver = RUNS[name]()
-    assert {leaf.dtype for leaf in jax.tree.leaves(m.net) if eqx.is_inexact_array(leaf)} == {jnp.dtype(HALF)}
-    particles = tj.sample(KEY, m, None if guidance is None else guidance(m), num=3, steps=4, solver=solver)
+    assert {leaf.dtype for leaf in jax.tree.leaves(m.net) if eqx.is_inexact_array(leaf)} == {
+        jnp.dtype(HALF)
+    }
+    particles = tj.sample(
+        KEY, m, None if guidance is None else guidance(m), num=3, steps=4, solver=solver
+    )
     floating = {leaf.dtype for leaf in jax.tree.leaves(particles) if eqx.is_inexact_array(leaf)}
     assert floating == {jnp.dtype(jnp.float32)}
     assert np.all(np.isfinite(particles.x))
-    assert np.any(particles.x != particles.x.astype(HALF).astype(jnp.float32))  # no state is rounded to half
+    assert np.any(
+        particles.x != particles.x.astype(HALF).astype(jnp.float32)
+    )  # no state is rounded to half

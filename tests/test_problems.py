@@ -1,10 +1,12 @@
-"""Named problems: their normalising constants against quadrature. Tier: exact (to the digits given)."""
+"""Named problems: their normalizing constants against quadrature. Tier: exact (to the digits
+given).
+"""
 
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 
 from tiltjax import problems
 
@@ -20,14 +22,20 @@ def density(problem, points):
 
 
 def tilted(problem):
-    """A grid and the tilt's unnormalised density on it; a trapezoid is spectrally accurate for smooth problems."""
+    """A grid and the tilt's unnormalized density on it; a trapezoid is spectrally accurate for
+    smooth problems.
+    """
     if problem.prior.dim == 1:
         axes = [np.linspace(-14.0, 14.0, 28_001)]
     else:
         axes = [np.linspace(-9.0, 9.0, 721), np.linspace(-7.0, 9.0, 641)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
-    reward = np.asarray(jax.jit(jax.vmap(problem.reward))(jnp.asarray(points.reshape(-1, len(axes)))))
-    return axes, density(problem, points) * np.exp(problem.scale * reward.reshape(points.shape[:-1]))
+    reward = np.asarray(
+        jax.jit(jax.vmap(problem.reward))(jnp.asarray(points.reshape(-1, len(axes))))
+    )
+    return axes, density(problem, points) * np.exp(
+        problem.scale * reward.reshape(points.shape[:-1])
+    )
 
 
 def integral(axes, values):
@@ -37,7 +45,7 @@ def integral(axes, values):
 
 
 @pytest.mark.parametrize("name", [name for name in problems.NAMES if name not in ("step", "bump")])
-def test_the_log_normaliser_to_its_four_digits(name):
+def test_the_log_normalizer_to_its_four_digits(name):
     problem = problems.get(name)
     assert abs(np.log(integral(*tilted(problem))) - problem.log_norm) < 5.1e-5
 

@@ -1,21 +1,21 @@
 """The progress bar: silent when off, complete when on, under every transformation. Tier: exact."""
 
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 
 import tiltjax as tj
-from tiltjax import progress
+from tiltjax import _progress
 
 MODEL = tj.Analytic(contracts.planar())
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(progress, "_DELAY", 0.0)
-    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    monkeypatch.setattr(_progress, "_DELAY", 0.0)
+    monkeypatch.setattr(_progress, "_INTERVAL", 0.0)
 
 
 def scan(ticker, steps):
@@ -38,7 +38,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_bar_reaches_its_total(name, at_once, capfd):
-    with progress.bar("working", 5, enabled=True) as ticker:
+    with _progress.bar("working", 5, enabled=True) as ticker:
         TRANSFORMS[name](lambda x: x * scan(ticker, 5))(jnp.asarray(1.0))
     err = capfd.readouterr().err
     lines = err.split("\r\x1b[K")[1:]
@@ -47,43 +47,46 @@ def test_a_bar_reaches_its_total(name, at_once, capfd):
     assert done == sorted(done)
     assert "working" in lines[-1]
     assert err.endswith("\n")
-    assert not progress._running
+    assert not _progress._running
 
 
 def test_nothing_is_printed_when_off_or_quick(capfd):
-    with progress.bar("working", 5, enabled=False) as ticker:
+    with _progress.bar("working", 5, enabled=False) as ticker:
         scan(ticker, 5)
-    with progress.bar("working", 5, enabled=True) as ticker:  # over before the delay
+    with _progress.bar("working", 5, enabled=True) as ticker:  # over before the delay
         scan(ticker, 5)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
 def test_off_costs_no_callback():
-    with progress.bar("working", 5, enabled=False) as ticker:
+    with _progress.bar("working", 5, enabled=False) as ticker:
         assert "callback" not in str(jax.make_jaxpr(lambda: scan(ticker, 5))())
-    with progress.bar("working", 5, enabled=True) as ticker:
+    with _progress.bar("working", 5, enabled=True) as ticker:
         assert "callback" in str(jax.make_jaxpr(lambda: scan(ticker, 5))())
 
 
 def test_an_error_inside_closes_the_bar(at_once, capfd):
     def fail():
-        with progress.bar("working", 5, enabled=True) as ticker:
+        with _progress.bar("working", 5, enabled=True) as ticker:
             jax.block_until_ready(scan(ticker, 3))
             jax.effects_barrier()
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
         fail()
-    assert not progress._running
+    assert not _progress._running
     err = capfd.readouterr().err
     assert "3/5" in err
     assert err.endswith("\n")
-    progress._advance(np.asarray(10**6), np.asarray(1))  # a tick after the end is ignored
+    _progress._advance(np.asarray(10**6), np.asarray(1))  # a tick after the end is ignored
 
 
 def test_two_bars_keep_apart(at_once, capfd):
-    with progress.bar("first", 2, enabled=True) as a, progress.bar("second", 3, enabled=True) as b:
+    with (
+        _progress.bar("first", 2, enabled=True) as a,
+        _progress.bar("second", 3, enabled=True) as b,
+    ):
         scan(a, 2)
         scan(b, 3)
     err = capfd.readouterr().err
@@ -92,7 +95,9 @@ def test_two_bars_keep_apart(at_once, capfd):
 
 
 def test_the_verb_shows_it_and_does_not_change_its_numbers(at_once, capfd):
-    run = lambda progress, seed=0: tj.sample(jax.random.key(seed), MODEL, num=3, steps=4, progress=progress).x
+    run = lambda progress, seed=0: (
+        tj.sample(jax.random.key(seed), MODEL, num=3, steps=4, progress=progress).x
+    )
     quiet = run(False)
     assert capfd.readouterr().err == ""
     np.testing.assert_array_equal(run(True), quiet)

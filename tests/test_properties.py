@@ -1,15 +1,17 @@
-"""What holds exactly, whatever the numbers: searched for counterexamples by Hypothesis. Tier: exact.
+"""What holds exactly, whatever the numbers: searched for counterexamples by Hypothesis. Tier:
+exact.
 
-Numbers are drawn and shapes are few, so that one program serves all examples of a property. The search is the same every time.
+Numbers are drawn and shapes are few, so that one program serves all examples of a property. The
+search is the same every time.
 """
 
 import functools
 
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +51,9 @@ def mixtures(draw):
 def moved(mixture, matrix, shift):
     """The law of `matrix X + shift`."""
     covs = matrix @ mixture.covs @ matrix.T
-    return tj.GaussianMixture(mixture.weights, mixture.means @ matrix.T + shift[None], (covs + covs.mT) / 2)
+    return tj.GaussianMixture(
+        mixture.weights, mixture.means @ matrix.T + shift[None], (covs + covs.mT) / 2
+    )
 
 
 def unit(mixture):
@@ -59,7 +63,9 @@ def unit(mixture):
 
 def reward_for(mixture, seed=0):
     """A quadratic one, of order one on the mixture."""
-    return rewards.Quadratic(mixture.mean() + unit(mixture) * points(seed, D), 1 / unit(mixture) ** 2)
+    return rewards.Quadratic(
+        mixture.mean() + unit(mixture) * points(seed, D), 1 / unit(mixture) ** 2
+    )
 
 
 # Mixtures and their closed forms.
@@ -83,7 +89,9 @@ def seen(mixture, t, x):
 @few
 @given(mixtures(), seeds, times, st.permutations(range(K)))
 def test_components_have_no_order(mixture, seed, t, order):
-    other = tj.GaussianMixture(*(part[np.asarray(order)] for part in (mixture.weights, mixture.means, mixture.covs)))
+    other = tj.GaussianMixture(
+        *(part[np.asarray(order)] for part in (mixture.weights, mixture.means, mixture.covs))
+    )
     x = mixture.mean() + unit(mixture) * points(seed, D)
     for a, b in zip(seen(mixture, t, x), seen(other, t, x), strict=True):
         close(a, b, atol=1e-9 * float(unit(mixture)) ** 2)
@@ -104,8 +112,14 @@ def test_a_denoiser_turns_and_shifts_with_the_data(mixture, seed, t):
 def test_a_denoiser_grows_with_the_data_and_the_noise(mixture, seed, t, factor):
     x = points(seed, D) * unit(mixture)
     zero = jnp.zeros(D)
-    there = tj.Analytic(moved(mixture, factor * jnp.eye(D), zero), tj.Linear(factor)).denoise(t, factor * x)
-    close(there, factor * tj.Analytic(mixture).denoise(t, x), atol=1e-8 * factor * float(unit(mixture) + 1))
+    there = tj.Analytic(moved(mixture, factor * jnp.eye(D), zero), tj.Linear(factor)).denoise(
+        t, factor * x
+    )
+    close(
+        there,
+        factor * tj.Analytic(mixture).denoise(t, x),
+        atol=1e-8 * factor * float(unit(mixture) + 1),
+    )
 
 
 @few
@@ -124,7 +138,9 @@ def test_tilts_add_up(mixture, seed, one, two):
 def test_a_tilt_turns_and_shifts_with_prior_and_reward(mixture, seed, scale):
     reward, q, shift = reward_for(mixture, seed), rotation(seed), unit(mixture) * points(seed, D)
     here = theory.tilt(mixture, reward, scale)
-    there = theory.tilt(moved(mixture, q, shift), rewards.Quadratic(q @ reward.target + shift, reward.weight), scale)
+    there = theory.tilt(
+        moved(mixture, q, shift), rewards.Quadratic(q @ reward.target + shift, reward.weight), scale
+    )
     close(there.log_norm, here.log_norm, atol=1e-8)
     close(there.mixture.mean(), q @ here.mixture.mean() + shift, atol=1e-8 * float(unit(mixture)))
 
@@ -138,22 +154,31 @@ def test_at_scale_zero_there_is_no_tilt(mixture, seed, t):
     close(tilt.mixture.mean(), mixture.mean(), atol=1e-12 * float(unit(mixture)))
     close(theory.log_h(mixture, reward, 0.0)(jnp.asarray(t), x), 0, atol=1e-12)
     model = tj.Analytic(mixture)
-    close(tj.Tilted(model, reward, 0.0).denoise(jnp.asarray(t), x), model.denoise(jnp.asarray(t), x), atol=1e-9)
+    close(
+        tj.Tilted(model, reward, 0.0).denoise(jnp.asarray(t), x),
+        model.denoise(jnp.asarray(t), x),
+        atol=1e-9,
+    )
 
 
 @few
 @given(mixtures(), seeds, scales, times)
 def test_single_precision_says_the_same(mixture, seed, scale, t):
     reward, x = reward_for(mixture, seed), mixture.mean() + points(seed, D) * unit(mixture)
-    low = tj.inputs.cast((mixture, reward), jnp.float32)
+    low = tj._pytree.cast((mixture, reward), jnp.float32)
     wide, narrow = theory.tilt(mixture, reward, scale), theory.tilt(*low, scale)
     assert narrow.log_norm.dtype == jnp.float32
     close(narrow.log_norm, wide.log_norm, rtol=1e-4, atol=1e-3)
     close(narrow.mixture.mean(), wide.mixture.mean(), rtol=1e-4, atol=1e-3 * float(unit(mixture)))
-    model = tj.inputs.cast(tj.Analytic(low[0]), jnp.float32)
+    model = tj._pytree.cast(tj.Analytic(low[0]), jnp.float32)
     here = model.denoise(jnp.asarray(t, jnp.float32), x.astype(jnp.float32))
     assert here.dtype == jnp.float32
-    close(here, tj.Analytic(mixture).denoise(jnp.asarray(t), x), rtol=1e-3, atol=1e-3 * float(unit(mixture)))
+    close(
+        here,
+        tj.Analytic(mixture).denoise(jnp.asarray(t), x),
+        rtol=1e-3,
+        atol=1e-3 * float(unit(mixture)),
+    )
 
 
 # Guidances.
@@ -171,7 +196,9 @@ def compiled(name):
     build = GUIDANCES[name]
 
     def one(scale, key, t, x):
-        guidance = build(tj.Analytic(contracts.planar()), rewards.Quadratic(contracts.TARGET), scale)
+        guidance = build(
+            tj.Analytic(contracts.planar()), rewards.Quadratic(contracts.TARGET), scale
+        )
         return guidance(key, t, x, guidance.init(x))[0]
 
     return jax.jit(one), jax.jit(jax.vmap(one, (None, 0, None, 0)))
@@ -205,13 +232,18 @@ def guided(scale):
 @fewer
 @given(seeds, st.floats(0.1, 3.0))
 def test_a_particle_depends_on_its_index_and_the_key_alone(seed, scale):
-    run = lambda num, **over: tj.sample(jax.random.key(seed), MODEL, guided(scale), num=num, steps=STEPS, **over).x
+    run = lambda num, **over: (
+        tj.sample(jax.random.key(seed), MODEL, guided(scale), num=num, steps=STEPS, **over).x
+    )
     whole = run(5)
     np.testing.assert_array_equal(whole, run(5))
     close(run(3), whole[:3], atol=1e-10)
     close(run(5, batch=2), whole, atol=1e-10)
     assert np.all(np.abs(whole - np.roll(whole, 1, axis=0)) > 0)
-    assert np.all(np.asarray(tj.sample(jax.random.key(seed + 1), MODEL, guided(scale), num=5, steps=STEPS).x) != whole)
+    assert np.all(
+        np.asarray(tj.sample(jax.random.key(seed + 1), MODEL, guided(scale), num=5, steps=STEPS).x)
+        != whole
+    )
 
 
 @fewer
@@ -223,7 +255,7 @@ def test_without_a_scale_verbs_leave_the_base(seed):
     close(particles.log_norm, 0, atol=1e-12)
     close(particles.weights, 1 / NUM, atol=1e-12)
     # Neither weighs what is the same everywhere.
-    constant = tj.smc(key, MODEL, tj.dps(MODEL, rewards.Linear(jnp.zeros(D)), 2.0), **grid)
+    constant = tj.smc(key, MODEL, tj.dps(MODEL, rewards.LinearReward(jnp.zeros(D)), 2.0), **grid)
     close(constant.log_norm, 0, atol=1e-12)
 
 
@@ -247,7 +279,9 @@ def test_selection_knows_rewards_by_their_order(seed, factor, shift):
     offset = rewards.as_reward(lambda x: factor * GOAL(x) + shift)
     np.testing.assert_array_equal(tj.best_of_n(particles, offset, 3).x, best)
     np.testing.assert_array_equal(tj.best_of_n(particles, GOAL, 1).x, particles.x)
-    np.testing.assert_array_equal(tj.softmax_of_n(jax.random.key(seed), particles, GOAL, 1, 2.0).x, particles.x)
+    np.testing.assert_array_equal(
+        tj.softmax_of_n(jax.random.key(seed), particles, GOAL, 1, 2.0).x, particles.x
+    )
     cold = tj.softmax_of_n(jax.random.key(seed), particles, GOAL, 3, 1e9).x
     np.testing.assert_array_equal(cold, best)
 
@@ -255,7 +289,7 @@ def test_selection_knows_rewards_by_their_order(seed, factor, shift):
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic", "residual", "ssp"])
 @few
 @given(seed=seeds, spread=st.floats(0.0, 30.0), shift=st.floats(-1e3, 1e3))
-def test_ancestors_do_not_see_the_normalisation(scheme, seed, spread, shift):
+def test_ancestors_do_not_see_the_normalization(scheme, seed, spread, shift):
     resample, log_weights = getattr(resampling, scheme), spread * points(seed, 7)
     ancestors = np.asarray(resample(jax.random.key(seed), log_weights, 5))
     assert ancestors.shape == (5,)
@@ -273,8 +307,11 @@ def test_ancestors_do_not_see_the_normalisation(scheme, seed, spread, shift):
 @given(seeds, st.floats(-3.0, 3.0), st.floats(0.01, 5.0))
 def test_the_algebra_of_rewards(seed, factor, weight):
     x, y, a = points(seed, 3, D)
-    scalar, linear = rewards.Quadratic(y, weight), rewards.Linear(a)
-    for other in (rewards.Quadratic(y, weight * jnp.ones(D)), rewards.Quadratic(y, weight * jnp.eye(D))):
+    scalar, linear = rewards.Quadratic(y, weight), rewards.LinearReward(a)
+    for other in (
+        rewards.Quadratic(y, weight * jnp.ones(D)),
+        rewards.Quadratic(y, weight * jnp.eye(D)),
+    ):
         close(other(x), scalar(x), rtol=1e-12)
     both = factor * scalar - linear
     close(both(x), factor * scalar(x) - linear(x), rtol=1e-12, atol=1e-12)
@@ -319,8 +356,8 @@ def test_particles_survive_a_file(tmp_path_factory, dtype, seed, shape, weighed)
     log_weights = points(seed, 2).astype(weight_dtype(jnp.dtype(dtype)))
     particles = Particles(x, log_weights, log_weights[0]) if weighed else unweighted(x)
     file = tmp_path_factory.mktemp("particles") / "saved"
-    tj.save(particles, file)
-    again = tj.load(file)
+    tj.particles.save(particles, file)
+    again = tj.particles.load(file)
     assert jax.tree.structure(again) == jax.tree.structure(particles)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(particles), strict=True):
         assert a.dtype == b.dtype

@@ -1,4 +1,6 @@
-"""Resampling: every scheme is unbiased, keeps to floor or ceil where it says so, and survives adversarial weights. Tier: statistical, exact."""
+"""Resampling: every scheme is unbiased, keeps to floor or ceil where it says so, and survives
+adversarial weights. Tier: statistical, exact.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ import pytest
 import tiltjax as tj
 from tiltjax import resampling
 
-SCHEMES = {name: getattr(resampling, name) for name in ("multinomial", "stratified", "systematic", "residual", "ssp")}
+SCHEMES = {
+    name: getattr(resampling, name)
+    for name in ("multinomial", "stratified", "systematic", "residual", "ssp")
+}
 WEIGHTS = np.array([0.31, 0.02, 0.0, 0.2, 0.07, 0.25, 0.15])
 RUNS = 20_000
 
@@ -38,7 +43,8 @@ def test_offspring_are_unbiased(name, num):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_points_are_independent_of_the_slot(name):
-    # Pairs of different particles: too many shared ancestors, or too few, would show in the second moments of the counts.
+    # Pairs of different particles: too many shared ancestors, or too few, would show in the second
+    # moments of the counts.
     counts = offspring(SCHEMES[name], jnp.zeros(6), 6)
     covariance = np.cov(counts.T)
     assert np.all(np.abs(covariance.sum(axis=0)) < 1e-9)
@@ -88,35 +94,42 @@ def test_effective_sample_sizes():
     log_weights = jnp.log(jnp.asarray([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(effective(log_weights), 36 / 14, rtol=1e-12)
     np.testing.assert_allclose(effective(jnp.zeros(5) - 1e5), 5, rtol=1e-9)
-    # Equal factors are even whatever the weights were; after equal weights it is the effective sample size.
+    # Equal factors are even whatever the weights were; after equal weights it is the effective
+    # sample size.
     np.testing.assert_allclose(conditional_effective(log_weights, jnp.full(3, 7.0)), 3, rtol=1e-12)
-    np.testing.assert_allclose(conditional_effective(jnp.zeros(3), log_weights), 36 / 14, rtol=1e-12)
+    np.testing.assert_allclose(
+        conditional_effective(jnp.zeros(3), log_weights), 36 / 14, rtol=1e-12
+    )
 
 
 def test_particles_are_saved_and_read_again(tmp_path):
     model = tj.Analytic(tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]]))
     guidance = tj.dps(model, tj.rewards.Quadratic([1.0]), 0.3)
     weighted = tj.smc(jax.random.key(0), model, guidance, num=30, steps=5)
-    plain = tj.sample(jax.random.key(0), model, num=3, steps=3, save_path=True)
+    plain = tj.sample(jax.random.key(0), model, num=3, steps=3, save_trajectory=True)
     narrow = tj.Particles(jnp.ones((3, 2), jnp.bfloat16) / 3, jnp.zeros(3))
     for i, particles in enumerate((weighted, plain, narrow)):
-        tj.save(particles, tmp_path / f"{i}")
-        again = tj.load(tmp_path / f"{i}")
+        tj.particles.save(particles, tmp_path / f"{i}")
+        again = tj.particles.load(tmp_path / f"{i}")
         assert jax.tree.structure(again) == jax.tree.structure(particles)
         for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(particles), strict=True):
             assert one.dtype == other.dtype
-            np.testing.assert_array_equal(np.asarray(one, np.float64), np.asarray(other, np.float64))
+            np.testing.assert_array_equal(
+                np.asarray(one, np.float64), np.asarray(other, np.float64)
+            )
     np.savez(tmp_path / "other.npz", a=np.ones(2))
     np.save(tmp_path / "array.npy", np.ones(2))
     (tmp_path / "text").write_text("nothing")
     for name in ("other.npz", "array.npy", "text"):
         with pytest.raises(ValueError, match="holds no particles"):
-            tj.load(tmp_path / name)
+            tj.particles.load(tmp_path / name)
 
 
 def test_the_last_point_is_never_handed_to_a_weight_of_zero(monkeypatch):
     # The largest offset there is, where a difference of single precision rounds up.
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.full(shape, 1 - 2.0**-24, dtype))
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, dtype: jnp.full(shape, 1 - 2.0**-24, dtype)
+    )
     log_weights = jnp.zeros(1000, jnp.float32).at[-100:].set(-jnp.inf)
     assert int(resampling.systematic(jax.random.key(0), log_weights)[-1]) == 899
 

@@ -1,14 +1,16 @@
-"""States of any shape: an image is its pixels, for every guidance, posterior, scale law and solver, in both precisions.
+"""States of any shape: an image is its pixels, for every guidance, posterior, scale law and solver,
+in both precisions.
 
-The law is `N(0, s^2 I)` on (4, 4, 3), by a denoiser that knows nothing of the shape; its tilt by a quadratic reward is a Gaussian, so that
-the exact methods are judged by value, and all others by the same model on the 48 pixels in a row. Tiers: exact (float64, 1e-9), statistical.
+The law is `N(0, s^2 I)` on (4, 4, 3), by a denoiser that knows nothing of the shape; its tilt by a
+quadratic reward is a Gaussian, so that the exact methods are judged by value, and all others by the
+same model on the 48 pixels in a row. Tiers: exact (float64, 1e-9), statistical.
 """
 
-import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 
 import tiltjax as tj
 
@@ -43,7 +45,10 @@ def log_h(shape):
         variance, y = jnp.asarray(STD**2, x.dtype), Y.reshape(shape).astype(x.dtype)
         noisy = t**2 * variance + (1 - t) ** 2
         m, v = t * variance / noisy * x, variance * (1 - t) ** 2 / noisy
-        return -SCALE * jnp.sum((m - y) ** 2) / (1 + 2 * SCALE * v) - SIZE * jnp.log1p(2 * SCALE * v) / 2
+        return (
+            -SCALE * jnp.sum((m - y) ** 2) / (1 + 2 * SCALE * v)
+            - SIZE * jnp.log1p(2 * SCALE * v) / 2
+        )
 
     return value
 
@@ -56,7 +61,7 @@ POSTERIORS = {
     "tweedie": tj.Tweedie,
     "glass": lambda m: tj.Glass(m, 3),
     "flow map": lambda m: tj.FlowMap(m, 3),
-    "renoise": lambda m: tj.Renoise(m, 1.5, 3),
+    "renoise": lambda m: tj.posteriors.Renoise(m, 1.5, 3),
 }
 EXACT = {
     "doob": lambda m: tj.Doob(m, log_h(m.shape)),
@@ -64,23 +69,32 @@ EXACT = {
     "self-damped": lambda m: tj.dps(m, reward(m.shape), tj.SelfDamped(SCALE, m)),
     "laplace": lambda m: tj.Laplace(m, function(m.shape), SCALE),
     "conjugate": lambda m: tj.Conjugate(m, reward(m.shape), SCALE),
-    "toward": lambda m: tj.toward(m, tj.Tilted(m, reward(m.shape), SCALE), reward(m.shape), SCALE),
-    "tuned": lambda m: tj.Tuned(m, tj.Tilted(m, reward(m.shape), SCALE), reward=reward(m.shape), scale=SCALE),
+    "toward": lambda m: tj.guidance.toward(
+        m, tj.Tilted(m, reward(m.shape), SCALE), reward(m.shape), SCALE
+    ),
+    "tuned": lambda m: tj.Tuned(
+        m, tj.Tilted(m, reward(m.shape), SCALE), reward=reward(m.shape), scale=SCALE
+    ),
 }
 GUIDANCES = (
     EXACT
-    | {f"{name} draws": lambda m, p=p: tj.PlugIn(p(m), function(m.shape), SCALE, k=2) for name, p in POSTERIORS.items()}
     | {
-        "fmrg": lambda m: tj.fmrg(m, reward(m.shape), SCALE, steps=3),
-        "clipped": lambda m: tj.Clipped(tj.dps(m, reward(m.shape), SCALE), 0.5),
-        "normalized": lambda m: tj.Normalized(tj.dps(m, reward(m.shape), SCALE), 0.5),
+        f"{name} draws": lambda m, p=p: tj.PlugIn(p(m), function(m.shape), SCALE, k=2)
+        for name, p in POSTERIORS.items()
+    }
+    | {
+        "fmrg": lambda m: tj.fmrg(m, reward(m.shape), SCALE, inner_steps=3),
+        "clipped": lambda m: tj.guidance.wrappers.Clipped(tj.dps(m, reward(m.shape), SCALE), 0.5),
+        "normalized": lambda m: tj.guidance.wrappers.Normalized(
+            tj.dps(m, reward(m.shape), SCALE), 0.5
+        ),
         "fitted": lambda m: tj.Conjugate(m, function(m.shape), SCALE, iterations=2, variance=table),
     }
 )
 
 
 def estimate(name, shape, dtype):
-    guidance = tj.inputs.cast(GUIDANCES[name](model(shape, dtype)), dtype)
+    guidance = tj._pytree.cast(GUIDANCES[name](model(shape, dtype)), dtype)
     t, x = T.astype(dtype), X.reshape(shape).astype(dtype)
     return guidance(KEY, t, x, guidance.init(x)), guidance.log_tilt(x)
 
@@ -92,7 +106,9 @@ def assert_single(tree, shape):
 
 @pytest.mark.parametrize("name", sorted(GUIDANCES.keys() - EXACT.keys()))
 def test_an_image_is_its_pixels(name):
-    image, pixels = jax.jit(lambda: [estimate(name, shape, jnp.float64) for shape in (SHAPE, (SIZE,))])()
+    image, pixels = jax.jit(
+        lambda: [estimate(name, shape, jnp.float64) for shape in (SHAPE, (SIZE,))]
+    )()
     assert image[0][0].tilted.shape == SHAPE
     for a, b in zip(jax.tree.leaves(image), jax.tree.leaves(pixels), strict=True):
         np.testing.assert_allclose(a.reshape(-1), b.reshape(-1), rtol=1e-9, atol=1e-9)
@@ -108,7 +124,9 @@ def test_exact_methods_are_exact_on_images(name, dtype):
     truth = mean + 0.4 * v / (0.4**2 * v + 0.6**2) * (x - 0.4 * mean)
     (estimated, _), tilt = jax.jit(lambda: estimate(name, SHAPE, dtype))()
     np.testing.assert_allclose(tilt, -SCALE * np.sum((X - Y) ** 2), rtol=1e-5)
-    np.testing.assert_allclose(estimated.tilted, truth.reshape(SHAPE), atol=1e-9 if dtype == jnp.float64 else 1e-5)
+    np.testing.assert_allclose(
+        estimated.tilted, truth.reshape(SHAPE), atol=1e-9 if dtype == jnp.float64 else 1e-5
+    )
 
 
 SOLVERS = contracts.all_solvers()
@@ -118,7 +136,9 @@ STARTS = jax.random.normal(KEY, (3, SIZE))
 def run(solver, shape, dtype):
     m = model(shape, dtype)
     guidance, start = tj.dps(m, reward(shape), tj.Damped(SCALE, STD)), STARTS.reshape(3, *shape)
-    return tj.sample(KEY, m, guidance, num=3, times=[1e-3, 0.5, 1.0], start=start, solver=SOLVERS[solver]).x
+    return tj.sample(
+        KEY, m, guidance, num=3, times=[1e-3, 0.5, 1.0], start=start, solver=SOLVERS[solver]
+    ).x
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -135,9 +155,14 @@ def test_a_solver_with_noise_moves_an_image_as_its_pixels():
 
 def test_the_flow_of_images_is_that_of_the_tilt():
     """`Damped` is exact here, so that `Adaptive` follows the closed-form flow of the tilt."""
-    mean, width = 2 * SCALE * TILTED_VARIANCE * np.asarray(Y), np.hypot(1 - 1e-3, 1e-3 * TILTED_VARIANCE**0.5)
+    mean, width = (
+        2 * SCALE * TILTED_VARIANCE * np.asarray(Y),
+        np.hypot(1 - 1e-3, 1e-3 * TILTED_VARIANCE**0.5),
+    )
     truth = mean + TILTED_VARIANCE**0.5 / width * (np.asarray(STARTS) - 1e-3 * mean)
-    np.testing.assert_allclose(run("adaptive", SHAPE, jnp.float32), truth.reshape(3, *SHAPE), atol=1e-3)
+    np.testing.assert_allclose(
+        run("adaptive", SHAPE, jnp.float32), truth.reshape(3, *SHAPE), atol=1e-3
+    )
 
 
 # Verbs.
@@ -148,7 +173,9 @@ def test_gibbs_samples_an_anisotropic_tilt_of_images():
     weight, num, steps = jnp.linspace(0.5, 1.5, SIZE).reshape(SHAPE), 500, 25
     y = Y.reshape(SHAPE)
     anisotropic = lambda x: -jnp.sum(weight.astype(x.dtype) * (x - y.astype(x.dtype)) ** 2)
-    particles, _ = tj.gibbs(KEY, model(SHAPE, jnp.float32), anisotropic, SCALE, num=num, steps=steps)
+    particles, _ = tj.gibbs(
+        KEY, model(SHAPE, jnp.float32), anisotropic, SCALE, num=num, steps=steps
+    )
     assert particles.x.shape == (num, *SHAPE)
     assert particles.x.dtype == jnp.float32
     x = np.asarray(particles.x, np.float64)
@@ -175,6 +202,8 @@ def test_selection_of_images(dtype):
     winners = np.arange(4) * 3 + values.argmax(axis=1)
     for chosen in (
         tj.best_of_n(particles, reward(SHAPE), 3),
-        tj.softmax_of_n(KEY, particles, reward(SHAPE), 3, 1e4),  # at this scale a softmax is a maximum
+        tj.softmax_of_n(
+            KEY, particles, reward(SHAPE), 3, 1e4
+        ),  # at this scale a softmax is a maximum
     ):
         np.testing.assert_array_equal(chosen.x, x[winners])

@@ -1,25 +1,46 @@
 r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 
-What a sampler should produce (`tilt`, `log_h`), and what it will: guided flows in the limit of small steps (`plug_in_law`, `sde_law`,
-`fmrg_law`; on the line also between modes, `mean_drift_law`) and at any number of them (`discrete_law`), selection (`best_of_n`,
-`softmax_of_n`), and what importance weights make of a guided diffusion (`path_law`). Of sequences of
-tokens all is enumerated (`token_tilt`). How far apart two mixtures are: `w2_bounds`. `log Z` from mean rewards, computed or measured: `thermodynamic_integral`, `thermodynamic_bracket`. All of it together: `recommend`, the method predicted closest to the tilt within a budget. Nothing here runs a sampler; laws of guided
-flows come back as `tiltjax.GaussianMixture`, except that of more than one draw (`DrawsLaw`) and that of a mean drift (`MeanDriftLaw`).
+What a sampler should produce (`tilt`, `log_h`), and what it will: guided flows in the limit of
+small steps (`plug_in_law`, `sde_law`, `fmrg_law`; on the line also between modes, `mean_drift_law`)
+and at any number of them (`discrete_law`), selection (`best_of_n`, `softmax_of_n`), and what
+importance weights make of a guided diffusion (`path_law`). Of sequences of tokens all is enumerated
+(`token_tilt`). How far apart two mixtures are: `w2_bounds`. `log Z` from mean rewards, computed or
+measured: `thermodynamic_integral`, `thermodynamic_bracket`. All of it together: `recommend`, the
+method predicted closest to the tilt within a budget. Nothing here runs a sampler; laws of guided
+flows come back as `tiltjax.GaussianMixture`, except that of more than one draw (`DrawsLaw`) and
+that of a mean drift (`MeanDriftLaw`).
 """
 
 from theory import quadrature, tokens
-from theory.bias import fmrg_law, plug_in_law, sde_law
-from theory.discrete import AffineField, discrete_law, doob_field, dps_field, fmrg_field, plug_in_field
-from theory.doob import log_h, marginal
-from theory.draws import DrawsLaw
+from theory.distances import W2Bounds, overlap, w2_bounds
+from theory.finite_steps import (
+    AffineField,
+    discrete_law,
+    doob_field,
+    dps_field,
+    fmrg_field,
+    plug_in_field,
+)
+from theory.flow_laws import fmrg_law, plug_in_law, sde_law
+from theory.many_draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
-from theory.paths import PathLaw, path_law, path_limit
+from theory.path_weights import PathLaw, path_law, path_limit
 from theory.planner import Option, Plan, matching_k, recommend
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
-from theory.thermodynamic import LogNorm, thermodynamic_bracket, thermodynamic_integral
-from theory.tilts import Tilt, bures, expected_reward, is_quadratic, quadratic_form, tilt
+from theory.tilts import (
+    LogNorm,
+    Tilt,
+    bures,
+    expected_reward,
+    is_quadratic,
+    log_h,
+    marginal,
+    quadratic_form,
+    thermodynamic_bracket,
+    thermodynamic_integral,
+    tilt,
+)
 from theory.tokens import TokenLaw, pair_log_norm, token_log_h, token_tilt
-from theory.transport import W2Bounds, overlap, w2_bounds
 
 __all__ = [
     "tilt",

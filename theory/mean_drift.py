@@ -1,13 +1,17 @@
-r"""The law of a flow guided by the *mean* drift, on the line and for any Gaussian mixture, between modes as well as inside of them.
+r"""The law of a flow guided by the *mean* drift, on the line and for any Gaussian mixture, between
+modes as well as inside of them.
 
-A guided flow `dx/dt = b + (g^2 / 2) ∇ log h` whose guidance is random (fresh draws of X_1 at every step) follows the mean of its drift
-in the limit of small steps. `plug_in_law` solves that flow for one Gaussian, and for a mixture assumes that the draws never change
-component as x moves. Here nothing is assumed: with `kappa = alpha / sigma` (the root of the signal-to-noise ratio) and `u = x / sigma`,
+A guided flow `dx/dt = b + (g^2 / 2) ∇ log h` whose guidance is random (fresh draws of X_1 at every
+step) follows the mean of its drift in the limit of small steps. `plug_in_law` solves that flow for
+one Gaussian, and for a mixture assumes that the draws never change component as x moves. Here
+nothing is assumed: with `kappa = alpha / sigma` (the root of the signal-to-noise ratio) and
+`u = x / sigma`,
 
     du/dkappa = M(u),    u = N(0, 1) at kappa = 0,    X_1 = lim u / kappa,
 
-because `g^2 / 2 = kappa' sigma^3 / alpha` for the memoryless g and `E[X_1 | x] + (sigma^2 / alpha) ∇ log h` is the guided denoiser M. No
-interpolant appears in it, and with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
+because `g^2 / 2 = kappa' sigma^3 / alpha` for the memoryless g and
+`E[X_1 | x] + (sigma^2 / alpha) ∇ log h` is the guided denoiser M. No interpolant appears in it, and
+with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
 
 | drift | M |
 |---|---|
@@ -15,19 +19,22 @@ interpolant appears in it, and with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) 
 | `dps_drift`: guidance `scale ∇ r(D(x))`, `D = E[X_1 \| x]` | `D + scale r'(D) Var(X_1 \| x)` |
 | `doob_drift`: guidance `∇ log E[exp(scale r(X_1)) \| x]` | `E[X_1 exp(scale r(X_1)) \| x] / E[exp(scale r(X_1)) \| x]`: the tilt |
 
-For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second part moves mass between modes: it lives where
-the posterior weights `p_k` are undecided, a narrow strip, in which it is large.
+For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second part moves
+mass between modes: it lives where the posterior weights `p_k` are undecided, a narrow strip, in
+which it is large.
 
-**Clock.** `kappa s = tan(theta)`, s the prior's standard deviation, and `x = cos(theta) u`: a path of unit variance from N(0, 1) at 0
-to `X_1 / s` at pi/2,
+**Clock.** `kappa s = tan(theta)`, s the prior's standard deviation, and `x = cos(theta) u`: a path
+of unit variance from N(0, 1) at 0 to `X_1 / s` at pi/2,
 
     dx/dtheta = (M / s - sin(theta) x) / cos(theta),
 
 where for component k and `rho = s_k / s` the posterior mean contributes
-`lag_k = cos(theta) (mu_k / s + sin(theta) x (rho^2 - 1)) / (cos(theta)^2 + sin(theta)^2 rho^2)`: nothing cancels at either end.
+`lag_k = cos(theta) (mu_k / s + sin(theta) x (rho^2 - 1)) / (cos(theta)^2 + sin(theta)^2 rho^2)`:
+nothing cancels at either end.
 
-A flow on the line is monotone, so that the law's quantiles are where the flow carries the normal's, and its distribution function is
-had by tracing one point back: masses of modes need no search for the separatrix.
+A flow on the line is monotone, so that the law's quantiles are where the flow carries the normal's,
+and its distribution function is had by tracing one point back: masses of modes need no search for
+the separatrix.
 
 Reference, for one Gaussian: Dandapanthula and Boffi (arXiv 2606.02884).
 """
@@ -45,20 +52,27 @@ from jaxtyping import Array
 
 from theory.quadrature import GridTilt
 from theory.tilts import Tilt, is_quadratic
-from tiltjax import inputs, rewards, scales
+from tiltjax import _checks, _pytree, rewards, scales
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _REACH = 8.5  # standard deviations of the start
-_FAR = 1e4  # where the drift is frozen on the way back, which some rewards would take to infinity in finite time
-_FINE, _COARSE = (257, 257, 73, 1.0), (193, 193, 55, 30.0)  # starts, ends, nodes of a reward's expectation, tolerance
+# where the drift is frozen on the way back, which some rewards would take to infinity in finite
+# time
+_FAR = 1e4
+_FINE, _COARSE = (
+    (257, 257, 73, 1.0),
+    (193, 193, 55, 30.0),
+)  # starts, ends, nodes of a reward's expectation, tolerance
 
 
 class View(eqx.Module):
-    """What a drift is told: the posterior of X_1 at one point, in a form in which nothing cancels near the data.
+    """What a drift is told: the posterior of X_1 at one point, in a form in which nothing cancels
+    near the data.
 
-    `weights`, `means` `(K,)`: of the components. `unit = s cos(theta)`, a length that falls to 0. `lag` `(K,)` is
-    `(means - x sin(theta) s) / unit`, and `spread` `(K,)` is the components' standard deviations over `unit`. A drift returns its guided
-    denoiser's lag, `(M - x sin(theta) s) / unit`; the unguided one is `weights @ lag`. `nodes`: for expectations.
+    `weights`, `means` `(K,)`: of the components. `unit = s cos(theta)`, a length that falls to 0.
+    `lag` `(K,)` is `(means - x sin(theta) s) / unit`, and `spread` `(K,)` is the components'
+    standard deviations over `unit`. A drift returns its guided denoiser's lag,
+    `(M - x sin(theta) s) / unit`; the unguided one is `weights @ lag`. `nodes`: for expectations.
     """
 
     weights: Array
@@ -69,7 +83,9 @@ class View(eqx.Module):
     nodes: int = eqx.field(static=True)
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(X_1)]` in each component, `(K,)`, for `fn` of one number: the trapezoidal rule on ± 9 standard deviations."""
+        """`E[fn(X_1)]` in each component, `(K,)`, for `fn` of one number: the trapezoidal rule on ±
+        9 standard deviations.
+        """
         z = np.linspace(-9, 9, self.nodes)
         share = np.exp(-(z**2) / 2)
         z, share = (jnp.asarray(part, self.lag.dtype) for part in (z, share / share.sum()))
@@ -81,7 +97,9 @@ Drift = Callable[[View, rewards.Reward, Array], Array]
 
 
 def plug_in_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
-    """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw. Of one point: a scalar."""
+    """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw. Of one point: a
+    scalar.
+    """
     r, slope = _on_line(reward)
     if is_quadratic(reward):
         variance = (view.spread * view.unit) ** 2
@@ -90,11 +108,15 @@ def plug_in_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
     else:
         mean_slope, value = view.expect(slope), view.expect(r)
     base = view.weights @ view.lag
-    return base + scale * view.weights @ (view.spread**2 * view.unit * mean_slope + (view.lag - base) * value)
+    return base + scale * view.weights @ (
+        view.spread**2 * view.unit * mean_slope + (view.lag - base) * value
+    )
 
 
 def dps_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
-    """`D + scale r'(D) Var(X_1 | x)`: the gradient of the reward at the denoiser, `∇ r(D(x))`, as guidance."""
+    """`D + scale r'(D) Var(X_1 | x)`: the gradient of the reward at the denoiser, `∇ r(D(x))`, as
+    guidance.
+    """
     base = view.weights @ view.lag
     variance = view.weights @ (view.spread**2 + (view.lag - base) ** 2)  # over unit^2
     return base + scale * _on_line(reward)[1](view.weights @ view.means) * view.unit * variance
@@ -108,13 +130,18 @@ def doob_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
         gradient, bend = jax.vmap(slope)(view.means), jax.vmap(jax.grad(slope))(view.means)
         factor = 1 - scale * bend * variance
         gain = variance / factor * scale * gradient  # of a component's mean
-        log_weight = scale * jax.vmap(r)(view.means) - jnp.log(factor) / 2 + scale * gradient * gain / 2
+        log_weight = (
+            scale * jax.vmap(r)(view.means) - jnp.log(factor) / 2 + scale * gradient * gain / 2
+        )
         moved = view.lag + view.spread**2 * view.unit / factor * scale * gradient
         return jax.nn.softmax(jnp.log(view.weights) + log_weight) @ moved
-    # One constant for all nodes and components, so that exp(scale r) neither overflows nor loses its proportions.
+    # One constant for all nodes and components, so that exp(scale r) neither overflows nor loses
+    # its proportions.
     z = jnp.linspace(-9.0, 9.0, view.nodes, dtype=view.lag.dtype)
     points = view.means[:, None] + (view.spread * view.unit)[:, None] * z[None]
-    log_mass = scale * jax.vmap(jax.vmap(r))(points) - (z**2)[None] / 2 + jnp.log(view.weights)[:, None]
+    log_mass = (
+        scale * jax.vmap(jax.vmap(r))(points) - (z**2)[None] / 2 + jnp.log(view.weights)[:, None]
+    )
     mass = jax.nn.softmax(log_mass.reshape(-1)).reshape(log_mass.shape)
     return jnp.sum(mass * (view.lag[:, None] + view.spread[:, None] * z[None]))
 
@@ -122,9 +149,11 @@ def doob_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
 class MeanDriftLaw(eqx.Module):
     """What a flow with a given mean drift samples, on the line; built by `mean_drift_law`.
 
-    `cdf`, `quantile`, `log_prob`, `masses` solve the flow for what is asked. Moments and `wasserstein` use a table of points, dense both
-    in the normal's coordinate (modes) and in x (gaps between modes); `error` says how far it can be trusted. Everything compiles and
-    maps. Reverse-mode derivatives of `cdf` and `quantile` are those of the solver; those of moments are right to the table's error.
+    `cdf`, `quantile`, `log_prob`, `masses` solve the flow for what is asked. Moments and
+    `wasserstein` use a table of points, dense both in the normal's coordinate (modes) and in x
+    (gaps between modes); `error` says how far it can be trusted. Everything compiles and maps.
+    Reverse-mode derivatives of `cdf` and `quantile` are those of the solver; those of moments are
+    right to the table's error.
     """
 
     prior: GaussianMixture
@@ -141,7 +170,9 @@ class MeanDriftLaw(eqx.Module):
         return 1
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(X)]`, for `fn` of one number: from the table, exact for functions that are smooth inside its cells."""
+        """`E[fn(X)]`, for `fn` of one number: from the table, exact for functions that are smooth
+        inside its cells.
+        """
         _, x, mass = self._table()
         return jnp.tensordot(mass, jax.vmap(fn)(x), axes=1) / jnp.sum(mass)
 
@@ -155,11 +186,15 @@ class MeanDriftLaw(eqx.Module):
         return self.expect(lambda x: (x - mean) ** 2)
 
     def error(self) -> tuple[Array, Array]:
-        """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of the nodes, 30 times the tolerance."""
+        """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of
+        the nodes, 30 times the tolerance.
+        """
         starts, ends, nodes, looseness = _COARSE
         nodes = self.nodes if is_quadratic(self.reward) else nodes * self.nodes // _FINE[2]
         points = _points(self, starts, ends, nodes, looseness)
-        coarse = MeanDriftLaw(self.prior, self.reward, self.scale, self.unit, points, self.drift, self.nodes)
+        coarse = MeanDriftLaw(
+            self.prior, self.reward, self.scale, self.unit, points, self.drift, self.nodes
+        )
         return jnp.abs(self.mean() - coarse.mean()), jnp.abs(self.var() - coarse.var())
 
     def quantile(self, level: Array) -> Array:
@@ -171,14 +206,18 @@ class MeanDriftLaw(eqx.Module):
         return ndtr(self._trace_back(x)[0])
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point, a number or of shape `(1,)`: the flow traced back, and the integral of its divergence."""
+        """The log-density at one point, a number or of shape `(1,)`: the flow traced back, and the
+        integral of its divergence.
+        """
         z, log_slope = self._trace_back(jnp.reshape(x, ()))
         return -(z**2) / 2 - np.log(2 * np.pi) / 2 - log_slope - jnp.log(self.unit)
 
-    def masses(self, edges: inputs.Numbers) -> Array:
-        """The masses of the n + 1 intervals that n rising edges make, `(n + 1,)`: `masses([c])[1]` is `P(X > c)`."""
-        edges = inputs.finite(edges, "edges", 1)
-        if inputs.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
+    def masses(self, edges: _checks.Numbers) -> Array:
+        """The masses of the n + 1 intervals that n rising edges make, `(n + 1,)`: `masses([c])[1]`
+        is `P(X > c)`.
+        """
+        edges = _checks.finite(edges, "edges", 1)
+        if _checks.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
             raise ValueError(f"edges must rise, got {np.asarray(edges)}")
         z, _ = _carry(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
         infinite = jnp.full((1,), jnp.inf, z.dtype)
@@ -186,15 +225,20 @@ class MeanDriftLaw(eqx.Module):
 
     def transport(self, z: Array) -> Array:
         """The guided flow itself, from a point of N(0, 1) to a point of this law."""
-        return self.unit * _carry(self, jnp.asarray(z, self.unit.dtype)[None], False, self.nodes, 1.0)[0][0]
+        return (
+            self.unit
+            * _carry(self, jnp.asarray(z, self.unit.dtype)[None], False, self.nodes, 1.0)[0][0]
+        )
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, `(num, 1)`."""
-        start = jax.random.normal(inputs.typed_key(key), (inputs.count(num, "num"),), self.unit.dtype)
+        start = jax.random.normal(_checks.key(key), (_checks.count(num, "num"),), self.unit.dtype)
         return self.unit * _carry(self, start, False, self.nodes, 1.0)[0][:, None]
 
     def wasserstein(self, other: "MeanDriftLaw | GaussianMixture | Tilt | GridTilt") -> Array:
-        """W2 to another law on the line, by the quantile coupling `∫ (Q - Q')^2 dp`; both quantile functions piecewise linear, ~1e-4."""
+        """W2 to another law on the line, by the quantile coupling `∫ (Q - Q')^2 dp`; both quantile
+        functions piecewise linear, ~1e-4.
+        """
         return _coupled(*quantile_curve(self), *quantile_curve(other))
 
     def _table(self) -> tuple[Array, Array, Array]:
@@ -202,7 +246,9 @@ class MeanDriftLaw(eqx.Module):
         return self.points
 
     def _trace_back(self, x: Array) -> tuple[Array, Array]:
-        z, log_slope = _carry(self, (jnp.asarray(x, self.unit.dtype) / self.unit)[None], True, self.nodes, 1.0)
+        z, log_slope = _carry(
+            self, (jnp.asarray(x, self.unit.dtype) / self.unit)[None], True, self.nodes, 1.0
+        )
         return z[0], log_slope[0]
 
 
@@ -214,44 +260,55 @@ def mean_drift_law(
     drift: Drift = plug_in_drift,
     nodes: int = _FINE[2],
 ) -> MeanDriftLaw:
-    """The law of a flow guided by the mean of a random guidance, on the line, in the limit of small steps.
+    """The law of a flow guided by the mean of a random guidance, on the line, in the limit of small
+    steps.
 
-    For one Gaussian and a quadratic reward this is `plug_in_law`. Between modes it is what plug-in with fresh draws tends to as the steps
-    become many: slowly, because the push that moves mass between them comes in rare and enormous kicks.
+    For one Gaussian and a quadratic reward this is `plug_in_law`. Between modes it is what plug-in
+    with fresh draws tends to as the steps become many: slowly, because the push that moves mass
+    between them comes in rare and enormous kicks.
 
-    **Arguments:** `prior`, a mixture on the line, of positive variances; `reward`, smooth and on states of shape `(1,)`; `scale`, a number
-    or `Damped`; `drift`: `plug_in_drift`, `dps_drift`, `doob_drift` or a function `(View, reward, scale) -> lag`; `nodes` of the
-    expectations of a reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
+    **Arguments:** `prior`, a mixture on the line, of positive variances; `reward`, smooth and on
+    states of shape `(1,)`; `scale`, a number or `Damped`; `drift`: `plug_in_drift`, `dps_drift`,
+    `doob_drift` or a function `(View, reward, scale) -> lag`; `nodes` of the expectations of a
+    reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
 
-    **Raises:** `ValueError` beyond one dimension, for a component without variance, a scale law that is not a function of time alone, and
-    for `Step`, which has no gradient: with fresh draws plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the
-    flow is too stiff for it (`scale h s^2` of thousands; in single precision also points far outside of the law).
+    **Raises:** `ValueError` beyond one dimension, for a component without variance, a scale law
+    that is not a function of time alone, and for `Step`, which has no gradient: with fresh draws
+    plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the flow is too
+    stiff for it (`scale h s^2` of thousands; in single precision also points far outside of the
+    law).
     """
     check_mixture(prior, "prior")
-    inputs.function(drift, "drift")
+    _checks.function(drift, "drift")
     if prior.dim != 1:
         raise ValueError(
-            f"the mean drift's law is had by quadrature on the line, got dimension {prior.dim}: project the problem, or simulate it"
+            f"the mean drift's law is had by quadrature on the line, got dimension {prior.dim}: "
+            "project the problem, or simulate it"
         )
-    law = inputs.cast(scales.as_scale(scale), prior.means.dtype)
+    law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
-    reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     if _has_step(reward):
         raise ValueError(
-            "Step has no gradient (zero almost everywhere): with fresh draws, plug-in and DPS leave the prior as it is, and the gradient "
-            "of E[r(X_1) | x] is not the mean of any of them. The tilt itself is theory.quadrature.tilt; selection: theory.best_of_n."
+            "Step has no gradient (zero almost everywhere): with fresh draws, plug-in and DPS "
+            "leave the prior as it is, and the gradient "
+            "of E[r(X_1) | x] is not the mean of any of them. The tilt itself is "
+            "theory.quadrature.tilt; selection: theory.best_of_n."
         )
-    if inputs.concrete(prior.covs) and not np.all(np.asarray(prior.covs) > 0):
+    if _checks.concrete(prior.covs) and not np.all(np.asarray(prior.covs) > 0):
         raise ValueError("every component needs a positive variance: give point masses a small one")
-    nodes = inputs.count(nodes, "nodes")
-    build = lambda points: MeanDriftLaw(prior, reward, law, jnp.sqrt(prior.cov()[0, 0]), points, drift, nodes)
+    nodes = _checks.count(nodes, "nodes")
+    build = lambda points: MeanDriftLaw(
+        prior, reward, law, jnp.sqrt(prior.cov()[0, 0]), points, drift, nodes
+    )
     starts, ends, _, looseness = _FINE
     return build(_points(build(None), starts, ends, nodes, looseness))
 
 
 def quantile_curve(law: Any) -> tuple[Array, Array]:
-    """`(z, x)`, rising: points `x` of a law on the line and `z = Phi^{-1}(P(X <= x))`. For a mixture, a tilt, or a mean drift's law.
+    """`(z, x)`, rising: points `x` of a law on the line and `z = Phi^{-1}(P(X <= x))`. For a
+    mixture, a tilt, or a mean drift's law.
 
     **Raises:** `ValueError` beyond one dimension, `TypeError` for any other law.
     """
@@ -260,14 +317,19 @@ def quantile_curve(law: Any) -> tuple[Array, Array]:
         return law._table()[:2]
     if not isinstance(law, GaussianMixture | GridTilt):
         raise TypeError(
-            f"expected a law on the line (GaussianMixture, Tilt, GridTilt, MeanDriftLaw), got {type(law).__name__}"
+            "expected a law on the line (GaussianMixture, Tilt, GridTilt, MeanDriftLaw), got "
+            f"{type(law).__name__}"
         )
     if isinstance(law, GridTilt):
         if len(law.cell) != 1:
             raise ValueError(f"expected a law on the line, got dimension {len(law.cell)}")
         mass = jnp.exp(law.log_masses)
         below, above = jnp.cumsum(mass), jnp.cumsum(mass[::-1])[::-1]
-        edges, log_below, log_above = law.centers[:-1, 0] + law.cell / 2, jnp.log(below[:-1]), jnp.log(above[1:])
+        edges, log_below, log_above = (
+            law.centers[:-1, 0] + law.cell / 2,
+            jnp.log(below[:-1]),
+            jnp.log(above[1:]),
+        )
         return _score(log_below, log_above), edges
     if law.dim != 1:
         raise ValueError(f"expected a law on the line, got dimension {law.dim}")
@@ -305,11 +367,13 @@ def _score(log_below: Array, log_above: Array) -> Array:
     return jnp.where(log_below < log_above, score(log_below), -score(log_above))
 
 
-def _points(law: MeanDriftLaw, starts: int, ends: int, nodes: int, looseness: float) -> tuple[Array, Array, Array]:
+def _points(
+    law: MeanDriftLaw, starts: int, ends: int, nodes: int, looseness: float
+) -> tuple[Array, Array, Array]:
     """Quadrature points of the law: normal scores, places, masses.
 
-    The flow's graph is known at starts evenly spaced in z and at ends evenly spaced in x, with its slopes; between neighbours it is a
-    cubic in z where it is flat, in x where it is steep.
+    The flow's graph is known at starts evenly spaced in z and at ends evenly spaced in x, with its
+    slopes; between neighbors it is a cubic in z where it is flat, in x where it is steep.
     """
     z = jnp.linspace(-_REACH, _REACH, starts, dtype=law.unit.dtype)
     x, log_slope = _carry(law, z, False, nodes, looseness)
@@ -330,11 +394,13 @@ def _quadrature(x: Array, z: Array, log_slope: Array, unit: Array) -> tuple[Arra
     tau, weight = (1 + node) / 2, weight / 2
 
     def cubic(values: Array, slopes: Array, width: Array) -> tuple[Array, Array]:
-        """The Hermite cubic between neighbours at tau, and its derivative in tau."""
+        """The Hermite cubic between neighbors at tau, and its derivative in tau."""
         rise = jnp.diff(values)[:, None]
         left, right = slopes[:-1, None] * width, slopes[1:, None] * width
         bend, turn = 3 * rise - 2 * left - right, left + right - 2 * rise
-        return values[:-1, None] + tau * (left + tau * (bend + tau * turn)), left + tau * (2 * bend + 3 * tau * turn)
+        return values[:-1, None] + tau * (left + tau * (bend + tau * turn)), left + tau * (
+            2 * bend + 3 * tau * turn
+        )
 
     steep = dx > dz
     # The side that is not taken must not overflow: its slopes are bounded there.
@@ -346,8 +412,12 @@ def _quadrature(x: Array, z: Array, log_slope: Array, unit: Array) -> tuple[Arra
     return score.reshape(-1), unit * place.reshape(-1), mass.reshape(-1)
 
 
-def _carry(law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, looseness: float) -> tuple[Array, Array]:
-    """Ends of the flow from points `(n,)`, in units of s, and its log-slope `log dx/dz` there, in either direction."""
+def _carry(
+    law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, looseness: float
+) -> tuple[Array, Array]:
+    """Ends of the flow from points `(n,)`, in units of s, and its log-slope `log dx/dz` there, in
+    either direction.
+    """
     tolerance = jnp.asarray(looseness * (1e-9 if start.dtype == jnp.float64 else 1e-5), start.dtype)
     # Where to begin and how exactly are arguments: both directions are one program.
     begin, end = (np.pi / 2, 0.0) if backwards else (0.0, np.pi / 2)
@@ -362,7 +432,9 @@ def _carry(law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, loosene
 
 
 @eqx.filter_jit
-def _solve(law: MeanDriftLaw, start: Array, times: Array, tolerance: Array, nodes: int) -> tuple[Array, Array]:
+def _solve(
+    law: MeanDriftLaw, start: Array, times: Array, tolerance: Array, nodes: int
+) -> tuple[Array, Array]:
     prior, unit = law.prior, law.unit
     means, ratio = prior.means[:, 0] / unit, jnp.sqrt(prior.covs[:, 0, 0]) / unit
 
@@ -372,7 +444,9 @@ def _solve(law: MeanDriftLaw, start: Array, times: Array, tolerance: Array, node
         cos, sin = jnp.cos(theta), jnp.sin(theta)
         width = cos**2 + sin**2 * ratio**2
         x = jnp.clip(x, -far, far)
-        weights = jax.nn.softmax(prior.log_weights - jnp.log(width) / 2 - (x - sin * means) ** 2 / (2 * width))
+        weights = jax.nn.softmax(
+            prior.log_weights - jnp.log(width) / 2 - (x - sin * means) ** 2 / (2 * width)
+        )
         lag = cos * (means + sin * x * (ratio**2 - 1)) / width
         mean = unit * (cos**2 * means + sin * x * ratio**2) / width
         view = View(weights, mean, unit * cos, lag, ratio / jnp.sqrt(width), nodes)
@@ -411,4 +485,4 @@ def _has_step(reward: rewards.Reward) -> bool:
             return any(_has_step(term) for term in reward.terms)
         case rewards.Scaled():
             return _has_step(reward.reward)
-    return isinstance(reward, rewards.Step)
+    return isinstance(reward, rewards.StepReward)

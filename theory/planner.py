@@ -1,7 +1,7 @@
 r"""Which method is predicted to land closest to the tilt within a number of denoiser calls.
 
-**Cost.** A sample that takes n steps of Heun's method evaluates its field `2 n - 1` times. One evaluation takes, in calls of the denoiser
-and in pullbacks through it (`pullback` calls each):
+**Cost.** A sample that takes n steps of Heun's method evaluates its field `2 n - 1` times. One
+evaluation takes, in calls of the denoiser and in pullbacks through it (`pullback` calls each):
 
 | method | calls | pullbacks | |
 |---|---|---|---|
@@ -14,14 +14,16 @@ and in pullbacks through it (`pullback` calls each):
 | `best_of_n`, `softmax_of_n` | n samples | | any reward |
 | weighted paths of the damped diffusion | n paths of 25 steps, g each | as many | any reward |
 
-**Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*: `discrete_law` for one Gaussian and one
-draw; the law of small steps plus that of one draw's step error for k > 1; `Selected.mixture` of what unguided sampling gives in these
-steps for selection; and for n weighted paths of effective share e, of which one is drawn, `KL <= log(1 + (1/e - 1)/n)` and so, for a
-Gaussian tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not Gaussian count by mean
-and covariance.
+**Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*:
+`discrete_law` for one Gaussian and one draw; the law of small steps plus that of one draw's step
+error for k > 1; `Selected.mixture` of what unguided sampling gives in these steps for selection;
+and for n weighted paths of effective share e, of which one is drawn, `KL <= log(1 + (1/e - 1)/n)`
+and so, for a Gaussian tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)`
+(Talagrand). Laws that are not Gaussian count by mean and covariance.
 
-For a mixture every mode is treated alone, guided flows keep the prior's weights (see `plug_in_law`), and W2 is its upper bound by mixtures
-of couplings (`w2_bounds`); `Laplace` and, beyond conjugate rewards, `Conjugate` have no law there, and stand with what was measured on
+For a mixture every mode is treated alone, guided flows keep the prior's weights (see
+`plug_in_law`), and W2 is its upper bound by mixtures of couplings (`w2_bounds`); `Laplace` and,
+beyond conjugate rewards, `Conjugate` have no law there, and stand with what was measured on
 mixtures in the plane, in units of the tilt's standard deviation: an order of magnitude.
 """
 
@@ -35,22 +37,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import bias, discrete, paths, selection, tilts
-from theory.discrete import AffineField
-from theory.draws import draws_moments
+from theory import finite_steps, flow_laws, path_weights, selection, tilts
+from theory.distances import w2_bounds
+from theory.finite_steps import AffineField
+from theory.many_draws import draws_moments
 from theory.tilts import QuadraticForm
-from theory.transport import w2_bounds
-from tiltjax import inputs, rewards, scales
+from tiltjax import _checks, _pytree, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
-# W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures (benchmarks/gaussian_tilt.py: quadratic,
-# noniso, unequal, uncentered) and, for anisotropic rewards, over two (benchmarks/any_reward.py: stiff between and across modes).
+# W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures
+# (benchmarks/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for anisotropic
+# rewards, over two (benchmarks/any_reward.py: stiff between and across modes).
 MEASURED = {"Laplace": 0.21, "Conjugate": 0.72}
-_EXACT, _ALONE, _LIMIT = "law at these steps", "each mode alone at these steps", "law of small steps"
+_EXACT, _ALONE, _LIMIT = (
+    "law at these steps",
+    "each mode alone at these steps",
+    "law of small steps",
+)
 _FIXED, _BOUND, _MEASURED = "fixed point at these steps", "leading order", "measured elsewhere"
 _MOST_STEPS = 200
-_PULLS = discrete._pull_at_mean, discrete._pull_at_draw, discrete._pull_exactly, discrete._pull_at_end
+_PULLS = (
+    finite_steps._pull_at_mean,
+    finite_steps._pull_at_draw,
+    finite_steps._pull_exactly,
+    finite_steps._pull_at_end,
+)
 _PATH_STEPS = 25  # of a weighted path
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -91,7 +103,8 @@ class Plan(NamedTuple):
         lines = [f"{'method':{width}s} {'steps':>6s} {'calls':>8s} {'W2':>9s}   basis"]
         for option in self.options:
             lines.append(
-                f"{option.method:{width}s} {option.steps:6d} {option.cost:8.0f} {option.error:9.4f}   {option.basis}"
+                f"{option.method:{width}s} {option.steps:6d} {option.cost:8.0f} "
+                f"{option.error:9.4f}   {option.basis}"
             )
         return "\n".join(lines)
 
@@ -103,73 +116,90 @@ def recommend(
     budget: float,
     *,
     conjugate: bool = True,
-    inner: int = 20,
+    inner_steps: int = 20,
     pullback: float = 2.0,
 ) -> Plan:
-    """The methods of tiltjax by predicted distance from the tilt, within `budget` denoiser calls a sample.
+    """The methods of tiltjax by predicted distance from the tilt, within `budget` denoiser calls a
+    sample.
 
-    Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay best); what cannot afford one is
-    left out. On the host, not to be traced: some 20 CPU-seconds the first time, for compiling, and 2 from then on for states of
-    the same size.
+    Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay
+    best); what cannot afford one is left out. On the host, not to be traced: some 20 CPU-seconds
+    the first time, for compiling, and 2 from then on for states of the same size.
 
     **Arguments:**
 
-    - `prior`, `reward`: one Gaussian or a mixture, and a reward that is quadratic or linear; they may stand for a model and a
-      reward that resemble them.
+    - `prior`, `reward`: one Gaussian or a mixture, and a reward that is quadratic or linear; they
+      may stand for a model and a reward that resemble them.
     - `budget`: denoiser calls a sample, at least 1.
-    - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that is not.
-    - `inner`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow (`fmrg`).
+    - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that
+      is not.
+    - `inner_steps`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow (`fmrg`).
     - `pullback`: what going backwards through a call costs, in calls.
 
-    **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it), an infinite tilt.
+    **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it),
+    an infinite tilt.
     """
     check_mixture(prior, "prior")
-    conjugate = inputs.flag(conjugate, "conjugate")
+    conjugate = _checks.flag(conjugate, "conjugate")
     budget, pullback = _number(budget, "budget"), _number(pullback, "pullback")
     if budget < 1:
-        raise ValueError(f"budget counts denoiser calls a sample and must be at least 1, got {budget:g}")
+        raise ValueError(
+            f"budget counts denoiser calls a sample and must be at least 1, got {budget:g}"
+        )
     if pullback < 0:
         raise ValueError(f"pullback must not be negative, got {pullback:g}")
-    inner = inputs.count(inner, "inner")
+    inner_steps = _checks.count(inner_steps, "inner_steps")
     reward = rewards.as_reward(reward)
-    strength = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
-    form = inputs.cast(tilts.quadratic_form(reward, prior.dim), prior.means.dtype)
-    if not inputs.concrete((prior, form, strength)):
-        raise ValueError("recommend compares numbers of steps and draws: call it outside of jit, vmap and grad")
+    strength = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
+    form = _pytree.cast(tilts.quadratic_form(reward, prior.dim), prior.means.dtype)
+    if not _checks.concrete((prior, form, strength)):
+        raise ValueError(
+            "recommend compares numbers of steps and draws: call it outside of jit, vmap and grad"
+        )
     tilt = tilts.tilt(prior, reward, strength).mixture
-    options = _options(prior, reward, form, strength, tilt, budget, conjugate, inner, pullback)
+    options = _options(
+        prior, reward, form, strength, tilt, budget, conjugate, inner_steps, pullback
+    )
     return Plan(tuple(sorted(options, key=lambda option: option.error)), tilt, budget)
 
 
 def _number(value: float, name: str) -> float:
-    number = inputs.finite(value, name, 0)
-    if not inputs.concrete(number):
-        raise ValueError(f"{name} is a number of calls: call recommend outside of jit, vmap and grad")
+    number = _checks.finite(value, name, 0)
+    if not _checks.concrete(number):
+        raise ValueError(
+            f"{name} is a number of calls: call recommend outside of jit, vmap and grad"
+        )
     return float(number)
 
 
-def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullback) -> Iterator[Option]:
+def _options(
+    prior, reward, form, scale, tilt, budget, conjugate, inner, pullback
+) -> Iterator[Option]:
     d, single = prior.dim, len(prior.log_weights) == 1
     number = f"{float(scale):g}"
     spread = float(_spread(tilt))
     isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
     concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
     curvature = float(jnp.trace(form.matrix)) / d
-    full = AffineField(prior, form, scales.Constant(scale), Linear(), discrete._pull_exactly)
+    full = AffineField(prior, form, scales.Constant(scale), Linear(), finite_steps._pull_exactly)
 
     def pulled(pull: Callable) -> AffineField:
         return AffineField(prior, form, full.law, full.interpolant, pull)
 
     exact = _EXACT if single else _ALONE
 
-    def flow(method: str, cost: float, field: AffineField, weights: Array, basis: str = exact) -> Iterator[Option]:
+    def flow(
+        method: str, cost: float, field: AffineField, weights: Array, basis: str = exact
+    ) -> Iterator[Option]:
         steps = _affordable(budget, cost)
         if steps >= 1:
             law = _run(field, weights, steps)
             yield Option(method, steps, (2 * steps - 1) * cost, _distance(law, tilt), basis, law)
 
     alone, one_draw = prior.log_weights, inner * (1 + pullback)
-    unguided = eqx.tree_at(lambda f: f.law.final, pulled(discrete._pull_at_mean), jnp.zeros_like(scale))
+    unguided = eqx.tree_at(
+        lambda f: f.law.final, pulled(finite_steps._pull_at_mean), jnp.zeros_like(scale)
+    )
     yield from flow("no guidance", 1, unguided, alone)
     if conjugate and isotropic and curvature >= 0:
         yield from flow(f"Tilted(model, reward, {number})", 1, full, tilt.log_weights)
@@ -178,24 +208,43 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
         if single or isotropic:  # its fixed point is the tilt
             yield from flow(name, 2, full, tilt.log_weights, _FIXED)
         elif (steps := _affordable(budget, 2)) >= 1:
-            yield Option(name, steps, 2 * (2 * steps - 1), MEASURED["Conjugate"] * spread, _MEASURED)
+            yield Option(
+                name, steps, 2 * (2 * steps - 1), MEASURED["Conjugate"] * spread, _MEASURED
+            )
         name, cost = f"Laplace(model, reward, {number})", 1 + d * pullback
         if single:
             yield from flow(name, cost, full, alone)
         elif (steps := _affordable(budget, cost)) >= 1:
-            yield Option(name, steps, cost * (2 * steps - 1), MEASURED["Laplace"] * spread, _MEASURED)
+            yield Option(
+                name, steps, cost * (2 * steps - 1), MEASURED["Laplace"] * spread, _MEASURED
+            )
     glass = f"PlugIn(Glass(model, {inner}), "
-    yield from flow(f"{glass}reward, {number})", one_draw, pulled(discrete._pull_at_draw), alone)
-    yield from flow(f"dps(model, reward, {number})", 1 + pullback, pulled(discrete._pull_at_mean), alone)
+    yield from flow(
+        f"{glass}reward, {number})", one_draw, pulled(finite_steps._pull_at_draw), alone
+    )
+    yield from flow(
+        f"dps(model, reward, {number})", 1 + pullback, pulled(finite_steps._pull_at_mean), alone
+    )
     cost = 2 * inner + 2 + (2 * inner + 1) * pullback
-    yield from flow(f"fmrg(model, reward, {number}, steps={inner})", cost, pulled(discrete._pull_at_end), alone)
+    yield from flow(
+        f"fmrg(model, reward, {number}, steps={inner})",
+        cost,
+        pulled(finite_steps._pull_at_end),
+        alone,
+    )
     yield from _selected(prior, reward, scale, tilt, unguided, budget, exact)
     if concave and curvature > 0:
         # Damping belongs to the reward -|x - y|^2: its weight goes into the scale.
-        width = float(jnp.sqrt(prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix) / (d * curvature)))
+        width = float(
+            jnp.sqrt(
+                prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix) / (d * curvature)
+            )
+        )
         damped = scales.Damped(scale * curvature, width)
         label = f"reward{'' if np.isclose(curvature, 1) else f' * {1 / curvature:.3g}'}, Damped({float(damped.final):g}, {width:.3g})"
-        field = AffineField(prior, _divided(form, curvature), damped, full.interpolant, discrete._pull_at_draw)
+        field = AffineField(
+            prior, _divided(form, curvature), damped, full.interpolant, finite_steps._pull_at_draw
+        )
         yield from flow(f"{glass}{label})", one_draw, field, alone)
         if single:
             yield from _weighted(prior, field, tilt, budget, one_draw, label)
@@ -203,7 +252,14 @@ def _options(prior, reward, form, scale, tilt, budget, conjugate, inner, pullbac
             strength = float(scale) * curvature * float(prior.covs[0, 0, 0])
             if strength <= 1e4:
                 yield from _many_draws(
-                    prior, reward, scale, tilt, pulled(discrete._pull_at_draw), budget, inner, pullback
+                    prior,
+                    reward,
+                    scale,
+                    tilt,
+                    pulled(finite_steps._pull_at_draw),
+                    budget,
+                    inner,
+                    pullback,
                 )
 
 
@@ -218,7 +274,9 @@ def _affordable(budget: float, cost: float) -> int:
 
 
 def _divided(form: QuadraticForm, factor: float) -> QuadraticForm:
-    return QuadraticForm(form.matrix / factor, form.center, form.gradient / factor, form.value / factor)
+    return QuadraticForm(
+        form.matrix / factor, form.center, form.gradient / factor, form.value / factor
+    )
 
 
 def _round(prior: GaussianMixture) -> bool:
@@ -228,12 +286,19 @@ def _round(prior: GaussianMixture) -> bool:
 
 def _run(family: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
     """What `steps` steps of Heun's method make of each component alone."""
-    # Preceded by steps of no length: one program for any number of them, and, at a constant scale, for any guidance.
+    # Preceded by steps of no length: one program for any number of them, and, at a constant scale,
+    # for any guidance.
     place = np.maximum(np.arange(_MOST_STEPS + 1) - (_MOST_STEPS - steps), 0) / steps
     times = jnp.asarray(1e-3 + (1 - 1e-3) * place, family.prior.means.dtype)
     pulls = _PULLS if isinstance(family.law, scales.Constant) else (family.pull,)
     which = np.asarray(pulls.index(family.pull), np.int32)
-    return _follow(pulls, which, (family.prior, family.form, family.law, family.interpolant), log_weights, times)
+    return _follow(
+        pulls,
+        which,
+        (family.prior, family.form, family.law, family.interpolant),
+        log_weights,
+        times,
+    )
 
 
 @eqx.filter_jit
@@ -247,7 +312,7 @@ def _follow(
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         one = prior.replace(jnp.zeros(1, mean.dtype), mean[None], cov[None])
-        end = discrete.discrete_law(AffineField(one, form, law, path, pull), times=times)
+        end = finite_steps.discrete_law(AffineField(one, form, law, path, pull), times=times)
         return end.means[0], end.covs[0]
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
@@ -260,9 +325,11 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
 
 def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -> Iterator[Option]:
     """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
-    one, many = bias.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
+    one, many = flow_laws.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
     for k in (2, 8, 32):
-        cost = (1 + k * (inner - 1)) * (1 + pullback)  # the first call of all draws is that of the field itself
+        cost = (1 + k * (inner - 1)) * (
+            1 + pullback
+        )  # the first call of all draws is that of the field itself
         steps = _affordable(budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
@@ -272,7 +339,9 @@ def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -
         mean, cov = mean + coarse.means[0] - one.means[0], cov + (coarse.covs[0] - one.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
         method = f"PlugIn(Glass(model, {inner}), reward, {float(scale):g}, k={k})"
-        yield Option(method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments)
+        yield Option(
+            method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments
+        )
 
 
 def _selected(prior, reward, scale, tilt, unguided, budget, basis) -> Iterator[Option]:
@@ -280,9 +349,11 @@ def _selected(prior, reward, scale, tilt, unguided, budget, basis) -> Iterator[O
     number = f"{float(scale):g}"
     cells = {1: 10_000, 2: 300}.get(prior.dim)
     rules = {
-        "best_of_n(particles, reward, {})": lambda base, n: selection.best_of_n(base, reward, n, cells=cells),
-        f"softmax_of_n(key, particles, reward, {{}}, {number})": lambda base, n: selection.softmax_of_n(
-            base, reward, n, scale
+        "best_of_n(particles, reward, {})": lambda base, n: selection.best_of_n(
+            base, reward, n, cells=cells
+        ),
+        f"softmax_of_n(key, particles, reward, {{}}, {number})": lambda base, n: (
+            selection.softmax_of_n(base, reward, n, scale)
         ),
     }
     for name, rule in rules.items():
@@ -295,7 +366,9 @@ def _selected(prior, reward, scale, tilt, unguided, budget, basis) -> Iterator[O
                 law = rule(_run(unguided, prior.log_weights, steps), n).mixture()
             except ValueError:  # beyond closed forms and quadrature there is no prediction
                 break
-            options.append(Option(name.format(n), steps, n * (2 * steps - 1), _distance(law, tilt), basis, law))
+            options.append(
+                Option(name.format(n), steps, n * (2 * steps - 1), _distance(law, tilt), basis, law)
+            )
         if options:
             yield min(options, key=lambda option: option.error)
 
@@ -305,29 +378,46 @@ def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
     n = int(budget / (_PATH_STEPS * cost))
     if n < 1:
         return
-    ess = float(paths.path_law(damped, times=jnp.linspace(1e-3, 1, _PATH_STEPS + 1, dtype=prior.means.dtype)).ess)
+    ess = float(
+        path_weights.path_law(
+            damped, times=jnp.linspace(1e-3, 1, _PATH_STEPS + 1, dtype=prior.means.dtype)
+        ).ess
+    )
     if ess > 0:
         widest = float(np.linalg.eigvalsh(np.asarray(tilt.covs[0], np.float64))[-1])
         error = float(np.sqrt(2 * widest * np.log1p((1 / ess - 1) / n)))
-        yield Option(f"one of {n} weighted paths, {label}", _PATH_STEPS, n * _PATH_STEPS * cost, error, _BOUND)
+        yield Option(
+            f"one of {n} weighted paths, {label}",
+            _PATH_STEPS,
+            n * _PATH_STEPS * cost,
+            error,
+            _BOUND,
+        )
 
 
-def _of_draws(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> tuple[Array, Array, Array, Array]:
-    return bias._draws(prior, reward, inputs.cast(scales.as_scale(scale), prior.means.dtype), 2)
+def _of_draws(
+    prior: GaussianMixture, reward: rewards.Reward, scale: Array
+) -> tuple[Array, Array, Array, Array]:
+    return flow_laws._draws(
+        prior, reward, _pytree.cast(scales.as_scale(scale), prior.means.dtype), 2
+    )
 
 
-def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000) -> int | None:
-    """The least k for which undamped plug-in lands closer to the tilt than one draw damped by `law`, or `None` up to `most`.
+def matching_k(
+    prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000
+) -> int | None:
+    """The least k for which undamped plug-in lands closer to the tilt than one draw damped by
+    `law`, or `None` up to `most`.
 
-    By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw samples the tilt, and no k beats it; of a
-    wrong one this says what it is worth. On the host.
+    By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw
+    samples the tilt, and no k beats it; of a wrong one this says what it is worth. On the host.
 
     **Raises:** as `plug_in_law` with k > 1.
     """
     if not isinstance(law, scales.Damped):
         raise TypeError(f"law must be a Damped scale, got {type(law).__name__}")
     check_mixture(prior, "prior")
-    most = inputs.count(most, "most")
+    most = _checks.count(most, "most")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
     many = _of_draws(prior, reward, law.final)  # refuses what has no law
@@ -336,10 +426,10 @@ def matching_k(prior: GaussianMixture, reward: rewards.Reward, law: scales.Dampe
         if k > 1:
             one_mean, one_cov = draws_moments(*many, jnp.asarray(k, mean.dtype))
             return float(tilts.bures(one_mean, one_cov, mean, cov))
-        here = bias.plug_in_law(prior, reward, law.final)
+        here = flow_laws.plug_in_law(prior, reward, law.final)
         return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
 
-    one = bias.plug_in_law(prior, reward, law)
+    one = flow_laws.plug_in_law(prior, reward, law)
     aim = float(tilts.bures(one.means[0], one.covs[0], mean, cov))
     if distance(1) < aim:
         return 1

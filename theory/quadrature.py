@@ -2,12 +2,13 @@ r"""Brute force in one and two dimensions: the independent witness of every clos
 
 Three rules, for three kinds of integrand:
 
-- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward: exponentially accurate for smooth
-  ones, O(cell) at a jump.
-- `log_norm`: the trapezoidal rule in each component's own standard coordinates on [-8, 8]^d, for `log E[exp(scale * r(X))]` of
-  a mixture whose components may be arbitrarily narrow. Spectrally accurate while `exp(scale * r)` is resolved by the nodes.
-- `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands have scales of all sizes at the
-  ends.
+- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward:
+  exponentially accurate for smooth ones, O(cell) at a jump.
+- `log_norm`: the trapezoidal rule in each component's own standard coordinates on [-8, 8]^d, for
+  `log E[exp(scale * r(X))]` of a mixture whose components may be arbitrarily narrow. Spectrally
+  accurate while `exp(scale * r)` is resolved by the nodes.
+- `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands
+  have scales of all sizes at the ends.
 
 Reference: Takahasi and Mori (1974), double exponential formulas.
 """
@@ -20,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg, rewards
+from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class GridTilt(eqx.Module):
-    """A tilted law on a grid of cells: `centers` `(m, d)`, `log_masses` `(m,)`, `cell` `(d,)`, `log_norm`."""
+    """A tilted law on a grid of cells: `centers` `(m, d)`, `log_masses` `(m,)`, `cell` `(d,)`,
+    `log_norm`.
+    """
 
     prior: GaussianMixture
     reward: rewards.Reward
@@ -52,8 +55,8 @@ class GridTilt(eqx.Module):
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` draws, `(num, d)`: a cell by its mass, uniform inside it."""
-        key_cell, key_inside = jax.random.split(inputs.typed_key(key))
-        num = inputs.count(num, "num")
+        key_cell, key_inside = jax.random.split(_checks.key(key))
+        num = _checks.count(num, "num")
         cumulative = jnp.cumsum(jnp.exp(self.log_masses))
         level = jax.random.uniform(key_cell, (num,), cumulative.dtype) * cumulative[-1]
         index = jnp.minimum(jnp.searchsorted(cumulative, level, side="right"), len(cumulative) - 1)
@@ -66,12 +69,18 @@ class GridTilt(eqx.Module):
 
 
 def tilt(
-    prior: GaussianMixture, reward: Callable, scale: float | Array, *, cells: int | None = None, reach: float = 9.0
+    prior: GaussianMixture,
+    reward: Callable,
+    scale: float | Array,
+    *,
+    cells: int | None = None,
+    reach: float = 9.0,
 ) -> GridTilt:
-    """The tilt by any reward in one or two dimensions, on a grid over all components' means ± `reach` standard deviations.
+    """The tilt by any reward in one or two dimensions, on a grid over all components' means ±
+    `reach` standard deviations.
 
-    **Arguments:** `cells` a dimension (an even number puts an edge at the middle of a symmetric prior; default 100,000 on the line,
-    800 in the plane).
+    **Arguments:** `cells` a dimension (an even number puts an edge at the middle of a symmetric
+    prior; default 100,000 on the line, 800 in the plane).
 
     **Raises:** `ValueError` beyond two dimensions.
     """
@@ -79,67 +88,88 @@ def tilt(
     d = prior.dim
     if d > 2:
         raise ValueError(
-            f"quadrature covers one or two dimensions, got {d}: use theory.tilt where a closed form exists"
+            f"quadrature covers one or two dimensions, got {d}: use theory.tilt where a closed "
+            "form exists"
         )
-    cells = (100_000, 800)[d - 1] if cells is None else inputs.count(cells, "cells")
-    scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
-    r = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
-    grid = _grid_tilt(prior, r, scale, inputs.positive(reach, "reach").astype(prior.means.dtype), cells)
-    if inputs.concrete(grid.log_masses):
+    cells = (100_000, 800)[d - 1] if cells is None else _checks.count(cells, "cells")
+    scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
+    r = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
+    grid = _grid_tilt(
+        prior, r, scale, _checks.positive(reach, "reach").astype(prior.means.dtype), cells
+    )
+    if _checks.concrete(grid.log_masses):
         effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(grid.log_masses, np.float64))))
         if not effective > 100:
             raise ValueError(
-                f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of {cells}^{d}. Lower the scale (got "
+                f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of "
+                f"{cells}^{d}. Lower the scale (got "
                 f"{float(scale):g}), or raise cells."
             )
     return grid
 
 
 @eqx.filter_jit
-def _grid_tilt(prior: GaussianMixture, r: rewards.Reward, scale: Array, reach: Array, cells: int) -> GridTilt:
+def _grid_tilt(
+    prior: GaussianMixture, r: rewards.Reward, scale: Array, reach: Array, cells: int
+) -> GridTilt:
     spread = reach * jnp.sqrt(jnp.diagonal(prior.covs, axis1=1, axis2=2))
     low, high = jnp.min(prior.means - spread, axis=0), jnp.max(prior.means + spread, axis=0)
     cell = (high - low) / cells
     middles = jnp.arange(cells, dtype=low.dtype) + 0.5
     axes = [low[i] + cell[i] * middles for i in range(prior.dim)]
     centers = jnp.stack([grid.reshape(-1) for grid in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
-    log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(jnp.log(cell))
+    log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(
+        jnp.log(cell)
+    )
     log_norm, log_masses = jax.nn.logsumexp(log_masses), jax.nn.log_softmax(log_masses)
     return GridTilt(prior, r, scale, centers, log_masses, cell, log_norm)
 
 
 def log_norm(
-    mixture: GaussianMixture, reward: Callable, scale: float | Array, *, nodes: int | None = None, reach: float = 8.0
+    mixture: GaussianMixture,
+    reward: Callable,
+    scale: float | Array,
+    *,
+    nodes: int | None = None,
+    reach: float = 8.0,
 ) -> Array:
-    """`log E[exp(scale * r(X))]` for `X ~ mixture` in one or two dimensions, differentiable in the mixture.
+    """`log E[exp(scale * r(X))]` for `X ~ mixture` in one or two dimensions, differentiable in the
+    mixture.
 
-    **Arguments:** `nodes` a dimension over ± `reach` standard deviations (default 401 on the line, 41 in the plane).
+    **Arguments:** `nodes` a dimension over ± `reach` standard deviations (default 401 on the line,
+    41 in the plane).
 
     **Raises:** `ValueError` beyond two dimensions.
     """
     check_mixture(mixture, "mixture")
-    inputs.function(reward, "reward")
-    d, reach, scale = mixture.dim, inputs.number(reach, "reach"), inputs.finite(scale, "scale", 0)
+    _checks.function(reward, "reward")
+    d, reach, scale = mixture.dim, _checks.number(reach, "reach"), _checks.finite(scale, "scale", 0)
     scale = scale.astype(mixture.means.dtype)
     if not 0 < reach < np.inf:
         raise ValueError(f"reach must be positive and finite, got {reach:g}")
     if d > 2:
         raise ValueError(f"quadrature covers one or two dimensions, got {d}")
-    nodes = (401, 41)[d - 1] if nodes is None else inputs.count(nodes, "nodes")
+    nodes = (401, 41)[d - 1] if nodes is None else _checks.count(nodes, "nodes")
     axis = np.linspace(-reach, reach, nodes)
-    points = np.stack([grid.reshape(-1) for grid in np.meshgrid(*[axis] * d, indexing="ij")], axis=-1)
-    weights = jnp.asarray(-np.sum(points**2, axis=1) / 2 + d * np.log((axis[1] - axis[0]) / np.sqrt(2 * np.pi)))
+    points = np.stack(
+        [grid.reshape(-1) for grid in np.meshgrid(*[axis] * d, indexing="ij")], axis=-1
+    )
+    weights = jnp.asarray(
+        -np.sum(points**2, axis=1) / 2 + d * np.log((axis[1] - axis[0]) / np.sqrt(2 * np.pi))
+    )
     weights, points = weights.astype(mixture.means.dtype), jnp.asarray(points, mixture.means.dtype)
 
     def component(mean: Array, cov: Array) -> Array:
-        states = mean[None] + points @ linalg.square_root(cov).T
+        states = mean[None] + points @ _linalg.square_root(cov).T
         return jax.nn.logsumexp(weights + scale * jax.vmap(reward)(states))
 
     return jax.nn.logsumexp(mixture.log_weights + jax.vmap(component)(mixture.means, mixture.covs))
 
 
 def unit_interval(levels: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tanh-sinh nodes `w` in (0, 1), their distances `1 - w` from the right end without cancellation, and weights."""
+    """Tanh-sinh nodes `w` in (0, 1), their distances `1 - w` from the right end without
+    cancellation, and weights.
+    """
     tau = np.linspace(-3.6, 3.6, 2 * levels + 1)
     argument = np.pi * np.sinh(tau)
     left, right = 1 / (1 + np.exp(-argument)), 1 / (1 + np.exp(argument))

@@ -7,14 +7,17 @@ With p the law of one draw and F that of its reward, the winner has the density 
 | best of n | `n F(r)^(n-1)`; at an atom of the reward's law `(F(r)^n - F(r-)^n) / (F(r) - F(r-))` |
 | softmax of n | `n w ∫_0^∞ e^(-u w) phi(u)^(n-1) du`, `w = e^(scale r)`, `phi(u) = E[e^(-u w(X))]` |
 
-so that all is known from the law of the reward (`theory.reward_laws`): selection moves mass between modes only as far as their
-rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du` for the softmax's denominator T; in `log u` it is the chance that the
-reward, perturbed by Gumbel noise, is the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large scales to
+so that all is known from the law of the reward (`theory.reward_laws`): selection moves mass between
+modes only as far as their rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du` for the
+softmax's denominator T; in `log u` it is the chance that the reward, perturbed by Gumbel noise, is
+the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large scales to
 the best of n.
 
-The divergence of best-of-n from p is `log n - (n - 1) / n` where the reward has no atoms, whatever p and r, and less with atoms; from
-the tilt, always, `KL(q | tilt) = KL(q | p) - scale E_q[r] + log Z`. References: Beirami et al., *Theoretical guarantees on the best-of-n
-alignment policy* (arXiv 2401.01879), for the divergence; Dandapanthula and Boffi (arXiv 2606.02884) for selection next to guidance.
+The divergence of best-of-n from p is `log n - (n - 1) / n` where the reward has no atoms, whatever
+p and r, and less with atoms; from the tilt, always,
+`KL(q | tilt) = KL(q | p) - scale E_q[r] + log Z`. References: Beirami et al., *Theoretical
+guarantees on the best-of-n alignment policy* (arXiv 2401.01879), for the divergence; Dandapanthula
+and Boffi (arXiv 2606.02884) for selection next to guidance.
 """
 
 from collections.abc import Callable
@@ -27,8 +30,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from theory import tilts
-from theory.reward_laws import GridReward, RewardLaw, reward_law
-from tiltjax import inputs, rewards
+from theory._reward_laws import GridReward, RewardLaw, reward_law
+from tiltjax import _checks, _pytree, rewards
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 # Gumbel noise and nodes for it: beyond them less than 1e-15 of it is left.
@@ -39,7 +42,8 @@ _MOST = 1e12
 class Selected(eqx.Module):
     """The law of a winner; built by `best_of_n` and `softmax_of_n`.
 
-    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes, of the shape of `law.values`. All methods return scalars but `masses`.
+    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes, of the shape of
+    `law.values`. All methods return scalars but `masses`.
     """
 
     prior: GaussianMixture
@@ -51,15 +55,20 @@ class Selected(eqx.Module):
 
     def log_prob(self, x: Array) -> Array:
         """The log-density at one point, relative to Lebesgue measure, atoms of the reward or not."""
-        return self.prior.log_prob(x) + self._differentiable(self.ratio(rewards.value(self.reward, x)))
+        return self.prior.log_prob(x) + self._differentiable(
+            self.ratio(rewards.value(self.reward, x))
+        )
 
     def masses(self) -> Array:
         """The probability that the winner is of each component of the prior, `(K,)`."""
-        log_masses = jax.nn.logsumexp(self.law.log_masses + self._differentiable(self.log_ratios), axis=1)
+        log_masses = jax.nn.logsumexp(
+            self.law.log_masses + self._differentiable(self.log_ratios), axis=1
+        )
         return jax.nn.softmax(log_masses)
 
     def mixture(self) -> GaussianMixture:
-        """The mixture with the winner's mass, mean and covariance in each component of the prior: where it lands, to second moments.
+        """The mixture with the winner's mass, mean and covariance in each component of the prior:
+        where it lands, to second moments.
 
         **Raises:** `ValueError` for `Step`, whose values say too little.
         """
@@ -75,7 +84,7 @@ class Selected(eqx.Module):
 
     def reward_cdf(self, r: float | Array) -> Array:
         """`P(r(X) <= r)` of the winner."""
-        r = inputs.finite(r, "r", 0).astype(self.law.values.dtype)
+        r = _checks.finite(r, "r", 0).astype(self.law.values.dtype)
         if isinstance(self.ratio, _Best):
             return jnp.exp(self.n * self.law.log_cdf(r)[0])
         values, cumulative = self._cumulative()
@@ -88,12 +97,14 @@ class Selected(eqx.Module):
 
     def reward_quantile(self, level: float | Array) -> Array:
         """The smallest r with `P(r(X) <= r) >= level`, for a level inside (0, 1)."""
-        level = inputs.finite(level, "level", 0).astype(self.law.values.dtype)
-        if inputs.concrete(level) and not 0 < float(level) < 1:
+        level = _checks.finite(level, "level", 0).astype(self.law.values.dtype)
+        if _checks.concrete(level) and not 0 < float(level) < 1:
             raise ValueError(f"level must lie inside (0, 1), got {float(level):g}")
         values, cumulative = self._cumulative()
         if self.law.discrete:
-            return values[jnp.minimum(jnp.searchsorted(cumulative, level * cumulative[-1]), len(values) - 1)]
+            return values[
+                jnp.minimum(jnp.searchsorted(cumulative, level * cumulative[-1]), len(values) - 1)
+            ]
 
         def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bracket
@@ -105,8 +116,10 @@ class Selected(eqx.Module):
         return jax.lax.fori_loop(0, 100, halve, (values[0], values[-1]))[1]
 
     def reward_log_prob(self, r: float | Array) -> Array:
-        """The log-density of the winner's reward. **Raises:** `ValueError` where there is none in closed form."""
-        r = inputs.finite(r, "r", 0).astype(self.law.values.dtype)
+        """The log-density of the winner's reward. **Raises:** `ValueError` where there is none in
+        closed form.
+        """
+        r = _checks.finite(r, "r", 0).astype(self.law.values.dtype)
         return self.law.log_density(r) + self.ratio(r)
 
     def kl_to_base(self) -> Array:
@@ -117,7 +130,7 @@ class Selected(eqx.Module):
 
     def kl_to_tilt(self, scale: float | Array) -> Array:
         """`KL(q | tilt)`, the tilt being that *of p*, `p exp(scale * r) / Z`."""
-        scale = inputs.nonnegative(scale, "scale").astype(self.law.values.dtype)
+        scale = _checks.nonnegative(scale, "scale").astype(self.law.values.dtype)
         if self.law.discrete:
             log_norm = jax.nn.logsumexp(self.law.log_masses + scale * self.law.values)
         else:
@@ -125,8 +138,9 @@ class Selected(eqx.Module):
         return self.kl_to_base() - scale * self.mean_reward() + log_norm
 
     def _shares(self) -> Array:
-        # g is constant to first order where only the order of the rewards counts, so that no derivative passes through it (Danskin).
-        return _normalised(self.law.log_masses + self.log_ratios)
+        # g is constant to first order where only the order of the rewards counts, so that no
+        # derivative passes through it (Danskin).
+        return _normalized(self.law.log_masses + self.log_ratios)
 
     def _cumulative(self) -> tuple[Array, Array]:
         values, shares = self.law.flat(self._shares())
@@ -139,50 +153,69 @@ class Selected(eqx.Module):
         return log_ratio
 
 
-def best_of_n(prior: GaussianMixture, reward: Callable, n: int, *, cells: int | None = None) -> Selected:
+def best_of_n(
+    prior: GaussianMixture, reward: Callable, n: int, *, cells: int | None = None
+) -> Selected:
     """The law of the best of n independent draws of `prior`.
 
-    `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`, `theory.discrete_law`).
-    Closed forms and quadrature as in `theory.reward_laws`: any dimension for `Linear`, `Step`, and concave isotropic quadratic rewards
-    of isotropic components, else one or two, with `cells` a dimension.
+    `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`,
+    `theory.discrete_law`). Closed forms and quadrature as in `theory.reward_laws`: any dimension
+    for `Linear`, `Step`, and concave isotropic quadratic rewards of isotropic components, else one
+    or two, with `cells` a dimension.
 
-    Everything differentiates in the prior and in the reward, except masses and density on a grid in the reward, which say so.
+    Everything differentiates in the prior and in the reward, except masses and density on a grid in
+    the reward, which say so.
 
-    **Raises:** `ValueError` above two dimensions without closed form, and where the grid does not resolve the winner.
+    **Raises:** `ValueError` above two dimensions without closed form, and where the grid does not
+    resolve the winner.
     """
     return _best(prior, reward, _draws(n), reward_law(prior, reward, cells=cells))
 
 
 def softmax_of_n(
-    prior: GaussianMixture, reward: Callable, n: int, scale: float | Array, *, cells: int | None = None
+    prior: GaussianMixture,
+    reward: Callable,
+    n: int,
+    scale: float | Array,
+    *,
+    cells: int | None = None,
 ) -> Selected:
-    """The law of one of n independent draws of `prior`, chosen with probability proportional to `exp(scale * r)`.
+    """The law of one of n independent draws of `prior`, chosen with probability proportional to
+    `exp(scale * r)`.
 
     Scope as `best_of_n`; a grid has 3,000 cells on the line and 160 a dimension in the plane.
 
-    **Raises:** `ValueError` as `best_of_n`, and on a grid where `scale * r` varies too much from cell to cell.
+    **Raises:** `ValueError` as `best_of_n`, and on a grid where `scale * r` varies too much from
+    cell to cell.
     """
     check_mixture(prior, "prior")
-    scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
-    cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else inputs.count(cells, "cells")
+    scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
+    cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else _checks.count(cells, "cells")
     law = reward_law(prior, reward, cells=cells, nodes=4001)
     draws = _draws(n).astype(prior.means.dtype)
-    reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     ratio = _softmax_ratio(law, draws, scale)
     return _resolved(Selected(prior, reward, law, draws, ratio, _at_nodes(ratio, law.values)))
 
 
-def matching_n(prior: GaussianMixture, reward: Callable, scale: float | Array, *, most: int = 10**6) -> int:
-    """The n for which best-of-n is nearest to the tilt at `scale`: the least `KL(best of n | tilt)` over all `1 <= n <= most`.
+def matching_n(
+    prior: GaussianMixture, reward: Callable, scale: float | Array, *, most: int = 10**6
+) -> int:
+    """The n for which best-of-n is nearest to the tilt at `scale`: the least `KL(best of n | tilt)`
+    over all `1 <= n <= most`.
 
-    Every n up to 32, then a geometric grid, whose best cell is divided until it is a single n (which supposes that the divergence has
-    one minimum in it). A whole number to be handed to `tiltjax.best_of_n`, so nothing here may be traced.
+    Every n up to 32, then a geometric grid, whose best cell is divided until it is a single n
+    (which supposes that the divergence has one minimum in it). A whole number to be handed to
+    `tiltjax.best_of_n`, so nothing here may be traced.
 
     **Raises:** `ValueError` if the best n is `most` itself.
     """
-    scale, most = inputs.nonnegative(scale, "scale"), inputs.count(most, "most")
-    if not inputs.concrete((prior, scale)):
-        raise ValueError("matching_n returns a number of draws, a Python int: call it outside of jit, vmap and grad")
+    scale, most = _checks.nonnegative(scale, "scale"), _checks.count(most, "most")
+    if not _checks.concrete((prior, scale)):
+        raise ValueError(
+            "matching_n returns a number of draws, a Python int: call it outside of jit, vmap and "
+            "grad"
+        )
     law = reward_law(prior, reward)
 
     @eqx.filter_jit
@@ -193,7 +226,9 @@ def matching_n(prior: GaussianMixture, reward: Callable, scale: float | Array, *
         values = np.asarray(divergences(law, jnp.asarray(counts, law.values.dtype)))
         return int(np.argmin(values))
 
-    counts = np.unique(np.concatenate([np.arange(1, 33), np.geomspace(32, max(most, 33), 32)]).astype(np.int64))
+    counts = np.unique(
+        np.concatenate([np.arange(1, 33), np.geomspace(32, max(most, 33), 32)]).astype(np.int64)
+    )
     counts = counts[counts <= most]
     while True:
         i = best(counts)
@@ -203,22 +238,25 @@ def matching_n(prior: GaussianMixture, reward: Callable, scale: float | Array, *
         counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
     if counts[i] == most and most > 1:
         raise ValueError(
-            f"the best n is beyond most = {most}: selection reaches this tilt, KL about log n, only with more draws than that. Guide "
+            f"the best n is beyond most = {most}: selection reaches this tilt, KL about log n, "
+            "only with more draws than that. Guide "
             "the sampler first (and match n to what is left), or raise most."
         )
     return int(counts[i])
 
 
 def _draws(n: int) -> Array:
-    n = inputs.count(n, "n")
+    n = _checks.count(n, "n")
     if n > _MOST:
-        raise ValueError(f"n must be at most {_MOST:g}, got {n}: no reward's law is resolved so far in its tail")
+        raise ValueError(
+            f"n must be at most {_MOST:g}, got {n}: no reward's law is resolved so far in its tail"
+        )
     return jnp.asarray(float(n))
 
 
 def _best(prior: GaussianMixture, reward: Callable, n: Array, law: RewardLaw) -> Selected:
     n = n.astype(prior.means.dtype)
-    reward = inputs.cast(rewards.as_reward(reward), prior.means.dtype)
+    reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     if law.discrete:
         ratio, log_ratios = _best_of_atoms(law, n)
     else:
@@ -235,8 +273,11 @@ def _mixture(prior: GaussianMixture, law: RewardLaw, log_ratios: Array) -> Gauss
 
 @eqx.filter_jit
 def _at_nodes(ratio: Callable[[Array], Array], values: Array) -> Array:
-    # In batches: every node is met by all of an integral's. On the way back a batch is computed again: all of them would be gigabytes.
-    return jax.lax.map(jax.checkpoint(lambda r: ratio(r)), values.reshape(-1), batch_size=256).reshape(values.shape)
+    # In batches: every node is met by all of an integral's. On the way back a batch is computed
+    # again: all of them would be gigabytes.
+    return jax.lax.map(
+        jax.checkpoint(lambda r: ratio(r)), values.reshape(-1), batch_size=256
+    ).reshape(values.shape)
 
 
 class _Best(eqx.Module):
@@ -271,8 +312,11 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
     mass = jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)
     cumulative = jnp.cumsum(mass / jnp.sum(mass))
     f = jax.ops.segment_max(cumulative, group, len(values))[group]
-    # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small atoms.
-    share = jnp.minimum(jax.ops.segment_sum(mass / jnp.sum(mass), group, len(values))[group] / f, 1.0)
+    # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small
+    # atoms.
+    share = jnp.minimum(
+        jax.ops.segment_sum(mass / jnp.sum(mass), group, len(values))[group] / f, 1.0
+    )
     lowest = share > 1 - 4 * jnp.finfo(values.dtype).eps
     share = jnp.where(lowest, 0.5, share)
     rise = jnp.where(lowest, 0.0, jnp.log(-jnp.expm1(n * jnp.log1p(-share)) / share))
@@ -281,7 +325,9 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
 
 
 class _Soft(eqx.Module):
-    """`log n + log ∫ exp(a - e^a) phi^(n-1) dv`, `a = v + scale r`, by the trapezoidal rule in `v = log u`."""
+    """`log n + log ∫ exp(a - e^a) phi^(n-1) dv`, `a = v + scale r`, by the trapezoidal rule in
+    `v = log u`.
+    """
 
     n: Array
     scale: Array
@@ -308,7 +354,11 @@ class _SoftAtoms(eqx.Module):
         masses = jnp.exp(jax.nn.logsumexp(self.law.log_masses, axis=0))
         log_phi = _log_phi(masses[None], a[:, None] + self.scale * (self.law.values - r))
         log_kernel = a - jnp.exp(a)
-        return jnp.log(self.n) + jax.nn.logsumexp(log_kernel + (self.n - 1) * log_phi) + jnp.log(a[1] - a[0])
+        return (
+            jnp.log(self.n)
+            + jax.nn.logsumexp(log_kernel + (self.n - 1) * log_phi)
+            + jnp.log(a[1] - a[0])
+        )
 
 
 def _log_phi(masses: Array, a: Array) -> Array:
@@ -336,52 +386,69 @@ def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], 
         return _SoftAtoms(law, n, scale)
     soft, span, resolved = _soft(law, n, scale)
     if isinstance(law, GridReward):
-        if inputs.concrete(resolved) and not bool(resolved):
+        if _checks.concrete(resolved) and not bool(resolved):
             raise ValueError(
-                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the reward varies by "
+                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the "
+                "reward varies by "
                 f"{float(span):.3g}: lower the scale, or take best_of_n, its limit"
             )
-        return _Either(soft, _unresolved, resolved) if not inputs.concrete(resolved) else soft
-    if inputs.concrete(resolved):
+        return _Either(soft, _unresolved, resolved) if not _checks.concrete(resolved) else soft
+    if _checks.concrete(resolved):
         return soft if bool(resolved) else _wide_softmax(law, n, scale)
     return _Either(soft, _wide_softmax(law, n, scale), resolved)
 
 
 @eqx.filter_jit
 def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
-    """The integral, how far `scale * r` reaches, and whether nodes and rewards are close enough for it."""
+    """The integral, how far `scale * r` reaches, and whether nodes and rewards are close enough for
+    it.
+    """
     values, masses = law.flat(jnp.exp(law.log_masses))
     held = jax.lax.stop_gradient((values, masses))
-    # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is gone.
+    # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is
+    # gone.
     best = jnp.max(jnp.where(held[1] > 0, held[0], -jnp.inf))
     worst = jnp.min(jnp.where(held[1] > 1e-16, held[0], jnp.inf))
     low = -scale * best - jnp.log(n) - 36.0
-    v = jax.lax.stop_gradient(low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype))
+    v = jax.lax.stop_gradient(
+        low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype)
+    )
     log_phi = jax.checkpoint(lambda v: _log_phi(masses, v + scale * values))
     soft = _Soft(n, scale, v, jax.lax.map(log_phi, v, batch_size=32))
     resolved = v[1] - v[0] < 0.5
     if not isinstance(law, GridReward):
         bulk = jax.lax.stop_gradient(law.log_masses[:, 1:] > -37.0)
-        step = jnp.max(jnp.where(bulk, jnp.abs(jnp.diff(jax.lax.stop_gradient(law.values), axis=1)), 0.0))
+        step = jnp.max(
+            jnp.where(bulk, jnp.abs(jnp.diff(jax.lax.stop_gradient(law.values), axis=1)), 0.0)
+        )
         resolved &= scale * step < 1
     return soft, scale * (best - worst), resolved
 
 
 @eqx.filter_jit
 def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
-    """`log g` where `scale * r` spreads over much more than the noise: `n E[F_Y(scale r + A)^(n-1)]`, `F_Y(y) = E[F((y - A') / scale)]`.
+    """`log g` where `scale * r` spreads over much more than the noise:
+    `n E[F_Y(scale r + A)^(n-1)]`, `F_Y(y) = E[F((y - A') / scale)]`.
 
-    A, A' are Gumbel, `scale r + A` is what the softmax maximises, and F is smooth on the scale of the noise.
+    A, A' are Gumbel, `scale r + A` is what the softmax maximizes, and F is smooth on the scale of
+    the noise.
     """
     values = jnp.sort(law.values.reshape(-1))
-    log_below, log_above = jax.lax.map(jax.checkpoint(lambda r: law.log_cdf(r)), values, batch_size=64)
+    log_below, log_above = jax.lax.map(
+        jax.checkpoint(lambda r: law.log_cdf(r)), values, batch_size=64
+    )
     noise = jnp.asarray(_GUMBEL, values.dtype)
     weights = jnp.exp(-noise - jnp.exp(-noise)) * (noise[1] - noise[0])
-    lags = jnp.asarray(np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype)
-    # Row i: F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a; sums with the same a - a' share their entry.
+    lags = jnp.asarray(
+        np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype
+    )
+    # Row i: F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a; sums with the
+    # same a - a' share their entry.
     shift = np.arange(len(noise))
     smooth = jnp.zeros((len(lags), len(noise)), values.dtype)
-    smooth = smooth.at[len(noise) - 1 + shift[None] - shift[:, None], shift[None]].set(weights[:, None])
+    smooth = smooth.at[len(noise) - 1 + shift[None] - shift[:, None], shift[None]].set(
+        weights[:, None]
+    )
     tiny = jnp.finfo(values.dtype).tiny
 
     def at(points: Array) -> Array:
@@ -389,7 +456,9 @@ def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
         below = jnp.interp(row, values, jnp.exp(log_below), left=0.0, right=1.0) @ smooth
         above = jnp.interp(row, values, jnp.exp(log_above), left=1.0, right=0.0) @ smooth
         near = above < 0.5
-        log_cdf = jnp.where(near, jnp.log1p(-jnp.where(near, above, 0.0)), jnp.log(jnp.maximum(below, tiny)))
+        log_cdf = jnp.where(
+            near, jnp.log1p(-jnp.where(near, above, 0.0)), jnp.log(jnp.maximum(below, tiny))
+        )
         return jax.nn.logsumexp((n - 1) * log_cdf + jnp.log(weights)[None], axis=1)
 
     rows = jax.lax.map(jax.checkpoint(lambda r: at(r[None])[0]), values, batch_size=256)
@@ -401,20 +470,21 @@ def _unresolved(r: Array) -> Array:
 
 
 @jax.jit
-def _normalised(log_weights: Array) -> Array:
+def _normalized(log_weights: Array) -> Array:
     return jnp.exp(log_weights - jax.nn.logsumexp(log_weights))
 
 
 def _resolved(selected: Selected) -> Selected:
     log_shares = selected.law.log_masses + selected.log_ratios
-    if not inputs.concrete(log_shares):
+    if not _checks.concrete(log_shares):
         return selected
     log_shares = np.asarray(log_shares, np.float64)
     total = np.logaddexp.reduce(log_shares, axis=None)
     cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_shares, axis=0)))
     if not abs(total) < 1e-3 or (isinstance(selected.law, GridReward) and cells < 100):
         raise ValueError(
-            f"quadrature does not resolve the winner of n = {float(selected.n):g}: its mass sums to {np.exp(total):.6g} over "
+            f"quadrature does not resolve the winner of n = {float(selected.n):g}: its mass sums "
+            f"to {np.exp(total):.6g} over "
             f"{cells:.3g} nodes. Take fewer draws, or raise cells."
         )
     return selected
@@ -422,14 +492,17 @@ def _resolved(selected: Selected) -> Selected:
 
 @jax.custom_jvp
 def _piecewise_constant(log_ratio: Array, values: Array) -> Array:
-    """`log_ratio`, refusing to be differentiated in the rewards, of which a grid knows the order only."""
+    """`log_ratio`, refusing to be differentiated in the rewards, of which a grid knows the order
+    only.
+    """
     return log_ratio
 
 
 def _refuse_rewards(primals, tangents):
     if not isinstance(tangents[1], SymbolicZero):
         raise ValueError(
-            "masses and densities of best-of-n on a grid have no derivative in the reward: only the order of rewards enters. Use "
+            "masses and densities of best-of-n on a grid have no derivative in the reward: only "
+            "the order of rewards enters. Use "
             "softmax_of_n at a large scale, or finite differences."
         )
     tangent = tangents[0]

@@ -1,17 +1,37 @@
 r"""The tilt of a Gaussian mixture by a quadratic reward, in closed form.
 
-For `r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` and the scale l, with `M = I + 2 l S H`,
+For `r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` and the scale l, with
+`M = I + 2 l S H`,
 
     mean        y + M^-1 (mu - y) + l S~ g
     covariance  S~ = M^-1 S
     log-weight  log w + l r_0 - logdet(M)/2 - l (mu - y)^T H M^-1 (mu - y) + l <g, M^-1 (mu - y)> + l^2 g^T S~ g / 2
 
-and `log Z = log E[exp(l r(X))]` is the log-sum-exp of the log-weights. `S` may be singular and H indefinite, as long as the
-eigenvalues of M, which are real, are positive; otherwise the tilt has no finite mass. For one `Quadratic` nothing large cancels
-(y is its own maximiser and g = 0); for a sum, y is the first term's.
+and `log Z = log E[exp(l r(X))]` is the log-sum-exp of the log-weights. `S` may be singular and H
+indefinite, as long as the eigenvalues of M, which are real, are positive; otherwise the tilt has no
+finite mass. For one `Quadratic` nothing large cancels (y is its own maximizer and g = 0); for a
+sum, y is the first term's.
+
+Doob's h-function of a mixture: `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly.
+
+Given `X_t = x` the data are again a mixture (`GaussianMixture.condition`), so log h is the log
+normalizing constant of *its* tilt. At t = 0 it is log Z for every x (if `alpha_0 = 0`), at t = 1 it
+is `scale * r(x)`, and `p_t h_t / Z` is the law of the tilt noised to time t.
+
+`log Z` by thermodynamic integration, for any law whose tilted mean reward is known or measured.
+
+With `Z(scale) = E[exp(scale r(X))]` under the prior, `log Z(0) = 0` and
+
+    d log Z / d scale = E_scale[r],    d^2 log Z / d scale^2 = Var_scale(r) >= 0,
+
+E_scale being the expectation under the tilt: `log Z(scale) = ∫_0^scale E_l[r] dl` (Kirkwood 1935;
+Gelman and Meng 1998, *Simulating normalizing constants*: path sampling). The second line makes
+`E_l[r]` nondecreasing in l, so that left and right Riemann sums on any grid of scales are below and
+above the truth: a bracket, not an error estimate. Z must be finite on all of the way.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -20,7 +40,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg, rewards
+from theory import quadrature
+from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
@@ -34,15 +56,18 @@ class QuadraticForm(NamedTuple):
 
 
 def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
-    """The coefficients of a quadratic reward on `R^dim`: `Quadratic`, `Linear`, their sums and multiples.
+    """The coefficients of a quadratic reward on `R^dim`: `Quadratic`, `Linear`, their sums and
+    multiples.
 
     **Raises:** `ValueError` for any other reward, naming it.
     """
-    dim = inputs.count(dim, "dim")
+    dim = _checks.count(dim, "dim")
     matrix, centers = _parts(reward, dim)
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
-        raise ValueError(f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}")
+        raise ValueError(
+            f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}"
+        )
     value, gradient = _value_and_slope(reward, center)
     return QuadraticForm(matrix, center, gradient, value)
 
@@ -59,30 +84,35 @@ def is_quadratic(reward: rewards.Reward) -> bool:
             return all(is_quadratic(term) for term in reward.terms)
         case rewards.Scaled():
             return is_quadratic(reward.reward)
-    return isinstance(reward, rewards.Quadratic | rewards.Linear)
+    return isinstance(reward, rewards.Quadratic | rewards.LinearReward)
 
 
 def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
-    """The matrix H of a reward, and the centres of its quadratic terms."""
+    """The matrix H of a reward, and the centers of its quadratic terms."""
     match reward:
         case rewards.Quadratic():
             return reward.matrix(), [reward.target]
-        case rewards.Linear():
+        case rewards.LinearReward():
             return jnp.zeros((dim, dim), reward.direction.dtype), []
         case rewards.Scaled():
             matrix, centers = _parts(reward.reward, dim)
             return reward.factor * matrix, centers
         case rewards.Sum():
             matrices, centers = zip(*(_parts(term, dim) for term in reward.terms), strict=True)
-            return functools.reduce(jnp.add, matrices), [center for group in centers for center in group]
+            return functools.reduce(jnp.add, matrices), [
+                center for group in centers for center in group
+            ]
     raise ValueError(
-        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their sums and multiples have one. In one or "
+        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their "
+        "sums and multiples have one. In one or "
         "two dimensions use theory.quadrature.tilt."
     )
 
 
 class Tilt(eqx.Module):
-    """A tilted mixture: `mixture`, the normalised law; `log_norm`, `log E[exp(scale * r(X))]` under the prior."""
+    """A tilted mixture: `mixture`, the normalized law; `log_norm`, `log E[exp(scale * r(X))]` under
+    the prior.
+    """
 
     mixture: GaussianMixture
     log_norm: Array
@@ -99,21 +129,26 @@ class Tilt(eqx.Module):
 def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -> Tilt:
     """The law `rho(x) exp(scale * r(x)) / Z` and `log Z`.
 
-    **Arguments:** `prior`, K components in d dimensions, covariances singular or not; `reward`, quadratic; `scale >= 0`.
+    **Arguments:** `prior`, K components in d dimensions, covariances singular or not; `reward`,
+    quadratic; `scale >= 0`.
 
     **Raises:** `ValueError` for a reward without closed form, or where the tilt has no finite mass.
     """
     check_mixture(prior, "prior")
-    scale = inputs.nonnegative(scale, "scale").astype(prior.means.dtype)
-    form = inputs.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
+    scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
+    form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     return _tilt(prior, form, scale)
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
-    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`. **Raises:** `ValueError` for another reward."""
+    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`. **Raises:** `ValueError`
+    for another reward.
+    """
     check_mixture(mixture, "mixture")
     form = quadratic_form(rewards.as_reward(reward), mixture.dim)
-    return mixture.weights @ (jax.vmap(reward)(mixture.means) - jnp.einsum("ij,kji->k", form.matrix, mixture.covs))
+    return mixture.weights @ (
+        jax.vmap(reward)(mixture.means) - jnp.einsum("ij,kji->k", form.matrix, mixture.covs)
+    )
 
 
 def _tilt(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
@@ -132,8 +167,12 @@ def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
         moved = inverse @ offset
         tilted = inverse @ cov
         tilted = (tilted + tilted.T) / 2
-        log_weight = log_weight - jnp.linalg.slogdet(matrix)[1] / 2 - scale * offset @ form.matrix @ moved
-        log_weight = log_weight + scale * form.gradient @ (moved + scale * tilted @ form.gradient / 2)
+        log_weight = (
+            log_weight - jnp.linalg.slogdet(matrix)[1] / 2 - scale * offset @ form.matrix @ moved
+        )
+        log_weight = log_weight + scale * form.gradient @ (
+            moved + scale * tilted @ form.gradient / 2
+        )
         return log_weight, form.center + moved + scale * tilted @ form.gradient, tilted
 
     log_weights, means, covs = jax.vmap(component)(prior.log_weights, prior.means, prior.covs)
@@ -142,37 +181,53 @@ def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
 
 
 def _check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> None:
-    if not inputs.concrete((prior, form, scale)):
+    if not _checks.concrete((prior, form, scale)):
         return
-    matrices = np.eye(prior.dim) + 2 * float(scale) * np.asarray(prior.covs) @ np.asarray(form.matrix)
+    matrices = np.eye(prior.dim) + 2 * float(scale) * np.asarray(prior.covs) @ np.asarray(
+        form.matrix
+    )
     smallest = np.linalg.eigvals(matrices).real.min(axis=1)
     if np.any(smallest <= 0):
         k = int(np.argmin(smallest))
         raise ValueError(
-            f"the tilt has no finite mass: I + 2 scale S H has the eigenvalue {smallest[k]:g} for component {k}, and needs positive "
-            f"ones. The reward grows faster than the prior decays: lower scale (got {float(scale):g}) or bound the reward."
+            f"the tilt has no finite mass: I + 2 scale S H has the eigenvalue {smallest[k]:g} for "
+            f"component {k}, and needs positive "
+            "ones. The reward grows faster than the prior decays: lower scale (got "
+            f"{float(scale):g}) or bound the reward."
         )
 
 
 def common_axes(cov: Array, matrix: Array) -> Array:
-    """A basis, in columns, that diagonalises two commuting matrices: eigenvectors of a generic combination of them."""
+    """A basis, in columns, that diagonalises two commuting matrices: eigenvectors of a generic
+    combination of them.
+    """
     size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
     return jnp.linalg.eigh(cov / size(cov) + matrix / size(matrix) / jnp.pi)[1]
 
 
 def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
-    """`W2^2` between `N(m, S)` and `N(n, T)`: `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
+    """`W2^2` between `N(m, S)` and `N(n, T)`:
+    `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
 
-    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by triangular roots: singular covariances
-    are as good as any. Its derivative is taken without that of the singular vectors, and is right where singular values coincide; where one
-    is zero, W2^2 itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by
+    triangular roots: singular covariances are as good as any. Its derivative is taken without that
+    of the singular vectors, and is right where singular values coincide; where one is zero, W2^2
+    itself has a one-sided derivative only. Source: Dowson and Landau (1982).
 
-    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:** `ValueError` for other shapes.
+    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:**
+    `ValueError` for other shapes.
     """
-    mean, other_mean = inputs.floating(mean, "mean", 1), inputs.floating(other_mean, "other_mean", 1)
-    cov, other_cov = inputs.floating(cov, "cov", 2), inputs.floating(other_cov, "other_cov", 2)
+    mean, other_mean = (
+        _checks.floating(mean, "mean", 1),
+        _checks.floating(other_mean, "other_mean", 1),
+    )
+    cov, other_cov = _checks.floating(cov, "cov", 2), _checks.floating(other_cov, "other_cov", 2)
     d = mean.shape
-    for name, part, shape in (("other_mean", other_mean, d), ("cov", cov, d + d), ("other_cov", other_cov, d + d)):
+    for name, part, shape in (
+        ("other_mean", other_mean, d),
+        ("cov", cov, d + d),
+        ("other_cov", other_cov, d + d),
+    ):
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, as mean has {d}, got {part.shape}")
     return _bures(mean, cov, other_mean, other_cov)
@@ -180,7 +235,7 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
 
 @jax.jit
 def _bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
-    shared = _nuclear_norm(linalg.square_root(cov).T @ linalg.square_root(other_cov))
+    shared = _nuclear_norm(_linalg.square_root(cov).T @ _linalg.square_root(other_cov))
     return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
 
 
@@ -193,3 +248,205 @@ def _nuclear_norm(matrix: Array) -> Array:
 def _nuclear_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     left, values, right = jnp.linalg.svd(primals[0], full_matrices=False)
     return jnp.sum(values), jnp.sum((left @ right) * tangents[0])
+
+
+class LogH(eqx.Module):
+    """`log h` as a function of `(t, x)`; built by `log_h`."""
+
+    prior: GaussianMixture
+    reward: rewards.Reward
+    scale: Array
+    interpolant: Interpolant
+
+    def __call__(self, t: Array, x: Array) -> Array:
+        law = _pytree.cast(self, x.dtype)
+        posterior = law.prior.condition(law.interpolant.alpha(t), law.interpolant.sigma(t), x)
+        if is_quadratic(law.reward):
+            return tilt(posterior, law.reward, law.scale).log_norm
+        if isinstance(law.reward, rewards.StepReward):
+            return _log_h_step(posterior, law.reward, law.scale)
+        return quadrature.log_norm(posterior, law.reward, law.scale)
+
+
+def log_h(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array,
+    interpolant: Interpolant | None = None,
+) -> LogH:
+    """`log h` for a mixture prior, a function `(t, x) -> scalar` to be given to `tiltjax.Doob`.
+
+    Closed form for quadratic rewards and for `Step`; for any other, Gaussian quadrature around each
+    component of the posterior, in one or two dimensions (`theory.quadrature.log_norm`).
+
+    **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
+    """
+    check_mixture(prior, "prior")
+    reward = rewards.as_reward(reward)
+    closed = is_quadratic(reward) or isinstance(reward, rewards.StepReward)
+    if not closed and prior.dim > 2:
+        raise ValueError(
+            f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or "
+            f"two dimensions, not {prior.dim}: "
+            "estimate it with PlugIn and many draws, or Laplace"
+        )
+    scale = _checks.nonnegative(scale, "scale")
+    if not closed and _checks.concrete((prior, reward, scale)):
+        _check_resolution(prior, reward, scale)
+    return LogH(prior, reward, scale, or_linear(interpolant))
+
+
+def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
+    # The prior is the widest posterior there is: nodes that are enough for it are enough at every
+    # time.
+    r, scale = _pytree.cast((reward, scale), prior.means.dtype)
+    nodes = (401, 41)[prior.dim - 1]
+    usual, fine = (
+        float(quadrature.log_norm(prior, r, scale, nodes=n)) for n in (nodes, 2 * nodes - 1)
+    )
+    if not abs(usual - fine) < 1e-3:
+        raise ValueError(
+            f"quadrature does not resolve this reward at scale {float(scale):g}: log h changes "
+            f"from {usual:.6g} to {fine:.6g} with twice the "
+            "nodes. Lower the scale."
+        )
+
+
+def marginal(
+    mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None
+) -> GaussianMixture:
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted
+    marginal `p_t h_t / Z`. **Raises:** `ValueError` for a t outside [0, 1].
+    """
+    check_mixture(mixture, "mixture")
+    interpolant = or_linear(interpolant)
+    t = _checks.finite(t, "t", 0).astype(mixture.means.dtype)
+    if _checks.concrete(t) and not 0 <= float(np.asarray(t)) <= 1:
+        raise ValueError(f"t must lie in [0, 1], got {float(t):g}")
+    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
+    noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
+    return mixture.replace(
+        mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None]
+    )
+
+
+def _log_h_step(posterior: GaussianMixture, reward: rewards.StepReward, scale: Array) -> Array:
+    # <n, X> is Gaussian in each component: log(P(above) + exp(-scale height) P(below)).
+    mean = posterior.means @ reward.normal - reward.offset
+    std = jnp.sqrt(jnp.einsum("i,kij,j->k", reward.normal, posterior.covs, reward.normal))
+    z = mean / jnp.where(std > 0, std, 1.0)
+    z = jnp.where(std > 0, z, jnp.where(mean >= 0, jnp.inf, -jnp.inf))
+    above, below = (
+        jax.scipy.special.log_ndtr(z),
+        jax.scipy.special.log_ndtr(-z) - scale * reward.height,
+    )
+    return jax.nn.logsumexp(posterior.log_weights + jnp.logaddexp(above, below))
+
+
+def thermodynamic_integral(
+    expected_reward: Callable[[Array], Array],
+    scale: float | Array,
+    *,
+    nodes: int = 32,
+    start: float | Array = 0.0,
+) -> Array:
+    """`log Z(scale) - log Z(start)`, from `expected_reward(l) = E_l[r]`, by Gauss-Legendre nodes;
+    `log Z(0) = 0`.
+
+    `expected_reward` is called with one scale at a time and is traced once:
+    `lambda l: theory.expected_reward(theory.tilt(prior, reward, l).mixture, reward)`, or
+    `theory.quadrature.tilt(prior, reward, l).expect(reward)`. The error falls geometrically in
+    `nodes` for a smooth `E_l[r]`; double them to see it. Strong tilts (`scale * variance` of
+    hundreds) vary most near 0: integrate in pieces, by `start`. Differentiates in `scale` (the
+    derivative is `E_scale[r]`) and through `expected_reward`.
+
+    **Raises:** `ValueError` for a scale or a start that is negative or not finite, and for no
+    nodes.
+    """
+    _checks.function(expected_reward, "expected_reward")
+    end = _checks.nonnegative(scale, "scale")
+    begin = _checks.nonnegative(start, "start").astype(end.dtype)
+    node, weight = np.polynomial.legendre.leggauss(_checks.count(nodes, "nodes"))
+    width = end - begin
+    scales = begin + width * jnp.asarray((1 + node) / 2, end.dtype)
+    # One after the other: quadrature in the plane needs the memory of one grid.
+    values = jax.lax.map(expected_reward, scales)
+    if values.shape != (len(node),):
+        raise ValueError(
+            f"expected_reward must return one number for one scale, got shape {values.shape[1:]}"
+        )
+    return width * (jnp.asarray(weight / 2, values.dtype) @ values).astype(width.dtype)
+
+
+class LogNorm(NamedTuple):
+    """`log Z` from measured mean rewards: `value`, between `lower` and `upper`, each with its
+    standard error.
+
+    `value` is the trapezoidal rule, the middle of the two. Without noise the truth is in
+    `[lower, upper]`; with it, in that interval widened by the standard errors of its ends.
+    """
+
+    value: Array
+    lower: Array
+    upper: Array
+    error: Array
+    lower_error: Array
+    upper_error: Array
+
+
+def thermodynamic_bracket(
+    scales: Array, expected_rewards: Array, standard_errors: Array | None = None
+) -> LogNorm:
+    """`log Z(scales[-1]) - log Z(scales[0])` from mean rewards measured at rising scales, and a
+    bracket of it.
+
+    **Arguments:** `scales` `(n,)`, n >= 2, rising (from 0 for `log Z` itself); `expected_rewards`
+    `(n,)`, those of the tilt at each scale, from independent runs; `standard_errors` `(n,)`,
+    theirs: none for exact values.
+
+    **Raises:** `ValueError` for shapes that disagree, scales that do not rise, negative errors, and
+    mean rewards that fall by more than five standard errors (or by more than rounding, if exact):
+    those of a tilt never do, so these are a sampler's bias.
+    """
+    scales = _checks.finite(scales, "scales", 1)
+    values = _checks.finite(expected_rewards, "expected_rewards", 1).astype(scales.dtype)
+    errors = (
+        jnp.zeros_like(values)
+        if standard_errors is None
+        else _checks.finite(standard_errors, "standard_errors", 1)
+    )
+    errors = errors.astype(scales.dtype)
+    if len(scales) < 2 or not scales.shape == values.shape == errors.shape:
+        raise ValueError(
+            f"two scales or more, and one mean reward and error for each: got {scales.shape}, "
+            f"{values.shape} and {errors.shape}"
+        )
+    _check(scales, values, errors)
+    steps = jnp.diff(scales)
+    zero = jnp.zeros((1,), steps.dtype)
+    left, right = jnp.concatenate([steps, zero]), jnp.concatenate([zero, steps])
+    rules = jnp.stack([(left + right) / 2, left, right])
+    sums, spreads = rules @ values, jnp.sqrt(rules**2 @ errors**2)
+    return LogNorm(*sums, *spreads)
+
+
+def _check(scales: Array, values: Array, errors: Array) -> None:
+    if not _checks.concrete((scales, values, errors)):
+        return
+    scale, value, error = (np.asarray(part, np.float64) for part in (scales, values, errors))
+    if np.any(np.diff(scale) <= 0) or scale[0] < 0:
+        raise ValueError(f"scales must rise, from 0 or more, got {scale}")
+    if np.any(error < 0):
+        raise ValueError(f"standard errors must not be negative, got {error}")
+    allowed = (
+        5 * np.hypot(error[1:], error[:-1]) + 1e3 * np.finfo(scales.dtype).eps * np.abs(value).max()
+    )
+    fall = -np.diff(value) - allowed
+    if np.any(fall > 0):
+        i = int(np.argmax(fall))
+        raise ValueError(
+            f"the mean reward falls from {value[i]:g} at scale {scale[i]:g} to {value[i + 1]:g} at "
+            f"{scale[i + 1]:g}, beyond its standard "
+            "errors: that of the tilt never falls, so the measured laws are not the tilts (or "
+            "their errors are too small)"
+        )

@@ -1,16 +1,19 @@
 r"""Sequences of tokens, enumerated: what steering a model of tokens should produce.
 
-For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens everything is a finite sum over `vocab^length` sequences:
+For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens everything is a finite sum
+over `vocab^length` sequences:
 
     tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
     h-function   log h(x) = log E[exp(scale r(X)) | X agrees with what x shows],
 
-the law of the hidden tokens given the shown ones (`posterior`), and of a step that shows all of them at once, each drawn by itself: the product of
-their marginals (`independent`), from which `Unmask` with few steps is not far. For rewards that are sums over positions and neighbours, at
-any length, `pair_log_norm` has Z by transfer matrices.
+the law of the hidden tokens given the shown ones (`posterior`), and of a step that shows all of
+them at once, each drawn by itself: the product of their marginals (`independent`), from which
+`Unmask` with few steps is not far. For rewards that are sums over positions and neighbors, at any
+length, `pair_log_norm` has Z by transfer matrices.
 
-A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`, such as `tiltjax.MarkovChain`; a hidden token is
-the integer `vocab`. Its prompt is ignored: condition by `posterior`.
+A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
+such as `tiltjax.MarkovChain`; a hidden token is the integer `vocab`. Its prompt is ignored:
+condition by `posterior`.
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, rewards
+from tiltjax import _checks, rewards
 
 LARGEST = 2_000_000
 
@@ -39,7 +42,9 @@ class Chain(Protocol):
 
 
 class TokenLaw(NamedTuple):
-    """A law on sequences: `states` `(n, length)`, integers in lexicographic order; `probs` `(n,)`; `log_norm`, scalar, log Z of what was tilted."""
+    """A law on sequences: `states` `(n, length)`, integers in lexicographic order; `probs` `(n,)`;
+    `log_norm`, scalar, log Z of what was tilted.
+    """
 
     states: Array
     probs: Array
@@ -58,16 +63,19 @@ class TokenLaw(NamedTuple):
 
 def _check_chain(chain: Any) -> None:
     if not all(hasattr(chain, name) for name in ("length", "log_initial", "log_transition")):
-        raise TypeError(f"chain must be a Markov chain, such as tiltjax.MarkovChain, got {type(chain).__name__}")
+        raise TypeError(
+            f"chain must be a Markov chain, such as tiltjax.MarkovChain, got {type(chain).__name__}"
+        )
 
 
 def token_states(vocab: int, length: int) -> Array:
     """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two million."""
-    vocab, length = inputs.count(vocab, "vocab"), inputs.count(length, "length")
+    vocab, length = _checks.count(vocab, "vocab"), _checks.count(length, "length")
     if vocab**length > LARGEST:
         raise ValueError(
-            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {LARGEST:,} can be listed: take fewer, or pair_log_norm for "
-            "rewards of neighbours"
+            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {LARGEST:,} "
+            "can be listed: take fewer, or pair_log_norm for "
+            "rewards of neighbors"
         )
     return jnp.asarray(np.indices((vocab,) * length).reshape(length, -1).T, jnp.int32)
 
@@ -82,13 +90,17 @@ def _log_prob(log_initial: Array, log_transition: Array, x: Array) -> Array:
     return log_initial[x[0]] + jnp.sum(log_transition[x[:-1], x[1:]])
 
 
-def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given: Any = None) -> TokenLaw:
+def token_tilt(
+    chain: Chain, reward: Callable, scale: float | Array = 1.0, given: Any = None
+) -> TokenLaw:
     """The tilt of a chain by `exp(scale * r)`, by enumeration.
 
-    **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`; `scale`; `given` `(length,)`: tokens that are shown, and
-    `vocab` elsewhere. Then the law is that given them, and `log_norm` is `log h` at `given`.
+    **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`;
+    `scale`; `given` `(length,)`: tokens that are shown, and `vocab` elsewhere. Then the law is that
+    given them, and `log_norm` is `log h` at `given`.
 
-    **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that excludes all.
+    **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that
+    excludes all.
     """
     states, law, values = _tilted(chain, reward, scale, given, "given")
     log_norm = _log_norm(law, values)
@@ -97,21 +109,25 @@ def token_tilt(chain: Chain, reward: Callable, scale: float | Array = 1.0, given
 
 def _log_norm(law: Array, values: Array) -> Array:
     log_norm = jax.nn.logsumexp(law + values)
-    if inputs.concrete(log_norm) and not np.isfinite(log_norm):
+    if _checks.concrete(log_norm) and not np.isfinite(log_norm):
         raise ValueError(
-            f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where it is infinite"
+            f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where "
+            "it is infinite"
         )
     return log_norm
 
 
 def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
-    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence `scale * r(x)`.
+    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence
+    `scale * r(x)`.
 
-    **Arguments:** `x` `(length,)`, integers, `vocab` where a token is hidden. **Raises:** `ValueError`, `TypeError` for another, and as `token_tilt`.
+    **Arguments:** `x` `(length,)`, integers, `vocab` where a token is hidden. **Raises:**
+    `ValueError`, `TypeError` for another, and as `token_tilt`.
     """
     if x is None:
         raise TypeError(
-            "x must be a sequence of integers, got None: log Z itself is token_tilt(chain, reward, scale).log_norm"
+            "x must be a sequence of integers, got None: log Z itself is token_tilt(chain, reward, "
+            "scale).log_norm"
         )
     _, law, values = _tilted(chain, reward, scale, x, "x")
     return _log_norm(law, values)
@@ -119,9 +135,11 @@ def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) 
 
 def token_marginals(law: TokenLaw, vocab: int) -> Array:
     """`P(X_i = v)`, `(length, vocab)`."""
-    inputs.instance(law, TokenLaw, "law", "such as token_tilt(chain, reward, scale)")
-    vocab = inputs.count(vocab, "vocab")
-    return jnp.einsum("n,niv->iv", law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype))
+    _checks.instance(law, TokenLaw, "law", "such as token_tilt(chain, reward, scale)")
+    vocab = _checks.count(vocab, "vocab")
+    return jnp.einsum(
+        "n,niv->iv", law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype)
+    )
 
 
 def independent(law: TokenLaw, vocab: int) -> TokenLaw:
@@ -132,21 +150,30 @@ def independent(law: TokenLaw, vocab: int) -> TokenLaw:
     return law._replace(probs=jnp.exp(log_probs), log_norm=jnp.zeros_like(law.log_norm))
 
 
-def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale: float | Array = 1.0) -> Array:
-    """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any length.
+def pair_log_norm(
+    chain: Chain, single: Array, pair: Array | None = None, scale: float | Array = 1.0
+) -> Array:
+    """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any
+    length.
 
-    **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default; `scale`.
+    **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default;
+    `scale`.
 
     **Raises:** `ValueError` for other shapes.
     """
     _check_chain(chain)
     dtype, vocab = chain.log_initial.dtype, len(chain.log_initial)
-    scale = inputs.finite(scale, "scale", 0).astype(dtype)
-    single = inputs.floating(single, "single", 2).astype(dtype)
-    pair = jnp.zeros((vocab, vocab), dtype) if pair is None else inputs.floating(pair, "pair", 2).astype(dtype)
+    scale = _checks.finite(scale, "scale", 0).astype(dtype)
+    single = _checks.floating(single, "single", 2).astype(dtype)
+    pair = (
+        jnp.zeros((vocab, vocab), dtype)
+        if pair is None
+        else _checks.floating(pair, "pair", 2).astype(dtype)
+    )
     if single.shape != (chain.length, vocab) or pair.shape != (vocab, vocab):
         raise ValueError(
-            f"single must have shape {(chain.length, vocab)} and pair {(vocab, vocab)}, got {single.shape} and {pair.shape}"
+            f"single must have shape {(chain.length, vocab)} and pair {(vocab, vocab)}, got "
+            f"{single.shape} and {pair.shape}"
         )
     step = chain.log_transition + scale * pair
 
@@ -157,25 +184,30 @@ def pair_log_norm(chain: Chain, single: Array, pair: Array | None = None, scale:
     return jax.nn.logsumexp(message)
 
 
-def _tilted(chain: Chain, reward: Callable, scale: float | Array, given: Any, name: str) -> tuple[Array, Array, Array]:
+def _tilted(
+    chain: Chain, reward: Callable, scale: float | Array, given: Any, name: str
+) -> tuple[Array, Array, Array]:
     """All states, the log-law that is tilted, and `scale * r`."""
     _check_chain(chain)
     vocab = len(chain.log_initial)
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
-    scale, fn = inputs.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
+    scale, fn = _checks.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
     log_law = jax.vmap(lambda x: token_log_prob(chain, x))(states)
     if given is not None:
         given = given if isinstance(given, jax.Array) else np.asarray(given)
         if given.shape != (chain.length,) or not jnp.issubdtype(given.dtype, jnp.integer):
             raise ValueError(
-                f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got shape {given.shape} of {given.dtype}"
+                f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got "
+                f"shape {given.shape} of {given.dtype}"
             )
         given = jnp.asarray(given).astype(states.dtype)
         agrees = jnp.all((states == given[None]) | (given[None] == vocab), axis=1)
         log_law = jnp.where(agrees, log_law, -jnp.inf)
         mass = jax.nn.logsumexp(log_law)
-        if inputs.concrete(mass) and not np.isfinite(mass):
-            raise ValueError(f"what is given has probability zero under the chain: {np.asarray(given).tolist()}")
+        if _checks.concrete(mass) and not np.isfinite(mass):
+            raise ValueError(
+                f"what is given has probability zero under the chain: {np.asarray(given).tolist()}"
+            )
         log_law = log_law - mass
     values = rewards.values(fn, states).astype(dtype)
     # At scale 0 an exclusion is none.

@@ -10,20 +10,22 @@ Time runs from noise (t = 0) to data (t = 1) along
 | `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching in continuous time |
 | `DiscreteVP(alphas_cumprod)` | through a table | `sqrt(1 - alpha^2)` | DDPM, Stable Diffusion |
 
-A model is known through its denoiser `D_t(x) = E[X_1 | X_t = x]`; every other parametrisation is affine in it:
+A model is known through its denoiser `D_t(x) = E[X_1 | X_t = x]`; every other parametrization is
+affine in it:
 
     noise     E = (x - alpha D) / sigma
     score     s = (alpha D - x) / sigma^2
     velocity  b = alpha' D + sigma' E.
 
 The *natural parameters* of a noisy view of `X_1` are its precision `snr_t = alpha^2 / sigma^2` and
-`eta = alpha x / sigma^2`: the likelihood of `X_1` is `exp(<eta, X_1> - snr |X_1|^2 / 2)`. Independent Gaussian views
-add up in these coordinates, and whatever the sum is, it is again a view at *some* time: `observe`. Posterior
-sampling, conjugate tilts and renoising are all this one call.
+`eta = alpha x / sigma^2`: the likelihood of `X_1` is `exp(<eta, X_1> - snr |X_1|^2 / 2)`.
+Independent Gaussian views add up in these coordinates, and whatever the sum is, it is again a view
+at *some* time: `observe`. Posterior sampling, conjugate tilts and renoising are all this one call.
 
-Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman et al. (arXiv
-2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')` is that of Domingo-Enrich et al.
-(arXiv 2409.08861). Variance-preserving paths: Ho, Jain and Abbeel (arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
+Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman
+et al. (arXiv 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')` is
+that of Domingo-Enrich et al. (arXiv 2409.08861). Variance-preserving paths: Ho, Jain and Abbeel
+(arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
 """
 
 from typing import Any
@@ -34,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs
+from tiltjax import _checks, _pytree
 
 
 class Interpolant(eqx.Module):
@@ -60,7 +62,9 @@ class Interpolant(eqx.Module):
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def snr_range(self) -> tuple[Array, Array]:
-        """The lowest and the highest snr on which a network of this path is trained: by default all from t = 0 on."""
+        """The lowest and the highest snr on which a network of this path is trained: by default all
+        from t = 0 on.
+        """
         lowest = self.snr(jnp.asarray(0.0))
         return lowest, jnp.full_like(lowest, jnp.inf)
 
@@ -78,7 +82,9 @@ class Interpolant(eqx.Module):
 
     def velocity(self, t: Array, x: Array, denoised: Array) -> Array:
         """The drift `b_t(x)` of the probability flow."""
-        return jax.grad(self.alpha)(t) * denoised + jax.grad(self.sigma)(t) * self.noise(t, x, denoised)
+        return jax.grad(self.alpha)(t) * denoised + jax.grad(self.sigma)(t) * self.noise(
+            t, x, denoised
+        )
 
     def denoised_from_noise(self, t: Array, x: Array, noise: Array) -> Array:
         """The denoiser of a noise prediction; singular where `alpha_t = 0`."""
@@ -91,7 +97,8 @@ class Interpolant(eqx.Module):
     def tweedie(self, t: Array) -> Array:
         """`sigma_t^2 / alpha_t`, the factor of Tweedie's identities.
 
-        `Cov(X_1 | X_t = x) = tweedie * ∂D/∂x`, and a gradient `∇ log h` moves the denoiser by `tweedie * ∇ log h`.
+        `Cov(X_1 | X_t = x) = tweedie * ∂D/∂x`, and a gradient `∇ log h` moves the denoiser by
+        `tweedie * ∇ log h`.
         """
         return self.sigma(t) ** 2 / self.alpha(t)
 
@@ -99,10 +106,11 @@ class Interpolant(eqx.Module):
         """The time and state at which the model has seen exactly this much.
 
         A likelihood `exp(<natural, X_1> - precision |X_1|^2 / 2)` is that of `X_{t*} = x*` with
-        `snr_{t*} = precision` and `x* = alpha_{t*} natural / precision`, so that the posterior of `X_1` given any
-        sum of Gaussian views is the posterior given one noisy state.
+        `snr_{t*} = precision` and `x* = alpha_{t*} natural / precision`, so that the posterior of
+        `X_1` given any sum of Gaussian views is the posterior given one noisy state.
 
-        **Arguments:** `precision`, a positive scalar; `natural`, of the state's shape. **Returns:** `(t*, x*)`.
+        **Arguments:** `precision`, a positive scalar; `natural`, of the state's shape. **Returns:**
+        `(t*, x*)`.
         """
         t = self.time(precision)
         return t, self.alpha(t) / precision * natural
@@ -115,13 +123,14 @@ class Interpolant(eqx.Module):
 class Linear(Interpolant):
     """`alpha_t = t`, `sigma_t = (1 - t) * base_scale`: flow matching, rectified flow.
 
-    **Arguments:** `base_scale`, the standard deviation `c_0` of the noise `N(0, c_0^2 I)` that sampling starts from.
+    **Arguments:** `base_scale`, the standard deviation `c_0` of the noise `N(0, c_0^2 I)` that
+    sampling starts from.
     """
 
     base_scale: Array
 
     def __init__(self, base_scale: float | Array = 1.0):
-        self.base_scale = inputs.positive(base_scale, "base_scale")
+        self.base_scale = _checks.positive(base_scale, "base_scale")
 
     def alpha(self, t: Array) -> Array:
         return 1.0 * t
@@ -135,9 +144,11 @@ class Linear(Interpolant):
 
 
 class _VariancePreserving(Interpolant):
-    """`alpha^2 + sigma^2 = 1`, by `B_t = -log alpha_t^2`, falling to 0 at t = 1: subclasses give `decay`, B, and `age`, its inverse.
+    """`alpha^2 + sigma^2 = 1`, by `B_t = -log alpha_t^2`, falling to 0 at t = 1: subclasses give
+    `decay`, B, and `age`, its inverse.
 
-    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at t = 0: `alpha_0 > 0`.
+    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at t =
+    0: `alpha_0 > 0`.
     """
 
     def decay(self, t: Array) -> Array:
@@ -164,25 +175,32 @@ class _VariancePreserving(Interpolant):
 
 
 class VP(_VariancePreserving):
-    """The variance-preserving path of the noise rate `beta(s) = beta_min + (beta_max - beta_min) s`, `s = 1 - t`.
+    """The variance-preserving path of the noise rate
+    `beta(s) = beta_min + (beta_max - beta_min) s`, `s = 1 - t`.
 
-    `B_t = beta_min s + (beta_max - beta_min) s^2 / 2`, `alpha = exp(-B / 2)`, `sigma = sqrt(1 - exp(-B))`. The literature's time is s.
-    The formulas go on below t = 0, where no network was trained.
+    `B_t = beta_min s + (beta_max - beta_min) s^2 / 2`, `alpha = exp(-B / 2)`,
+    `sigma = sqrt(1 - exp(-B))`. The literature's time is s. The formulas go on below t = 0, where
+    no network was trained.
 
-    **Arguments:** `beta_min`, `beta_max`: the noise rates at the data and at the noise, `0 < beta_min <= beta_max`.
+    **Arguments:** `beta_min`, `beta_max`: the noise rates at the data and at the noise,
+    `0 < beta_min <= beta_max`.
 
-    **Raises:** `ValueError` for rates that are not positive, or in the wrong order. Source: Song et al. (arXiv 2011.13456).
+    **Raises:** `ValueError` for rates that are not positive, or in the wrong order. Source: Song et
+    al. (arXiv 2011.13456).
     """
 
     beta_min: Array
     beta_max: Array
 
     def __init__(self, beta_min: float | Array = 0.1, beta_max: float | Array = 20.0):
-        self.beta_min = inputs.positive(beta_min, "beta_min")
-        self.beta_max = inputs.positive(beta_max, "beta_max")
-        if inputs.concrete((self.beta_min, self.beta_max)) and np.asarray(self.beta_max) < np.asarray(self.beta_min):
+        self.beta_min = _checks.positive(beta_min, "beta_min")
+        self.beta_max = _checks.positive(beta_max, "beta_max")
+        if _checks.concrete((self.beta_min, self.beta_max)) and np.asarray(
+            self.beta_max
+        ) < np.asarray(self.beta_min):
             raise ValueError(
-                f"beta_max, the noise rate at t = 0, must not be below beta_min, that at t = 1: got {float(self.beta_max):g} < "
+                "beta_max, the noise rate at t = 0, must not be below beta_min, that at t = 1: "
+                f"got {float(self.beta_max):g} < "
                 f"{float(self.beta_min):g}"
             )
 
@@ -191,28 +209,36 @@ class VP(_VariancePreserving):
         return s * (self.beta_min + (self.beta_max - self.beta_min) * s / 2)
 
     def age(self, decay: Array) -> Array:
-        # The root of a quadratic, in beta_min / B: nothing cancels, and it is right at both ends, B = 0 and B = inf.
+        # The root of a quadratic, in beta_min / B: nothing cancels, and it is right at both ends, B
+        # = 0 and B = inf.
         ratio = self.beta_min / decay
-        return 2 / (ratio + jnp.sqrt(ratio * (ratio + 2 * (self.beta_max - self.beta_min) / self.beta_min)))
+        return 2 / (
+            ratio + jnp.sqrt(ratio * (ratio + 2 * (self.beta_max - self.beta_min) / self.beta_min))
+        )
 
 
 class DiscreteVP(_VariancePreserving):
-    """The path of a network trained on a table of N noise levels, `alpha_i^2 = alphas_cumprod[i]`, i = N - 1 the noisiest.
+    """The path of a network trained on a table of N noise levels, `alpha_i^2 = alphas_cumprod[i]`,
+    i = N - 1 the noisiest.
 
-    The clock is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)`, and `index(t)` back, a float between levels. Level N - 1 stands at
-    t = 0, level 0 at `1 - 1 / N`. A network that wants the level is
+    The clock is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)`, and `index(t)` back, a
+    float between levels. Level N - 1 stands at t = 0, level 0 at `1 - 1 / N`. A network that wants
+    the level is
 
         path = DiscreteVP(alphas_cumprod)
         model = from_noise(lambda t, x: net(path.index(t), x), shape=..., interpolant=path)
 
-    At the levels `alpha^2` is the table's. Between them `log snr` is a monotone rational quadratic spline (Gregory and Delbourgo 1982),
-    with one continuous derivative and an inverse in closed form. From level 0 on to t = 1, where no network was trained, the noise rate
-    is constant, as with one more level `alpha^2 = 1` at i = -1: a run goes from level 0 to t = 1 by the jump to the denoiser.
+    At the levels `alpha^2` is the table's. Between them `log snr` is a monotone rational quadratic
+    spline (Gregory and Delbourgo 1982), with one continuous derivative and an inverse in closed
+    form. From level 0 on to t = 1, where no network was trained, the noise rate is constant, as
+    with one more level `alpha^2 = 1` at i = -1: a run goes from level 0 to t = 1 by the jump to the
+    denoiser.
 
-    `sample` refuses times beyond the table. Posteriors that ask closer to the data than their time says, `Glass` and `FlowMap`, are not
-    checked.
+    `sample` refuses times beyond the table. Posteriors that ask closer to the data than their time
+    says, `Glass` and `FlowMap`, are not checked.
 
-    **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside (0, 1).
+    **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside
+    (0, 1).
 
     **Raises:** `ValueError` for another table.
     """
@@ -220,40 +246,49 @@ class DiscreteVP(_VariancePreserving):
     noise_level: Array
     slope: Array
 
-    def __init__(self, alphas_cumprod: inputs.Numbers):
+    def __init__(self, alphas_cumprod: _checks.Numbers):
         # In NumPy: the table keeps the precision it was given in while its logarithms are taken.
         table = np.asarray(alphas_cumprod)
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod must be a table of N >= 2 levels, shape (N,), got shape {table.shape}")
+            raise ValueError(
+                "alphas_cumprod must be a table of N >= 2 levels, shape (N,), got shape "
+                f"{table.shape}"
+            )
         table = table.astype(np.float64)
         if not (np.all(np.diff(table) < 0) and table[0] < 1 and table[-1] > 0):
             raise ValueError(
-                "alphas_cumprod must fall strictly inside (0, 1), from the least to the most noisy level, got "
-                f"[{table[0]:g}, ..., {table[-1]:g}]: reverse a table that rises; leave out a last level that is 0 (no index changes)"
+                "alphas_cumprod must fall strictly inside (0, 1), from the least to the most noisy "
+                "level, got "
+                f"[{table[0]:g}, ..., {table[-1]:g}]: reverse a table that rises; leave out a last "
+                "level that is 0 (no index changes)"
             )
         level = np.log1p(-table) - np.log(table)
         chord = np.diff(level)
         decay = -np.log(table[0])
-        # The slope that continues at a constant noise rate, means of neighbouring chords, and their ratio at the noisy end.
+        # The slope that continues at a constant noise rate, means of neighboring chords, and their
+        # ratio at the noisy end.
         first, middle = decay / (1 - table[0]), (chord[1:] + chord[:-1]) / 2
         last = chord[-1] ** 2 / middle[-1] if len(middle) else chord[-1]
-        self.noise_level = inputs.floating(level, "alphas_cumprod")
-        self.slope = inputs.floating(np.concatenate([[first], middle, [last]]), "alphas_cumprod")
+        self.noise_level = _checks.floating(level, "alphas_cumprod")
+        self.slope = _checks.floating(np.concatenate([[first], middle, [last]]), "alphas_cumprod")
 
     def clock(self, index: Array) -> Array:
         """The time of level `index`, `1 - (index + 1) / N`."""
         return 1 - (index + 1) / len(self.noise_level)
 
     def index(self, t: Array) -> Array:
-        """The level at time t, `N (1 - t) - 1`: a float, a whole number up to rounding at the levels."""
+        """The level at time t, `N (1 - t) - 1`: a float, a whole number up to rounding at the
+        levels.
+        """
         return len(self.noise_level) * (1 - t) - 1
 
     def snr_range(self) -> tuple[Array, Array]:
         return jnp.exp(-self.noise_level[-1]), jnp.exp(-self.noise_level[0])
 
     def decay(self, t: Array) -> Array:
-        # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product: a compiler may round i, a product less one, in
-        # two ways at two places, and at a level take its piece from one and the position in it from the other.
+        # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product: a compiler
+        # may round i, a product less one, in two ways at two places, and at a level take its piece
+        # from one and the position in it from the other.
         n = len(self.noise_level)
         u = n * (1 - t)
         # Selects inside as well as outside: the side not taken must have a finite derivative.
@@ -276,8 +311,17 @@ class DiscreteVP(_VariancePreserving):
         start, chord, left, right = self._piece(k)
         rise, bend = inside - start, left + right - 2 * chord
         b = chord * left - rise * bend
-        xi = 2 * chord * rise / (b + jnp.sqrt(b**2 + 4 * (chord * (chord - left) + rise * bend) * chord * rise))
-        i = k.astype(xi.dtype) + xi + jnp.where(beyond, level - self.noise_level[-1], 0.0) / self.slope[-1]
+        xi = (
+            2
+            * chord
+            * rise
+            / (b + jnp.sqrt(b**2 + 4 * (chord * (chord - left) + rise * bend) * chord * rise))
+        )
+        i = (
+            k.astype(xi.dtype)
+            + xi
+            + jnp.where(beyond, level - self.noise_level[-1], 0.0) / self.slope[-1]
+        )
         return jnp.where(decay < first, decay / first, i + 1) / n
 
     def _first(self) -> Array:
@@ -285,23 +329,29 @@ class DiscreteVP(_VariancePreserving):
         return jax.nn.softplus(self.noise_level[0])
 
     def _piece(self, k: Array) -> tuple[Array, Array, Array, Array]:
-        """Between levels k and k + 1: the first one's `-log snr`, the chord, and the slopes at both ends."""
+        """Between levels k and k + 1: the first one's `-log snr`, the chord, and the slopes at both
+        ends.
+        """
         start, end = self.noise_level[k], self.noise_level[k + 1]
         return start, end - start, self.slope[k], self.slope[k + 1]
 
 
 def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Interpolant:
-    """The interpolant, or `Linear(base_scale)` if none is given. **Raises:** `TypeError` for what is none."""
+    """The interpolant, or `Linear(base_scale)` if none is given. **Raises:** `TypeError` for what
+    is none.
+    """
     if interpolant is None:
         return Linear(base_scale)
-    inputs.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
+    _checks.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.Linear(base_scale)")
     return interpolant
 
 
 def seen(path: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
-    """How much of the data a state at time t shows: `alpha_t`, and the share `snr_t sigma_0^2`; read now, also inside of someone's jit."""
+    """How much of the data a state at time t shows: `alpha_t`, and the share `snr_t sigma_0^2`;
+    read now, also inside of someone's jit.
+    """
     with jax.ensure_compile_time_eval():
-        alpha, share = _seen(*inputs.cast((path, inputs.floating(t, "t", 0)), dtype))
+        alpha, share = _seen(*_pytree.cast((path, _checks.floating(t, "t", 0)), dtype))
     return float(alpha), float(share)
 
 

@@ -1,19 +1,22 @@
 r"""Gaussian mixtures: the laws for which every quantity in this library is known exactly.
 
-For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy view `x = alpha X_1 + sigma X_0` the posterior of `X_1` is again a mixture.
-With `C_k = alpha^2 S_k + sigma^2 I` and the residual `e_k = x - alpha mu_k`,
+For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy view `x = alpha X_1 + sigma X_0` the posterior of
+`X_1` is again a mixture. With `C_k = alpha^2 S_k + sigma^2 I` and the residual
+`e_k = x - alpha mu_k`,
 
     weights      w_k N(x; alpha mu_k, C_k) / p(x)
     means        mu_k + alpha S_k C_k^-1 e_k
     covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute).
 
-and the derivative of its mean D is, with `A_k = alpha S_k C_k^-1`, `g_k = C_k^-1 e_k` and the means m_k and weights p_k above,
+and the derivative of its mean D is, with `A_k = alpha S_k C_k^-1`, `g_k = C_k^-1 e_k` and the means
+m_k and weights p_k above,
 
     ∂D/∂x = sum_k p_k (A_k - (m_k - D) g_k^T).
 
-No difference of large numbers appears at either end of time, and `S_k` may be singular as long as sigma > 0. Everything
-goes through Cholesky factors of `C_k`: an eigendecomposition would be reusable across times, but its gradient is NaN
-where eigenvalues coincide, which is where isotropic priors live.
+No difference of large numbers appears at either end of time, and `S_k` may be singular as long as
+sigma > 0. Everything goes through Cholesky factors of `C_k`: an eigendecomposition would be
+reusable across times, but its gradient is NaN where eigenvalues coincide, which is where isotropic
+priors live.
 """
 
 import functools
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg
+from tiltjax import _checks, _linalg
 
 _UNROLL_COMPONENTS = 8
 
@@ -35,37 +38,42 @@ class GaussianMixture(eqx.Module):
 
     **Arguments:**
 
-    - `weights`: `(K,)`, non-negative; proportional to the probabilities, normalised at construction.
+    - `weights`: `(K,)`, non-negative; proportional to the probabilities, normalized at
+      construction.
     - `means`: `(K, d)`.
-    - `covs`: `(K, d, d)`, symmetric positive semi-definite; singular ones (point masses) are allowed.
+    - `covs`: `(K, d, d)`, symmetric positive semi-definite; singular ones (point masses) are
+      allowed.
 
-    **Raises:** `ValueError` for negative weights or no mass, shapes that disagree, covariances that are not symmetric
-    or not positive semi-definite.
+    **Raises:** `ValueError` for negative weights or no mass, shapes that disagree, covariances that
+    are not symmetric or not positive semi-definite.
     """
 
     log_weights: Array
     means: Array
     covs: Array
 
-    def __init__(self, weights: inputs.Numbers, means: inputs.Numbers, covs: inputs.Numbers):
-        weights = inputs.finite(weights, "weights", 1)
-        means = inputs.finite(means, "means", 2)
-        covs = inputs.finite(covs, "covs", 3)
+    def __init__(self, weights: _checks.Numbers, means: _checks.Numbers, covs: _checks.Numbers):
+        weights = _checks.finite(weights, "weights", 1)
+        means = _checks.finite(means, "means", 2)
+        covs = _checks.finite(covs, "covs", 3)
         k, d = means.shape
         if weights.shape != (k,) or covs.shape != (k, d, d):
             raise ValueError(
-                f"shapes disagree: means {means.shape} say K = {k} components in d = {d}, so weights must have shape "
+                f"shapes disagree: means {means.shape} say K = {k} components in d = {d}, so "
+                "weights must have shape "
                 f"({k},) and covs ({k}, {d}, {d}); got {weights.shape} and {covs.shape}"
             )
-        if inputs.concrete(weights):
+        if _checks.concrete(weights):
             if np.any(np.asarray(weights) < 0):
                 raise ValueError(f"weights must not be negative, got {np.asarray(weights)}")
             if not np.sum(np.asarray(weights)) > 0:
                 raise ValueError(f"weights must have positive mass, got {np.asarray(weights)}")
-        if inputs.concrete(covs):
+        if _checks.concrete(covs):
             _check_covariances(np.asarray(covs))
         dtype = jnp.result_type(weights, means, covs)
-        if inputs.concrete(weights):  # in NumPy: three programs less for a first mixture to wait for
+        if _checks.concrete(
+            weights
+        ):  # in NumPy: three programs less for a first mixture to wait for
             mass = np.asarray(weights, np.float64)
             with np.errstate(divide="ignore"):  # a weight of zero
                 self.log_weights = jax.device_put(np.log(mass / mass.sum()).astype(dtype))
@@ -85,7 +93,9 @@ class GaussianMixture(eqx.Module):
         return jnp.exp(self.log_weights)
 
     def replace(self, log_weights: Array, means: Array, covs: Array) -> "GaussianMixture":
-        """Another mixture from parts that are right by construction: log-weights are normalised, nothing is checked."""
+        """Another mixture from parts that are right by construction: log-weights are normalized,
+        nothing is checked.
+        """
         parts = jax.nn.log_softmax(log_weights), means, covs
         return eqx.tree_at(lambda m: (m.log_weights, m.means, m.covs), self, parts)
 
@@ -96,35 +106,43 @@ class GaussianMixture(eqx.Module):
     def cov(self) -> Array:
         """`Cov(X)`, shape `(d, d)`: within components plus between them."""
         spread = self.means - self.mean()[None]
-        return jnp.einsum("k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :])
+        return jnp.einsum(
+            "k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
+        )
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, shape `(num, d)`."""
-        return self._sample(inputs.typed_key(key), inputs.count(num, "num"))
+        return self._sample(_checks.key(key), _checks.count(num, "num"))
 
     @eqx.filter_jit
     def _sample(self, key: Array, num: int) -> Array:
         key_component, key_normal = jax.random.split(key)
         component = jax.random.categorical(key_component, self.log_weights, shape=(num,))
         normal = jax.random.normal(key_normal, (num, self.dim), self.means.dtype)
-        roots = jax.vmap(linalg.square_root)(self.covs)
+        roots = jax.vmap(_linalg.square_root)(self.covs)
         return self.means[component] + jnp.einsum("nij,nj->ni", roots[component], normal)
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point `x` of shape `(d,)`; the covariances must be positive definite."""
+        """The log-density at one point `x` of shape `(d,)`; the covariances must be positive
+        definite.
+        """
         return jax.nn.logsumexp(self.component_log_probs(x))
 
     def component_log_probs(self, x: Array) -> Array:
-        """`log w_k + log N(x; mu_k, S_k)`, shape `(K,)`: their `softmax` is the probability of each component."""
+        """`log w_k + log N(x; mu_k, S_k)`, shape `(K,)`: their `softmax` is the probability of each
+        component.
+        """
         return self._view(1.0, 0.0, x)[0] - self.dim / 2 * jnp.log(2 * jnp.pi)
 
     def condition(self, alpha: Array, sigma: Array, x: Array) -> "GaussianMixture":
-        """The law of `X_1` given `alpha X_1 + sigma X_0 = x`, for scalars `alpha`, `sigma > 0` and `x` of shape `(d,)`."""
+        """The law of `X_1` given `alpha X_1 + sigma X_0 = x`, for scalars `alpha`, `sigma > 0` and
+        `x` of shape `(d,)`.
+        """
         log_weights, means = self._view(alpha, sigma, x)
         eye = jnp.eye(self.dim, dtype=self.means.dtype)
 
         def posterior_cov(cov: Array) -> Array:
-            # sigma^2 S C^-1, symmetric because S and C commute; symmetrised to the last bit.
+            # sigma^2 S C^-1, symmetric because S and C commute; symmetrized to the last bit.
             product = sigma**2 * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov)
             return (product + product.T) / 2
 
@@ -138,17 +156,24 @@ class GaussianMixture(eqx.Module):
         return jax.nn.softmax(log_weights) @ means
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
-        """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a scalar `precision`; NaN where infinite.
+        """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a
+        scalar `precision`; NaN where infinite.
 
-        With `b = natural - precision mu`, a component gives `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`,
-        where `K^-1 = I + precision S`.
+        With `b = natural - precision mu`, a component gives
+        `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`, where
+        `K^-1 = I + precision S`.
         """
 
         def component(mean: Array, cov: Array) -> Array:
             factor = jnp.linalg.cholesky(jnp.eye(self.dim, dtype=cov.dtype) + precision * cov)
             pull = natural - precision * mean
             gain = pull @ jax.scipy.linalg.cho_solve((factor, True), cov @ pull)
-            return natural @ mean - precision * jnp.sum(mean**2) / 2 + gain / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
+            return (
+                natural @ mean
+                - precision * jnp.sum(mean**2) / 2
+                + gain / 2
+                - jnp.sum(jnp.log(jnp.diag(factor)))
+            )
 
         return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
 
@@ -158,23 +183,26 @@ class GaussianMixture(eqx.Module):
         check_state(x, d)
         if is_small(self):
             views = _views(noisy_components(self, alpha, sigma), x)
-            return jnp.stack([view.log_weight for view in views]), jnp.asarray([view.mean for view in views])
+            return jnp.stack([view.log_weight for view in views]), jnp.asarray(
+                [view.mean for view in views]
+            )
 
         def component(log_weight, mean, cov, noisy):
-            factor = linalg.cholesky(noisy)
-            half = jnp.asarray(linalg.half_solve(factor, x - alpha * mean))
-            log_weight = log_weight - linalg.half_logdet(factor) - jnp.sum(half**2) / 2
-            return log_weight, mean + alpha * cov @ jnp.asarray(linalg.back_solve(factor, half))
+            factor = _linalg.cholesky(noisy)
+            half = jnp.asarray(_linalg.half_solve(factor, x - alpha * mean))
+            log_weight = log_weight - _linalg.half_logdet(factor) - jnp.sum(half**2) / 2
+            return log_weight, mean + alpha * cov @ jnp.asarray(_linalg.back_solve(factor, half))
 
         noisy = alpha**2 * self.covs + (sigma**2 * jnp.eye(d, dtype=self.means.dtype))[None]
         return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
 
 
 class NoisyComponent(NamedTuple):
-    """One component of a small mixture at one noise level, in entries: what its posterior does not ask of the state.
+    """One component of a small mixture at one noise level, in entries: what its posterior does not
+    ask of the state.
 
-    `log_weight`, less half of log det C_k; `mean` mu_k; `center` `alpha mu_k`; `inverse` of the Cholesky factor of C_k, a lower triangle;
-    `slope` A_k.
+    `log_weight`, less half of log det C_k; `mean` mu_k; `center` `alpha mu_k`; `inverse` of the
+    Cholesky factor of C_k, a lower triangle; `slope` A_k.
     """
 
     log_weight: Array
@@ -195,23 +223,29 @@ class _View(NamedTuple):
 def is_small(mixture: GaussianMixture) -> bool:
     """Whether a mixture is written out entry by entry."""
     k, d = mixture.means.shape
-    return d <= linalg.UNROLL and k <= _UNROLL_COMPONENTS
+    return d <= _linalg.UNROLL and k <= _UNROLL_COMPONENTS
 
 
 def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> list[NoisyComponent]:
-    """The components of a small mixture as a view `alpha X_1 + sigma X_0` shows them, whatever its value."""
+    """The components of a small mixture as a view `alpha X_1 + sigma X_0` shows them, whatever its
+    value.
+    """
     noise, d = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype), mixture.dim
     found = []
     for log_weight, mean, cov in zip(mixture.log_weights, mixture.means, mixture.covs, strict=True):
-        factor = linalg.cholesky(alpha**2 * cov + noise)
-        # Row i is `alpha C^-1 S e_i`: what rounding does to it is then divided by sigma^2 only where the state's residual is small.
-        slope = [linalg.back_solve(factor, linalg.half_solve(factor, [cov[j, i] for j in range(d)])) for i in range(d)]
+        factor = _linalg.cholesky(alpha**2 * cov + noise)
+        # Row i is `alpha C^-1 S e_i`: what rounding does to it is then divided by sigma^2 only
+        # where the state's residual is small.
+        slope = [
+            _linalg.back_solve(factor, _linalg.half_solve(factor, [cov[j, i] for j in range(d)]))
+            for i in range(d)
+        ]
         found.append(
             NoisyComponent(
-                log_weight - linalg.half_logdet(factor),
+                log_weight - _linalg.half_logdet(factor),
                 [mean[i] for i in range(d)],
                 [alpha * mean[i] for i in range(d)],
-                linalg.inverse_factor(factor),
+                _linalg.inverse_factor(factor),
                 [[alpha * entry for entry in row] for row in slope],
             )
         )
@@ -221,13 +255,16 @@ def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> li
 def _missed(component: NoisyComponent, x: Array) -> list[Array]:
     """The residual e_k."""
     check_state(x, len(component.center))
-    # Entries by slicing would be put together again by padding when differentiated, at twice the cost of all the rest.
+    # Entries by slicing would be put together again by padding when differentiated, at twice the
+    # cost of all the rest.
     return [one - center for one, center in zip(jnp.unstack(x), component.center, strict=True)]
 
 
 def _moved(component: NoisyComponent, missed: list[Array]) -> list[Array]:
     """The posterior mean m_k, affine in the state."""
-    return [mean + _dot(row, missed) for mean, row in zip(component.mean, component.slope, strict=True)]
+    return [
+        mean + _dot(row, missed) for mean, row in zip(component.mean, component.slope, strict=True)
+    ]
 
 
 def _views(components: list[NoisyComponent], x: Array) -> list[_View]:
@@ -235,17 +272,25 @@ def _views(components: list[NoisyComponent], x: Array) -> list[_View]:
     for component in components:
         missed = _missed(component, x)
         half = [_dot(row, missed) for row in component.inverse]
-        views.append(_View(component.log_weight - sum(h**2 for h in half) / 2, _moved(component, missed), half))
+        views.append(
+            _View(
+                component.log_weight - sum(h**2 for h in half) / 2, _moved(component, missed), half
+            )
+        )
     return views
 
 
 def _dot(row: list[Array], entries: list[Array]) -> Array:
     """Of as many entries as there are in the row."""
-    return functools.reduce(jnp.add, [one * other for one, other in zip(row, entries, strict=False)])
+    return functools.reduce(
+        jnp.add, [one * other for one, other in zip(row, entries, strict=False)]
+    )
 
 
 def _shares(log_weights: list[Array]) -> list[Array]:
-    """Their softmax, by one division and, of two, one exponential: either costs as much as all the rest."""
+    """Their softmax, by one division and, of two, one exponential: either costs as much as all the
+    rest.
+    """
     if len(log_weights) == 2:
         return list(_shares_of_two(*log_weights))
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
@@ -258,8 +303,8 @@ def _shares(log_weights: list[Array]) -> list[Array]:
 def _shares_of_two(one: Array, other: Array) -> tuple[Array, Array]:
     """By the smaller share, which carries as its sign, also at zero, whether it is the other's.
 
-    As all that follows asks for this one number, the compiler neither keeps the exponential nor repeats it. Differentiated as they stand, powers of
-    `inverse` would overflow.
+    As all that follows asks for this one number, the compiler neither keeps the exponential nor
+    repeats it. Differentiated as they stand, powers of `inverse` would overflow.
     """
     behind = other > one
     inverse = 1 + jnp.exp(jnp.where(behind, other - one, one - other))
@@ -288,8 +333,9 @@ def _plain_mean(components: list[NoisyComponent], x: Array) -> Array:
     return jnp.stack(_averaged(_views(components, x))[1])
 
 
-# The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty numbers a call for the way back; the derivative
-# in x, which guidance asks for above all, is a symmetric matrix of a few, and of one Gaussian the same for all states.
+# The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty
+# numbers a call for the way back; the derivative in x, which guidance asks for above all, is a
+# symmetric matrix of a few, and of one Gaussian the same for all states.
 posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 
 
@@ -314,22 +360,33 @@ def _posterior_mean_jvp(primals, tangents):
 
 def check_mixture(value: Any, name: str) -> None:
     """Refuse, with a `TypeError`, what is no mixture."""
-    inputs.instance(value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)")
+    _checks.instance(
+        value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)"
+    )
 
 
 def check_state(x: Array, dim: int) -> None:
     """Refuse, with a `ValueError`, what is no state of a mixture in so many dimensions."""
     if x.shape != (dim,):
-        raise ValueError(f"this mixture lives on states of shape ({dim},), got a state of shape {x.shape}")
+        raise ValueError(
+            f"this mixture lives on states of shape ({dim},), got a state of shape {x.shape}"
+        )
 
 
 def _check_covariances(covs: np.ndarray) -> None:
-    tolerance = 1e3 * np.finfo(covs.dtype).eps * np.maximum(np.abs(covs).max(axis=(1, 2)), np.finfo(covs.dtype).tiny)
+    tolerance = (
+        1e3
+        * np.finfo(covs.dtype).eps
+        * np.maximum(np.abs(covs).max(axis=(1, 2)), np.finfo(covs.dtype).tiny)
+    )
     for index, (cov, small) in enumerate(zip(covs, tolerance, strict=True)):
         if np.abs(cov - cov.T).max() > small:
-            raise ValueError(f"covs[{index}] must be symmetric, got {cov.tolist()}: use (S + S.T) / 2")
+            raise ValueError(
+                f"covs[{index}] must be symmetric, got {cov.tolist()}: use (S + S.T) / 2"
+            )
         smallest = np.linalg.eigvalsh(cov).min()
         if smallest < -small:
             raise ValueError(
-                f"covs[{index}] must be positive semi-definite, got smallest eigenvalue {smallest:g} in {cov.tolist()}"
+                f"covs[{index}] must be positive semi-definite, got smallest eigenvalue "
+                f"{smallest:g} in {cov.tolist()}"
             )

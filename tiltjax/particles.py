@@ -2,8 +2,8 @@
 
     E f = sum_i W_i f(x_i),    W = softmax(log_weights),    effective sample size = 1 / sum_i W_i^2 in [1, num]
 
-Weights are log-weights: added, never multiplied, unnormalised. A population that nothing has weighed has equal ones and
-no normalising constant.
+Weights are log-weights: added, never multiplied, unnormalized. A population that nothing has
+weighed has equal ones and no normalizing constant.
 """
 
 import dataclasses
@@ -18,30 +18,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, resampling
+from tiltjax import _checks, _sharding, resampling
 
 CULPRITS = (
-    "the model's denoiser is not finite, here or where the guidance asked it (for a fitted reward: look at its gradient, too)",
+    "the model's denoiser is not finite, here or where the guidance asked it (for a fitted "
+    "reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's pull is not finite: look at the reward's gradient",
-    "the state left the finite numbers in the solver's step: look at the times, the scale, and Adaptive's tolerance and max_steps",
-    "no particle has any weight left, or a weight is not finite: the twist excludes all states that are reached",
+    "the state left the finite numbers in the solver's step: look at the times, the scale, and "
+    "Adaptive's tolerance and max_steps",
+    "no particle has any weight left, or a weight is not finite: the twist excludes all states "
+    "that are reached",
 )
 
 
 class Trace(eqx.Module):
     """What happened on the way.
 
-    `times`: `(steps + 1,)`. `bad`: `(steps, 5)`, whether in a step any particle met each of `CULPRITS`. `path`: the states at
-    `times`, `(steps + 1, num, *shape)`, or `None` if they were not kept.
+    `times`: `(steps + 1,)`. `bad`: `(steps, 5)`, whether in a step any particle met each of
+    `CULPRITS`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they were
+    not kept.
 
-    Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the effective sample size; `tempering`, the
-    factor of the twist; `resampled`. `roots` `(num,)`: from which particle at the start each one descends.
+    Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the
+    effective sample size; `tempering`, the factor of the twist; `resampled`. `roots` `(num,)`: from
+    which particle at the start each one descends.
     """
 
     times: Array
     bad: Array
-    path: Array | None = None
+    trajectory: Array | None = None
     ess: Array | None = None
     tempering: Array | None = None
     resampled: Array | None = None
@@ -49,13 +54,14 @@ class Trace(eqx.Module):
 
     def check(self) -> None:
         """Raise `FloatingPointError` naming the first bad step and its culprit, if there is one."""
-        if not inputs.concrete(self.bad) or not np.any(np.asarray(self.bad)):
+        if not _checks.concrete(self.bad) or not np.any(np.asarray(self.bad)):
             return
         bad = np.asarray(self.bad)
         step = int(np.argmax(bad.any(axis=1)))
         what = CULPRITS[int(np.argmax(bad[step]))]
         raise FloatingPointError(
-            f"sampling failed in step {step} of {len(bad)}, from t = {float(self.times[step]):.4g}: {what}"
+            f"sampling failed in step {step} of {len(bad)}, from t = "
+            f"{float(self.times[step]):.4g}: {what}"
         )
 
 
@@ -63,8 +69,8 @@ class Particles(eqx.Module):
     """A weighted population.
 
     - `x`: `(num, *shape)`.
-    - `log_weights`: `(num,)`, unnormalised.
-    - `log_norm`: the estimate of the log normalising constant, or `None` if nothing was weighed.
+    - `log_weights`: `(num,)`, unnormalized.
+    - `log_norm`: the estimate of the log normalizing constant, or `None` if nothing was weighed.
     - `trace`: how it came about, or `None`.
     """
 
@@ -78,7 +84,7 @@ class Particles(eqx.Module):
 
     @property
     def weights(self) -> Array:
-        """Normalised weights, `(num,)`."""
+        """Normalized weights, `(num,)`."""
         return jax.nn.softmax(self.log_weights)
 
     @property
@@ -89,10 +95,11 @@ class Particles(eqx.Module):
     def standard_error(self, fn=None) -> Array:
         """The standard error of `mean(fn)`, from one run: the spread between families.
 
-        Particles that descend from one particle at the start are not independent, families are (but for their weights): with the weighted
-        residuals summed up in each family, it is the root of the sum of their squares (Chan and Lai 2013; Lee and Whiteley 2018). It needs many
-        `families`, hundreds rather than tens: where few are left it is too small, threefold with five, and where one is left, infinite. Particles that nothing resampled are families
-        of one.
+        Particles that descend from one particle at the start are not independent, families are (but
+        for their weights): with the weighted residuals summed up in each family, it is the root of
+        the sum of their squares (Chan and Lai 2013; Lee and Whiteley 2018). It needs many
+        `families`, hundreds rather than tens: where few are left it is too small, threefold with
+        five, and where one is left, infinite. Particles that nothing resampled are families of one.
         """
         values = self._values(fn)
         weights = self.weights.astype(values.dtype)
@@ -118,7 +125,7 @@ class Particles(eqx.Module):
         return values if wide else values.astype(self.log_weights.dtype)
 
     @property
-    def families(self) -> Array:
+    def num_roots(self) -> Array:
         """How many of the particles at the start have descendants: what `standard_error` rests on."""
         if self.trace is None or self.trace.roots is None:
             return jnp.asarray(len(self))
@@ -126,7 +133,7 @@ class Particles(eqx.Module):
 
     def resample(self, key: Array, num: int | None = None) -> Array:
         """`num` unweighted samples, `(num, *shape)`: systematic resampling in random order."""
-        key_offset, key_order = jax.random.split(inputs.typed_key(key))
+        key_offset, key_order = jax.random.split(_checks.key(key))
         ancestors = resampling.systematic(key_offset, self.log_weights, num)
         return self.x[jax.random.permutation(key_order, ancestors)]
 
@@ -139,25 +146,40 @@ def effective(log_weights: Array) -> Array:
 
 @functools.partial(jax.jit, inline=True)
 def conditional_effective(log_weights: Array, increments: Array) -> Array:
-    """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, W the normalised weights before the factors v = exp(increments).
+    """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, W the normalized weights
+    before the factors v = exp(increments).
 
     How uneven one step's factors are, whatever the weights were (Zhou, Johansen and Aston 2016).
     """
     log_weights = jax.nn.log_softmax(log_weights)
-    ratio = 2 * jax.nn.logsumexp(log_weights + increments) - jax.nn.logsumexp(log_weights + 2 * increments)
+    ratio = 2 * jax.nn.logsumexp(log_weights + increments) - jax.nn.logsumexp(
+        log_weights + 2 * increments
+    )
     return len(log_weights) * jnp.exp(ratio)
 
 
 def save(particles: Particles, file: str | os.PathLike) -> None:
-    """Write particles to a `.npz` file; `load` reads it. Those of several hosts the first one writes; all have to call it."""
-    inputs.instance(particles, Particles, "particles", "as sample and smc return")
-    file = inputs.file_name(file, "file")
-    arrays = {"x": particles.x, "log_weights": particles.log_weights, "log_norm": particles.log_norm}
+    """Write particles to a `.npz` file; `load` reads it. Those of several hosts the first one
+    writes; all have to call it.
+    """
+    _checks.instance(particles, Particles, "particles", "as sample and smc return")
+    file = _checks.file_name(file, "file")
+    arrays = {
+        "x": particles.x,
+        "log_weights": particles.log_weights,
+        "log_norm": particles.log_norm,
+    }
     if particles.trace is not None:
-        arrays |= {f"trace.{field.name}": getattr(particles.trace, field.name) for field in dataclasses.fields(Trace)}
-    shared = not all(array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array))
-    kept = {name: inputs.home(array) for name, array in arrays.items() if array is not None}
-    # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and named.
+        arrays |= {
+            f"trace.{field.name}": getattr(particles.trace, field.name)
+            for field in dataclasses.fields(Trace)
+        }
+    shared = not all(
+        array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array)
+    )
+    kept = {name: _sharding.home(array) for name, array in arrays.items() if array is not None}
+    # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and
+    # named.
     narrow = [name for name, array in kept.items() if array.dtype.name == "bfloat16"]
     written: dict[str, Any] = kept | {name: kept[name].astype(np.float32) for name in narrow}
     if not shared or jax.process_index() == 0:
@@ -171,17 +193,26 @@ def save(particles: Particles, file: str | os.PathLike) -> None:
 
 def load(file: str | os.PathLike) -> Particles:
     """What `save` wrote. **Raises:** `ValueError` for a file of something else."""
-    file = inputs.file_name(file, "file")
+    file = _checks.file_name(file, "file")
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
-        narrow, arrays = found.pop("bfloat16"), {name: jnp.asarray(array) for name, array in found.items()}
+        narrow, arrays = (
+            found.pop("bfloat16"),
+            {name: jnp.asarray(array) for name, array in found.items()},
+        )
         arrays |= {str(name): arrays[str(name)].astype(jnp.bfloat16) for name in narrow}
-        fields = {name.removeprefix("trace."): array for name, array in arrays.items() if name.startswith("trace.")}
+        fields = {
+            name.removeprefix("trace."): array
+            for name, array in arrays.items()
+            if name.startswith("trace.")
+        }
         trace = Trace(**fields) if fields else None
         return Particles(arrays["x"], arrays["log_weights"], arrays.get("log_norm"), trace)
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{os.fspath(file)} holds no particles: expected a file that tiltjax.save wrote") from error
+        raise ValueError(
+            f"{os.fspath(file)} holds no particles: expected a file that tiltjax.save wrote"
+        ) from error
 
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:
@@ -190,24 +221,9 @@ def unweighted(x: Array, trace: Trace | None = None) -> Particles:
 
 
 def weight_dtype(dtype) -> jnp.dtype:
-    """That of the log-weights of states of a dtype: single precision at least, JAX's default for tokens."""
+    """That of the log-weights of states of a dtype: single precision at least, JAX's default for
+    tokens.
+    """
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.dtype(jnp.result_type(float))
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
-
-
-def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Array:
-    """States of a model of tokens, int32 of this shape: integers up to `vocab`, which hides one. **Raises:** `ValueError` for others."""
-    if not isinstance(value, jax.Array):
-        value = np.asarray(value) if inputs.concrete(value) else jnp.asarray(value)
-    if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a token is hidden, got shape "
-            f"{value.shape} of {value.dtype}"
-        )
-    seen = inputs.held(value) if inputs.concrete(value) else np.zeros(0)
-    if np.any(seen < 0) or np.any(seen > vocab):
-        raise ValueError(
-            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {seen.min()} to {seen.max()} in {name}"
-        )
-    return jnp.asarray(value).astype(jnp.int32)

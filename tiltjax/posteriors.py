@@ -8,14 +8,16 @@ r"""Posterior samplers: draws of `X_1 | X_t = x`, differentiable in x.
 | `Renoise(model, snr_factor, steps)` | the flow from a noisier state | between the point and the posterior's spread |
 | `Tweedie(model)` | the denoiser | a point: the mean |
 
-**Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its own denoiser is the
-model's at another time and state (`Interpolant.observe`, and `tiltjax.models`). Running the flow of that denoiser from
-noise draws from the posterior: Holderrieth et al. (arXiv 2602.05993, GLASS flows). The noise of that inner flow is a free
-choice; it is scaled to the width a posterior of `base_scale` wide data would have, `1 / sqrt(snr_t + base^-2)`, so that
-the same steps resolve it at every time.
+**Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its
+own denoiser is the model's at another time and state (`Interpolant.observe`, and `tiltjax.models`).
+Running the flow of that denoiser from noise draws from the posterior: Holderrieth et al. (arXiv
+2602.05993, GLASS flows). The noise of that inner flow is a free choice; it is scaled to the width a
+posterior of `base_scale` wide data would have, `1 / sqrt(snr_t + base^-2)`, so that the same steps
+resolve it at every time.
 
-Both inner flows use the exponential form of the probability flow, `d(x / sigma) = D d(alpha / sigma)`: exact for a
-constant denoiser, with no singularity at the data end, for any interpolant.
+Both inner flows use the exponential form of the probability flow,
+`d(x / sigma) = D d(alpha / sigma)`: exact for a constant denoiser, with no singularity at the data
+end, for any interpolant.
 """
 
 from typing import Any
@@ -26,13 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg
+from tiltjax import _checks, _linalg
 from tiltjax.mixtures import check_state
 from tiltjax.models import Analytic, Model
 
 
 class Posterior(eqx.Module):
-    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one sample, and `draws` if several can share work."""
+    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one
+    sample, and `draws` if several can share work.
+    """
 
     model: eqx.AbstractVar[Model]
 
@@ -43,17 +47,18 @@ class Posterior(eqx.Module):
             cls.draws = Posterior.draws
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        """One draw, of the shape of `x`, reparametrised: differentiable in `x`."""
+        """One draw, of the shape of `x`, reparametrized: differentiable in `x`."""
         raise NotImplementedError
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         """k independent draws, `(k, *x.shape)`; `draws(..., 1)[0]` is `draw(...)`.
 
-        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is there already: spares a posterior that would ask for it a call.
+        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is there already: spares a
+        posterior that would ask for it a call.
 
         **Raises:** `ValueError` for `k < 1`.
         """
-        k = inputs.count(k, "k")
+        k = _checks.count(k, "k")
         keys = key[None] if k == 1 else jax.random.split(key, k)
         return jax.vmap(lambda key: self.draw(key, t, x))(keys)
 
@@ -64,7 +69,9 @@ class Tweedie(Posterior):
     model: Model
 
     def __init__(self, model: Model):
-        inputs.instance(model, Model, "model", "Tweedie(model), with Analytic(mixture) for a mixture")
+        _checks.instance(
+            model, Model, "model", "Tweedie(model), with Analytic(mixture) for a mixture"
+        )
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
@@ -72,68 +79,77 @@ class Tweedie(Posterior):
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         denoised = self.draw(key, t, x) if denoised is None else denoised
-        return jnp.broadcast_to(denoised, (inputs.count(k, "k"), *denoised.shape))
+        return jnp.broadcast_to(denoised, (_checks.count(k, "k"), *denoised.shape))
 
 
 class Exact(Posterior):
     """Draws from a mixture's posterior in closed form. **Arguments:** `model`, an `Analytic` model.
 
-    For one Gaussian the derivative in x is the posterior mean's. For several, a draw picks a component, and the derivative
-    holds that choice fixed: right in law, blind to how x moves the weights. `Glass` sees it.
+    For one Gaussian the derivative in x is the posterior mean's. For several, a draw picks a
+    component, and the derivative holds that choice fixed: right in law, blind to how x moves the
+    weights. `Glass` sees it.
 
-    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times what it missed of x, so that
-    no posterior covariance is ever factored.
+    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times what it
+    missed of x, so that no posterior covariance is ever factored.
     """
 
     model: Analytic
 
     def __init__(self, model: Analytic):
-        inputs.instance(model, Analytic, "model", "Exact(Analytic(mixture)); use Glass for any other model")
+        _checks.instance(
+            model, Analytic, "model", "Exact(Analytic(mixture)); use Glass for any other model"
+        )
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         return Exact.draws(self, key, t, x, 1)[0]
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
-        k = inputs.count(k, "k")
+        k = _checks.count(k, "k")
         mixture, path = self.model.mixture, self.model.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
         check_state(x, mixture.dim)
-        parts = mixture.means, mixture.covs, jax.vmap(linalg.square_root)(mixture.covs)
+        parts = mixture.means, mixture.covs, jax.vmap(_linalg.square_root)(mixture.covs)
         normal = lambda key: jax.random.normal(key, (k, *x.shape), x.dtype)
 
         def correct(part: tuple[Array, Array, Array], data: Array, noise: Array) -> Array:
             mean, cov, root = part
             data = mean + root @ data
             noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
-            return data + alpha * cov @ linalg.solve(noisy, x - alpha * data - sigma * noise)
+            return data + alpha * cov @ _linalg.solve(noisy, x - alpha * data - sigma * noise)
 
         if len(mixture.means) == 1:  # the same matrices for all particles and draws
             only = jax.tree.map(lambda part: part[0], parts)
             return jax.vmap(correct, (None, 0, 0))(only, normal(key_data), normal(key_noise))
         log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
         chosen = jax.random.categorical(key_component, log_weights, shape=(k,))
-        return jax.vmap(correct)(jax.tree.map(lambda part: part[chosen], parts), normal(key_data), normal(key_noise))
+        return jax.vmap(correct)(
+            jax.tree.map(lambda part: part[chosen], parts), normal(key_data), normal(key_noise)
+        )
 
 
 class Glass(Posterior):
-    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `steps`, denoiser calls a draw; `order`, 1 or 2.
+    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `inner_steps`, denoiser
+    calls a draw; `order`, 1 or 2.
 
-    Error O(1 / steps^order) in the draw's spread, at the same calls: of order 1 the denoiser is held constant over a step, of order 2
-    it is extrapolated linearly from the step before (Adams and Bashforth, in the exponential form). The first call is the denoiser at
-    `(t, x)` itself, which a guidance needs anyway and shares.
+    Error O(1 / steps^order) in the draw's spread, at the same calls: of order 1 the denoiser is
+    held constant over a step, of order 2 it is extrapolated linearly from the step before (Adams
+    and Bashforth, in the exponential form). The first call is the denoiser at `(t, x)` itself,
+    which a guidance needs anyway and shares.
     """
 
     model: Model
-    steps: int = eqx.field(static=True)
+    inner_steps: int = eqx.field(static=True)
     order: int = eqx.field(static=True)
 
-    def __init__(self, model: Model, steps: int = 20, order: int = 1):
-        inputs.instance(model, Model, "model", "Glass(model), with Analytic(mixture) for a mixture")
+    def __init__(self, model: Model, inner_steps: int = 20, order: int = 1):
+        _checks.instance(
+            model, Model, "model", "Glass(model), with Analytic(mixture) for a mixture"
+        )
         self.model = model
-        self.steps = inputs.count(steps, "steps")
-        self.order = inputs.count(order, "order")
+        self.inner_steps = _checks.count(inner_steps, "inner_steps")
+        self.order = _checks.count(order, "order")
         if self.order > 2:
             raise ValueError(f"order must be 1 or 2, got {order}")
 
@@ -141,30 +157,42 @@ class Glass(Posterior):
         return Glass.draws(self, key, t, x, 1)[0]
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
-        k = inputs.count(k, "k")
+        k = _checks.count(k, "k")
         denoised = self.model.denoise(t, x) if denoised is None else denoised
-        # Each draw has a state of its own: a shared one would be pulled back to by a sum over draws at every step of the flow.
-        noises, states = jax.random.normal(key, (k, *x.shape), x.dtype), jnp.broadcast_to(x, (k, *x.shape))
+        # Each draw has a state of its own: a shared one would be pulled back to by a sum over draws
+        # at every step of the flow.
+        noises, states = (
+            jax.random.normal(key, (k, *x.shape), x.dtype),
+            jnp.broadcast_to(x, (k, *x.shape)),
+        )
         return jax.vmap(lambda xi, x: self._from(xi, t, x, denoised))(noises, states)
 
     def _from(self, xi: Array, t: Array, x: Array, denoised: Array) -> Array:
         path = self.model.interpolant
-        precision, natural = path.snr(t), linalg.entries(path.alpha(t) / path.sigma(t) ** 2 * x)
+        precision, natural = path.snr(t), _linalg.entries(path.alpha(t) / path.sigma(t) ** 2 * x)
         base = path.sigma(jnp.zeros_like(t))
         width = 1 / jnp.sqrt(precision + base**-2)
 
         # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
-        s = jnp.arange(self.steps, dtype=x.dtype) / self.steps
-        remaining = (1 - s - 1 / self.steps) / (1 - s)
+        s = jnp.arange(self.inner_steps, dtype=x.dtype) / self.inner_steps
+        remaining = (1 - s - 1 / self.inner_steps) / (1 - s)
         noise = ((1 - s[1:]) * width) ** 2
         known = precision + s[1:] ** 2 / noise
         times, scale = jax.vmap(path.observe)(known, jnp.ones_like(known))
-        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1 + (m - 1) log((m - 1) / m).
-        left = np.arange(self.steps - 1, 0, -1)
+        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1
+        # + (m - 1) log((m - 1) / m).
+        left = np.arange(self.inner_steps - 1, 0, -1)
         extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
-        # All that does not depend on the state, for all steps at once: in the loop each number would be an operation of its own.
-        table = jax.vmap(self.model.prepare)(times), scale, scale * s[1:] / noise, remaining[1:], extrapolate
-        grid, back = linalg.rows(table)
+        # All that does not depend on the state, for all steps at once: in the loop each number
+        # would be an operation of its own.
+        table = (
+            jax.vmap(self.model.prepare)(times),
+            scale,
+            scale * s[1:] / noise,
+            remaining[1:],
+            extrapolate,
+        )
+        grid, back = _linalg.rows(table)
 
         def advance(z: list[Array], keep: Array, denoised: list[Array]) -> list[Array]:
             return [keep * one + (1 - keep) * end for one, end in zip(z, denoised, strict=True)]
@@ -172,96 +200,128 @@ class Glass(Posterior):
         def step(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
             (z, before), (prepared, of_natural, of_z, keep, extrapolate) = carry, back(row)
             seen = [of_natural * one + of_z * more for one, more in zip(natural, z, strict=True)]
-            denoised = linalg.entries(self.model.denoise_prepared(prepared, linalg.array(seen, x.shape)))
+            denoised = _linalg.entries(
+                self.model.denoise_prepared(prepared, _linalg.array(seen, x.shape))
+            )
             z = advance(z, keep, denoised)
             if self.order == 2:
-                z = [one + extrapolate * (new - old) for one, new, old in zip(z, denoised, before, strict=True)]
+                z = [
+                    one + extrapolate * (new - old)
+                    for one, new, old in zip(z, denoised, before, strict=True)
+                ]
             return (z, denoised), None
 
-        start, first = linalg.entries(width * xi), linalg.entries(denoised)
+        start, first = _linalg.entries(width * xi), _linalg.entries(denoised)
         end, _ = jax.lax.scan(step, (advance(start, remaining[0], first), first), grid)[0]
-        return linalg.array(end, x.shape)
+        return _linalg.array(end, x.shape)
 
 
 class FlowMap(Posterior):
-    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`; `steps`, of second order.
+    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`; `inner_steps`,
+    of second order.
 
-    Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale, then one jump to the denoiser:
-    2 `steps` + 1 denoiser calls. For t > 0, where that logarithm is finite.
+    Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale,
+    then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where that logarithm is
+    finite.
 
     **Raises:** `ValueError` for a `floor` outside (0, 1).
     """
 
     model: Model
-    steps: int = eqx.field(static=True)
+    inner_steps: int = eqx.field(static=True)
     floor: float = eqx.field(static=True)
 
-    def __init__(self, model: Model, steps: int = 20, floor: float = 1e-3):
-        inputs.instance(model, Model, "model", "FlowMap(model), with Analytic(mixture) for a mixture")
+    def __init__(self, model: Model, inner_steps: int = 20, floor: float = 1e-3):
+        _checks.instance(
+            model, Model, "model", "FlowMap(model), with Analytic(mixture) for a mixture"
+        )
         self.model = model
-        self.steps = inputs.count(steps, "steps")
-        self.floor = inputs.number(floor, "floor")
+        self.inner_steps = _checks.count(inner_steps, "inner_steps")
+        self.floor = _checks.number(floor, "floor")
         if not 0 < self.floor < 1:
             raise ValueError(f"floor must lie between 0 and 1, got {floor}")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         path = self.model.interpolant
         last = path.time((1 / (self.floor * path.sigma(jnp.zeros_like(t)))) ** 2)
-        ratio = jnp.minimum(path.sigma(last) / path.alpha(last) / (path.sigma(t) / path.alpha(t)), 1.0)
+        ratio = jnp.minimum(
+            path.sigma(last) / path.alpha(last) / (path.sigma(t) / path.alpha(t)), 1.0
+        )
         inverse_root_snr = (
-            path.sigma(t) / path.alpha(t) * ratio ** (jnp.arange(1, self.steps + 1, dtype=x.dtype) / self.steps)
+            path.sigma(t)
+            / path.alpha(t)
+            * ratio ** (jnp.arange(1, self.inner_steps + 1, dtype=x.dtype) / self.inner_steps)
         )
         grid = jax.vmap(path.time)(inverse_root_snr**-2)
         times = jnp.concatenate([t[None], grid])
         sigma, alpha = jax.vmap(path.sigma)(times), jax.vmap(path.alpha)(times)
         keep = sigma[1:] / sigma[:-1]
         gain = alpha[1:] - alpha[:-1] * keep
-        # Predictions, corrections and the jump are all sums of the state, its denoiser and the one before: one loop, in which the network
-        # is compiled once.
+        # Predictions, corrections and the jump are all sums of the state, its denoiser and the one
+        # before: one loop, in which the network is compiled once.
         none, all_of = jnp.zeros_like(gain), jnp.ones_like(gain)
-        predict, correct = jnp.stack([keep, gain, none], axis=1), jnp.stack([all_of, gain / 2, -gain / 2], axis=1)
+        predict, correct = (
+            jnp.stack([keep, gain, none], axis=1),
+            jnp.stack([all_of, gain / 2, -gain / 2], axis=1),
+        )
         jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
         parts = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
-        when = (np.arange(2 * self.steps + 1) + 1) // 2  # corrections, and what follows them, ask at the same time
+        when = (
+            np.arange(2 * self.inner_steps + 1) + 1
+        ) // 2  # corrections, and what follows them, ask at the same time
         asked = jax.tree.map(lambda leaf: leaf[when], jax.vmap(self.model.prepare)(times))
-        stages, back = linalg.rows((asked, *parts.T))
+        stages, back = _linalg.rows((asked, *parts.T))
 
         def stage(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
             (x, before), (prepared, of_x, of_new, of_old) = carry, back(row)
-            denoised = linalg.entries(self.model.denoise_prepared(prepared, linalg.array(x, shape)))
-            x = [of_x * one + of_new * new + of_old * old for one, new, old in zip(x, denoised, before, strict=True)]
+            denoised = _linalg.entries(
+                self.model.denoise_prepared(prepared, _linalg.array(x, shape))
+            )
+            x = [
+                of_x * one + of_new * new + of_old * old
+                for one, new, old in zip(x, denoised, before, strict=True)
+            ]
             return (x, denoised), None
 
-        shape, start = x.shape, linalg.entries(x)
+        shape, start = x.shape, _linalg.entries(x)
         begin = start, [jnp.zeros_like(one) for one in start]
         (end, _), _ = jax.lax.scan(stage, begin, stages)
-        return linalg.array(end, shape)
+        return _linalg.array(end, shape)
 
 
 class Renoise(Posterior):
-    """Where the flow takes a state after some of what is known of it is forgotten: noise is added until the snr has fallen by
-    `snr_factor`, and `FlowMap` runs from there.
+    """Where the flow takes a state after some of what is known of it is forgotten: noise is added
+    until the snr has fallen by `snr_factor`, and `FlowMap` runs from there.
 
-    `x_s = (alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) xi` at the time s with `snr_s = snr_t / snr_factor`,
-    the forward noising of `X_t`. A factor of 1 is `FlowMap`; in the limit it forgets x. Not the posterior: see Holderrieth et al. (arXiv
-    2602.05993, weighted diamond maps).
+    `x_s = (alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) xi` at the time
+    s with `snr_s = snr_t / snr_factor`, the forward noising of `X_t`. A factor of 1 is `FlowMap`;
+    in the limit it forgets x. Not the posterior: see Holderrieth et al. (arXiv 2602.05993, weighted
+    diamond maps).
 
-    **Arguments:** `model`; `snr_factor >= 1`; `steps` of the inner `FlowMap`.
+    **Arguments:** `model`; `snr_factor >= 1`; `inner_steps` of the inner `FlowMap`.
 
     **Raises:** `ValueError` for a factor below 1.
     """
 
     model: Model
     snr_factor: Array
-    steps: int = eqx.field(static=True)
+    inner_steps: int = eqx.field(static=True)
 
-    def __init__(self, model: Model, snr_factor: float | Array, steps: int = 20):
-        inputs.instance(model, Model, "model", "Renoise(model, snr_factor), with Analytic(mixture) for a mixture")
+    def __init__(self, model: Model, snr_factor: float | Array, inner_steps: int = 20):
+        _checks.instance(
+            model,
+            Model,
+            "model",
+            "Renoise(model, snr_factor), with Analytic(mixture) for a mixture",
+        )
         self.model = model
-        self.snr_factor = inputs.positive(snr_factor, "snr_factor")
-        if inputs.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
-            raise ValueError(f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be added")
-        self.steps = inputs.count(steps, "steps")
+        self.snr_factor = _checks.positive(snr_factor, "snr_factor")
+        if _checks.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
+            raise ValueError(
+                f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be "
+                "added"
+            )
+        self.inner_steps = _checks.count(inner_steps, "inner_steps")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         path = self.model.interpolant
@@ -270,4 +330,4 @@ class Renoise(Posterior):
         # sigma_s^2 - keep^2 sigma_t^2, without subtracting.
         spread = path.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
         noisy = keep * x + spread * jax.random.normal(key, x.shape, x.dtype)
-        return FlowMap(self.model, self.steps).draw(key, s, noisy)
+        return FlowMap(self.model, self.inner_steps).draw(key, s, noisy)

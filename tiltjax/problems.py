@@ -11,7 +11,8 @@ r"""Named problems with known answers: data, no solvers.
 | `step` | modes ±3 on the line, variance 1 | `Step(10)` | 5 |
 | `bump` | the same | `exp(-(x - 3)^2 / 2)` | 5 |
 
-The six mixtures in the plane and the two problems on the line are those of Dandapanthula and Boffi (arXiv 2606.02884).
+The six mixtures in the plane and the two problems on the line are those of Dandapanthula and Boffi
+(arXiv 2606.02884).
 """
 
 from typing import NamedTuple
@@ -25,8 +26,9 @@ from tiltjax.mixtures import GaussianMixture
 class Problem(NamedTuple):
     """A prior, a reward and a scale, with what is known of them.
 
-    `sigma`: the damping width the paper uses, the standard deviation of a mode. `log_norm`: the log normalising constant
-    `log E[exp(scale * r(X))]` under the prior, to the digits given. `bounds`: `((low, high), ...)`, where to look.
+    `sigma`: the damping width the paper uses, the standard deviation of a mode. `log_norm`: the log
+    normalizing constant `log E[exp(scale * r(X))]` under the prior, to the digits given. `bounds`:
+    `((low, high), ...)`, where to look.
     """
 
     name: str
@@ -43,9 +45,13 @@ _LINE = ((-6.5, 6.5),)
 _HALF = [[0.5, 0.0], [0.0, 0.5]]
 
 
-def _plane(name: str, weights, means, covs, log_norm: float, reward: rewards.Reward | None = None) -> Problem:
+def _plane(
+    name: str, weights, means, covs, log_norm: float, reward: rewards.Reward | None = None
+) -> Problem:
     reward = rewards.Quadratic([0.0, 2.5]) if reward is None else reward
-    return Problem(name, GaussianMixture(weights, means, covs), reward, 3.0, 0.5**0.5, log_norm, _PLANE)
+    return Problem(
+        name, GaussianMixture(weights, means, covs), reward, 3.0, 0.5**0.5, log_norm, _PLANE
+    )
 
 
 def gaussian() -> Problem:
@@ -82,7 +88,7 @@ def double_well() -> Problem:
 
 def step() -> Problem:
     """A reward without gradient: only selection can choose the mode."""
-    reward = rewards.Step(10.0)
+    reward = rewards.StepReward(10.0)
     return Problem("step", _two_modes(), reward, 5.0, 1.0, -0.6931, _LINE)
 
 
@@ -101,7 +107,9 @@ NAMES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_wel
 def get(name: str) -> Problem:
     """The problem called `name`. **Raises:** `ValueError` listing the names if there is none."""
     if not isinstance(name, str):
-        raise TypeError(f"name must be text, got {type(name).__name__}: choose one of {', '.join(NAMES)}")
+        raise TypeError(
+            f"name must be text, got {type(name).__name__}: choose one of {', '.join(NAMES)}"
+        )
     if name not in NAMES:
         raise ValueError(f"unknown problem {name!r}: choose one of {', '.join(NAMES)}")
     return globals()[name]()

@@ -1,22 +1,24 @@
 r"""Scale laws `lambda_t`: how strongly a guidance listens to the reward at each time.
 
-Guidance wants `∇ log E[exp(scale * r(X_1)) | X_t = x]`, and a one-draw estimate at full scale pulls too hard: it forgets
-that `X_1` is still uncertain. For a Gaussian prior `N(mu, s^2 I)` and `r(x) = -|x - y|^2` the exact remedy is a smaller
-scale,
+Guidance wants `∇ log E[exp(scale * r(X_1)) | X_t = x]`, and a one-draw estimate at full scale pulls
+too hard: it forgets that `X_1` is still uncertain. For a Gaussian prior `N(mu, s^2 I)` and
+`r(x) = -|x - y|^2` the exact remedy is a smaller scale,
 
     lambda_t = scale / (1 + 2 scale v_t),      v_t = Var(X_1 | X_t) = 1 / (1/s^2 + snr_t),
 
-after which one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi (arXiv 2606.02884).
+after which one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi (arXiv
+2606.02884).
 
-A law is called as `law(key, snr, t, x)` and its value is held constant under differentiation: a derivative through
-an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1, the one the target is defined by.
+A law is called as `law(key, snr, t, x)` and its value is held constant under differentiation: a
+derivative through an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1,
+the one the target is defined by.
 """
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg
+from tiltjax import _checks, _linalg
 from tiltjax.models import Model
 
 
@@ -30,12 +32,14 @@ class Scale(eqx.Module):
 
 
 class Constant(Scale):
-    """`lambda_t = scale`. **Arguments:** `scale >= 0`, an inverse temperature in units of 1 / reward."""
+    """`lambda_t = scale`. **Arguments:** `scale >= 0`, an inverse temperature in units of 1 /
+    reward.
+    """
 
     final: Array
 
     def __init__(self, scale: float | Array):
-        self.final = inputs.nonnegative(scale, "scale")
+        self.final = _checks.nonnegative(scale, "scale")
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
         return self.final
@@ -44,8 +48,8 @@ class Constant(Scale):
 class Damped(Scale):
     """`lambda_t = scale / (1 + 2 scale v_t)` with `v_t = sigma^2 / (1 + sigma^2 snr_t)`.
 
-    Exact for a prior `N(mu, sigma^2 I)`, any interpolant, and the reward `-|x - y|^2` (put a weight h on it into
-    `scale`). Elsewhere it is a heuristic with one hyper-parameter.
+    Exact for a prior `N(mu, sigma^2 I)`, any interpolant, and the reward `-|x - y|^2` (put a weight
+    h on it into `scale`). Elsewhere it is a heuristic with one hyper-parameter.
 
     **Arguments:** `scale >= 0`; `sigma >= 0`, the prior's standard deviation, in the data's units.
     """
@@ -54,26 +58,30 @@ class Damped(Scale):
     sigma: Array
 
     def __init__(self, scale: float | Array, sigma: float | Array):
-        self.final = inputs.nonnegative(scale, "scale")
-        self.sigma = inputs.nonnegative(sigma, "sigma")
+        self.final = _checks.nonnegative(scale, "scale")
+        self.sigma = _checks.nonnegative(sigma, "sigma")
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
         return self.final / (1 + 2 * self.final * gaussian_variance(self.sigma, snr))
 
 
 def gaussian_variance(sigma: Array, snr: Array) -> Array:
-    """`v_t = sigma^2 / (1 + sigma^2 snr_t)`: the variance of one of `N(mu, sigma^2)`, seen at a signal-to-noise ratio."""
+    """`v_t = sigma^2 / (1 + sigma^2 snr_t)`: the variance of one of `N(mu, sigma^2)`, seen at a
+    signal-to-noise ratio.
+    """
     # A width of zero has nothing left to know, also at t = 1, where the snr is infinite.
     known = sigma > 0
     return jnp.where(known, 1 / (jnp.where(known, sigma, 1.0) ** -2 + snr), 0.0)
 
 
 class SelfDamped(Scale):
-    """`lambda_t = scale / (1 + 2 scale v_t(x))` with the model's own posterior variance in place of a width.
+    """`lambda_t = scale / (1 + 2 scale v_t(x))` with the model's own posterior variance in place of
+    a width.
 
-    `v_t(x) = (sigma_t^2 / alpha_t) tr(∂D/∂x) / d` (Tweedie's second identity), the trace from one Hutchinson probe: one pullback
-    through the denoiser, no hyper-parameter. On one isotropic Gaussian it is `Damped` with the right sigma; on mixtures a scalar
-    misses the direction between modes, which `Laplace` has. A learned Jacobian may say v < 0, which is taken as 0.
+    `v_t(x) = (sigma_t^2 / alpha_t) tr(∂D/∂x) / d` (Tweedie's second identity), the trace from one
+    Hutchinson probe: one pullback through the denoiser, no hyper-parameter. On one isotropic
+    Gaussian it is `Damped` with the right sigma; on mixtures a scalar misses the direction between
+    modes, which `Laplace` has. A learned Jacobian may say v < 0, which is taken as 0.
 
     **Arguments:** `scale >= 0`; `model`.
     """
@@ -82,12 +90,12 @@ class SelfDamped(Scale):
     model: Model
 
     def __init__(self, scale: float | Array, model: Model):
-        inputs.instance(model, Model, "model", "SelfDamped(scale, model)")
-        self.final = inputs.nonnegative(scale, "scale")
+        _checks.instance(model, Model, "model", "SelfDamped(scale, model)")
+        self.final = _checks.nonnegative(scale, "scale")
         self.model = model
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
-        _, slope = linalg.hutchinson(key, lambda x: self.model.denoise(t, x), x)
+        _, slope = _linalg.hutchinson(key, lambda x: self.model.denoise(t, x), x)
         variance = jnp.maximum(self.model.interpolant.tweedie(t) * slope, 0)
         return self.final / (1 + 2 * self.final * variance)
 

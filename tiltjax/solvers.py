@@ -1,7 +1,8 @@
 r"""One step of a sampler, from time t to u.
 
-All of them move a *field*: the denoiser `D~` of the law that is sampled, which is the model's own `D`, or under guidance
-`D~ = D + (sigma_t^2 / alpha_t) ∇ log h`. Its probability flow has the drift `b + (g_t^2 / 2) ∇ log h`.
+All of them move a *field*: the denoiser `D~` of the law that is sampled, which is the model's own
+`D`, or under guidance `D~ = D + (sigma_t^2 / alpha_t) ∇ log h`. Its probability flow has the drift
+`b + (g_t^2 / 2) ∇ log h`.
 
 | solver | step | order |
 |---|---|---|
@@ -11,9 +12,10 @@ All of them move a *field*: the denoiser `D~` of the law that is sampled, which 
 | `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
 | `Unmask(even)` | tokens: some of those that are hidden are drawn from `D~` | 1 |
 
-with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`, `rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1
-is the ancestral (DDPM) kernel of the reversed process, eta = 0 DDIM. A step to t = 1 jumps to `D~`: the whole of it with a fixed
-step, with `Adaptive` the last thousandth.
+with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`,
+`rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1 is the ancestral (DDPM) kernel of the reversed
+process, eta = 0 DDIM. A step to t = 1 jumps to `D~`: the whole of it with a fixed step, with
+`Adaptive` the last thousandth.
 """
 
 from collections.abc import Callable
@@ -25,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import inputs, linalg
+from tiltjax import _checks, _linalg
 from tiltjax.interpolants import Interpolant
 
 
 class Streams(NamedTuple):
-    """The random keys of one particle in one step: for the guidance, the solver's noise, and the second stage."""
+    """The random keys of one particle in one step: for the guidance, the solver's noise, and the
+    second stage.
+    """
 
     guidance: Array
     noise: Array
@@ -38,7 +42,9 @@ class Streams(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One step of `Ancestral`, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is `sigma_t^2 / alpha_t`."""
+    """One step of `Ancestral`, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is
+    `sigma_t^2 / alpha_t`.
+    """
 
     keep: Array
     gain: Array
@@ -46,49 +52,18 @@ class Kernel(NamedTuple):
     tweedie: Array
     eta: Array
 
-    def propose(self, key: Array, x: Array, denoised: Array, shift: Array | None) -> tuple[Array, Array]:
-        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, which no difference of densities has to find."""
+    def propose(
+        self, key: Array, x: Array, denoised: Array, shift: Array | None
+    ) -> tuple[Array, Array]:
+        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, which no
+        difference of densities has to find.
+        """
         noise = jax.random.normal(key, x.shape, x.dtype)
         moved = self.keep * x + self.gain * denoised + self.std * noise
         if shift is None:
             return moved, jnp.zeros((), x.dtype)
         scaled = shift / self.std
-        return moved + shift, -linalg.inner(scaled, noise + scaled / 2)
-
-
-class Reveal(NamedTuple):
-    """One step of `Unmask`: the share `chance` of the hidden tokens is shown, each drawn from its own law in D, `(length, vocab)`."""
-
-    chance: Array
-    even: bool
-
-    @property
-    def gain(self) -> float:
-        return 1.0
-
-    @property
-    def eta(self) -> Array:
-        raise ValueError("tokens have no score to shift them by: use the proposal Guided(), Base() or Children(m)")
-
-    def propose(self, key: Array, x: Array, denoised: Array, shift: Array | None) -> tuple[Array, Array]:
-        """A state with D shifted, and the log of how much likelier it is without the shift. Hidden tokens are those that show `vocab`."""
-        key_which, key_what = jax.random.split(key)
-        hidden = x == denoised.shape[-1]
-        chosen = jax.random.uniform(key_which, (len(x) + 1,), denoised.dtype)
-        if self.even:
-            # The expected number, up or down; the offset makes it right on average, and right where it is a whole one.
-            number = jnp.floor(self.chance * jnp.sum(hidden, dtype=denoised.dtype) + chosen[-1])
-            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0))).astype(number.dtype)
-            shown = hidden & (rank < number)
-        else:
-            shown = hidden & (chosen[:-1] < self.chance)
-        tilted = denoised if shift is None else denoised + shift
-        drawn = jax.random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
-        moved = jnp.where(shown, drawn, x)
-        if shift is None:
-            return moved, jnp.zeros((), denoised.dtype)
-        of = lambda law: jnp.log(jnp.take_along_axis(law, drawn[:, None], axis=1)[:, 0])
-        return moved, jnp.sum(jnp.where(shown, of(denoised) - of(tilted), 0.0))
+        return moved + shift, -_linalg.inner(scaled, noise + scaled / 2)
 
 
 # (key, t, x, state) -> (D~, state)
@@ -96,17 +71,26 @@ Field = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 class Solver(eqx.Module):
-    """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their mean.
+    """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their
+    mean.
 
     `steps` is how many a run takes by default.
     """
 
     stochastic: ClassVar[bool]
     order: ClassVar[int]
+    corruption: ClassVar[type] = Interpolant
     steps: ClassVar[int] = 100
 
     def step(
-        self, keys: Streams, interpolant: Interpolant, field: Field, t: Array, u: Array, x: Array, state: Any
+        self,
+        keys: Streams,
+        interpolant: Interpolant,
+        field: Field,
+        t: Array,
+        u: Array,
+        x: Array,
+        state: Any,
     ) -> tuple[Array, Any]:
         """The state at `u`, and the guidance's memory."""
         raise NotImplementedError
@@ -127,29 +111,33 @@ class Euler(Solver):
 class Heun(Solver):
     """The trapezoidal step of the probability flow, two evaluations of the field.
 
-    **Arguments:** `share_draw`: whether the second stage reuses the first's posterior draws. Fresh ones (the default) halve
-    the variance that the draws leave behind.
+    **Arguments:** `share_draw`: whether the second stage reuses the first's posterior draws. Fresh
+    ones (the default) halve the variance that the draws leave behind.
     """
 
     share_draw: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        inputs.flag(self.share_draw, "share_draw")
+        _checks.flag(self.share_draw, "share_draw")
 
     stochastic = False
     order = 2
 
     def step(self, keys, interpolant, field, t, u, x, state):
-        # Two Euler steps by u - t, one from t and one from u, end a trapezoid's other slope beyond it: halfway back lies the trapezoid.
-        # As a loop, so that the field, which is nearly all of a program, is compiled once.
+        # Two Euler steps by u - t, one from t and one from u, end a trapezoid's other slope beyond
+        # it: halfway back lies the trapezoid. As a loop, so that the field, which is nearly all of
+        # a program, is compiled once.
         def euler(carry, stage):
             key, s = stage
 
             def move(x, state):
                 denoised, state = field(key, s, x, state)
-                return jnp.where(u < 1, x + (u - t) * interpolant.velocity(s, x, denoised), denoised), state
+                return jnp.where(
+                    u < 1, x + (u - t) * interpolant.velocity(s, x, denoised), denoised
+                ), state
 
-            # The field has no value at t = 1, and u is the same for all particles: a branch, not a select.
+            # The field has no value at t = 1, and u is the same for all particles: a branch, not a
+            # select.
             return jax.lax.cond(s < 1, move, lambda *carry: carry, *carry), None
 
         keys = jnp.stack([keys.guidance, keys.guidance if self.share_draw else keys.second])
@@ -158,12 +146,14 @@ class Heun(Solver):
 
 
 class Stochastic(Solver):
-    """A step that is a draw from a kernel, which a weighted run can shift and weigh; subclasses define `kernel` and `finish`."""
+    """A step that is a draw from a kernel, which a weighted run can shift and weigh; subclasses
+    define `kernel` and `finish`.
+    """
 
     stochastic = True
     order = 1
 
-    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel | Reveal:
+    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Any:
         """The step from t to u."""
         raise NotImplementedError
 
@@ -177,73 +167,62 @@ class Stochastic(Solver):
 
 
 class Ancestral(Stochastic):
-    """The Gaussian kernel of one step. **Arguments:** `eta >= 0`, the noise: 1 ancestral (DDPM), 0 deterministic (DDIM)."""
+    """The Gaussian kernel of one step. **Arguments:** `eta >= 0`, the noise: 1 ancestral (DDPM), 0
+    deterministic (DDIM).
+    """
 
     eta: Array
 
     def __init__(self, eta: float | Array = 1.0):
-        self.eta = inputs.nonnegative(eta, "eta")
-        if inputs.concrete(self.eta) and np.asarray(self.eta) > 1:
+        self.eta = _checks.nonnegative(eta, "eta")
+        if _checks.concrete(self.eta) and np.asarray(self.eta) > 1:
             raise ValueError(f"eta must lie in [0, 1], got {float(self.eta):g}")
 
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel:
         """The step from t to u."""
         sigma_t, sigma_u = interpolant.sigma(t), interpolant.sigma(u)
         rho = interpolant.alpha(t) * sigma_u / (interpolant.alpha(u) * sigma_t)
-        # sqrt(sigma_u^2 - S2) / sigma_t, as a sum: near t = 0, where rho is small, the difference is all rounding.
+        # sqrt(sigma_u^2 - S2) / sigma_t, as a sum: near t = 0, where rho is small, the difference
+        # is all rounding.
         keep = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2) / sigma_t
         std = self.eta * sigma_u * jnp.sqrt(1 - rho**2)
-        return Kernel(keep, interpolant.alpha(u) - keep * interpolant.alpha(t), std, interpolant.tweedie(t), self.eta)
+        return Kernel(
+            keep,
+            interpolant.alpha(u) - keep * interpolant.alpha(t),
+            std,
+            interpolant.tweedie(t),
+            self.eta,
+        )
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
         """The last step: a jump to the denoiser, without noise."""
         return denoised
 
 
-class Unmask(Stochastic):
-    """Tokens: every hidden one is shown with chance `(alpha_u - alpha_t) / (1 - alpha_t)`, drawn from its law given what is known.
-
-    Tokens of one step are drawn independently of each other: fewer at a time follow the model more closely, one at a time exactly.
-
-    **Arguments:** `even`: show the expected number of tokens, the same up to one at each step, instead of a random one. With as many steps as
-    tokens that is one at a time, in random order.
-    """
-
-    even: bool = eqx.field(static=True, default=True)
-
-    def __check_init__(self) -> None:
-        if not isinstance(self.even, bool):
-            raise TypeError(
-                f"even is True or False, got {self.even!r}: how many tokens a step shows is decided by steps="
-            )
-
-    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Reveal:
-        """The step from t to u."""
-        return Reveal((interpolant.alpha(u) - interpolant.alpha(t)) / (1 - interpolant.alpha(t)), self.even)
-
-    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The last step: all that is hidden is shown."""
-        return Reveal(jnp.ones((), denoised.dtype), even=False).propose(key, x, denoised, None)[0]
-
-
 class Adaptive(Solver):
-    r"""The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size control (Diffrax).
+    r"""The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size
+    control (Diffrax).
 
-    Solved on a circle, where all paths look the same: with `c = sigma_0`, `r = hypot(sigma, c alpha)` and the angle
-    `phi = arctan(sigma / (c alpha))`, which falls from pi / 2 (noise) to 0 (data),
+    Solved on a circle, where all paths look the same: with `c = sigma_0`,
+    `r = hypot(sigma, c alpha)` and the angle `phi = arctan(sigma / (c alpha))`, which falls from pi
+    / 2 (noise) to 0 (data),
 
         y = x / r = sin(phi) X_0 + cos(phi) X_1 / c,      dy/dphi = cos(phi) E~ - sin(phi) D~ / c,
 
-    of unit size and without singularity at either end. A step to t = 1 is solved until `tan(phi) = floor` and jumps to `D~` from there,
-    which leaves an error of second order in `floor`.
+    of unit size and without singularity at either end. A step to t = 1 is solved until
+    `tan(phi) = floor` and jumps to `D~` from there, which leaves an error of second order in
+    `floor`.
 
-    The tolerance is that of a deterministic field. The *draws* of a random guidance are therefore held fixed over a step, which the
-    solver divides as it likes: more steps are more draws. A guidance's *memory* is held, too, and updated once, where the step ends.
+    The tolerance is that of a deterministic field. The *draws* of a random guidance are therefore
+    held fixed over a step, which the solver divides as it likes: more steps are more draws. A
+    guidance's *memory* is held, too, and updated once, where the step ends.
 
-    Reverse-mode gradients are those of the numbers computed (checkpointed: memory grows with the logarithm of `max_steps`);
-    there are no forward-mode ones. A step that fails, or takes more than `max_steps` of its own, ends in NaN, which a run reports.
+    Reverse-mode gradients are those of the numbers computed (checkpointed: memory grows with the
+    logarithm of `max_steps`); there are no forward-mode ones. A step that fails, or takes more than
+    `max_steps` of its own, ends in NaN, which a run reports.
 
-    **Arguments:** `rtol`, `atol`, the error allowed in each step of the solver's own, relative and in units of c; `max_steps`; `floor`.
+    **Arguments:** `rtol`, `atol`, the error allowed in each step of the solver's own, relative and
+    in units of c; `max_steps`; `floor`.
     """
 
     rtol: Array
@@ -263,22 +242,32 @@ class Adaptive(Solver):
         max_steps: int = 500,
         floor: float | Array = 1e-3,
     ):
-        self.rtol = inputs.positive(rtol, "rtol")
-        self.atol = inputs.positive(atol, "atol")
-        self.floor = inputs.positive(floor, "floor")
-        if inputs.concrete(self.floor) and np.asarray(self.floor) >= 1:
+        self.rtol = _checks.positive(rtol, "rtol")
+        self.atol = _checks.positive(atol, "atol")
+        self.floor = _checks.positive(floor, "floor")
+        if _checks.concrete(self.floor) and np.asarray(self.floor) >= 1:
             raise ValueError(f"floor must lie between 0 and 1, got {float(self.floor):g}")
-        self.max_steps = inputs.count(max_steps, "max_steps")
+        self.max_steps = _checks.count(max_steps, "max_steps")
 
     def last(self, interpolant: Interpolant) -> Array:
         """The time from which a step to t = 1 jumps."""
         return interpolant.time((self.floor * interpolant.sigma(jnp.zeros_like(self.floor))) ** -2)
 
     def solve(
-        self, interpolant: Interpolant, denoise: Callable, t: Array, u: Array, x: Array, *, dense: bool = False
+        self,
+        interpolant: Interpolant,
+        denoise: Callable,
+        t: Array,
+        u: Array,
+        x: Array,
+        *,
+        dense: bool = False,
     ) -> "Arc":
-        """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1. Only a `dense` one can be called."""
-        import diffrax  # here, for its one user: it would add a third to what importing all of this takes
+        """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1.
+        Only a `dense` one can be called.
+        """
+        # here, for its one user: it would add a third to what importing all of this takes
+        import diffrax
 
         circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
 
@@ -287,7 +276,10 @@ class Adaptive(Solver):
             r = circle.radius(s)
             denoised = denoise(s, r * y)
             noise = interpolant.noise(s, r * y, denoised)
-            return circle.base * interpolant.alpha(s) / r * noise - interpolant.sigma(s) / (r * circle.base) * denoised
+            return (
+                circle.base * interpolant.alpha(s) / r * noise
+                - interpolant.sigma(s) / (r * circle.base) * denoised
+            )
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(turn),
@@ -297,7 +289,8 @@ class Adaptive(Solver):
             dt0=None,
             y0=x / circle.radius(t),
             saveat=diffrax.SaveAt(t1=True, dense=dense),
-            # No step can be smaller than the rounding of the angle: where the field is NaN, that ends the search.
+            # No step can be smaller than the rounding of the angle: where the field is NaN, that
+            # ends the search.
             stepsize_controller=diffrax.PIDController(
                 self.rtol, self.atol, dtmin=float(jnp.finfo(x.dtype).eps), force_dtmin=False
             ),
@@ -312,7 +305,8 @@ class Adaptive(Solver):
         end = jnp.where(u < 1, u, jnp.maximum(t, self.last(interpolant)))
         held = lambda s, x: field(keys.guidance, s, x, state)[0]
         arc = self.solve(interpolant, held, t, end, x)
-        # Where the solver failed the field is asked at the state it had, so that it can say what is wrong with it.
+        # Where the solver failed the field is asked at the state it had, so that it can say what is
+        # wrong with it.
         denoised, state = field(keys.guidance, end, jnp.where(arc.success, arc.end, x), state)
         return jnp.where(arc.success, jnp.where(u < 1, arc.end, denoised), jnp.nan), state
 
@@ -334,9 +328,11 @@ class _Circle(eqx.Module):
 
 
 class Arc(eqx.Module):
-    """A piece of the probability flow: the state `end` at its end and, if it is dense, at any time `t -> x`.
+    """A piece of the probability flow: the state `end` at its end and, if it is dense, at any time
+    `t -> x`.
 
-    What a failed piece says, `success` being false, is no solution: `end` is arbitrary, the states are NaN.
+    What a failed piece says, `success` being false, is no solution: `end` is arbitrary, the states
+    are NaN.
     """
 
     circle: _Circle

@@ -1,7 +1,9 @@
-"""The samplers against theory: what `sample` returns is what the closed forms say. Tier: statistical.
+"""The samplers against theory: what `sample` returns is what the closed forms say. Tier:
+statistical.
 
-Every comparison is of means and covariances against an exact value, in computed standard errors of independent particles; where
-the truth is a limit of small steps, the step-size term is computed by the affine recursion and added.
+Every comparison is of means and covariances against an exact value, in computed standard errors of
+independent particles; where the truth is a limit of small steps, the step-size term is computed by
+the affine recursion and added.
 """
 
 import jax
@@ -13,16 +15,20 @@ import theory
 import tiltjax as tj
 
 SIGMAS = 5.0
-pytestmark = pytest.mark.optimised  # it runs for longer than it compiles
+pytestmark = pytest.mark.optimized  # it runs for longer than it compiles
 
 
 def single(prior):
-    """For a model of states in single precision: rounding is far below a standard error, and a run costs half."""
-    return tj.inputs.cast(prior, jnp.float32)
+    """For a model of states in single precision: rounding is far below a standard error, and a run
+    costs half.
+    """
+    return tj._pytree.cast(prior, jnp.float32)
 
 
 def assert_moments(x, law, slack_mean=0.0, slack_cov=0.0):
-    """Mean and covariance of Gaussian samples within five standard errors (plus a computed slack) of a one-component law."""
+    """Mean and covariance of Gaussian samples within five standard errors (plus a computed slack)
+    of a one-component law.
+    """
     x = np.asarray(x, np.float64)
     n, (mean, cov) = len(x), (np.asarray(law.means[0]), np.asarray(law.covs[0]))
     error_mean = np.sqrt(np.diag(cov) / n)
@@ -32,14 +38,19 @@ def assert_moments(x, law, slack_mean=0.0, slack_cov=0.0):
 
 
 def step_size_term(field, times):
-    """How far the law at these steps is from its limit, by the recursion alone: twice its change when every step is halved.
+    """How far the law at these steps is from its limit, by the recursion alone: twice its change
+    when every step is halved.
 
-    (The draws' variance is of first order in the step, so one halving leaves as much again.) Small beside the law itself.
+    (The draws' variance is of first order in the step, so one halving leaves as much again.) Small
+    beside the law itself.
     """
     middles = (times[1:] + times[:-1]) / 2
     fine = jnp.sort(jnp.concatenate([times, middles]))
     coarse, fine = (theory.discrete_law(field, times=grid) for grid in (times, fine))
-    mean, cov = 2 * np.abs(coarse.means[0] - fine.means[0]), 2 * np.abs(coarse.covs[0] - fine.covs[0])
+    mean, cov = (
+        2 * np.abs(coarse.means[0] - fine.means[0]),
+        2 * np.abs(coarse.covs[0] - fine.covs[0]),
+    )
     spread = np.sqrt(np.diag(field.prior.covs[0]))
     assert np.all(mean < 0.02 * spread)
     assert np.all(cov < 0.02 * np.outer(spread, spread))
@@ -47,19 +58,25 @@ def step_size_term(field, times):
 
 
 def commuting(d):
-    """An anisotropic prior off the origin, whose axes are not the coordinates', and a reward that commutes with it."""
+    """An anisotropic prior off the origin, whose axes are not the coordinates', and a reward that
+    commutes with it.
+    """
     if d == 1:
         return tj.GaussianMixture([1.0], [[0.7]], [[[0.6]]]), tj.rewards.Quadratic([2.0])
     rotation = np.linalg.qr(np.random.default_rng(d).normal(size=(d, d)))[0]
     cov = rotation @ np.diag(np.linspace(0.3, 0.9, d)) @ rotation.T
     cov = (cov + cov.T) / 2
-    return tj.GaussianMixture([1.0], [np.linspace(-1, 1, d)], [cov]), tj.rewards.Quadratic(np.linspace(2, 0, d))
+    return tj.GaussianMixture([1.0], [np.linspace(-1, 1, d)], [cov]), tj.rewards.Quadratic(
+        np.linspace(2, 0, d)
+    )
 
 
 def general(d=2):
     """Covariance and reward matrices that do not commute, and a linear term."""
     prior = tj.GaussianMixture([1.0], [[1.0, -0.5]], [[[0.6, 0.3], [0.3, 0.8]]])
-    reward = tj.rewards.Quadratic([0.5, 2.0], weight=[[1.0, 0.2], [0.2, 0.5]]) + tj.rewards.Linear([0.3, 0.0])
+    reward = tj.rewards.Quadratic(
+        [0.5, 2.0], weight=[[1.0, 0.2], [0.2, 0.5]]
+    ) + tj.rewards.LinearReward([0.3, 0.0])
     return prior, reward
 
 
@@ -95,20 +112,33 @@ def test_a_guided_sampler_has_its_discrete_law(method, solver, path):
     else:
         guidance = build(model, reward, scale)
     x = tj.sample(jax.random.key(1), model, guidance, num=100_000, times=times, solver=solver).x
-    assert_moments(x, theory.discrete_law(field(prior, reward, scale, path), times=times, solver=solver))
+    assert_moments(
+        x, theory.discrete_law(field(prior, reward, scale, path), times=times, solver=solver)
+    )
 
 
 @pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Ancestral(0.4)])
 def test_fmrg_has_its_discrete_law(solver):
     prior, reward = general()
     model, scale, times = tj.Analytic(prior, WIDE), 1.5, jnp.linspace(1e-3, 1, 13)
-    law = theory.discrete_law(theory.fmrg_field(prior, reward, scale, WIDE), times=times, solver=solver)
+    law = theory.discrete_law(
+        theory.fmrg_field(prior, reward, scale, WIDE), times=times, solver=solver
+    )
 
     def ends(steps, start):
-        guidance = tj.fmrg(model, reward, scale, steps=steps)
-        return tj.sample(jax.random.key(1), model, guidance, num=len(start), times=times, solver=solver, start=start).x
+        guidance = tj.fmrg(model, reward, scale, inner_steps=steps)
+        return tj.sample(
+            jax.random.key(1),
+            model,
+            guidance,
+            num=len(start),
+            times=times,
+            solver=solver,
+            start=start,
+        ).x
 
-    # What the steps of the inner flow leave, of second order: the run is an affine map of its start, which three points show.
+    # What the steps of the inner flow leave, of second order: the run is an affine map of its
+    # start, which three points show.
     corners = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2)])
     coarse, fine = ends(12, corners), ends(24, corners)
     inner = np.abs(coarse - fine).max() / 3 * 1.5
@@ -123,13 +153,18 @@ def test_runs_that_end_before_one_have_their_discrete_law(end):
     prior, reward = general()
     times = jnp.linspace(1e-3, end, 20)
     x = tj.sample(
-        jax.random.key(2), tj.Analytic(prior), tj.dps(tj.Analytic(prior), reward, 1.0), num=20_000, times=times
+        jax.random.key(2),
+        tj.Analytic(prior),
+        tj.dps(tj.Analytic(prior), reward, 1.0),
+        num=20_000,
+        times=times,
     ).x
     assert_moments(x, theory.discrete_law(theory.dps_field(prior, reward, 1.0), times=times))
 
 
 @pytest.mark.parametrize(
-    ("d", "scale", "method"), [(1, 2.0, "dps"), (2, 0.3, "plug-in"), (2, 2.0, "plug-in"), (5, 1.0, "plug-in")]
+    ("d", "scale", "method"),
+    [(1, 2.0, "dps"), (2, 0.3, "plug-in"), (2, 2.0, "plug-in"), (5, 1.0, "plug-in")],
 )
 def test_one_draw_has_dawsons_law(d, scale, method):
     prior, reward = commuting(d)
@@ -137,13 +172,16 @@ def test_one_draw_has_dawsons_law(d, scale, method):
     build, field = METHODS[method]
     law = theory.plug_in_law(prior, reward, scale)
     model = tj.Analytic(single(prior))
-    num = 10_000 if d < 5 else 3000  # what goes to LAPACK, one matrix after the other, takes its time
+    num = (
+        10_000 if d < 5 else 3000
+    )  # what goes to LAPACK, one matrix after the other, takes its time
     x = tj.sample(jax.random.key(3), model, build(model, reward, scale), num=num, times=times).x
     assert_moments(x, law, *step_size_term(field(prior, reward, scale), times))
 
 
 @pytest.mark.parametrize(
-    ("s2", "scale", "y", "mean"), [(0.5, 3.0, 2.5, 0.0), (4.0, 0.2, -3.0, 1.0), (0.1, 2.0, 1.0, -2.0)]
+    ("s2", "scale", "y", "mean"),
+    [(0.5, 3.0, 2.5, 0.0), (4.0, 0.2, -3.0, 1.0), (0.1, 2.0, 1.0, -2.0)],
 )
 def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
     prior = tj.GaussianMixture([1.0], [[mean, 0.5]], [s2 * np.eye(2)])
@@ -152,31 +190,46 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
     tilt = theory.tilt(prior, reward, scale).mixture
     slack = step_size_term(theory.plug_in_field(prior, reward, law), times)
     model = tj.Analytic(single(prior))
-    # Glass as well as exact draws: its inner steps leave the mean alone and narrow the draws, which the mean guidance ignores.
+    # Glass as well as exact draws: its inner steps leave the mean alone and narrow the draws, which
+    # the mean guidance ignores.
     for posterior in (tj.Exact(model), tj.Glass(model)):
-        x = tj.sample(jax.random.key(4), model, tj.PlugIn(posterior, reward, law), num=10_000, times=times).x
+        x = tj.sample(
+            jax.random.key(4), model, tj.PlugIn(posterior, reward, law), num=10_000, times=times
+        ).x
         assert_moments(x, tilt, *slack)
 
 
 @pytest.mark.parametrize(("s2", "scale"), [(0.5, 0.3), (16.0, 0.1)])
 def test_fmrg_has_its_law(s2, scale):
-    prior, reward = tj.GaussianMixture([1.0], [[0.4, -0.2]], [s2 * np.eye(2)]), tj.rewards.Quadratic([2.5, 0.0])
+    prior, reward = (
+        tj.GaussianMixture([1.0], [[0.4, -0.2]], [s2 * np.eye(2)]),
+        tj.rewards.Quadratic([2.5, 0.0]),
+    )
     times = jnp.linspace(1e-3, 1, 101)
     law = theory.fmrg_law(prior, reward, scale)
     slack_mean, slack_cov = step_size_term(theory.fmrg_field(prior, reward, scale), times)
     model = tj.Analytic(prior)
-    x = tj.sample(jax.random.key(5), model, tj.fmrg(model, reward, scale, steps=40), num=2000, times=times).x
+    x = tj.sample(
+        jax.random.key(5),
+        model,
+        tj.fmrg(model, reward, scale, inner_steps=40),
+        num=2000,
+        times=times,
+    ).x
     # The inner flow map's own error, to first order in its Jacobian, by Richardson over its steps.
     t, y = jnp.asarray(0.01), jnp.array([1.0, 0.5])
     ends = [tj.FlowMap(model, n).draw(jax.random.key(0), t, y) for n in (40, 80)]
     inner = float(jnp.max(jnp.abs(ends[0] - ends[1]))) * 4 / 3
     assert inner < 0.02 * s2**0.5
-    assert_moments(x, law, inner + slack_mean, slack_cov + 2 * inner * np.sqrt(np.asarray(law.covs[0]).max()))
+    assert_moments(
+        x, law, inner + slack_mean, slack_cov + 2 * inner * np.sqrt(np.asarray(law.covs[0]).max())
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")] + [("noniso", WIDE)],
+    [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")]
+    + [("noniso", WIDE)],
 )
 def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, path):
     problem = tj.problems.get(name)
@@ -192,7 +245,12 @@ def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, path):
     }
     mean = truth.mixture.mean()
     second = truth.mixture.cov() + jnp.outer(mean, mean)
-    expected = {"x": mean, "squares": jnp.diagonal(second), "product": second[0, 1:], "masses": truth.mixture.weights}
+    expected = {
+        "x": mean,
+        "squares": jnp.diagonal(second),
+        "product": second[0, 1:],
+        "masses": truth.mixture.weights,
+    }
     for guidance, start in ((None, tilted), (doob, model)):
         x = tj.sample(jax.random.key(6), start, guidance, num=num, times=times).x
         # The step-size term: the same flow (same noise) at half the steps, to second order.
@@ -201,7 +259,9 @@ def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, path):
             values, rough = jax.vmap(statistic)(x), jax.vmap(statistic)(coarse)
             steps = np.abs(np.mean(values, axis=0) - np.mean(rough, axis=0))
             error = np.std(values, axis=0) / np.sqrt(num)
-            assert np.all(np.abs(np.mean(values, axis=0) - expected[label]) < SIGMAS * error + steps + 1e-12), label
+            assert np.all(
+                np.abs(np.mean(values, axis=0) - expected[label]) < SIGMAS * error + steps + 1e-12
+            ), label
 
 
 def test_best_of_n_chooses_the_mode_that_plug_in_cannot():
@@ -224,11 +284,14 @@ def test_softmax_of_n_tends_to_the_tilt():
     truth = theory.quadrature.tilt(problem.prior, problem.reward, problem.scale)
     expected = float(truth.expect(lambda x: jnp.where(x[0] >= 0, 1.0, 0.0)))
     error = np.sqrt(expected * (1 - expected) / groups)
-    # Self-normalised weights of n draws: a bias of order Var(W) / (n E[W]^2), computed on the particles themselves.
+    # Self-normalized weights of n draws: a bias of order Var(W) / (n E[W]^2), computed on the
+    # particles themselves.
     weights = np.exp(problem.scale * np.asarray(jax.vmap(problem.reward)(particles.x)))
     right = np.asarray(particles.x[:, 0] >= 0)
     bias = np.mean(weights**2 * (expected - right)) / (n * np.mean(weights) ** 2)
-    assert abs(np.mean(np.asarray(chosen.x[:, 0]) >= 0) - expected - bias) < SIGMAS * error + bias**2
+    assert (
+        abs(np.mean(np.asarray(chosen.x[:, 0]) >= 0) - expected - bias) < SIGMAS * error + bias**2
+    )
 
 
 @pytest.mark.parametrize("d", [1, 2])
@@ -245,7 +308,8 @@ def test_many_draws_have_their_law(d):
         x = tj.sample(jax.random.key(steps), model, guidance, num=num, steps=steps).x
         x = np.asarray(x, np.float64)
         runs[steps] = np.mean(x, axis=0), np.std(x, axis=0)
-    # The draws' variance is of first order in the step; what is left after extrapolation is of second.
+    # The draws' variance is of first order in the step; what is left after extrapolation is of
+    # second.
     for i, (exact, unit) in enumerate(((mean, 1.0), (std, 2**-0.5))):
         limit = 2 * runs[120][i] - runs[60][i]
         error = np.sqrt(5) * unit * std / np.sqrt(num)  # of 2 A - B, independent

@@ -1,11 +1,13 @@
-"""Every notebook runs from top to bottom: its own asserts are the test of what it says. `make test-notebooks`; `make test` leaves it out."""
+"""Every notebook runs from top to bottom: its own asserts are the test of what it says.
+`make test-notebooks`; `make test` leaves it out.
+"""
 
 import importlib.util
 import re
 
 import pytest
+from helpers.notebook_files import FOLDER, NOTEBOOKS, read, refuse_noise
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
-from notebook_files import FOLDER, NOTEBOOKS, read, refuse_noise
 
 
 @pytest.mark.parametrize("path", **NOTEBOOKS)

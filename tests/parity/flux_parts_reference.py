@@ -1,8 +1,10 @@
 """What `diffusers` and `transformers` say of the small parts of `tests/flux_parts.py`.
 
-In float64 the answers are the truth that both implementations round, each in its own way, in float32.
+In float64 the answers are the truth that both implementations round, each in its own way, in
+float32.
 
-python tests/parity/flux_parts_reference.py        store it, in float64, for the tests that run without these packages
+python tests/parity/flux_parts_reference.py store it, in float64, for the tests that run without
+these packages
 """
 
 import sys
@@ -19,15 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flux_fixtures as fixtures
 import flux_parts as parts
 
-from tiltjax.flux import clip as clips
+from tiltjax.images.networks import clip
 
 
 def given(model, dtype=torch.float32):
     """The model with the weights that its names and shapes lead to, and these weights."""
-    state_dict = fixtures.weights({name: tuple(array.shape) for name, array in model.state_dict().items()})
+    state_dict = fixtures.weights(
+        {name: tuple(array.shape) for name, array in model.state_dict().items()}
+    )
     if "shared.weight" in state_dict:
         state_dict["encoder.embed_tokens.weight"] = state_dict["shared.weight"]
-    model.load_state_dict({name: torch.from_numpy(np.asarray(array)) for name, array in state_dict.items()})
+    model.load_state_dict(
+        {name: torch.from_numpy(np.asarray(array)) for name, array in state_dict.items()}
+    )
     return model.eval().to(dtype), state_dict
 
 
@@ -41,7 +47,9 @@ def last(tensor):
 
 
 def autoencoder_model(dtype=torch.float32):
-    settings = {name: value for name, value in parts.AUTOENCODER.items() if not name.startswith("_")}
+    settings = {
+        name: value for name, value in parts.AUTOENCODER.items() if not name.startswith("_")
+    }
     return given(AutoencoderKL(**settings), dtype)
 
 
@@ -49,7 +57,9 @@ def autoencoder(dtype=torch.float32):
     """Both directions, and the gradients of both to their inputs."""
     (model, _), values = autoencoder_model(dtype), parts.inputs()
     latents = first(values["latents"], dtype).requires_grad_()
-    decoded = (model.decode(latents / model.config.scaling_factor + model.config.shift_factor).sample + 1) / 2
+    decoded = (
+        model.decode(latents / model.config.scaling_factor + model.config.shift_factor).sample + 1
+    ) / 2
     (decoded * first(values["decoded"], dtype)).sum().backward()
     pictures = first(parts.pictures(2, 6, 8, 3), dtype).requires_grad_()
     found = model.encode(2 * pictures - 1).latent_dist
@@ -73,7 +83,9 @@ def _rms(self, x):
 
 def t5(dtype=torch.float32):
     norm = T5LayerNorm.forward
-    if dtype == torch.float64:  # the published one takes its variance in float32 whatever it is given
+    if (
+        dtype == torch.float64
+    ):  # the published one takes its variance in float32 whatever it is given
         T5LayerNorm.forward = _rms
     with torch.no_grad():
         states = t5_model(dtype)[0](torch.from_numpy(parts.T5_IDS).long())[0].numpy()
@@ -86,12 +98,16 @@ def clip_model(name, dtype=torch.float32):
 
 
 def clip(name, dtype=torch.float32):
-    """Text states, unit vectors of texts and of pictures that are of the right size, and the gradient of their similarity to the pictures."""
+    """Text states, unit vectors of texts and of pictures that are of the right size, and the
+    gradient of their similarity to the pictures.
+    """
     model, _ = clip_model(name, dtype)
     ids = torch.from_numpy(parts.CLIP_IDS).long()
     text = model.text_model(ids)
     pictures = first(parts.pictures(2, 8, 8, 3), dtype).requires_grad_()
-    center, spread = (torch.tensor(each, dtype=dtype)[:, None, None] for each in (clips.MEAN, clips.SPREAD))
+    center, spread = (
+        torch.tensor(each, dtype=dtype)[:, None, None] for each in (clip.MEAN, clip.SPREAD)
+    )
     both = model(input_ids=ids, pixel_values=(pictures - center) / spread)
     both.logits_per_image.diagonal().sum().backward()
     return {

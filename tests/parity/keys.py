@@ -2,7 +2,8 @@
 
     python tests/parity/keys.py        store them for the tests that run without PyTorch, `fixtures/flux/keys.json.gz`
 
-The single-file form is written down here as its authors' code has it, and proved by the converter of `diffusers`, which takes every key and leaves none.
+The single-file form is written down here as its authors' code has it, and proved by the converter
+of `diffusers`, which takes every key and leaves none.
 """
 
 import gzip
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-from flux_fixtures import CONFIGS, FIXTURES
+from helpers.flux_fixtures import CONFIGS, FIXTURES
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 
@@ -29,7 +30,10 @@ def published():
             "clip": CLIPTextModel(CLIPTextConfig(**CONFIGS["clip"])),
             "t5": T5EncoderModel(T5Config(**CONFIGS["t5"])),
         }
-        sizes = {kind: {key: list(a.shape) for key, a in model.state_dict().items()} for kind, model in models.items()}
+        sizes = {
+            kind: {key: list(a.shape) for key, a in model.state_dict().items()}
+            for kind, model in models.items()
+        }
         sizes["single_file"] = single_file(**CONFIGS["transformer"])
         converted = {key: torch.empty(shape) for key, shape in sizes["single_file"].items()}
         names = convert_flux_transformer_checkpoint_to_diffusers(converted)
@@ -39,7 +43,14 @@ def published():
 
 
 def single_file(
-    *, num_layers, num_single_layers, joint_attention_dim, pooled_projection_dim, in_channels, guidance_embeds, **heads
+    *,
+    num_layers,
+    num_single_layers,
+    joint_attention_dim,
+    pooled_projection_dim,
+    in_channels,
+    guidance_embeds,
+    **heads,
 ):
     """Names and shapes of `flux1-dev.safetensors`."""
     dim = heads["attention_head_dim"]
@@ -51,7 +62,9 @@ def single_file(
 
     linear("img_in", in_channels, width)
     linear("txt_in", joint_attention_dim, width)
-    embedders = {"time_in": 256, "vector_in": pooled_projection_dim} | ({"guidance_in": 256} if guidance_embeds else {})
+    embedders = {"time_in": 256, "vector_in": pooled_projection_dim} | (
+        {"guidance_in": 256} if guidance_embeds else {}
+    )
     for name, n in embedders.items():
         linear(f"{name}.in_layer", n, width)
         linear(f"{name}.out_layer", width, width)
@@ -61,7 +74,9 @@ def single_file(
             linear(f"{block}_mod.lin", width, 6 * width)
             linear(f"{block}_attn.qkv", width, 3 * width)
             linear(f"{block}_attn.proj", width, width)
-            found[f"{block}_attn.norm.query_norm.scale"] = found[f"{block}_attn.norm.key_norm.scale"] = [dim]
+            found[f"{block}_attn.norm.query_norm.scale"] = found[
+                f"{block}_attn.norm.key_norm.scale"
+            ] = [dim]
             linear(f"{block}_mlp.0", width, 4 * width)
             linear(f"{block}_mlp.2", 4 * width, width)
     for i in range(num_single_layers):

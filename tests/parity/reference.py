@@ -30,14 +30,18 @@ class Dual(torch.nn.Module):
 
 
 def transformer(name, dtype=torch.float32):
-    """Output, gradient to the tokens, and what enters and leaves each block, for `fixtures.TRANSFORMERS[name]`."""
+    """Output, gradient to the tokens, and what enters and leaves each block, for
+    `fixtures.TRANSFORMERS[name]`.
+    """
     config = dict(fixtures.TRANSFORMERS[name])
     dual = config.pop("dual_time", False)
     model = FluxTransformer2DModel(**config).eval()
     if dual:
         model.time_text_embed = Dual(model.time_text_embed)
     shapes = {key: tuple(array.shape) for key, array in model.state_dict().items()}
-    model.load_state_dict({key: torch.from_numpy(array) for key, array in fixtures.weights(shapes).items()})
+    model.load_state_dict(
+        {key: torch.from_numpy(array) for key, array in fixtures.weights(shapes).items()}
+    )
     model.to(dtype)
     given = fixtures.transformer_inputs(name)
     rows, columns = fixtures.GRID
@@ -48,7 +52,10 @@ def transformer(name, dtype=torch.float32):
 
     def store(key):
         def hook(module, args, kwargs, output):
-            for part, value in {**kwargs, **dict(zip(("text_out", "image_out"), output, strict=True))}.items():
+            for part, value in {
+                **kwargs,
+                **dict(zip(("text_out", "image_out"), output, strict=True)),
+            }.items():
                 if isinstance(value, torch.Tensor):
                     found[f"{key}.{part}"] = value.detach().float().numpy().copy()
 
@@ -70,12 +77,21 @@ def transformer(name, dtype=torch.float32):
     )[0]
     (output * tensor("cotangent")).sum().backward()
     assert tokens.grad is not None
-    return shapes, {"output": output.detach().float().numpy(), "gradient": tokens.grad.float().numpy(), **found}
+    return shapes, {
+        "output": output.detach().float().numpy(),
+        "gradient": tokens.grad.float().numpy(),
+        **found,
+    }
 
 
 def times():
     """The scheduler's sigmas of FLUX.1-dev, for some sizes and numbers of steps."""
-    settings = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    settings = {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+    }
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
     found = {}
     for size in (512, 1024):

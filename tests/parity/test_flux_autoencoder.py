@@ -1,4 +1,5 @@
-"""The autoencoder against `diffusers`, live: names, whole, block by block; the stored answers against what it says today.
+"""The autoencoder against `diffusers`, live: names, whole, block by block; the stored answers
+against what it says today.
 
 Run by `make test-parity`, in an environment of its own.
 """
@@ -16,7 +17,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from flax import nnx
 
-from tiltjax.flux import autoencoder, weights
+from tiltjax.images.networks import autoencoder
+from tiltjax.pretrained import state_dicts
 
 BLOCKS = {
     "encoder.conv_in": (6, 8, 3),
@@ -49,8 +51,10 @@ def inside(network, path: str):
 
 def test_names_shapes_and_weights(theirs, network):
     model, state_dict = theirs
-    assert weights.shapes(network) == {name: tuple(array.shape) for name, array in model.state_dict().items()}
-    for name, array in weights.to_state_dict(network).items():
+    assert state_dicts.shapes(network) == {
+        name: tuple(array.shape) for name, array in model.state_dict().items()
+    }
+    for name, array in state_dicts.to_state_dict(network).items():
         np.testing.assert_array_equal(array, state_dict[name])
 
 
@@ -65,7 +69,9 @@ def test_blocks_and_their_gradients(path, theirs, network):
     block = inside(network, path)
     got, pullback = jax.jit(lambda x: jax.vjp(block, x))(jnp.asarray(x))
     parts.close(got, reference.last(expected), 4.8e-6)
-    parts.close(pullback(jnp.asarray(probe.transpose(0, 2, 3, 1)))[0], reference.last(given.grad), 1.8e-5)
+    parts.close(
+        pullback(jnp.asarray(probe.transpose(0, 2, 3, 1)))[0], reference.last(given.grad), 1.8e-5
+    )
 
 
 def test_the_whole_in_single_precision(network):
@@ -74,7 +80,9 @@ def test_the_whole_in_single_precision(network):
     parts.close(decoded, expected["decoded"], 4.8e-6)
     parts.close(pullback(values["decoded"])[0], expected["decoded_gradient"], 1.8e-5)
     pictures = jnp.asarray(parts.pictures(2, 6, 8, 3))
-    mean, pullback, log_variance = jax.jit(lambda x: jax.vjp(network.moments, x, has_aux=True))(pictures)
+    mean, pullback, log_variance = jax.jit(lambda x: jax.vjp(network.moments, x, has_aux=True))(
+        pictures
+    )
     parts.close(mean, expected["mean"], 2.4e-6)
     parts.close(log_variance, expected["log_variance"], 2.4e-6)
     parts.close(pullback(values["mean"])[0], expected["mean_gradient"], 1.8e-5)
@@ -108,11 +116,15 @@ def original(name: str) -> str:
 def test_the_single_file_form(theirs):
     _, state_dict = theirs
     form = {
-        original(name): array[..., None, None] if ".attentions." in name and array.ndim == 2 else array
+        original(name): array[..., None, None]
+        if ".attentions." in name and array.ndim == 2
+        else array
         for name, array in state_dict.items()
     }
     config = {name: value for name, value in parts.AUTOENCODER.items() if not name.startswith("_")}
-    converted = convert_ldm_vae_checkpoint({name: torch.from_numpy(array) for name, array in form.items()}, config)
+    converted = convert_ldm_vae_checkpoint(
+        {name: torch.from_numpy(array) for name, array in form.items()}, config
+    )
     assert converted.keys() == state_dict.keys()  # the form is theirs
     ours = autoencoder.published(form)
     assert ours.keys() == state_dict.keys()
@@ -121,12 +133,20 @@ def test_the_single_file_form(theirs):
 
 
 def test_the_default_is_the_published_size():
-    config = {**parts.AUTOENCODER, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+    config = {
+        **parts.AUTOENCODER,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+    }
     config |= {"latent_channels": 16, "norm_num_groups": 32}
-    config |= {f"{way}_block_types": [config[f"{way}_block_types"][0]] * 4 for way in ("down", "up")}
+    config |= {
+        f"{way}_block_types": [config[f"{way}_block_types"][0]] * 4 for way in ("down", "up")
+    }
     assert autoencoder.Config.from_json(config) == autoencoder.Config()
     with torch.device("meta"):
-        model = AutoencoderKL(**{name: value for name, value in config.items() if not name.startswith("_")})
+        model = AutoencoderKL(
+            **{name: value for name, value in config.items() if not name.startswith("_")}
+        )
     expected = {name: tuple(array.shape) for name, array in model.state_dict().items()}
     assert (len(expected), sum(map(np.prod, expected.values()))) == (244, 83_819_683)
 
@@ -135,5 +155,7 @@ def test_what_a_file_leaves_out_is_the_default_of_the_published_class():
     without = {"use_quant_conv": False, "use_post_quant_conv": False}
     model, config = AutoencoderKL(**without), autoencoder.Config.from_json(without)
     abstract = nnx.eval_shape(lambda: autoencoder.Autoencoder(config, rngs=nnx.Rngs(0)))
-    assert weights.shapes(abstract) == {name: tuple(array.shape) for name, array in model.state_dict().items()}
+    assert state_dicts.shapes(abstract) == {
+        name: tuple(array.shape) for name, array in model.state_dict().items()
+    }
     assert (config.scaling_factor, config.shift_factor) == (model.config.scaling_factor, 0)

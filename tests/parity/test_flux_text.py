@@ -1,4 +1,5 @@
-"""The text encoders, CLIP and the tokenizers against `transformers`, live; the stored answers against what it says today.
+"""The text encoders, CLIP and the tokenizers against `transformers`, live; the stored answers
+against what it says today.
 
 Run by `make test-parity`, in an environment of its own.
 """
@@ -18,7 +19,10 @@ from flax import nnx
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tiltjax.flux import clip, judges, t5, text, weights
+from tiltjax.images import prompts, rewards
+from tiltjax.images.networks import clip, t5
+from tiltjax.images.rewards import _judges
+from tiltjax.pretrained import state_dicts
 
 SHAPES = lambda model: {name: tuple(array.shape) for name, array in model.state_dict().items()}
 
@@ -33,15 +37,19 @@ def test_names_and_shapes():
     model, _ = reference.t5_model()
     expected = SHAPES(model)
     assert expected.pop(t5.TIED) == expected["shared.weight"]
-    assert weights.shapes(parts.small_t5(), t5.RENAMES, t5.STACKED) == expected
+    assert state_dicts.shapes(parts.small_t5(), t5.RENAMES, t5.STACKED) == expected
     for name in parts.CLIPS:
         whole, network = SHAPES(reference.clip_model(name)[0]), parts.small_clip(name)
-        assert weights.shapes(network, stacked=clip.STACKED) == whole
+        assert state_dicts.shapes(network, stacked=clip.STACKED) == whole
         tower = {
-            key.removeprefix("text_model."): shape for key, shape in whole.items() if key.startswith("text_model.")
+            key.removeprefix("text_model."): shape
+            for key, shape in whole.items()
+            if key.startswith("text_model.")
         }
-        assert weights.shapes(network.text_model, stacked=clip.STACKED) == tower
-        alone = transformers.CLIPTextModel(transformers.CLIPTextConfig(**parts.CLIPS[name]["text_config"]))
+        assert state_dicts.shapes(network.text_model, stacked=clip.STACKED) == tower
+        alone = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**parts.CLIPS[name]["text_config"])
+        )
         assert SHAPES(alone) == tower
 
 
@@ -50,9 +58,13 @@ def test_what_a_file_leaves_out_is_the_default_of_the_published_class():
         published = transformers.CLIPModel(transformers.CLIPConfig())
         encoder = transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu"))
     build = lambda network, config: nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
-    assert weights.shapes(build(clip.CLIP, clip.Config.from_json({})), stacked=clip.STACKED) == SHAPES(published)
+    assert state_dicts.shapes(
+        build(clip.CLIP, clip.Config.from_json({})), stacked=clip.STACKED
+    ) == SHAPES(published)
     ours = build(t5.T5, t5.Config.from_json({"feed_forward_proj": "gated-gelu"}))
-    assert weights.shapes(ours, t5.RENAMES, t5.STACKED) | {t5.TIED: (32128, 512)} == SHAPES(encoder)
+    assert state_dicts.shapes(ours, t5.RENAMES, t5.STACKED) | {t5.TIED: (32128, 512)} == SHAPES(
+        encoder
+    )
     assert clip.TextConfig.from_json({}).eos_token_id == transformers.CLIPTextConfig().eos_token_id
 
 
@@ -61,11 +73,16 @@ def test_t5_whole_in_single_precision_and_block_by_block():
     network = parts.small_t5()
     parts.close(jax.jit(network)(jnp.asarray(parts.T5_IDS)), reference.t5()["states"], 3e-6)
     rng = np.random.default_rng(0)
-    x, bias = rng.normal(size=(2, 7, 24)).astype(np.float32), rng.normal(size=(4, 7, 7)).astype(np.float32)
+    x, bias = (
+        rng.normal(size=(2, 7, 24)).astype(np.float32),
+        rng.normal(size=(4, 7, 7)).astype(np.float32),
+    )
     for i, theirs in enumerate(model.encoder.block):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(x), position_bias=torch.from_numpy(bias)[None])[0]
-        parts.close(block(network.encoder.block, i)(jnp.asarray(x), jnp.asarray(bias)), expected, 3e-6)
+        parts.close(
+            block(network.encoder.block, i)(jnp.asarray(x), jnp.asarray(bias)), expected, 3e-6
+        )
 
 
 @pytest.mark.parametrize("sizes", [(32, 128), (16, 20), (8, 64)], ids=str)
@@ -125,7 +142,9 @@ def sentences():
     """What is above, and noise of letters, signs and spaces."""
     generator = random.Random(0)
     letters = "abcdeBIRDS'étñß0123456789 \t_-.,!?()/<|>中文é☃"
-    return WORDS + ["".join(generator.choices(letters, k=generator.randrange(1, 9))) for _ in range(200)]
+    return WORDS + [
+        "".join(generator.choices(letters, k=generator.randrange(1, 9))) for _ in range(200)
+    ]
 
 
 @pytest.fixture
@@ -145,8 +164,12 @@ def clip_folder(tmp_path):
     pieces = [*bytes_, *(f"{piece}</w>" for piece in bytes_), *("".join(pair) for pair in merges)]
     vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<|endoftext|>"}}))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    )
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": {"content": "<|endoftext|>"}})
+    )
     theirs = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
     return tmp_path, theirs
 
@@ -160,23 +183,46 @@ def test_clip_tokenizer_from_its_vocabulary_and_from_one_file(clip_folder, tmp_p
     folder, theirs = clip_folder
     theirs.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
-    for ours in (text.clip_tokenizer(folder, 20), text.clip_tokenizer(tmp_path / "saved", 20)):
+    for ours in (
+        prompts.clip_tokenizer(folder, 20),
+        prompts.clip_tokenizer(tmp_path / "saved", 20),
+    ):
         for prompt in sentences():
             assert ours(prompt).tolist() == ids_of(theirs, prompt, 20), prompt
     with pytest.warns(UserWarning, match=r"5 tokens for CLIP, which reads 3: cut is 'fg'"):
-        text.clip_tokenizer(folder, 5)("cd e fg")
+        prompts.clip_tokenizer(folder, 5)("cd e fg")
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_t5_tokenizer(tmp_path):
-    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁bird", "b", "i", "r", "d", "e", "s", "a", ",", "1", "▁b"]
-    theirs = transformers.T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        "▁a",
+        "▁red",
+        "▁bird",
+        "b",
+        "i",
+        "r",
+        "d",
+        "e",
+        "s",
+        "a",
+        ",",
+        "1",
+        "▁b",
+    ]
+    theirs = transformers.T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
+    )
     theirs.save_pretrained(tmp_path)
-    ours = text.t5_tokenizer(tmp_path, 12)
+    ours = prompts.t5_tokenizer(tmp_path, 12)
     for prompt in sentences():
         assert ours(prompt).tolist() == ids_of(theirs, prompt, 12), prompt
     with pytest.warns(UserWarning, match="3 tokens for T5, which reads 2: cut is 'bird'"):
-        assert text.t5_tokenizer(tmp_path, 3)("a red bird").tolist() == [4, 5, 1]
+        assert prompts.t5_tokenizer(tmp_path, 3)("a red bird").tolist() == [4, 5, 1]
 
 
 # A small model of the kind that answers questions about pictures.
@@ -249,7 +295,7 @@ def test_patches_are_those_of_the_published_processor():
     processor = Processor(30).image_processor
     levels = np.random.default_rng(0).integers(0, 256, size=(2, 16, 24, 3), dtype=np.uint8)
     found = processor(images=[Image.fromarray(one) for one in levels], return_tensors="pt")
-    ours = judges._patches(
+    ours = _judges._patches(
         torch.from_numpy(levels / 255).float().permute(0, 3, 1, 2),
         processor,
         tuple(found["image_grid_thw"][0].tolist()),
@@ -259,7 +305,7 @@ def test_patches_are_those_of_the_published_processor():
 
 def test_yes_or_no_of_a_published_architecture(judge):
     processor = Processor(30)
-    reward = judges.yes_or_no("is it blue?", judge, processor, size=(16, 24))
+    reward = rewards.yes_or_no("is it blue?", judge, processor, size=(16, 24))
     x = jnp.asarray(parts.pictures(2, 16, 24, 3))
     values, gradients = jax.vmap(jax.value_and_grad(reward))(x)
     for one, value in zip(np.asarray(x), np.asarray(values), strict=True):

@@ -3,18 +3,27 @@
 Run by `make test-parity`, in an environment of its own.
 """
 
-import flux_fixtures
 import jax
 import numpy as np
 import pytest
-from flux_fixtures import CONFIGS, FIXTURES, GRID, TRANSFORMERS, close, stored, transformer_inputs, weights
+from helpers import flux_fixtures
+from helpers.flux_fixtures import (
+    CONFIGS,
+    FIXTURES,
+    GRID,
+    TRANSFORMERS,
+    close,
+    stored,
+    transformer_inputs,
+    weights,
+)
 from keys import published
 from reference import times
 from reference import transformer as reference
 from safetensors.numpy import load_file, save_file
 
-from tiltjax import flux
-from tiltjax.flux import files
+from tiltjax.images import flux, loading
+from tiltjax.pretrained import files
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -22,13 +31,14 @@ def test_forward_and_gradient(name):
     shapes, expected = reference(name)
     given = transformer_inputs(name)
     guidance = given["guidance"] if TRANSFORMERS[name]["guidance_embeds"] else None
-    network = flux.from_state_dict("transformer", weights(shapes), TRANSFORMERS[name])
+    network = loading.from_state_dict("transformer", weights(shapes), TRANSFORMERS[name])
     call = lambda x: network(x, given["sigma"], given["text"], given["pooled"], guidance, grid=GRID)
     output, pullback = jax.jit(lambda x: jax.vjp(call, x))(given["tokens"])
     forward = close(output, expected["output"], 1e-5)
     gradient = close(pullback(given["cotangent"])[0], expected["gradient"], 1.5e-5)
     print(
-        f"{name}: forward {forward:.2g}, gradient {gradient:.2g}, rms {np.sqrt(np.mean(expected['output'] ** 2)):.3g}"
+        f"{name}: forward {forward:.2g}, gradient {gradient:.2g}, rms "
+        f"{np.sqrt(np.mean(expected['output'] ** 2)):.3g}"
     )
 
 
@@ -46,15 +56,18 @@ def test_the_grid_of_the_scheduler():
     for name, sigmas in times().items():
         np.testing.assert_array_equal(kept[name], sigmas)
         size, steps = map(int, name.split("_"))
-        worst = close(1 - np.asarray(flux.times(steps, size, size, start=0.0), np.float64), sigmas, 1e-7)
+        worst = close(
+            1 - np.asarray(flux.times(steps, size, size, start=0.0), np.float64), sigmas, 1e-7
+        )
         print(f"{name}: sigmas {worst:.2g}")
 
 
 def test_stored_keys_are_those_of_today():
     assert flux_fixtures.keys() == {
-        kind: {name: tuple(shape) for name, shape in sizes.items()} for kind, sizes in published().items()
+        kind: {name: tuple(shape) for name, shape in sizes.items()}
+        for kind, sizes in published().items()
     }
-    assert CONFIGS.keys() == set(flux.KINDS)
+    assert CONFIGS.keys() == set(loading.KINDS)
     assert (FIXTURES / "keys.json.gz").stat().st_size < 20_000
 
 
@@ -66,7 +79,10 @@ def test_files_are_those_of_the_package_safetensors(tmp_path):
     }
     save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     files.write(tmp_path / "ours.safetensors", arrays)
-    for found in (files.read(tmp_path / "theirs.safetensors"), load_file(tmp_path / "ours.safetensors")):
+    for found in (
+        files.read(tmp_path / "theirs.safetensors"),
+        load_file(tmp_path / "ours.safetensors"),
+    ):
         assert found.keys() == arrays.keys()
         for name in arrays:
             np.testing.assert_array_equal(found[name], arrays[name])

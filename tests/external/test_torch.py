@@ -1,0 +1,92 @@
+"""PyTorch rewards against the same ones in JAX. Tier: parity (1e-10 in float64, 1e-6 of the largest
+entry in float32).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import tiltjax as tj
+
+RNG = np.random.default_rng(0)
+W, V, POINTS = RNG.normal(size=(16, 4)), RNG.normal(size=16), RNG.normal(size=(7, 4))
+TOLERANCE = {jnp.float64: 1e-10, jnp.float32: 1e-6}
+
+
+def in_torch(x):
+    return torch.tanh(x @ torch.as_tensor(W, dtype=x.dtype).T) @ torch.as_tensor(
+        V, dtype=x.dtype
+    ) - (x**2).sum(1)
+
+
+def in_jax(x):
+    return jnp.tanh(jnp.asarray(W, x.dtype) @ x) @ jnp.asarray(V, x.dtype) - jnp.sum(x**2)
+
+
+def network(dtype):
+    layers = torch.nn.Linear(4, 16, bias=False), torch.nn.Tanh(), torch.nn.Linear(16, 1, bias=False)
+    module = torch.nn.Sequential(*layers, torch.nn.Flatten(0)).to(dtype)
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.as_tensor(W))
+        layers[2].weight.copy_(torch.as_tensor(V[None]))
+    return module.eval()
+
+
+def close(got, expected, tolerance):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_values_and_gradients(dtype):
+    x = jnp.asarray(POINTS, dtype)
+    for transform in (jax.vmap, lambda fn: jax.jit(jax.vmap(fn))):
+        value, gradient = transform(jax.value_and_grad(tj.external.from_torch(in_torch)))(x)
+        expected = jax.vmap(jax.value_and_grad(in_jax))(x)
+        assert value.dtype == gradient.dtype == dtype
+        close(value, expected[0], TOLERANCE[dtype])
+        close(gradient, expected[1], TOLERANCE[dtype])
+        close(transform(tj.external.from_torch(in_torch))(x), expected[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_module_keeps_its_own_dtype(dtype):
+    reward = tj.external.from_torch(network(torch.float32))
+    plain = lambda x: in_jax(x) + jnp.sum(x**2)
+    x = jnp.asarray(POINTS, dtype)
+    value, gradient = jax.vmap(jax.value_and_grad(reward))(x)
+    assert (reward.name, value.dtype, gradient.dtype) == ("Sequential", dtype, dtype)
+    expected = jax.vmap(jax.value_and_grad(plain))(x)
+    close(value, expected[0], 1e-6)
+    close(gradient, expected[1], 1e-6)
+
+
+def test_a_guided_run_is_that_of_the_same_reward_in_jax():
+    model = tj.from_denoiser(
+        lambda t, x: t * x / (t**2 + (1 - t) ** 2), shape=(4,), dtype=jnp.float64
+    )
+    run = lambda reward: (
+        tj.sample(jax.random.key(0), model, tj.dps(model, reward, 0.5), num=5, steps=4).x
+    )
+    np.testing.assert_allclose(
+        run(2 * tj.external.from_torch(in_torch, timeout=60)),
+        run(2 * tj.rewards.as_reward(in_jax)),
+        atol=1e-9,
+    )
+
+
+def test_settings_are_those_of_external():
+    record = tj.external.Record()
+    reward = tj.external.from_torch(in_torch, chunk_size=3, record=record, name="judge")
+    jax.vmap(reward)(jnp.asarray(POINTS)).block_until_ready()
+    assert (record.calls, len(record), reward.name) == (3, 7, "judge")
+
+
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match=r"training mode.*\.eval\(\)"):
+        tj.external.from_torch(network(torch.float64).train())
+    with pytest.raises(TypeError, match="must return a tensor, got float"):
+        tj.external.from_torch(lambda x: 1.0).answer(POINTS)
+    with pytest.raises(ValueError, match=r"values of shape \(7, 4\), expected \(7,\)"):
+        tj.external.from_torch(lambda x: x).answer(POINTS, gradient=True)

@@ -1,0 +1,347 @@
+"""Variational conjugate tilting: exact where it must be, calibrated, and better than the plug-in.
+Tiers: exact, statistical.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import contracts
+
+import theory
+import tiltjax as tj
+from tiltjax.guidance import Variance
+
+MODEL = tj.Analytic(contracts.planar(), tj.Linear(1.3))
+KEY, T, X = jax.random.key(0), jnp.asarray(0.4), jnp.asarray([0.3, -0.8])
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        tj.rewards.Quadratic([0.5, 1.0], 0.7),
+        tj.rewards.LinearReward([0.4, -1.0]),
+        2 * tj.rewards.Quadratic([0.5, 1.0]) + tj.rewards.LinearReward([1.0, 0.0]),
+    ],
+)
+def test_conjugate_rewards_are_tilted_exactly_at_once(reward):
+    guidance = tj.Conjugate(MODEL, reward, 1.5)
+    estimate, state = guidance(KEY, T, X, guidance.init(X))
+    np.testing.assert_allclose(
+        estimate.tilted, tj.Tilted(MODEL, reward, 1.5).denoise(T, X), rtol=1e-12
+    )
+    assert guidance.variance is None  # nothing to calibrate
+    np.testing.assert_array_equal(state.natural, 0)
+
+
+def test_only_the_terms_without_conjugate_form_are_fitted():
+    quadratic, bump = tj.rewards.Quadratic([0.5, 1.0]), tj.rewards.Bump([0.0, 1.0])
+    guidance = tj.Conjugate(MODEL, quadratic + bump, 1.5, variance=lambda snr: 1 / (1 + snr))
+    assert guidance.rest is bump
+    np.testing.assert_allclose(guidance.precision, 2.0)
+    np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * (quadratic(X) + bump(X)), rtol=1e-12)
+
+
+def test_steins_identity_gives_gradient_and_curvature_of_a_quadratic_in_the_mean():
+    """Hidden from the exact route, a quadratic is fitted: with many draws `(a, c)` tends to
+    `(2 l h y, 2 l h)`.
+    """
+    h, y, draws = 0.7, jnp.asarray([0.5, 1.0]), 20_000
+    guidance = tj.Conjugate(
+        MODEL,
+        lambda x: -h * jnp.sum((x - y) ** 2),
+        1.5,
+        draws=draws,
+        variance=lambda snr: 1 / (1 + snr),
+    )
+    _, fit = guidance(KEY, T, X, guidance.init(X))
+    a, c = fit.natural, fit.precision
+    # c = 2 l h |eps|^2 / (draws d) over draws / 2 independent vectors of d = 2: its standard error.
+    error = 2 * 1.5 * h * np.sqrt(2 / draws)
+    assert abs(float(c) - 2 * 1.5 * h) < 5 * error
+    assert np.all(np.abs(a - 2 * 1.5 * h * y) < 5 * error * (1 + np.abs(a)))
+
+
+def test_calibration_measures_the_posterior_variance():
+    s2, num = 0.6, 4096
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)), tj.Linear(1.4))
+    data = model.mixture.sample(jax.random.key(1), num)
+    table = tj.calibrate(model, jax.random.key(2), data=data)
+    snr = jnp.exp(table.log_snr)
+    ratio = jnp.exp(table.log_variance) / (s2 / (1 + s2 * snr))
+    assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (2 * num)))
+    between = jnp.sqrt(snr[10] * snr[11])
+    np.testing.assert_allclose(
+        table(between), np.exp((table.log_variance[10] + table.log_variance[11]) / 2), rtol=1e-10
+    )
+    assert table(snr[0]) == jnp.exp(table.log_variance[0])
+
+
+def test_a_table_that_does_not_reach_is_reported():
+    short = Variance(jnp.log(jnp.asarray([1.0, 10.0])), jnp.zeros(2))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        tj.sample(
+            KEY,
+            MODEL,
+            tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), 2.0, variance=short),
+            num=3,
+            steps=4,
+        )
+
+
+def test_a_bump_on_far_modes_is_tilted_better_than_by_the_plug_in():
+    problem, num = tj.problems.bump(), 4000
+    model, truth = tj.Analytic(problem.prior), 0.98472
+    share = {}
+    for name, guidance in {
+        "conjugate": tj.Conjugate(model, problem.reward, problem.scale, iterations=8),
+        "plug-in": tj.PlugIn(tj.Glass(model), problem.reward, problem.scale),
+    }.items():
+        share[name] = float(
+            np.mean(np.asarray(tj.sample(KEY, model, guidance, num=num, steps=50).x[:, 0]) >= 0)
+        )
+    error = np.sqrt(truth * (1 - truth) / num)
+    assert abs(share["conjugate"] - truth) + 5 * error < abs(share["plug-in"] - truth)
+
+
+def test_log_h_is_exact_for_conjugate_rewards_on_a_mixture():
+    reward = 0.8 * tj.rewards.Quadratic([0.5, 1.0], 0.7) + tj.rewards.LinearReward([1.0, -0.4])
+    guidance = tj.Conjugate(MODEL, reward, 1.5)
+    estimate, _ = guidance(KEY, T, X, guidance.init(X))
+    exact = theory.log_h(MODEL.mixture, reward, 1.5, MODEL.interpolant)
+    np.testing.assert_allclose(estimate.log_h, exact(T, X), rtol=1e-10)
+    convex = tj.Conjugate(MODEL, tj.rewards.LinearReward([1.0, 0.0]))
+    assert convex(KEY, T, X, convex.init(X))[0].log_h.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("anisotropic", [False, True])
+def test_stiff_rewards_do_not_blow_up(anisotropic):
+    """Ten times stiffer along one axis than along the other, and hidden from the exact route:
+    without the restraint the loop of `a` and z grows to 1e15.
+    """
+    prior = tj.problems.quadratic().prior
+    model, stiff, y = tj.Analytic(prior), jnp.asarray([4.0, 0.2]), jnp.asarray([0.5, 1.5])
+    guidance = tj.Conjugate(
+        model, lambda x: -jnp.sum(stiff * (x - y) ** 2), anisotropic=anisotropic
+    )
+    truth = theory.tilt(prior, tj.rewards.Quadratic(y, jnp.diag(stiff)), 1.0)
+    num = 500
+    x = tj.sample(KEY, model, guidance, num=num, steps=40).x
+    floor = tj.metrics.wasserstein(
+        truth.sample(jax.random.key(1), num), truth.sample(jax.random.key(2), num)
+    )
+    assert tj.metrics.wasserstein(x, truth.sample(jax.random.key(3), num)) < 2.5 * floor
+
+
+def test_a_curved_ridge_is_followed():
+    """The stiffest direction turns with the state here."""
+    prior = tj.problems.quadratic().prior
+    model, reward, num = tj.Analytic(prior), lambda x: -((x[1] - 0.5 * jnp.sin(2 * x[0])) ** 2), 500
+    truth = theory.quadrature.tilt(prior, reward, 4.0)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, 4.0), num=num, steps=50).x
+    mean = float(np.mean(jax.vmap(reward)(x)))
+    assert abs(mean / float(truth.expect(reward)) - 1) < 0.25
+
+
+def test_draws_along_the_responses_see_the_curvature_between_modes():
+    """At an undecided state the posterior is wide between the modes alone: the fitted curvature is
+    the reward's along that direction.
+    """
+    model = tj.Analytic(tj.problems.quadratic().prior)
+    curvature, state, t = jnp.asarray([3.0, 0.4]), jnp.zeros(2), jnp.asarray(0.05)
+    reward = lambda x: -jnp.sum(curvature * x**2) / 2
+    fit = {}
+    for anisotropic in (False, True):
+        guidance = tj.Conjugate(
+            model, reward, draws=2000, anisotropic=anisotropic, variance=lambda snr: 1 / (0.3 + snr)
+        )
+        _, memory = guidance(KEY, t, state, guidance.init(state))
+        fit[anisotropic] = float(memory.precision)
+    assert abs(fit[False] - 1.7) < 0.2
+    assert abs(fit[True] - 3.0) < 0.1
+
+
+def test_the_most_concave_direction_is_found():
+    """Not the one of largest curvature, which is convex here."""
+    curvature = jnp.asarray([-6.0, 1.0, 4.0])
+    model = tj.Analytic(contracts.gaussian(np.zeros(3), np.eye(3)))
+    guidance = tj.Conjugate(
+        model,
+        lambda x: -jnp.sum(curvature * x**2) / 2,
+        0.1,
+        iterations=60,
+        variance=lambda snr: 1 / (1 + snr),
+    )
+    state = jnp.asarray([1.0, 0.5, 0.2])
+    _, fit = guidance(KEY, T, state, guidance.init(state))
+    np.testing.assert_allclose(jnp.abs(fit.stiff), [0, 0, 1], atol=1e-3)
+
+
+def test_the_table_stays_where_the_network_was_trained():
+    path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
+    model = tj.Analytic(contracts.planar(), path)
+    table = tj.calibrate(model, KEY, num=64, levels=8)
+    np.testing.assert_allclose(
+        jnp.exp(table.log_snr[jnp.asarray([0, -1])]), jnp.stack(path.snr_range()), rtol=1e-10
+    )
+    ahead = tj.Tilted(tj.models.Rescheduled(model), tj.rewards.Quadratic([0.0, 1.0]), 2.0)
+    table = tj.calibrate(ahead, KEY, num=64, levels=8, data=jnp.zeros((64, 2)))
+    np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
+
+
+def test_a_run_that_asks_beyond_the_table_says_so():
+    path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.05, 0.4, 20)))
+    model = tj.Analytic(contracts.planar(), path)
+    guidance = tj.Conjugate(model, tj.rewards.Bump([0.0, 1.0], 0.3), 10.0)
+    levels = model.times(path.clock(jnp.arange(19.0, -1.0, -1.0)))
+    with pytest.raises(FloatingPointError, match="where the guidance asked it"):
+        tj.sample(KEY, model, guidance, num=20, times=levels)
+    # Of eight keys tried, one to seven ask beyond the table where runs go on closer to the data,
+    # none where they jump from here.
+    x = tj.sample(KEY, model, guidance, num=20, times=levels.at[-16].set(1.0)[:-15]).x
+    assert np.all(np.isfinite(x))
+
+
+def test_calibration_averages_the_posterior_variance_of_a_mixture():
+    """`E Var(X_1 | X_t)`, by quadrature over x, of two modes that the noise first hides and then
+    tells apart.
+    """
+    mixture = tj.GaussianMixture([0.3, 0.7], [[-2.0], [1.0]], [[[0.4]], [[0.2]]])
+    model, num = tj.Analytic(mixture), 4000
+    table = tj.calibrate(
+        model, jax.random.key(2), num=num, levels=29, data=mixture.sample(jax.random.key(1), num)
+    )
+    grid = jnp.linspace(-12, 12, 4001)[:, None]
+
+    @jax.jit
+    def moments(snr):
+        """First and second moment of `(X_1 - D)^2`, the second as if each posterior were Gaussian."""
+        t = model.interpolant.time(snr)
+        law = theory.marginal(mixture, t)
+        states = grid * (model.interpolant.alpha(t) + model.interpolant.sigma(t))
+        density = jnp.exp(jax.vmap(law.log_prob)(states))
+        posterior = jax.vmap(lambda x: model.posterior(t, x).cov()[0, 0])(states)
+        return jnp.sum(density * posterior) / jnp.sum(density), jnp.sum(
+            density * 3 * posterior**2
+        ) / jnp.sum(density)
+
+    for level in range(8, 29, 4):  # snr from 1e-3 on
+        exact, square = moments(jnp.exp(table.log_snr[level]))
+        measured = jnp.exp(table.log_variance[level])
+        assert abs(float(measured - exact)) < 5 * float(jnp.sqrt((square - exact**2) / num))
+
+
+def test_a_probe_measures_the_variance_at_the_state():
+    """Of one isotropic Gaussian every probe is exact, and the fit of a stiff reward as with the
+    right table.
+    """
+    s2 = 0.6
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)))
+    reward, draws = lambda x: -jnp.sum(x**2), 2000
+    settings = {"draws": draws, "iterations": 2}
+    probed = tj.Conjugate(model, reward, variance=tj.guidance.Probe(), **settings)
+    tabled = tj.Conjugate(model, reward, variance=lambda snr: 1 / (1 / s2 + snr), **settings)
+    a, _ = probed(KEY, T, X, probed.init(X))
+    b, _ = tabled(KEY, T, X, tabled.init(X))
+    np.testing.assert_allclose(a.tilted, b.tilted, rtol=1e-8)
+    x = tj.sample(
+        KEY, model, tj.Conjugate(model, reward, variance=tj.guidance.Probe()), num=2000, steps=30
+    ).x
+    np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
+
+
+def test_a_multiple_of_a_sum_is_split_too():
+    quadratic, other = (
+        tj.rewards.Quadratic([0.5, 1.0]),
+        tj.rewards.as_reward(lambda x: -jnp.abs(x[0])),
+    )
+    one = tj.Conjugate(
+        MODEL, 2 * (quadratic + 3 * (quadratic + other)), variance=lambda snr: 1 / (1 + snr)
+    )
+    assert one.precision == 16
+    np.testing.assert_allclose(one.rest(X), 6 * other(X), rtol=1e-12)
+
+
+def test_a_kink_at_a_large_scale_is_found_and_kept():
+    """The draws of a fit that has jumped over the kink see no curvature: forgetting at once, it
+    would leave for good.
+    """
+    prior = tj.GaussianMixture([0.5, 0.5], [[-2.5], [2.5]], [[[0.5]], [[0.5]]])
+    model, reward, num = tj.Analytic(prior), lambda x: -jnp.abs(x[0] - 1), 1000
+    truth = theory.quadrature.tilt(prior, reward, 20.0)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, 20.0), num=num, steps=50).x
+    spread = float(jnp.sqrt(truth.expect(lambda x: (x[0] - 1) ** 2)))
+    assert np.sqrt(np.mean((np.asarray(x) - 1) ** 2)) < 1.5 * spread
+
+
+def test_it_can_be_differentiated_where_the_reward_is_flat():
+    reward = lambda x: jnp.clip(x[0], -1.0, 1.0)
+    table = lambda snr: 1 / (1 + snr)
+    mean = lambda scale: jnp.mean(
+        tj.sample(KEY, MODEL, tj.Conjugate(MODEL, reward, scale, variance=table), num=8, steps=6).x
+    )
+    assert np.isfinite(jax.grad(mean)(1.0))
+
+
+def test_toward_a_tilted_model_is_that_model():
+    reward = tj.rewards.Quadratic([0.5, 1.0])
+    tilted = tj.Tilted(MODEL, reward, 1.5)
+    guidance = tj.guidance.toward(MODEL, tilted, reward, 1.5)
+    a = tj.sample(KEY, MODEL, guidance, num=5, steps=6).x
+    np.testing.assert_allclose(a, tj.sample(KEY, tilted, num=5, steps=6).x, rtol=1e-10)
+    np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * reward(X), rtol=1e-12)
+
+
+def test_batches_and_single_precision():
+    reward = tj.rewards.Bump([0.0, 1.0])
+    guidance = tj.Conjugate(MODEL, reward, 2.0, variance=lambda snr: 1 / (1 + snr))
+    whole = tj.sample(KEY, MODEL, guidance, num=7, steps=5).x
+    np.testing.assert_allclose(
+        tj.sample(KEY, MODEL, guidance, num=7, steps=5, chunk_size=3).x, whole, rtol=1e-9, atol=1e-9
+    )
+    single = tj.Analytic(contracts.planar(jnp.float32))
+    x = tj.sample(KEY, single, tj.Conjugate(single, reward, 2.0), num=5, steps=5).x
+    assert x.dtype == jnp.float32
+    assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), draws=3), "must be even, got 3"),
+        (
+            lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), smoothing=1.0),
+            r"keep must lie in \[0, 1\), got 1",
+        ),
+        (
+            lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), iterations=0),
+            "iterations must be at least 1",
+        ),
+        (
+            lambda: tj.Conjugate(MODEL, -1 * tj.rewards.Quadratic([0.0, 1.0])),
+            r"convex together \(c = -2 < 0\)",
+        ),
+        (
+            lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])),
+            r"states of shape \(1,\), the model's have \(2,\)",
+        ),
+        (lambda: tj.calibrate(MODEL, KEY, levels=1), "at least two levels"),
+        (
+            lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((4, 2)), chunk_size=-3),
+            "batch must be at least 1",
+        ),
+        (
+            lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((10, 3))),
+            r"shape \(2,\), got an array of shape \(10, 3\)",
+        ),
+        (
+            lambda: tj.guidance.toward(
+                MODEL, tj.Analytic(contracts.planar()), tj.rewards.LinearReward([1.0, 0.0])
+            ),
+            "states and the path",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,405 @@
+"""FLUX.1 from files: the format, the folder, the hub, both forms of the transformer, adapters.
+
+Tier: exact.
+"""
+
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.flux_fixtures import CONFIGS, TRANSFORMERS, keys, weights
+
+from tiltjax.images import loading
+from tiltjax.images.networks.transformer import RENAMES, STACKED, Config, Transformer
+from tiltjax.pretrained import adapters, files, key_names
+from tiltjax.pretrained.state_dicts import View, shapes, to_state_dict
+
+SMALL = TRANSFORMERS["dev"]
+DUAL = {**SMALL, "dual_time": True}
+
+
+def abstract(kind, config):
+    network, reader, naming = loading._kind(kind)
+    module = nnx.eval_shape(lambda: network(reader.from_json(config), rngs=nnx.Rngs(0)))
+    return module, naming.get("renames"), naming.get("stacked", ())
+
+
+def published(config=SMALL):
+    """Small weights under the names of diffusers."""
+    return weights(shapes(*abstract("transformer", config)))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(np.asarray(a[key]), np.asarray(b[key]), err_msg=key)
+
+
+def arrays_of(network):
+    return to_state_dict(network, RENAMES, STACKED)
+
+
+# The keys of FLUX.1-dev.
+
+
+@pytest.mark.parametrize("kind", loading.KINDS)
+def test_no_published_key_is_missing_unused_or_of_another_shape(kind):
+    expected = {name.removeprefix("text_model."): shape for name, shape in keys()[kind].items()}
+    tied = {"encoder.embed_tokens.weight"} if kind == "t5" else set()
+    found = shapes(*abstract(kind, CONFIGS[kind]))
+    assert found == {name: shape for name, shape in expected.items() if name not in tied}
+
+
+def test_the_single_file_form_has_the_same_keys():
+    known = keys()
+    converted = key_names.diffusers(
+        View({name: (shape, lambda: None) for name, shape in known["single_file"].items()})
+    )
+    assert {name: converted.shape(name) for name in converted} == known["transformer"]
+    assert sum(int(np.prod(shape)) for shape in known["transformer"].values()) == 11_901_408_320
+
+
+def test_a_flow_map_has_the_keys_of_two_embedders():
+    known = keys()["transformer"]
+    doubled = key_names.dual(View({name: (shape, lambda: None) for name, shape in known.items()}))
+    found = shapes(*abstract("transformer", {**CONFIGS["transformer"], "dual_time": True}))
+    assert {name: doubled.shape(name) for name in doubled} == found
+    assert sum(int(np.prod(shape)) for shape in found.values()) - 11_901_408_320 == 32_262_144
+
+
+# The single-file form.
+
+
+def single_file(arrays):
+    """Weights under the names of diffusers in the single-file form, fused by hand."""
+    found = {}
+    both = lambda name: ((leaf, arrays[f"{name}.{leaf}"]) for leaf in ("weight", "bias"))
+    embedders = {
+        "time_in": "timestep_embedder",
+        "guidance_in": "guidance_embedder",
+        "vector_in": "text_embedder",
+    }
+    plain = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    for theirs, ours in embedders.items():
+        plain |= {f"{theirs}.in_layer": f"time_text_embed.{ours}.linear_1"}
+        plain |= {f"{theirs}.out_layer": f"time_text_embed.{ours}.linear_2"}
+    for i in range(2):
+        old, new = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        for stream, (norm, ff, out) in {
+            "img": ("norm1", "ff", "to_out.0"),
+            "txt": ("norm1_context", "ff_context", "to_add_out"),
+        }.items():
+            plain |= {
+                f"{old}.{stream}_mod.lin": f"{new}.{norm}.linear",
+                f"{old}.{stream}_attn.proj": f"{new}.attn.{out}",
+            }
+            plain |= {
+                f"{old}.{stream}_mlp.0": f"{new}.{ff}.net.0.proj",
+                f"{old}.{stream}_mlp.2": f"{new}.{ff}.net.2",
+            }
+        old, new = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        plain |= {
+            f"{old}.modulation.lin": f"{new}.norm.linear",
+            f"{old}.linear2": f"{new}.proj_out",
+        }
+    for theirs, ours in plain.items():
+        found |= {f"{theirs}.{leaf}": array for leaf, array in both(ours)}
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            of = lambda block, names, leaf=leaf: np.concatenate(
+                [arrays[f"{block}.{name}.{leaf}"] for name in names]
+            )
+            block, attn = f"transformer_blocks.{i}", ("attn.to_q", "attn.to_k", "attn.to_v")
+            found[f"double_blocks.{i}.img_attn.qkv.{leaf}"] = of(block, attn)
+            text = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+            found[f"double_blocks.{i}.txt_attn.qkv.{leaf}"] = of(block, text)
+            found[f"single_blocks.{i}.linear1.{leaf}"] = of(f"single_{block}", (*attn, "proj_mlp"))
+        for name, short in (("query", "q"), ("key", "k")):
+            place = f"{name}_norm.scale"
+            found[f"double_blocks.{i}.img_attn.norm.{place}"] = arrays[
+                f"{block}.attn.norm_{short}.weight"
+            ]
+            found[f"double_blocks.{i}.txt_attn.norm.{place}"] = arrays[
+                f"{block}.attn.norm_added_{short}.weight"
+            ]
+            found[f"single_blocks.{i}.norm.{place}"] = arrays[
+                f"single_{block}.attn.norm_{short}.weight"
+            ]
+    for leaf, array in both("norm_out.linear"):
+        scale, shift = np.split(array, 2)
+        found[f"final_layer.adaLN_modulation.1.{leaf}"] = np.concatenate([shift, scale])
+    return found
+
+
+def test_the_single_file_form_is_the_same_network():
+    arrays = published()
+    original = single_file(arrays)
+    assert original.keys() == {  # of the real one, less its further blocks
+        name
+        for name in keys()["single_file"]
+        if "blocks." not in name or name.split(".")[1] in "01"
+    }
+    same(arrays_of(loading.from_state_dict("transformer", original, SMALL)), arrays)
+    prefixed = {f"model.diffusion_model.{name}": array for name, array in original.items()}
+    same(arrays_of(loading.from_state_dict("transformer", prefixed, SMALL)), arrays)
+    original["img_out.weight"] = original.pop("img_in.weight")
+    with pytest.raises(ValueError, match=r"1 missing: x_embedder\.weight .* 1 unused: img_out"):
+        loading.from_state_dict("transformer", original, SMALL)
+
+
+# Adapters.
+
+
+def factors(m, n, rank=2, seed=0):
+    rng = np.random.default_rng([seed, m, n])
+    return rng.normal(size=(rank, n)).astype(np.float32), rng.normal(size=(m, rank)).astype(
+        np.float32
+    )
+
+
+def test_adapters_are_added_to_their_matrices_and_to_nothing_else():
+    arrays = published()
+    name = "single_transformer_blocks.1.proj_mlp"
+    a, b = factors(192, 48)
+    expected = arrays | {f"{name}.weight": arrays[f"{name}.weight"] + 0.5 * b @ a}
+    adapters = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    merged = adapters.merged(arrays, adapters, 0.5)
+    for key in arrays:
+        np.testing.assert_allclose(merged[key], expected[key], atol=1e-6)
+    # An alpha counts by the rank.
+    merged = adapters.merged(arrays, {**adapters, f"transformer.{name}.alpha": np.float32(1.0)})
+    np.testing.assert_allclose(merged[f"{name}.weight"], expected[f"{name}.weight"], atol=1e-6)
+
+
+def test_adapters_of_the_single_file_form_are_cut_as_its_weights_are():
+    arrays = published()
+    modules = {
+        "double_blocks_1_img_attn_qkv": (144, 48),
+        "double_blocks_0_txt_mlp_2": (48, 192),
+        "single_blocks_0_linear1": (336, 48),
+        "time_in_in_layer": (48, 256),
+        "final_layer_adaLN_modulation_1": (96, 48),
+    }
+    adapters, original = {}, single_file(arrays)
+    dotted = {
+        name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in original
+    }
+    for seed, (module, shape) in enumerate(modules.items()):
+        a, b = factors(*shape, seed=seed)
+        adapters |= {
+            f"lora_unet_{module}.lora_down.weight": a,
+            f"lora_unet_{module}.lora_up.weight": b,
+        }
+        adapters[f"lora_unet_{module}.alpha"] = np.asarray(0.5, np.float32)
+        original[f"{dotted[module]}.weight"] = original[f"{dotted[module]}.weight"] + 0.25 * b @ a
+    expected, merged = key_names.diffusers(original), adapters.merged(arrays, adapters)
+    assert merged.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(merged[key], expected[key], atol=1e-6, err_msg=key)
+
+
+def test_adapters_of_a_flow_map_reach_the_second_embedder():
+    arrays = published()
+    adapters = {}
+    for seed, which in enumerate(("original", "second")):
+        a, b = factors(48, 256, seed=seed)
+        place = f"transformer.time_text_embed.{which}_embedder.timestep_embedder.linear_1"
+        adapters |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    with pytest.raises(ValueError, match=r"2 of 2 adapters fit no matrix .*forms\.dual"):
+        adapters.merged(arrays, adapters)
+    merged = adapters.merged(key_names.dual(arrays), adapters)
+    base = arrays["time_text_embed.timestep_embedder.linear_1.weight"]
+    for seed, which in enumerate(("original", "second")):
+        a, b = factors(48, 256, seed=seed)
+        name = f"time_text_embed.{which}_embedder.timestep_embedder.linear_1.weight"
+        np.testing.assert_allclose(merged[name], base + b @ a, atol=1e-5)
+    network = loading.from_state_dict("transformer", merged, DUAL)
+    assert network.config.dual_time
+
+
+def test_wrong_adapters_are_errors_with_names():
+    arrays, (a, b) = published(), factors(48, 48)
+    place = "transformer_blocks.0.attn.to_q"
+    with pytest.raises(ValueError, match=r"lack their other half: .*lora_A"):
+        adapters.merged(arrays, {f"{place}.lora_A.weight": a})
+    with pytest.raises(ValueError, match=r"1 keys are no adapters.*dora_scale"):
+        adapters.merged(
+            arrays,
+            {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, f"{place}.dora_scale": a},
+        )
+    with pytest.raises(ValueError, match="ranks 2 and 1"):
+        adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:, :1]})
+    with pytest.raises(ValueError, match=r"to_q.weight \(47, 48\)"):
+        adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:47]})
+
+
+# Files.
+
+
+def test_files_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.normal(size=(3, 4)).astype(np.float32),
+        "b.weight": rng.normal(size=5).astype(ml_dtypes.bfloat16),
+        "scalar": np.asarray(2.0, np.float64),
+        "none": np.zeros((0, 3), np.float16),
+    }
+    files.write(tmp_path / "x.safetensors", arrays)
+    found = files.read(tmp_path / "x.safetensors")
+    same(found, arrays)
+    assert {name: found[name].dtype for name in found} == {
+        name: array.dtype for name, array in arrays.items()
+    }
+    assert [found.shape(name) for name in found] == [array.shape for array in arrays.values()]
+    assert not found["a"].flags.owndata  # a view of the file
+
+
+def test_spoilt_files_are_errors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write(path, {"a": np.zeros((3, 4), np.float32)})
+    whole = path.read_bytes()
+    for spoilt, message in (
+        (whole[:-1], "a lies outside of the file"),
+        (whole[:20], "cut off"),
+        (b"", "cut off"),
+        (whole.replace(b'"F32"', b'"X32"'), "stored as X32"),
+        (whole.replace(b'"dtype"', b'"dtypo"'), "header cannot be read"),
+        (b"<!DOCTYPE html><html>" * 9, "no safetensors file"),
+    ):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=message):
+            files.read(path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        files.read(tmp_path / "y.safetensors")
+
+
+def folder(path, config=SMALL, shards=2, dtype=np.float32):
+    """A folder as FLUX.1 is published, of a small transformer."""
+    part = path / "transformer"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", **config})
+    )
+    arrays = {name: array.astype(dtype) for name, array in published(config).items()}
+    names = sorted(arrays)
+    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        files.write(
+            part / shard, {name: arrays[name] for name in names if weight_map[name] == shard}
+        )
+    if shards > 1:
+        (part / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+    return arrays
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_is_loaded(tmp_path, shards):
+    arrays = folder(tmp_path, shards=shards, dtype=ml_dtypes.bfloat16)
+    network = loading.load("transformer", tmp_path, param_dtype=jnp.bfloat16)
+    assert network.x_embedder.kernel.dtype == jnp.bfloat16
+    same(arrays_of(network), arrays)
+
+
+def test_adapters_are_merged_while_loading(tmp_path):
+    arrays = folder(tmp_path)
+    a, b = factors(48, 256)
+    place = "transformer.time_text_embed.second_embedder.timestep_embedder.linear_1"
+    files.write(
+        tmp_path / "lora.safetensors", {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    )
+    found = arrays_of(
+        loading.load("transformer", tmp_path, adapters=tmp_path / "lora.safetensors", scale=0.5)
+    )
+    first, second = (
+        found[f"time_text_embed.{each}_embedder.timestep_embedder.linear_1.weight"]
+        for each in ("original", "second")
+    )
+    np.testing.assert_array_equal(
+        first, arrays["time_text_embed.timestep_embedder.linear_1.weight"]
+    )
+    np.testing.assert_allclose(second, first + 0.5 * b @ a, atol=1e-5)
+    (tmp_path / "vae").symlink_to(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="adapters are those of a transformer"):
+        loading.load("autoencoder", tmp_path, adapters=tmp_path / "lora.safetensors")
+
+
+def test_folders_without_what_is_needed_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no name of the Hugging Face hub"):
+        loading.load("transformer", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        loading.load("transformer", tmp_path)
+    folder(tmp_path)
+    (tmp_path / "transformer" / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-1\.safetensors"):
+        loading.load("transformer", tmp_path)
+    (tmp_path / "transformer" / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"\d+ missing: "):
+        loading.load("transformer", tmp_path)
+    (tmp_path / "transformer" / "model-0.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no safetensors files, but config\.json"):
+        loading.load("transformer", tmp_path)
+    with pytest.raises(ValueError, match="kind must be one of transformer"):
+        loading.load("unet", tmp_path)
+
+
+def test_the_hub_and_its_refusals(monkeypatch, tmp_path):
+    errors = types.ModuleType("huggingface_hub.errors")
+    for name in ("GatedRepoError", "RepositoryNotFoundError", "LocalEntryNotFoundError"):
+        setattr(errors, name, type(name, (Exception,), {}))
+    hub = types.ModuleType("huggingface_hub")
+    hub.errors = errors
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    monkeypatch.chdir(tmp_path)
+
+    def answer(result):
+        def download(name, allow_patterns):
+            assert name == "someone/model"
+            if isinstance(result, type):
+                raise result
+            return result
+
+        hub.snapshot_download = download
+        return files.located("someone/model")
+
+    assert answer(str(tmp_path)) == tmp_path
+    with pytest.raises(PermissionError, match=r"gated model: accept its licence.*HF_TOKEN"):
+        answer(errors.GatedRepoError)
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        answer(errors.RepositoryNotFoundError)
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        answer(errors.LocalEntryNotFoundError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'tiltjax\[flux\]'"):
+        files.located("someone/model")
+
+
+def test_other_parts_are_built_from_their_configuration():
+    config = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 30,
+    }
+    config |= {"max_position_embeddings": 7, "hidden_act": "quick_gelu", "eos_token_id": 2}
+    arrays = weights(shapes(*abstract("clip", config)))
+    prefixed = {f"text_model.{name}": array for name, array in arrays.items()}
+    prefixed["text_model.embeddings.position_ids"] = np.arange(7)[None]
+    plain, other = (loading.from_state_dict("clip", each, config) for each in (arrays, prefixed))
+    jax.tree.map(np.testing.assert_array_equal, plain, other)
+    with pytest.raises(ValueError, match="do not fit T5"):
+        loading.from_state_dict("t5", arrays, CONFIGS["t5"])
+
+
+def test_a_default_configuration_is_the_published_one():
+    assert Config.from_json(CONFIGS["transformer"]) == Config()
+    assert Transformer.__name__ == loading._kind("transformer").network.__name__

@@ -1,0 +1,232 @@
+"""Many devices: what cannot be divided is refused, and two hosts compute what one does.
+
+That eight devices of one host do is in tests/test_sampling.py and tests/test_training.py. Tier:
+exact, to rounding in float64.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.contracts import on_two_hosts
+
+import tiltjax as tj
+from tiltjax import _sharding
+
+KEY = jax.random.key(0)
+MODEL = tj.Analytic(
+    tj.GaussianMixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.0]], jnp.stack([jnp.eye(2)] * 2))
+)
+GUIDED = tj.dps(MODEL, tj.rewards.Quadratic([0.0, 1.0]), 0.5)
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def spread(sizes, *spec, kind=AUTO):
+    """A sharding over devices that need not exist: what is refused is refused before any is asked."""
+    mesh = jax.sharding.AbstractMesh(
+        sizes, ("a", "b")[: len(sizes)], axis_types=(kind,) * len(sizes)
+    )
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+VERBS = {
+    "sample": lambda **given: tj.sample(KEY, MODEL, GUIDED, steps=2, **given),
+    "smc": lambda **given: tj.smc(KEY, MODEL, GUIDED, steps=2, **given),
+    "audit": lambda **given: tj.audit(KEY, MODEL, GUIDED, steps=2, **given),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_particles_that_the_devices_do_not_divide_are_refused(verb):
+    with pytest.raises(
+        ValueError, match=r"num = 100 cannot be divided over 8 devices.*: take 96 or 104$"
+    ):
+        VERBS[verb](num=100, sharding=spread((8,), "a"))
+    with pytest.raises(
+        ValueError, match=r"num = 100 cannot be divided over 256 devices.*: take 256$"
+    ):
+        VERBS[verb](num=100, sharding=spread((32, 8), ("a", "b")))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_axes_that_are_not_the_partitioners_are_refused(verb):
+    with pytest.raises(
+        ValueError,
+        match=r"axes of the mesh must be Auto, got \(.*Explicit.*jax.make_mesh\(\(8,\), \(\"a\",\)",
+    ):
+        VERBS[verb](num=104, sharding=spread((8,), "a", kind=EXPLICIT))
+
+
+def test_batches_that_the_devices_do_not_divide_are_refused():
+    network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
+    with pytest.raises(
+        ValueError, match=r"batch = 12 cannot be divided over 8 devices.*: take 8 or 16$"
+    ):
+        tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, batch_size=12, sharding=spread((8,), "a"))
+    with pytest.raises(
+        ValueError, match=r"batch = 256 cannot be divided over 3 devices.*: take 255 or 258$"
+    ):
+        tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, sharding=spread((3,), "a"))
+
+
+def test_what_divides_is_left_alone():
+    _sharding.spread_over(None, (7,), "num")
+    _sharding.spread_over(spread((8,)), (7,), "num")  # the same on all of them, as was asked for
+    _sharding.spread_over(spread((2, 4), "a"), (6,), "num")
+    _sharding.spread_over(spread((2, 4), "a", "b"), (6, 8), "num")
+    _sharding.spread_over(jax.sharding.SingleDeviceSharding(jax.devices()[0]), (7,), "num")
+
+
+def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
+    """Weights have no such axis at all."""
+    with pytest.raises(
+        ValueError, match=r"an array of shape \(6, 2\) cannot be divided by NamedSharding"
+    ):
+        tj.sample(KEY, MODEL, num=6, steps=2, sharding=spread((2, 4), "a", "b"))
+    with pytest.raises(
+        ValueError, match=r"an array of shape \(8,\) cannot be divided by NamedSharding"
+    ):
+        tj.smc(KEY, MODEL, GUIDED, num=8, steps=2, sharding=spread((2, 4), "a", "b"))
+
+
+def test_an_array_of_one_host_is_all_held_and_at_home():
+    array = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(_sharding.held(array), np.arange(6.0))
+    np.testing.assert_array_equal(_sharding.home(array), array)
+
+
+def test_two_hosts_compute_what_one_does(tmp_path):
+    """One of them, in turn, also runs the same by itself, on one of its devices, and compares."""
+    script = f"""
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_enable_x64", True)
+        jax.distributed.initialize(ADDRESS, 2, HOST, initialization_timeout=200)
+        import tiltjax as tj
+        from jax.experimental.multihost_utils import process_allgather
+        assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+        mesh = jax.make_mesh((4,), ("particles",), axis_types=(jax.sharding.AxisType.Auto,))
+        four = {{"sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("particles"))}}
+        model = tj.Analytic(tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2)))
+        guidance = tj.dps(model, tj.rewards.Quadratic([0., 1.]), .5)
+        key, settings = jax.random.key(0), {{"num": 8, "steps": 3}}
+
+        def same(spread, alone, host):
+            for array in jax.tree.leaves(spread):
+                if isinstance(array, jax.Array) and array.ndim and not array.is_fully_replicated:
+                    assert {{shard.data.shape[0] for shard in array.addressable_shards}} == {{len(array) // 4}}
+            assert any(not array.is_fully_addressable for array in jax.tree.leaves(spread) if isinstance(array, jax.Array))
+            spread = jax.tree.map(tj.inputs.home, spread)
+            if HOST == host:
+                for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone()), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+        draw = lambda **given: tj.sample(key, model, guidance, **settings, **given)
+        drawn = draw(progress=True, **four)
+        same(drawn, draw, 0)
+        np.testing.assert_array_equal(process_allgather(drawn.x, tiled=True), tj.inputs.home(drawn.x))
+
+        weigh = lambda **given: tj.smc(key, model, guidance, ess_threshold=1., proposal=tj.proposals.Children(2), **settings, **given)
+        weighed = weigh(**four)
+        assert np.any(weighed.trace.resampled)
+        same(weighed, weigh, 1)
+        tj.save(weighed, "{tmp_path}/particles.npz" if HOST == 0 else "{tmp_path}/not written")
+
+        go_on = lambda start, **given: tj.sample(key, model, num=8, times=[.9, 1.], start=start, **given)
+        same(go_on(weighed.x, **four), lambda: go_on(tj.load("{tmp_path}/particles.npz").x), 0)
+
+        network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
+        data = jax.random.normal(jax.random.key(1), (10, 2))
+        train = lambda **given: tj.fit(key, network, data, steps=3, batch=8, **given)
+        saved = {{"checkpoint": "{tmp_path}/run.npz", "every": 2}}
+        fit, again = train(**four, **saved), train(**four, **saved)  # the second one is what the first one left
+        same((fit.average.args, again.network.args), lambda: (lambda one: (one.average.args, one.network.args))(train()), 1)
+
+        judge = lambda **given: tj.audit(key, model, guidance, num=100, steps=2, **given)
+        report = judge(**four)
+        if HOST == 0:
+            np.testing.assert_allclose(report.path_kl, judge().path_kl, rtol=1e-6, atol=1e-9)
+        print("equal")
+    """
+    hosts = on_two_hosts(script)
+    for status, out, err in hosts:
+        assert (status, out.splitlines()[-1:]) == (0, ["equal"]), err[-3000:]
+    assert ["sampling |" in err for _, _, err in hosts] == [True, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"particles.npz", "run.npz"}
+    assert tj.particles.load(tmp_path / "particles.npz").x.shape == (8, 2)
+
+
+# What is exchanged, as benchmarks/devices.py counts it.
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The benchmark as a module, with its neighbors to import from."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location(
+            "benchmark_devices", ROOT / "benchmarks" / "devices.py"
+        )
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        assert spec.loader is not None
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+PROGRAM = """HloModule run, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%renew (p: (f32[2,3])) -> f32[8,3] {
+  %x = f32[2,3]{1,0} get-tuple-element(%p), index=0
+  ROOT %all-gather.1 = f32[8,3]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+}
+
+%body (p: (s32[], f32[2,3])) -> (s32[], f32[2,3]) {
+  %both = (f32[3]{0}, /*index=1*/pred[]) all-reduce(%u, %v), channel_id=2, to_apply=%add
+  %next = f32[8,3]{1,0} conditional(%i, %p, %p), branch_computations={%renew, %keep}
+}
+
+ENTRY %main (p: f32[2,3]) -> f32[] {
+  %loop = (s32[], f32[2,3]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %last = bf16[4]{0} collective-permute(%w), channel_id=3, source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collective_operations_are_counted_as_often_as_their_loop_turns(benchmark):
+    found = sorted(benchmark.exchanges(PROGRAM))
+    assert found == [
+        ("all-gather", 8 * 3 * 4, 5),
+        ("all-reduce", 3 * 4 + 1, 5),
+        ("collective-permute", 4 * 2, 1),
+    ]
+    assert [one.received(4) for one in found] == [5 * 96 * 3 / 4, 5 * 13 * 2 * 3 / 4, 8]
+
+
+def test_an_exchange_goes_between_the_groups_and_then_in_them(benchmark):
+    chip = benchmark.Chip(1.0, link=4.0, group=8, network=0.5, source="")
+    assert chip.seconds(64, 8) == 7 / 8 * 64 / 4
+    assert chip.seconds(64, 32) == 3 / 4 * 64 / (8 * 0.5) + 7 / 8 * 64 / 4
+    assert chip.seconds(64, 32, 2) == 2 * chip.seconds(64, 32)
+
+
+def test_the_tables_that_the_page_shows_are_those_of_the_results(benchmark):
+    found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
+    page = (ROOT / "docs" / "devices.md").read_text()
+    assert benchmark.scaled(found["rows"]) in page
+    assert benchmark.on_paper(found["predicted"]) in page
+    shares = benchmark.predicted(found["rows"])
+    assert json.loads(json.dumps(shares)) == found["predicted"]

@@ -1,0 +1,211 @@
+"""`recommend`: costs are what the methods spend, errors what the laws say, and what cannot be
+predicted is said to be measured.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import theory
+import tiltjax as tj
+from theory import planner
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+pytestmark = pytest.mark.optimized  # it runs for longer than it compiles
+
+
+@pytest.fixture(scope="module")
+def plan():
+    problem = tj.problems.get("gaussian")
+    return theory.recommend(problem.prior, problem.reward, problem.scale, 500, inner_steps=5)
+
+
+def named(plan, start):
+    return next(option for option in plan.options if option.method.startswith(start))
+
+
+def test_options_are_within_the_budget_and_in_order(plan):
+    errors = [option.error for option in plan.options]
+    assert errors == sorted(errors)
+    assert all(0 < option.cost <= 500 for option in plan.options)
+    assert all(option.steps >= 1 and np.isfinite(option.error) for option in plan.options)
+    assert plan.best is plan.options[0]
+    assert plan.best.method == "Tilted(model, reward, 3)"
+    for start in (
+        "Conjugate",
+        "Laplace",
+        "PlugIn",
+        "dps",
+        "fmrg",
+        "best_of_n",
+        "softmax_of_n",
+        "one of",
+        "no guidance",
+    ):
+        assert named(plan, start)
+    table = str(plan).splitlines()
+    assert len(table) == len(plan.options) + 1
+    assert table[1].startswith(plan.best.method)
+
+
+def test_an_error_is_the_distance_of_the_law_at_these_steps(plan):
+    problem = tj.problems.get("gaussian")
+    tilt = theory.tilt(problem.prior, problem.reward, problem.scale).mixture
+    fields = {"dps": theory.dps_field, "Tilted": theory.doob_field}
+    for start, field in fields.items():
+        option = named(plan, start)
+        times = jnp.linspace(1e-3, 1, option.steps + 1)
+        law = theory.discrete_law(field(problem.prior, problem.reward, problem.scale), times=times)
+        square = theory.bures(law.means[0], law.covs[0], tilt.means[0], tilt.covs[0])
+        np.testing.assert_allclose(option.error, np.sqrt(square), rtol=1e-6)
+    best = named(plan, "best_of_n")
+    n = int(best.method.rstrip(")").split()[-1])
+    times = jnp.linspace(1e-3, 1, best.steps + 1)
+    base = theory.discrete_law(theory.dps_field(problem.prior, problem.reward, 0.0), times=times)
+    selected = theory.best_of_n(base, problem.reward, n).mixture()
+    square = theory.bures(selected.means[0], selected.covs[0], tilt.means[0], tilt.covs[0])
+    np.testing.assert_allclose(best.error, np.sqrt(square), rtol=1e-6)
+
+
+def counted_calls(build):
+    """Denoiser calls and pullbacks through them in one evaluation of a guidance; k draws that are
+    made side by side count once.
+    """
+    calls, pullbacks = [], []
+
+    @jax.custom_vjp
+    def denoise(x, t):
+        calls.append(t)
+        return x / (1 + t)
+
+    def forward(x, t):
+        return denoise(x, t), t
+
+    def backward(t, cotangent):
+        pullbacks.append(t)
+        return cotangent / (1 + t), jnp.zeros_like(t)
+
+    denoise.defvjp(forward, backward)
+    model = tj.from_denoiser(lambda t, x: denoise(x, t), shape=(2,), dtype=jnp.float64)
+    guidance = build(model)
+    with jax.disable_jit():
+        x = jnp.array([0.3, -0.2])
+        guidance(jax.random.key(0), jnp.asarray(0.4), x, guidance.init(x))
+    return len(calls), len(pullbacks)
+
+
+def test_costs_are_what_guidances_spend(plan):
+    reward = tj.rewards.Quadratic([0.5, 0.2])
+    inner = 3
+    for k in (1, 4):
+        assert counted_calls(lambda m, k=k: tj.PlugIn(tj.Glass(m, inner), reward, 1.0, k=k)) == (
+            inner,
+            inner,
+        )
+    assert counted_calls(lambda m: tj.dps(m, reward, 1.0)) == (1, 1)
+    assert counted_calls(lambda m: tj.fmrg(m, reward, 1.0, inner_steps=inner)) == (
+        2 * inner + 2,
+        2 * inner + 1,
+    )
+    # Those of the plan: five inner steps, two calls a pullback.
+    for start, cost in {
+        "PlugIn(Glass(model, 5), reward, 3)": 3 * 5,
+        "dps": 1 + 2,
+        "fmrg": 12 + 2 * 11,
+        "Laplace": 1 + 2 * 2,
+    }.items():
+        option = named(plan, start)
+        assert option.cost == (2 * option.steps - 1) * cost
+
+
+def test_without_conjugate_rewards_the_prediction_falls_back():
+    prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    plan = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 0.5, 40, conjugate=False)
+    assert not any(option.method.startswith("Tilted") for option in plan.options)
+    assert plan.best.method.startswith(("Conjugate", "Laplace"))
+    linear = theory.recommend(prior, tj.rewards.LinearReward([1.0]), 0.5, 30)
+    assert linear.best.method.startswith("Tilted")
+    one = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 0.5, 1)
+    assert {option.cost for option in one.options} == {1.0}
+
+
+def test_mixtures_and_anisotropic_rewards():
+    problem = tj.problems.get("quadratic")
+    reward = tj.rewards.Quadratic([0.5, 1.5], weight=np.diag([2.0, 0.5]))
+    plan = theory.recommend(problem.prior, reward, 1.0, 60, inner_steps=5)
+    assert not any(option.method.startswith("Tilted") for option in plan.options)
+    spread = float(jnp.sqrt(jnp.trace(plan.tilt.cov())))
+    for start in ("Laplace", "Conjugate"):
+        option = named(plan, start)
+        assert option.basis == "measured elsewhere"
+        assert option.error == pytest.approx(planner.MEASURED[start] * spread)
+    assert named(plan, "dps").basis == "each mode alone at these steps"
+    assert named(plan, "best_of_n").law.weights.shape == (2,)
+
+
+def test_what_was_measured_is_what_the_benchmarks_recorded():
+    table = json.loads((RESULTS / "gaussian_tilt.json").read_text())["table"]
+    ratios = []
+    for name in ("quadratic", "noniso", "unequal", "uncentered"):
+        problem = tj.problems.get(name)
+        tilt = theory.tilt(problem.prior, problem.reward, problem.scale).mixture
+        square = table["Laplace"][name]["w2"][0] ** 2 - table["floor"][name]["w2"][0] ** 2
+        ratios.append(square / float(jnp.trace(tilt.cov())))
+    assert planner.MEASURED["Laplace"] == pytest.approx(np.sqrt(np.mean(ratios)), abs=0.006)
+    rows = {
+        (row["problem"], row["dim"]): row
+        for row in json.loads((RESULTS / "any_reward.json").read_text())["rows"]
+    }
+    prior = tj.GaussianMixture(
+        [0.5, 0.5], [[-2.5, 0.0], [2.5, 0.0]], 0.5 * np.stack([np.eye(2)] * 2)
+    )
+    ratios = []
+    for where, weights in (("between", [4.0, 0.1]), ("across", [0.1, 4.0])):
+        row = rows[f"quadratic, stiff {where} modes", 2]
+        tilt = theory.tilt(
+            prior, tj.rewards.Quadratic([0.5, 1.5], weight=np.diag(weights)), 1.0
+        ).mixture
+        square = 2 * (
+            row["methods"]["Conjugate"]["w2"] ** 2 - row["floor"] ** 2
+        )  # that of a coordinate was recorded
+        ratios.append(square / float(jnp.trace(tilt.cov())))
+    assert planner.MEASURED["Conjugate"] == pytest.approx(np.sqrt(np.mean(ratios)), abs=0.006)
+
+
+def test_the_least_k_that_beats_one_damped_draw():
+    prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
+    law = tj.Damped(3.0, 0.3)
+    k = theory.matching_k(prior, reward, law, most=32)
+    tilt = theory.tilt(prior, reward, 3.0).mixture
+    aim = theory.plug_in_law(prior, reward, law)
+    far = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0]))
+    aim = far(aim.means[0], aim.covs[0])
+    before, after = (theory.plug_in_law(prior, reward, 3.0, k=n) for n in (k - 1, k))
+    assert far(after.mean(), after.cov()) < aim <= far(before.mean(), before.cov())
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=8) is None
+    # Little is worth two draws, and a search that starts at one must end there.
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), most=8) in (1, 2)
+
+
+def test_bad_input_says_what_to_use():
+    problem = tj.problems.get("gaussian")
+    ask = lambda reward=problem.reward, scale=1.0, budget=10, **kw: theory.recommend(
+        problem.prior, reward, scale, budget, **kw
+    )
+    with pytest.raises(ValueError, match=r"at least 1, got 0\.5"):
+        ask(budget=0.5)
+    with pytest.raises(ValueError, match="no closed form for the tilt by Bump"):
+        ask(reward=tj.rewards.Bump([0.0, 0.0], 1.0))
+    with pytest.raises(ValueError, match="must not be negative"):
+        ask(pullback=-1.0)
+    with pytest.raises(ValueError, match="inner"):
+        ask(inner=0)
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda scale: ask(scale=scale).best.error)(1.0)
+    with pytest.raises(TypeError, match="Damped"):
+        theory.matching_k(problem.prior, problem.reward, tj.scales.Constant(1.0))

@@ -1,0 +1,263 @@
+"""Fine-tuning: gradients, the optimum, the collapse without a divergence.
+
+Tiers: statistical (two independent estimators of one gradient, the chain's free energy against the
+exact log Z), exact (identities in float64).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tiltjax as tj
+from tiltjax import training
+from tiltjax.training import lora
+
+MEAN, VARIANCE, SCALE = 0.5, 0.8, 1.5
+BASE = tj.Analytic(tj.GaussianMixture([1.0], [[MEAN]], [[[VARIANCE]]]))
+REWARD = tj.rewards.Quadratic([1.5], weight=0.5)
+KEY = jax.random.key(0)
+
+
+def log_norm():
+    """log E exp(-scale (x - 1.5)^2 / 2) under the base."""
+    spread = 1 + SCALE * VARIANCE
+    return -0.5 * math.log(spread) - SCALE * (1.5 - MEAN) ** 2 / (2 * spread)
+
+
+def gaussian(parameters, offset=0.0):
+    """The model of a Gaussian of this mean and log-variance: the tilt is one of them."""
+    mixture = tj.GaussianMixture(
+        jnp.ones(1),
+        (parameters["mean"] + offset)[None],
+        jnp.exp(parameters["log_variance"])[None, :, None],
+    )
+    return tj.Analytic(mixture)
+
+
+START = {"mean": jnp.asarray([0.6]), "log_variance": jnp.asarray([-0.1])}
+TILT = {"log_variance": math.log(VARIANCE / (1 + SCALE * VARIANCE))}
+TILT["mean"] = math.exp(TILT["log_variance"]) * (MEAN / VARIANCE + SCALE * 1.5)
+
+
+def chain(num, steps=8, scale=SCALE, base=BASE, reward=REWARD):
+    times = base.grid(steps)
+    return training.Chain(
+        base, reward, jnp.asarray(1 / scale), times, num=num, regularized=scale < math.inf
+    )
+
+
+@functools.cache
+def slopes(objective, scale, runs=400):
+    """Gradients of the loss of independent batches, `(runs, 2)`, and the losses."""
+    one = jax.value_and_grad(lambda p, key: objective(chain(50, scale=scale), gaussian(p), key))
+    values, gradients = jax.jit(jax.vmap(lambda key: one(START, key)))(jax.random.split(KEY, runs))
+    return np.concatenate([gradients[name] for name in START], axis=1), np.asarray(values)
+
+
+@pytest.mark.parametrize("scale", [SCALE, math.inf])
+def test_the_two_gradients_have_one_mean(scale):
+    (a, values_a), (b, values_b) = (
+        slopes(o, scale) for o in (training.reparametrized(), training.policy_gradient)
+    )
+    error = np.hypot(a.std(axis=0), b.std(axis=0)) / np.sqrt(len(a))
+    assert np.all(np.abs(a.mean(axis=0) - b.mean(axis=0)) < 4 * error)
+    assert np.all(np.abs(a.mean(axis=0)) > 8 * error)  # there is something to agree on
+    assert abs(values_a.mean() - values_b.mean()) < 4 * np.hypot(
+        values_a.std(), values_b.std()
+    ) / np.sqrt(len(a))
+
+
+@functools.cache
+def path_loss(through=None, num=20):
+    """The loss of one batch and its gradient, compiled once."""
+    return jax.jit(
+        jax.value_and_grad(lambda p: training.reparametrized(through)(chain(num), gaussian(p), KEY))
+    )
+
+
+def test_the_gradient_through_the_path_is_that_of_differences():
+    got, step = path_loss()(START)[1], 1e-5
+    for name in START:
+        moved = lambda sign, name=name: float(
+            path_loss()(START | {name: START[name] + sign * step})[0]
+        )
+        np.testing.assert_allclose(got[name][0], (moved(1) - moved(-1)) / (2 * step), rtol=1e-6)
+
+
+def test_truncation_follows_the_last_steps_only():
+    (value, whole), (_, all_of_it), (same, last) = (
+        path_loss(through)(START) for through in (None, 100, 1)
+    )
+    assert float(value) == pytest.approx(float(same), rel=1e-12)
+    np.testing.assert_allclose(whole["mean"], all_of_it["mean"], rtol=1e-12)
+    assert abs(float(last["mean"][0])) < 0.9 * abs(float(whole["mean"][0]))
+
+
+def test_no_chain_beats_the_tilt():
+    # The tilt's own denoiser comes to -log Z / scale as steps get small, and has no variance there:
+    # on every path the objective is log Z / scale.
+    value = jax.jit(lambda model, key: training.reparametrized()(chain(2000, 200), model, key))
+    floor = -log_norm() / SCALE
+    assert float(
+        value(gaussian({name: jnp.asarray([TILT[name]]) for name in START}), KEY)
+    ) == pytest.approx(floor, abs=0.01)
+    assert float(value(gaussian(START), KEY)) > floor + 0.1
+
+
+@functools.cache
+def tuned(scale=SCALE, objective=None, steps=200):
+    settings = {"steps": steps, "batch": 64, "rate": 0.03, "ema": 0.9, "times": BASE.grid(80)}
+    return tj.finetune(
+        KEY, START, BASE, REWARD, scale, model=gaussian, objective=objective, **settings
+    )
+
+
+@pytest.mark.parametrize("objective", [None, training.policy_gradient], ids=["path", "policy"])
+def test_a_tuned_chain_samples_the_tilt(objective):
+    fit = tuned(objective=objective)
+    assert fit.curve.loss[-50:].mean() == pytest.approx(-log_norm() / SCALE, abs=0.03)
+    assert fit.curve.loss[0] > -log_norm() / SCALE + 0.1
+    for name, value in TILT.items():
+        assert float(fit.average[name][0]) == pytest.approx(value, abs=0.1)
+
+
+def test_without_the_divergence_it_collapses_on_the_best_sample():
+    half, longer = (tuned(math.inf, steps=steps).network for steps in (50, 200))
+    assert longer["log_variance"][0] < half["log_variance"][0] < START["log_variance"][0]
+    assert longer["log_variance"][0] < TILT["log_variance"] - 0.7
+
+
+def test_networks_adapters_and_batches_are_trained():
+    network = tj.training.networks.Velocity(
+        (1,), width=8, depth=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    build = lambda network, batched=False: tj.from_velocity(network, shape=(1,), batched=batched)
+    base = build(network)
+    settings = {"steps": 2, "batch": 4, "times": base.grid(4), "rate": 1e-2}
+    run = lambda trained, model: tj.finetune(
+        KEY, trained, base, REWARD, SCALE, model=model, **settings
+    )
+    alone, together = (
+        run(network, build),
+        run(network, lambda network: build(network, batched=True)),
+    )
+    for a, b in zip(jax.tree.leaves(alone.network), jax.tree.leaves(together.network), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    adapters = lora.init(KEY, network, 2)
+    got = run(
+        adapters,
+        jax.tree_util.Partial(
+            lambda network, adapters: build(lora.merge(network, adapters)), network
+        ),
+    )
+    assert all(np.any(np.asarray(b)) for _, b in got.network.values())
+
+
+def test_a_reward_of_values_only_is_enough_for_the_policy_gradient():
+    values = tj.external.External(lambda x: np.where(x[:, 0] > 1, 1.0, 0.0))
+    settings = {"steps": 60, "batch": 128, "rate": 0.02, "times": BASE.grid(10)}
+    fit = tj.finetune(
+        KEY,
+        START,
+        BASE,
+        values,
+        4.0,
+        model=gaussian,
+        objective=training.policy_gradient,
+        **settings,
+    )
+    assert fit.curve.loss[-10:].mean() < fit.curve.loss[:10].mean() - 0.1
+
+
+def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
+    settings = {"model": gaussian, "steps": 6, "batch": 8, "times": BASE.grid(4), "ema": 0.5}
+    run = lambda scale=SCALE, **more: tj.finetune(
+        KEY, START, BASE, REWARD, scale, **(settings | more)
+    )
+    whole, file = run(), tmp_path / "run.npz"
+    run(checkpoint=file, every=3)
+    again = run(checkpoint=file, every=3)
+    for a, b in zip(jax.tree.leaves(whole.average), jax.tree.leaves(again.average), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"another run: scale is 1\.5 in the file and 2\.0 here"):
+        run(2.0, checkpoint=file)
+    # Rewards and models of one name are told apart by their arrays: another target would be sought
+    # from the middle of the run on.
+    for match, reward, model in (
+        ("reward is Quadratic .* in the file", tj.rewards.Quadratic([-1.5], weight=0.5), gaussian),
+        (
+            "model is gaussian .* in the file",
+            REWARD,
+            jax.tree_util.Partial(gaussian, offset=jnp.ones(1)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"another run: {match}"):
+            tj.finetune(
+                KEY, START, BASE, reward, SCALE, checkpoint=file, **(settings | {"model": model})
+            )
+
+
+def test_mistakes_are_named():
+    run = lambda network=START, base=BASE, reward=REWARD, scale=SCALE, **settings: tj.finetune(
+        KEY,
+        network,
+        base,
+        reward,
+        scale,
+        **({"model": gaussian, "steps": 2, "batch": 4, "times": BASE.grid(4)} | settings),
+    )
+    other = tj.Analytic(BASE.mixture, tj.Linear(2.0))
+    step = tj.rewards.StepReward(0.0)
+    excluding = lambda x: jnp.where(x[0] > 0.5, x[0], -jnp.inf)
+    excluding.__qualname__ = "excluding"
+    for error, match, call in (
+        (ValueError, "no gradient at any of 4 samples", lambda: run(reward=step)),
+        (
+            ValueError,
+            "excluding is -inf at . of 4 samples .* a finite penalty",
+            lambda: run(reward=excluding),
+        ),
+        (
+            FloatingPointError,
+            "failed in step 0 .* mean of excluding .* a finite penalty",
+            lambda: run(reward=excluding, objective=training.policy_gradient),
+        ),
+        (ValueError, "scale must be positive", lambda: run(scale=0.0)),
+        (ValueError, "scale must be positive", lambda: run(scale=math.nan)),
+        (ValueError, "same path", lambda: run(base=other)),
+        (ValueError, "end at 1", lambda: run(times=jnp.asarray([0.001, 0.5, 0.9]))),
+        (ValueError, "two steps or more", lambda: run(times=jnp.asarray([0.001, 1.0]))),
+        (ValueError, "at least 2", lambda: run(batch=1, objective=training.policy_gradient)),
+        (ValueError, "through must", lambda: training.reparametrized(0)),
+        (TypeError, "objective", lambda: run(objective="draft")),
+        (TypeError, "base", lambda: run(base=START)),
+        (
+            TypeError,
+            r"model\(network\) must be a Model, got dict",
+            lambda: run(model=lambda network: network),
+        ),
+        (TypeError, "scale must be one number", lambda: run(scale=jnp.ones(2))),
+        (ValueError, "one scalar for one sample: got shape", lambda: run(reward=lambda x: x)),
+        (
+            ValueError,
+            "one scalar for one sample: got shape",
+            lambda: run(reward=lambda x: x, objective=training.policy_gradient),
+        ),
+        (
+            ValueError,
+            "MarkovChain is a model of tokens",
+            lambda: run(base=tj.tokens.MarkovChain([1.0, 1.0], jnp.ones((2, 2)), 3)),
+        ),
+        (
+            FloatingPointError,
+            "failed in step 0",
+            lambda: run(reward=lambda x: jnp.sqrt(x[0] - 100)),
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            call()

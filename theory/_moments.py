@@ -1,0 +1,242 @@
+r"""Laws of guided flows where the covariance S and the reward's matrix H do not commute: linear
+equations instead of closed forms.
+
+One Gaussian `N(mu, S)`, a quadratic reward, the mean guidance of one draw. With
+`kappa = alpha / sigma` and the posterior covariance `P = S (I + kappa^2 S)^-1`, the noisy state in
+units of its noise, `xi = (x - alpha mu) / sigma`, and the posterior mean `m = mu + kappa P xi`
+obey, for any interpolant,
+
+    flow         d xi / d kappa = kappa P xi + lambda P ∇r(m),           xi(0) ~ N(0, I),    x_1 = mu + lim xi / kappa
+    diffusion    d m = lambda P^2 ∇r(m) d(kappa^2) + P dB_(kappa^2),      m(0) = mu,          x_1 = lim m
+
+the second for the memoryless diffusion. Flow-map guidance, in the coordinate `z = X_{t,1}(x) - mu`
+in which its own flow map is the identity, with `C = alpha^2 S + sigma^2 I`, keeps the interpolant's
+clock:
+
+    flow map     d z / dt = scale S C^-1 ∇r(mu + z),                      z(0) ~ N(-alpha_0 S^(1/2) C_0^(-1/2) mu, sigma_0^2 S C_0^-1)
+
+(for `x_0 ~ N(0, sigma_0^2 I)`, which is what a run starts from). All are
+`dv = (A v + f) dl + N dB_l`, so that with `Psi(l)`, the propagator from l to the end, the end has
+
+    mean = Psi_0 E[v_0] + ∫ Psi f dl,        covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
+
+**Numerics.** S enters through rational functions alone (but for the shift of the start's mean), so
+that derivatives are right for singular S (but for the flow map, whose law there is a function of
+its root) and where eigenvalues coincide. `Psi` solves `dPsi/dl = -Psi A` from the end backwards, by
+six-stage Radau IIA collocation (order 11, no bound on the step where the guidance is stiff), and
+the integrals use its nodes. The clock l is `log kappa`, for the flow map `log t / (1-t)`: layers of
+any strength and width have unit width in it. It is cut where what is left is rounding. There is no
+adaptivity, so everything compiles, maps and differentiates, in both modes.
+
+Reference: Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), for the
+collocation.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from theory.tilts import QuadraticForm
+from tiltjax import _linalg, scales
+from tiltjax.interpolants import Interpolant
+from tiltjax.mixtures import GaussianMixture
+
+_STAGES = 6
+_WIDTH = 0.5  # of a panel, in units of the logarithmic clock
+_EARLIEST, _LATEST = -36.0, 36.0  # what is outside adds exp(-36) = 2e-16 to a mean
+
+
+def _radau(stages: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in (0, 1] and coefficients of the Radau IIA method; the last row of coefficients are
+    its weights.
+    """
+    legendre = np.polynomial.legendre
+    nodes = (legendre.legroots([0.0] * (stages - 1) + [-1.0, 1.0]) + 1) / 2
+    powers = nodes[:, None] ** np.arange(stages)
+    return nodes, nodes[:, None] * powers / np.arange(1, stages + 1) @ np.linalg.inv(powers)
+
+
+_NODES, _COEFFICIENTS = _radau(_STAGES)
+_PANELS = round((_LATEST - _EARLIEST) / _WIDTH)
+# From the end backwards: panels, and the nodes of each.
+_CLOCK = _LATEST - _WIDTH * (np.arange(_PANELS)[:, None] + _NODES)
+_WEIGHTS = np.broadcast_to(_WIDTH * _COEFFICIENTS[-1], _CLOCK.shape).reshape(-1)
+
+
+def plug_in_moments(
+    prior: GaussianMixture, form: QuadraticForm, law: scales.Scale
+) -> GaussianMixture:
+    """The law of the plug-in guided flow with one draw, component by component, for any S and H.
+
+    **Arguments:** `prior`; `form`, the reward's coefficients (`theory.quadratic_form`), H positive
+    semi-definite; `law`, `Constant` or `Damped`. **Raises:** `ValueError` for another scale law.
+
+    `theory.plug_in_law` is this, and the closed form where there is one.
+    """
+    return _components(_plug_in, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
+
+
+def sde_moments(prior: GaussianMixture, form: QuadraticForm, law: scales.Scale) -> GaussianMixture:
+    """The law of the plug-in guided memoryless diffusion with one draw: as `plug_in_moments`."""
+    return _components(_sde, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
+
+
+def fmrg_moments(
+    prior: GaussianMixture, form: QuadraticForm, scale: Array, interpolant: Interpolant
+) -> GaussianMixture:
+    """The law of flow-map reward guidance started from `N(0, sigma_0^2 I)`: as `plug_in_moments`,
+    on one interpolant.
+    """
+    return _components(_fmrg, prior, form, (scale, interpolant), 0.0)
+
+
+def _by_snr(law: scales.Scale) -> scales.Scale:
+    if not isinstance(law, scales.Constant | scales.Damped):
+        raise ValueError(
+            f"no law for the scale law {type(law).__name__}: Constant and Damped depend on time "
+            "alone"
+        )
+    return law
+
+
+@eqx.filter_jit
+def _components(
+    method: Callable, prior: GaussianMixture, form: QuadraticForm, guidance, floor
+) -> GaussianMixture:
+    def component(mean: Array, cov: Array) -> tuple[Array, Array]:
+        # In the eigenvectors of S, held constant: S is then diagonal to the last bit and not
+        # negative, so that S (I + kappa^2 S)^-1 has no pole at any kappa, and nothing is lost of
+        # its derivatives.
+        axes = jnp.linalg.eigh(jax.lax.stop_gradient(cov))[1]
+        turned = axes.T @ cov @ axes
+        moving = turned - jax.lax.stop_gradient(turned)
+        variances = jax.lax.stop_gradient(jnp.diagonal(turned))
+        # The clock ends before it tells a direction without spread from one whose spread is
+        # rounding, and their derivatives differ: such a direction is given `floor` of the widest
+        # variance, which the guidance does not change and which is taken away again.
+        raised = jnp.maximum(variances, floor * jnp.max(variances))
+        s = jnp.diag(raised) + moving
+        pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
+        shift, spread = method(axes.T @ mean, s, axes.T @ form.matrix @ axes, pull, guidance)
+        spread = axes @ (spread - jnp.diag(raised - jnp.maximum(variances, 0))) @ axes.T
+        return mean + axes @ shift, (spread + spread.T) / 2
+
+    means, covs = jax.vmap(component)(prior.means, prior.covs)
+    return prior.replace(prior.log_weights, means, covs)
+
+
+def _plug_in(mean, s, h, pull, law):
+    # The state is xi / sqrt(1 + kappa^2 / c^2), of unit size at both ends, in c = 1 / (a typical
+    # standard deviation).
+    c, kappa = _kappa(s)
+    share = (kappa / c) ** 2 / (1 + (kappa / c) ** 2)
+    posterior = _ratio(s, kappa**2, jnp.ones_like(kappa))
+    strength = 2 * _strength(law, kappa)
+    view = kappa[:, None, None] ** 2 * posterior
+    slope = view - share[:, None, None] * jnp.eye(len(s), dtype=s.dtype)[None]
+    slope -= strength[:, None, None] * posterior @ h @ view
+    force = (strength * kappa / jnp.sqrt(1 + (kappa / c) ** 2))[:, None] * (posterior @ pull)
+    start, carried = _propagator(slope)
+    return _integral(carried @ force[..., None])[:, 0] / c, start @ start.T / c**2
+
+
+def _sde(mean, s, h, pull, law):
+    _, kappa = _kappa(s)
+    posterior = _ratio(s, kappa**2, jnp.ones_like(kappa))
+    strength = (4 * _strength(law, kappa) * kappa**2)[:, None, None]
+    square = posterior @ posterior
+    _, carried = _propagator(-strength * square @ h)
+    noise = jnp.sqrt(2 * kappa**2)[:, None, None] * carried @ posterior
+    return _integral(strength * carried @ square @ pull[:, None])[:, 0], _integral(noise @ noise.mT)
+
+
+def _fmrg(mean, s, h, pull, guidance):
+    scale, path = guidance
+    clock = jnp.asarray(_CLOCK.reshape(-1), s.dtype)
+    rate = 2 * scale * jax.nn.sigmoid(clock) * jax.nn.sigmoid(-clock)
+    # Not t = 1, where a direction without spread would be 0 / 0; the rate is that of the clock,
+    # nothing is left there.
+    times = jnp.minimum(jax.nn.sigmoid(clock), 1 - jnp.finfo(s.dtype).eps)
+    alpha, sigma = jax.vmap(path.alpha)(times), jax.vmap(path.sigma)(times)
+    gain = rate[:, None, None] * _ratio(s, alpha**2, sigma**2)
+    start, carried = _propagator(-gain @ h)
+    moved, first = start_of_flow_map(mean, s, path)
+    return start @ moved + _integral(carried @ gain @ pull[:, None])[:, 0], start @ first @ start.T
+
+
+def start_of_flow_map(mean: Array, cov: Array, path: Interpolant) -> tuple[Array, Array]:
+    """Mean and covariance of `X_{0,1}(x) - mu` for `x ~ N(0, sigma_0^2 I)`: zero and S where
+    `alpha_0 = 0`.
+    """
+    zero = jnp.zeros((), cov.dtype)
+    alpha, sigma = path.alpha(zero), path.sigma(zero)
+    ratio = _ratio(cov, (alpha**2)[None], (sigma**2)[None])[0]
+    ratio = (ratio + ratio.T) / 2
+    root = lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+    return -alpha * _linalg.spectral(root, ratio) @ mean, sigma**2 * ratio
+
+
+def _kappa(s: Array) -> tuple[Array, Array]:
+    """`c = 1 / (a typical standard deviation)`, held constant, and `kappa` on the nodes."""
+    size = jax.lax.stop_gradient(jnp.max(jnp.diagonal(s)))
+    c = jax.lax.rsqrt(jnp.where(size > 0, size, 1.0))
+    return c, c * jnp.exp(jnp.asarray(_CLOCK.reshape(-1), s.dtype))
+
+
+def _noisy(s: Array, data: Array, noise: Array) -> Array:
+    eye = jnp.eye(len(s), dtype=s.dtype)
+    return data[:, None, None] * s[None] + noise[:, None, None] * eye[None]
+
+
+@jax.custom_jvp
+def _ratio(s: Array, data: Array, noise: Array) -> Array:
+    """`S (data S + noise I)^-1` for vectors of coefficients."""
+    return jnp.linalg.solve(_noisy(s, data, noise), s[None])
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    (s, data, noise), (ds, ddata, dnoise) = primals, tangents
+    # As `noise W dS W`, where a product rule has the difference of two terms that late in the clock
+    # agree in all digits.
+    inverse = jnp.linalg.inv(_noisy(s, data, noise))
+    change = noise[:, None, None] * inverse @ ds - inverse @ s @ _noisy(s, ddata, dnoise)
+    return _ratio(s, data, noise), change @ inverse
+
+
+def _strength(law: scales.Scale, kappa: Array) -> Array:
+    unused = jnp.zeros((), kappa.dtype)
+    return jax.vmap(lambda snr: law(jax.random.key(0), snr, unused, unused))(kappa**2)
+
+
+def _propagator(slope: Array) -> tuple[Array, Array]:
+    """`Psi` of `dv = A v dl` from the first node's clock to the end, and from every node to the
+    end, for A on the nodes.
+    """
+    d = slope.shape[-1]
+    slope = slope.reshape(_PANELS, _STAGES, d, d)
+    coefficients = jnp.asarray(_WIDTH * _COEFFICIENTS, slope.dtype)
+    # The transpose G of Psi has dG/d(-l) = A^T G; its stages X_i = G + h sum_j a_ij A_j^T X_j.
+    system = -jnp.einsum("ij,pjlk->pikjl", coefficients, slope).reshape(
+        _PANELS, _STAGES * d, _STAGES * d
+    )
+    system += jnp.eye(_STAGES * d, dtype=slope.dtype)[None]
+    same = jnp.tile(jnp.eye(d, dtype=slope.dtype), (_STAGES, 1))
+    stages = jax.vmap(lambda matrix: jnp.linalg.solve(matrix, same))(system).reshape(
+        _PANELS, _STAGES, d, d
+    )
+
+    def panel(end: Array, stages: Array) -> tuple[Array, Array]:
+        carried = stages @ end
+        return carried[-1], carried
+
+    first, carried = jax.lax.scan(panel, jnp.eye(d, dtype=slope.dtype), stages)
+    return first.T, carried.reshape(-1, d, d).mT
+
+
+def _integral(values: Array) -> Array:
+    return jnp.tensordot(jnp.asarray(_WEIGHTS, values.dtype), values, axes=1)

@@ -1,0 +1,469 @@
+r"""The law of `r(X)` for a mixture: what selection acts on.
+
+| reward | prior | law of `r(X)` |
+|---|---|---|
+| `Linear`, sums of it | any, any dimension | a mixture of normals |
+| `Step` | any, any dimension | two atoms |
+| quadratic, `H = h I`, h > 0 | isotropic components, any dimension | of each, `c - h s^2 Q`, Q noncentral chi-square |
+| any other | one or two dimensions | by quadrature on a grid of cells |
+
+Every law comes with nodes, `values` `(K or 1, m)` and `log_masses` `(K, m)`: expectations over
+component k, weight included, are sums over row k. Its own nodes carry each component, so that modes
+of very different width are resolved alike.
+
+**The noncentral chi-square law** of m degrees, in terms of the distance `rho = sqrt(Q)` and the
+offset `delta`, one coordinate c along the offset and m - 1 across:
+`P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`, by tanh-sinh nodes, which take the
+root at `c = ±q`; elementary for m = 1.
+
+Reference: Johnson, Kotz and Balakrishnan, *Continuous Univariate Distributions* 2 (1995), chapter
+29.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import erf, erfc, gammainc, gammaincc, gammaln, log_ndtr, ndtr
+from jaxtyping import Array
+
+from theory import quadrature, tilts
+from tiltjax import _checks, _pytree, rewards
+from tiltjax.mixtures import GaussianMixture, check_mixture
+
+_HALF_LOG_2PI = np.log(2 * np.pi) / 2
+_W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval(80)
+# Beyond these, in standard deviations, there is no mass that 10^12 draws would find.
+_REACH = 9.0
+
+
+class RewardLaw(eqx.Module):
+    """The law of `r(X)`: nodes, and `log_cdf`, the log-probabilities of `r(X) <= r` and of its
+    complement.
+    """
+
+    values: eqx.AbstractVar[Array]
+    log_masses: eqx.AbstractVar[Array]
+    discrete: ClassVar[bool]
+
+    def log_cdf(self, r: Array) -> tuple[Array, Array]:
+        """`(log P(r(X) <= r), log P(r(X) > r))` at one r."""
+        raise NotImplementedError
+
+    def log_density(self, r: Array) -> Array:
+        """The log-density of `r(X)` at one r."""
+        raise ValueError(
+            f"the reward's law has no density in closed form ({type(self).__name__}): use "
+            "reward_cdf"
+        )
+
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        """Means `(K, d)` and covariances `(K, d, d)` of X in each component, if its reward's nodes
+        had these log-masses, `(K, m)`.
+        """
+        raise ValueError(
+            "no moments in closed form where the reward has finitely many values "
+            f"({type(self).__name__})"
+        )
+
+    def flat(self, masses: Array) -> tuple[Array, Array]:
+        """`(m',)` values, and the `(K, m)` masses given summed to one for each of them."""
+        if len(self.values) == 1:
+            return self.values[0], jnp.sum(masses, axis=0)
+        return self.values.reshape(-1), masses.reshape(-1)
+
+
+class NormalReward(RewardLaw):
+    """`sum_k w_k N(means_k, stds_k^2)`, the law of `<slope, X>` and a constant."""
+
+    log_weights: Array
+    means: Array
+    stds: Array
+    slope: Array
+    values: Array
+    log_masses: Array
+    discrete: ClassVar[bool] = False
+
+    def __init__(
+        self, log_weights: Array, means: Array, stds: Array, slope: Array, nodes: int = 1441
+    ):
+        z = jnp.linspace(-_REACH, _REACH, nodes, dtype=means.dtype)
+        self.log_weights, self.means, self.stds, self.slope = log_weights, means, stds, slope
+        self.values = means[:, None] + stds[:, None] * z[None]
+        log_mass = -(z**2) / 2 - _HALF_LOG_2PI + jnp.log(z[1] - z[0])
+        self.log_masses = log_weights[:, None] + log_mass[None]
+
+    def log_cdf(self, r: Array) -> tuple[Array, Array]:
+        z = (r - self.means) / self.stds
+        return _both(
+            jax.nn.logsumexp(self.log_weights + log_ndtr(z)),
+            jax.nn.logsumexp(self.log_weights + log_ndtr(-z)),
+        )
+
+    def log_density(self, r: Array) -> Array:
+        z = (r - self.means) / self.stds
+        return jax.nn.logsumexp(self.log_weights - z**2 / 2 - _HALF_LOG_2PI - jnp.log(self.stds))
+
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        # X = mu + S slope / std z + a rest that is independent of z, the reward in standard units.
+        z = (self.values - self.means[:, None]) / self.stds[:, None]
+        shares = jax.nn.softmax(log_shares, axis=1)
+        first = jnp.sum(shares * z, axis=1)
+        second = jnp.sum(shares * (z - first[:, None]) ** 2, axis=1)
+        along = prior.covs @ self.slope / self.stds[:, None]
+        covs = prior.covs + (second - 1)[:, None, None] * along[:, :, None] * along[:, None]
+        return prior.means + first[:, None] * along, covs
+
+
+class ChiReward(RewardLaw):
+    """`sum_k w_k law(top - unit_k Q_k)`, `Q_k` noncentral chi-square of `degrees` degrees and
+    noncentrality `offsets_k^2`.
+
+    The reward is largest, `top`, at `center`.
+    """
+
+    log_weights: Array
+    top: Array
+    center: Array
+    units: Array
+    offsets: Array
+    values: Array
+    log_masses: Array
+    degrees: int = eqx.field(static=True)
+    discrete: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        log_weights: Array,
+        top: Array,
+        center: Array,
+        units: Array,
+        offsets: Array,
+        degrees: int,
+        nodes: int = 1441,
+    ):
+        self.log_weights, self.top, self.center, self.units = log_weights, top, center, units
+        self.offsets, self.degrees = offsets, degrees
+
+        def component(log_weight: Array, unit: Array, offset: Array) -> tuple[Array, Array]:
+            # Geometric towards rho = 0, where best-of-n goes, and uniform in the bulk: rho = log(1
+            # + e^y).
+            reach = _REACH + np.sqrt(degrees)
+            center = jax.lax.stop_gradient(offset)
+            low = jnp.where(center > reach + 1, center - reach, -40.0)
+            y = low + (center + reach - low) * jnp.linspace(0, 1, nodes, dtype=unit.dtype)
+            rho = jax.nn.softplus(y)
+            log_mass = (
+                _log_chi_density(rho, offset, degrees)
+                + jax.nn.log_sigmoid(y)
+                + jnp.log(y[1] - y[0])
+            )
+            return top - unit * rho**2, log_weight + log_mass
+
+        self.values, self.log_masses = jax.vmap(component)(log_weights, units, offsets)
+
+    def log_cdf(self, r: Array) -> tuple[Array, Array]:
+        rho = self._rho(r)
+        below, above = jax.vmap(lambda q, delta: _chi_tails(q, delta, self.degrees))(
+            rho, self.offsets
+        )
+        # A large distance is a small reward.
+        return _both(
+            jax.nn.logsumexp(self.log_weights + above), jax.nn.logsumexp(self.log_weights + below)
+        )
+
+    def log_density(self, r: Array) -> Array:
+        rho = self._rho(r)
+        log_density = jax.vmap(lambda q, delta: _log_chi_density(q, delta, self.degrees))(
+            rho, self.offsets
+        )
+        inside = jax.nn.logsumexp(self.log_weights + log_density - jnp.log(2 * rho * self.units))
+        return jnp.where(r < self.top, inside, -jnp.inf)
+
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        # At a distance rho from the center, in standard units, X has the coordinate c towards the
+        # component's mean, and around that axis no direction is preferred.
+        shares = jax.nn.softmax(log_shares, axis=1)
+        rho = jnp.sqrt((self.top - self.values) / self.units[:, None])
+        first, second = jax.vmap(lambda rho, delta: _coordinate(rho, delta, self.degrees))(
+            rho, self.offsets
+        )
+        mean = jnp.sum(shares * first, axis=1)
+        along = jnp.sum(shares * second, axis=1) - mean**2
+        across = jnp.sum(shares * (rho**2 - second), axis=1) / max(self.degrees - 1, 1)
+        s2 = prior.covs[:, 0, 0]
+        offset = prior.means - self.center[None]
+        apart = self.offsets > 0
+        axis = offset / jnp.where(apart, self.offsets * jnp.sqrt(s2), 1.0)[:, None]
+        axis = jnp.where(apart[:, None], axis, jnp.zeros_like(axis).at[:, 0].set(1))
+        outer = axis[:, :, None] * axis[:, None]
+        eye = jnp.eye(prior.dim, dtype=outer.dtype)[None]
+        covs = along[:, None, None] * outer + across[:, None, None] * (eye - outer)
+        return self.center[None] + (jnp.sqrt(s2) * mean)[:, None] * axis, s2[:, None, None] * covs
+
+    def _rho(self, r: Array) -> Array:
+        depth = jnp.where(r < self.top, self.top - r, jnp.finfo(self.top.dtype).tiny)
+        return jnp.sqrt(depth / self.units)
+
+
+class AtomReward(RewardLaw):
+    """Finitely many values, increasing: `values` `(1, m)`, with the mass of each in every
+    component, `log_masses` `(K, m)`.
+    """
+
+    values: Array
+    log_masses: Array
+    discrete: ClassVar[bool] = True
+
+    def log_cdf(self, r: Array) -> tuple[Array, Array]:
+        below = jnp.where(self.values <= r, self.log_masses, -jnp.inf)
+        above = jnp.where(self.values > r, self.log_masses, -jnp.inf)
+        return jax.nn.logsumexp(below), jax.nn.logsumexp(above)
+
+
+class GridReward(RewardLaw):
+    """The reward on a grid of cells, `(m, d)` centers: every cell is an atom, cells of equal reward
+    are one.
+    """
+
+    values: Array
+    log_masses: Array
+    centers: Array
+    discrete: ClassVar[bool] = True
+
+    def log_cdf(self, r: Array) -> tuple[Array, Array]:
+        total = jax.nn.logsumexp(self.log_masses, axis=0)
+        below = jax.nn.logsumexp(jnp.where(self.values[0] <= r, total, -jnp.inf))
+        return below, jax.nn.logsumexp(jnp.where(self.values[0] > r, total, -jnp.inf))
+
+    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+        shares = jax.nn.softmax(log_shares, axis=1)
+        means = shares @ self.centers
+        second = jnp.einsum("km,mi,mj->kij", shares, self.centers, self.centers)
+        return means, second - means[:, :, None] * means[:, None]
+
+
+def reward_law(
+    prior: GaussianMixture, reward: Callable, *, cells: int | None = None, nodes: int = 1441
+) -> RewardLaw:
+    """The law of `r(X)`, `X ~ prior`, in closed form where there is one, else on a grid of `cells`
+    a dimension; `nodes` a component.
+
+    Covariances that are being traced count as not isotropic (in one dimension they always are).
+
+    **Raises:** `ValueError` above two dimensions without closed form, and where a reward does not
+    vary over a component.
+    """
+    check_mixture(prior, "prior")
+    reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
+    cells = None if cells is None else _checks.count(cells, "cells")
+    d, dtype = prior.dim, prior.means.dtype
+    if isinstance(reward, rewards.StepReward):
+        return _step(prior, reward)
+    if tilts.is_quadratic(reward):
+        form = _pytree.cast(tilts.quadratic_form(reward, d), dtype)
+        if _is_linear(reward):
+            law = _normal_law(prior, form, nodes)
+            _check_spread(law.stds)
+            return law
+        if _isotropic_reward(reward, d) and _isotropic_prior(prior) and _concave(reward, d):
+            law = _chi_law(prior, form, nodes)
+            _check_spread(law.units)
+            return law
+    if d > 2:
+        raise ValueError(
+            f"the law of {type(reward).__name__} under this prior has no closed form, and "
+            "quadrature covers one or two dimensions, not "
+            f"{d}. Closed forms: Linear, Step, and Quadratic with a scalar weight > 0 where every "
+            "component is isotropic. Otherwise "
+            "estimate it: tiltjax.best_of_n on samples, tiltjax.metrics."
+        )
+    law = _grid_law(prior, reward, quadrature.tilt(prior, reward, 0.0, cells=cells))
+    if _checks.concrete(law.values) and not np.all(np.isfinite(law.values)):
+        raise ValueError("the reward is not finite everywhere on the grid: bound it (jnp.clip)")
+    return law
+
+
+@eqx.filter_jit
+def _normal_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> NormalReward:
+    spread = jnp.einsum("i,kij,j->k", form.gradient, prior.covs, form.gradient)
+    means = form.value + (prior.means - form.center[None]) @ form.gradient
+    return NormalReward(prior.log_weights, means, jnp.sqrt(spread), form.gradient, nodes)
+
+
+@eqx.filter_jit
+def _chi_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> ChiReward:
+    h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
+    center = form.center + form.gradient / (2 * h)
+    top = form.value + form.gradient @ form.gradient / (4 * h)
+    # The distance has no derivative at 0: there its square does not change, to first order, either.
+    square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
+    offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return ChiReward(prior.log_weights, top, center, h * s2, offsets, prior.dim, nodes)
+
+
+@eqx.filter_jit
+def _grid_law(
+    prior: GaussianMixture, reward: rewards.Reward, grid: quadrature.GridTilt
+) -> GridReward:
+    centers = jax.lax.stop_gradient(
+        grid.centers
+    )  # the integral does not depend on where its nodes are
+    log_masses = jax.vmap(prior.component_log_probs)(centers).T + jnp.sum(
+        jnp.log(jax.lax.stop_gradient(grid.cell))
+    )
+    values = rewards.values(reward, centers)
+    return GridReward(values[None], log_masses - jax.nn.logsumexp(log_masses), centers)
+
+
+def _step(prior: GaussianMixture, reward: rewards.StepReward) -> AtomReward:
+    spread = jnp.einsum("i,kij,j->k", reward.normal, prior.covs, reward.normal)
+    _check_spread(spread)
+    z = (prior.means @ reward.normal - reward.offset) / jnp.sqrt(spread)
+    sides = jnp.stack([-reward.height, jnp.zeros_like(reward.height)])
+    log_masses = prior.log_weights[:, None] + jnp.stack([log_ndtr(-z), log_ndtr(z)], axis=1)
+    if _checks.concrete(reward.height) and np.asarray(reward.height) <= 0:
+        raise ValueError(
+            f"selection by Step needs a height > 0, got {float(reward.height):g}: turn the normal "
+            "around"
+        )
+    return AtomReward(sides[None], log_masses)
+
+
+def _both(log_below: Array, log_above: Array) -> tuple[Array, Array]:
+    """Two complementary log-probabilities, the larger of them taken from the smaller: `n log F`
+    keeps its digits at F near 1.
+    """
+
+    def other(log_p: Array, small: Array) -> Array:
+        use = small < np.log(0.5)
+        return jnp.where(use, jnp.log1p(-jnp.exp(jnp.where(use, small, -1.0))), log_p)
+
+    return other(log_below, log_above), other(log_above, log_below)
+
+
+def _axis(rho: Array, delta: Array) -> tuple[Array, Array, Array]:
+    """Nodes c over `[-rho, rho]` where `phi(c - delta)` has mass, `rho^2 - c^2` without
+    cancellation, and weights times phi.
+    """
+    dtype = rho.dtype
+    low, high = jnp.clip(delta - _REACH, -rho, rho), jnp.clip(delta + _REACH, -rho, rho)
+    width = high - low
+    w, v = jnp.asarray(_W, dtype), jnp.asarray(_ONE_MINUS_W, dtype)
+    c = low + width * w
+    rest = ((rho - high) + width * v) * ((rho + low) + width * w)
+    weights = (
+        width * jnp.asarray(_WEIGHTS, dtype) * jnp.exp(-((c - delta) ** 2) / 2 - _HALF_LOG_2PI)
+    )
+    return c, rest, weights
+
+
+def _safe_log(x: Array) -> Array:
+    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def _chi_tails(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
+    """`(log P(chi <= rho), log P(chi > rho))` of the noncentral chi law."""
+    if degrees == 1:
+        # Phi(rho - delta) - Phi(-rho - delta), as an integral over [-rho, rho]: relative accuracy
+        # for the smallest rho.
+        _, _, weights = _axis(rho, delta)
+        return _safe_log(jnp.sum(weights)), jnp.logaddexp(
+            log_ndtr(delta - rho), log_ndtr(-delta - rho)
+        )
+    _, rest, weights = _axis(rho, delta)
+    half_rest = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny) / 2
+    if degrees <= 3:  # elementary, and much sooner compiled
+        root = jnp.sqrt(half_rest)
+        near, far = (
+            (erf(root), erfc(root))
+            if degrees == 2
+            else (-jnp.expm1(-half_rest), jnp.exp(-half_rest))
+        )
+    else:
+        half = jnp.asarray((degrees - 1) / 2, rho.dtype)
+        near, far = gammainc(half, half_rest), gammaincc(half, half_rest)
+    inside = jnp.sum(weights * near)
+    outside = jnp.sum(weights * far) + ndtr(delta - rho) + ndtr(-delta - rho)
+    return _safe_log(inside), _safe_log(outside)
+
+
+def _coordinate(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
+    """`E[c | rho]` and `E[c^2 | rho]` at an array of distances, c the coordinate along the offset
+    delta.
+    """
+    if degrees == 1:
+        return rho * jnp.tanh(delta * rho), rho**2
+
+    def one(q: Array) -> tuple[Array, Array]:
+        c, rest, weights = _axis(q, delta)
+        rest = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
+        weights = jax.nn.softmax(_safe_log(weights) + (degrees - 3) / 2 * jnp.log(rest) - rest / 2)
+        return weights @ c, weights @ c**2
+
+    return jax.vmap(one)(rho)
+
+
+def _log_chi_density(rho: Array, delta: Array, degrees: int) -> Array:
+    """The log-density of the noncentral chi law at an array of distances."""
+    if degrees == 1:
+        return jnp.logaddexp(-((rho - delta) ** 2) / 2, -((rho + delta) ** 2) / 2) - _HALF_LOG_2PI
+    half = (degrees - 1) / 2
+
+    def one(q: Array) -> Array:
+        _, rest, weights = _axis(q, delta)
+        rest = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
+        log_chi2 = (half - 1) * jnp.log(rest) - rest / 2 - gammaln(half) - half * np.log(2)
+        return jax.nn.logsumexp(_safe_log(weights) + log_chi2) + jnp.log(2 * q)
+
+    return jax.vmap(one)(rho) if rho.ndim else one(rho)
+
+
+def _is_linear(reward: rewards.Reward) -> bool:
+    match reward:
+        case rewards.Sum():
+            return all(_is_linear(term) for term in reward.terms)
+        case rewards.Scaled():
+            return _is_linear(reward.reward)
+    return isinstance(reward, rewards.LinearReward)
+
+
+def _isotropic_reward(reward: rewards.Reward, dim: int) -> bool:
+    if dim == 1:
+        return True
+    try:
+        reward.conjugate()
+    except ValueError:
+        return False
+    return True
+
+
+def _isotropic_prior(prior: GaussianMixture) -> bool:
+    if prior.dim == 1:
+        return True
+    if not _checks.concrete(prior.covs):
+        return False
+    covs = np.asarray(prior.covs, np.float64)
+    excess = np.abs(covs - covs[:, :1, :1] * np.eye(prior.dim)).max(axis=(1, 2))
+    return bool(np.all(excess <= 1e-6 * np.abs(covs).max(axis=(1, 2))))
+
+
+def _concave(reward: rewards.Reward, dim: int) -> bool:
+    # Weights are read where they can be, also inside of someone's jit; a weight that is traced is
+    # taken to be positive.
+    with jax.ensure_compile_time_eval():
+        matrix = tilts.quadratic_form(reward, dim).matrix
+    return not _checks.concrete(matrix) or bool(np.asarray(matrix)[0, 0] > 0)
+
+
+def _check_spread(spread: Array) -> None:
+    if _checks.concrete(spread) and not np.all(np.asarray(spread) > 0):
+        k = int(np.argmin(np.asarray(spread)))
+        raise ValueError(
+            f"the reward does not vary over component {k}: there is nothing to select by there. "
+            "Give the component a covariance along "
+            "the reward, or the reward a slope."
+        )

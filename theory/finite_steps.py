@@ -1,0 +1,271 @@
+r"""The law of a discretized guided sampler, exactly, at any number of steps.
+
+    x' = A x + c + B z,  z ~ N(0, I):      mean' = A mean + c,      cov' = A cov A^T + B B^T
+
+For one Gaussian, a quadratic reward and k = 1 draw, the guided denoiser is affine in the state and
+Gaussian in the draw, `D~ = A_t x + c_t + N_t z` (`AffineField`), and so is every step of Euler,
+Heun and the ancestral kernel. Mean and covariance of what a run returns follow a linear recursion
+(`discrete_law`): no simulation, no limit of small steps, and no condition on the matrices.
+
+The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884); the recursion holds for
+whatever is affine.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from theory.tilts import QuadraticForm, quadratic_form
+from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales, solvers
+from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.mixtures import GaussianMixture, check_mixture
+
+
+class AffineField(eqx.Module):
+    """A guided denoiser that is affine in x and Gaussian in its draw: `D~ = A_t x + c_t + N_t z`,
+    `z ~ N(0, I)`.
+
+    Built by `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field`, for one Gaussian and a
+    quadratic reward with any H.
+    """
+
+    prior: GaussianMixture
+    form: QuadraticForm
+    law: scales.Scale
+    interpolant: Interpolant
+    pull: Callable = eqx.field(static=True)
+
+    def at(self, t: Array) -> tuple[Array, Array, Array]:
+        """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
+        path, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        eye = jnp.eye(len(mean), dtype=mean.dtype)
+        gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
+        # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise,
+        # corrected for what the view shows.
+        draw = jnp.concatenate(
+            [(eye - alpha * gain) @ _linalg.square_root(cov), -sigma * gain], axis=1
+        )
+        offset = mean - alpha * gain @ mean
+        strength = self.law(jax.random.key(0), path.snr(t), t, mean)
+        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, offset, draw)
+        return gain + matrix, offset + move, noise
+
+
+def plug_in_field(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array | scales.Scale,
+    interpolant: Interpolant | None = None,
+) -> AffineField:
+    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`,
+    `X_1 ~ N(D, P)`.
+
+    **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that is
+    not one of time alone.
+    """
+    return _affine(prior, reward, scale, interpolant, _pull_at_draw)
+
+
+def dps_field(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array | scales.Scale,
+    interpolant: Interpolant | None = None,
+) -> AffineField:
+    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`. **Raises:** as `plug_in_field`."""
+    return _affine(prior, reward, scale, interpolant, _pull_at_mean)
+
+
+def doob_field(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array,
+    interpolant: Interpolant | None = None,
+) -> AffineField:
+    """The exact guidance, which is also Laplace's for concave rewards:
+    `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`. **Raises:** as `plug_in_field`.
+    """
+    return _affine(prior, reward, _checks.nonnegative(scale, "scale"), interpolant, _pull_exactly)
+
+
+def fmrg_field(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array,
+    interpolant: Interpolant | None = None,
+) -> AffineField:
+    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`.
+    **Raises:** as `plug_in_field`.
+    """
+    return _affine(prior, reward, scale, interpolant, _pull_at_end)
+
+
+def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
+    check_mixture(prior, "prior")
+    if len(prior.log_weights) != 1:
+        raise ValueError(
+            "a guided flow is affine for one Gaussian only, got a mixture of "
+            f"{len(prior.log_weights)}"
+        )
+    law = scales.as_scale(scale)
+    if not isinstance(law, scales.Constant | scales.Damped):
+        raise ValueError(
+            f"no recursion for the scale law {type(law).__name__}: Constant and Damped depend on "
+            "time alone"
+        )
+    interpolant = or_linear(interpolant)
+    form = quadratic_form(rewards.as_reward(reward), prior.dim)
+    return _pytree.cast(AffineField(prior, form, law, interpolant, pull), prior.means.dtype)
+
+
+def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array, Array]:
+    """`∇r(matrix x + offset)` as an affine function of x."""
+    return -2 * form.matrix @ matrix, form.gradient - 2 * form.matrix @ (offset - form.center)
+
+
+def _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw):
+    slope, constant = _gradient(form, gain, offset)
+    posterior = draw @ draw.T
+    return strength * posterior @ slope, strength * posterior @ constant, jnp.zeros_like(draw)
+
+
+def _pull_at_draw(path, t, form, strength, mean, cov, gain, offset, draw):
+    matrix, move, _ = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
+    return matrix, move, -2 * strength * (draw @ draw.T) @ form.matrix @ draw
+
+
+def _pull_exactly(path, t, form, strength, mean, cov, gain, offset, draw):
+    matrix, move, noise = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
+    damp = jnp.linalg.inv(
+        jnp.eye(len(mean), dtype=mean.dtype) + 2 * strength * draw @ draw.T @ form.matrix
+    )
+    return damp @ matrix, damp @ move, noise
+
+
+def _pull_at_end(path, t, form, strength, mean, cov, gain, offset, draw):
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    # S C^-1 first, by a solve; its root is then a function of one matrix alone, differentiable
+    # where eigenvalues coincide.
+    ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(mean), dtype=mean.dtype), cov)
+    flow = _linalg.spectral(_root, (ratio + ratio.T) / 2)
+    slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
+    # The drift is b + strength * flow^T ∇r: as a move of the denoiser, that is tweedie * 2 / g^2.
+    factor = strength * path.tweedie(t) * 2 / path.diffusion(t)
+    return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
+
+
+def _root(values: Array) -> Array:
+    """The square root, with derivative 0 where there is nothing."""
+    return jnp.where(values > 0, jnp.sqrt(jnp.where(values > 0, values, 1.0)), 0.0)
+
+
+def discrete_law(
+    field: AffineField, *, times: Array, solver: solvers.Solver | None = None
+) -> GaussianMixture:
+    """The exact Gaussian law of what `tiltjax.sample` returns on the grid `times`: mean and
+    covariance at any number of steps.
+
+    Every step is affine in the state plus independent Gaussian noise from the draws,
+    `x' = A x + c + B z`, so the two moments follow a linear recursion: no simulation, no limit.
+    Start: `N(0, sigma_0^2 I)` at `times[0]`.
+
+    **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`,
+    `Heun(share_draw)` or `Ancestral(eta)`.
+
+    **Raises:** `ValueError` for a solver without a recursion, and for times that do not increase
+    inside [0, 1].
+    """
+    _checks.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
+    solver = solvers.Heun() if solver is None else solver
+    _checks.instance(solver, solvers.Solver, "solver", "use Euler, Heun or Ancestral")
+    times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(field.prior.means.dtype)
+    # What is traced already is a part of its caller's program.
+    return (_compiled if _checks.concrete((field, times, solver)) else _recursion)(
+        field, times, solver
+    )
+
+
+def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:
+    path, d = field.interpolant, field.prior.dim
+    eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
+
+    def velocity(t: Array, matrix: Array, move: Array, noise: Array) -> tuple[Array, Array, Array]:
+        return (
+            path.velocity(t, eye, matrix),
+            path.velocity(t, zero, move),
+            path.velocity(t, jnp.zeros_like(noise), noise),
+        )
+
+    def euler(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        slope, move, noise = velocity(t, *here)
+        return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
+
+    def heun(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        dt = u - t
+        first, move, noise = velocity(t, *here)
+        second, move_u, noise_u = velocity(u, *there)
+        carried = noise + dt * second @ noise
+        together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
+        matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
+        return (
+            matrix,
+            dt / 2 * (move + move_u + dt * second @ move),
+            dt / 2 * jnp.concatenate(together, axis=1),
+        )
+
+    def ancestral(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+        matrix, move, noise = here
+        rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
+        variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
+        keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
+        gain = path.alpha(u) - keep * path.alpha(t)
+        return (
+            keep * eye + gain * matrix,
+            gain * move,
+            jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
+        )
+
+    match solver:
+        case solvers.Euler():
+            regular = euler
+        case solvers.Heun(share_draw=share_draw):
+            regular = heun
+        case solvers.Ancestral():
+            regular, eta = ancestral, solver.eta.astype(times.dtype)
+        case _:
+            raise ValueError(
+                f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one"
+            )
+
+    def moved(
+        moments: tuple[Array, Array], transition: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array]:
+        (mean, cov), (matrix, move, spread) = moments, transition
+        return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
+
+    def advance(moments: tuple[Array, Array], interval: tuple) -> tuple[tuple[Array, Array], None]:
+        t, u, here, there = interval
+        # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any
+        # more.
+        step = lambda: moved(moments, regular(t, u, here, there))
+        # At t = 1 a further step changes nothing: where times are traced, ones may make grids
+        # equally long.
+        jump = lambda: jax.tree.map(
+            lambda new, old: jnp.where(t < 1, new, old), moved(moments, here), moments
+        )
+        return jax.lax.cond(u < 1, step, jump), None
+
+    moments = zero, path.sigma(times[0]) ** 2 * eye
+    # Once for every time: an end of one step is the start of the next. Nothing reads what stands
+    # for t = 1.
+    known = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
+    here, there = jax.tree.map(lambda x: x[:-1], known), jax.tree.map(lambda x: x[1:], known)
+    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], here, there))
+    return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
+
+
+_compiled = eqx.filter_jit(_recursion)

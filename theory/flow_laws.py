@@ -1,0 +1,444 @@
+r"""What guided samplers really produce: laws of the guided flow, before it runs.
+
+For a Gaussian prior `N(mu, S)` and a quadratic reward with H, in the common eigen-directions of S
+and H (standard deviation s, curvature h, `a = scale h s^2`), measured from mu, with y the reward's
+maximizer, and for `alpha_0 = 0`:
+
+| method | mean | standard deviation |
+|---|---|---|
+| the tilt | `2a / (1 + 2a) y` | `s / sqrt(1 + 2a)` |
+| plug-in, k = 1, and DPS | `2 sqrt(a) F(sqrt(a)) y` (F: Dawson's integral) | `s exp(-a)` |
+| damped plug-in of the right width | the tilt | the tilt |
+| the diffusion, plug-in, k = 1 | `(1 - exp(-2a)) y` | `s sqrt((1 - exp(-4a)) / (4a))` |
+| FMRG | `(1 - exp(-q)) y`, `q = 2 a ∫ dt / (sigma_t^2 + alpha_t^2 s^2)` | `s exp(-q)` |
+
+Where S and H do not commute there is no closed form but a linear equation, solved in
+`theory.moments`; the functions here choose. These are the laws in the limit of small steps, where
+fresh draws average out; `discrete_law` is the law at any number of steps.
+
+**Derivation.** With `u = x / sqrt(Var X_t)` and the posterior variance v as clock, running from
+`s^2` down to 0, the mean guidance gives `du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))` for any
+interpolant. So the spread is `s exp(-h ∫ lambda dv)` and the mean
+`y h ∫ lambda(v) exp(-h ∫_0^v lambda) dv / sqrt(1 - v/s^2)`; a constant lambda gives Dawson's
+integral, and `lambda = scale / (1 + 2 scale v)` the tilt. Theorem and overshoot: Dandapanthula and
+Boffi (arXiv 2606.02884).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array
+
+from theory import _moments, quadrature
+from theory.distances import overlap
+from theory.many_draws import DrawsLaw, check_strength, draws_law
+from theory.tilts import QuadraticForm, common_axes, quadratic_form
+from tiltjax import _checks, _pytree, rewards, scales
+from tiltjax.interpolants import Interpolant, Linear, or_linear
+from tiltjax.mixtures import GaussianMixture, check_mixture
+
+_W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
+_NEAR = 0.05  # an overlap of components above which their laws are no longer told apart
+
+
+@overload
+def plug_in_law(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array | scales.Scale,
+    *,
+    k: Literal[1] = 1,
+) -> GaussianMixture:
+    """One draw: a Gaussian."""
+
+
+@overload
+def plug_in_law(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int
+) -> GaussianMixture | DrawsLaw:
+    """Any number of draws."""
+
+
+def plug_in_law(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array | scales.Scale,
+    *,
+    k: int = 1,
+) -> GaussianMixture | DrawsLaw:
+    """The law of the plug-in guided flow with k fresh posterior draws, on an interpolant with
+    `alpha_0 = 0`.
+
+    With k = 1 it is Gaussian, and comes back as a `GaussianMixture`. `scale` is then a number or
+    the law that the guidance was given: `Damped(scale, sigma)` with any sigma, right or wrong. For
+    one Gaussian and a quadratic reward this is also the law of DPS.
+
+    What a wrong sigma costs, for `tiltjax.problems.gaussian` (s^2 = 1/2, scale 3, maximizer at 2.5;
+    the tilt is mean 1.875, spread .354):
+
+    | sigma / s | mean | spread | W2 to the tilt |
+    |---|---|---|---|
+    | 0 (no damping) | 3.073 | .158 | 1.229 |
+    | 0.5 | 2.550 | .262 | .687 |
+    | 0.7 | 2.232 | .308 | .363 |
+    | 1 | 1.875 | .354 | 0 |
+    | 1.4 | 1.599 | .386 | .280 |
+    | 2 | 1.403 | .409 | .479 |
+
+    With k > 1 it is not Gaussian, and comes back as a `DrawsLaw`, which has the same `mean`, `cov`,
+    `sample` and `log_prob`, `quantile` and an `error`: for one Gaussian, isotropic if in more than
+    one dimension, a reward `-h |x - y|^2` (plus a linear one), and a constant scale,
+    `scale h s^2 <= 1e4`. The cost does not depend on k.
+
+    For a mixture (k = 1) this assumes the coupling of a **frozen component**: the draws of `X_1`
+    stay in one component as x moves. Then each component's law is exact and the prior's weights are
+    kept; so it is, too, in the limit of far modes at a fixed number of steps. Fresh draws through
+    the flow are also pushed between modes, by rare kicks that few steps miss and many steps meet:
+    on the line, `mean_drift_law` is what they tend to. Where components overlap, "the law of a
+    component" means nothing: `UserWarning` above an `overlap` of .05 (4.9 standard deviations
+    apart).
+
+    Where S and H commute the result is right to rounding, elsewhere to 1e-10 of the prior's spread
+    (`theory.moments`).
+
+    **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is
+    convex along a direction; `TypeError` for a k that is no whole number.
+    """
+    check_mixture(prior, "prior")
+    law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
+    if _checks.count(k, "k") > 1:
+        return draws_law(*_draws(prior, reward, law, k), k)
+
+    direction = Partial(_plug_in_direction, law)
+    return _law(
+        prior, reward, law.final, direction, lambda form: _moments.plug_in_moments(prior, form, law)
+    )
+
+
+def _plug_in_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
+    local, spent, total = _clock(law, s2)
+    response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
+    return response, s2 * jnp.exp(-2 * h * total), jnp.zeros_like(s2)
+
+
+def sde_law(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale
+) -> GaussianMixture:
+    """The law of plug-in guidance of the memoryless diffusion (`Ancestral(1)`), k = 1, in the limit
+    of small steps.
+
+    In the clock `tau = s^2 - v` the posterior mean m is `dm = -2 lambda h (m - y) dtau + dW_tau`,
+    so that a constant scale gives the mean `(1 - e^{-2a}) y` and the variance
+    `(1 - e^{-4a}) / (4 scale h)`: no overshoot, unlike the flow. The right damping is again the
+    tilt. **Arguments, mixtures and errors:** as `plug_in_law` with k = 1.
+    """
+    check_mixture(prior, "prior")
+    law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
+
+    direction = Partial(_sde_direction, law)
+    return _law(
+        prior, reward, law.final, direction, lambda form: _moments.sde_moments(prior, form, law)
+    )
+
+
+def _sde_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
+    _, spent, total = _clock(law, s2)
+    # dv = 2 s^2 w dw.
+    variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
+    return 2 * total * _relative(2 * h * total), variance, jnp.zeros_like(s2)
+
+
+def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
+    """On the nodes w, where `v = s^2 (1 - w^2)`: `lambda(v)` and `∫_0^v lambda`, and the latter at
+    `v = s^2`.
+    """
+    final = law.final
+    fraction = jnp.asarray(_ONE_MINUS_W * (1 + _W), s2.dtype)  # v / s^2 = 1 - w^2
+    v = s2 * fraction
+    if isinstance(law, scales.Constant):
+        return final * jnp.ones_like(v), final * v, final * s2
+    if not isinstance(law, scales.Damped):
+        raise ValueError(
+            f"no closed form for the scale law {type(law).__name__}: Constant and Damped have one"
+        )
+    # The damping's own variance is v / (1 + beta v) with beta = 1/sigma^2 - 1/s^2. With gamma =
+    # beta + 2 scale the law is scale (1 + beta v) / (1 + gamma v), whose integral needs (z - log(1
+    # + z)) / z^2 at z = gamma v.
+    width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
+    beta_v = (s2 / width - 1) * fraction
+    local = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
+    spent = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
+    total = final * (s2 - 2 * final * s2**2 * _log_remainder(s2 / width - 1 + 2 * final * s2))
+    return local, spent, total
+
+
+def fmrg_law(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array,
+    interpolant: Interpolant | None = None,
+) -> GaussianMixture:
+    """The law of flow-map reward guidance, `dx/dt = b + scale ∇ r(X_{t,1}(x))`, with the exact flow
+    map.
+
+    The exponent is `pi scale h s / c_0` for `Linear(c_0)`, by quadrature for any other interpolant.
+
+    A run starts from `N(0, sigma_0^2 I)`, as `tiltjax.sample` does. Where `alpha_0 > 0` (`VP`,
+    `DiscreteVP`) this is not the law of `X_0`, and its image under the flow map not the prior but
+    `N((1 - alpha_0 F) mu, sigma_0^2 F^2)`, `F = s / sqrt(alpha_0^2 s^2 + sigma_0^2)`: to the mean
+    is added `-alpha_0 F exp(-q) mu`, the variance is `sigma_0^2 F^2 exp(-2q)`. Even scale 0 does
+    not quite give the prior.
+
+    With `DiscreteVP` the law is that of the interpolant's own continuous clock, between levels and
+    from level 0 on to t = 1. A run visits the N levels and jumps from level 0: it is away from this
+    by O(1 / N), as any run with N steps.
+
+    For a mixture: as in `plug_in_law`. **Raises:** as `plug_in_law`.
+    """
+    check_mixture(prior, "prior")
+    interpolant = _pytree.cast(or_linear(interpolant), prior.means.dtype)
+    scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
+
+    direction = Partial(_fmrg_direction, interpolant, scale)
+    return _law(
+        prior,
+        reward,
+        scale,
+        direction,
+        lambda form: _moments.fmrg_moments(prior, form, scale, interpolant),
+    )
+
+
+def _fmrg_direction(
+    interpolant: Interpolant, scale: Array, s2: Array, h: Array
+) -> tuple[Array, Array, Array]:
+    if isinstance(interpolant, Linear):
+        clock = jnp.pi / 2 * jnp.sqrt(s2) / interpolant.base_scale
+    else:
+        times = jnp.asarray(_W, s2.dtype)
+        variance = (
+            jax.vmap(interpolant.sigma)(times) ** 2 + jax.vmap(interpolant.alpha)(times) ** 2 * s2
+        )
+        clock = s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) / variance)
+    exponent = 2 * scale * h * clock
+    alpha, sigma = interpolant.alpha(jnp.zeros_like(s2)), interpolant.sigma(jnp.zeros_like(s2))
+    image = s2 / (alpha**2 * s2 + sigma**2)
+    lost = alpha * jnp.sqrt(image) * jnp.exp(-exponent)
+    return 2 * scale * clock * _relative(exponent), sigma**2 * image * jnp.exp(-2 * exponent), lost
+
+
+def _law(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    final: Array,
+    direction: Callable[[Array, Array], tuple[Array, Array, Array]],
+    general: Callable[[QuadraticForm], GaussianMixture],
+) -> GaussianMixture:
+    """The closed form, by its action in each common eigen-direction, where S and H are known to
+    commute, and `general` elsewhere.
+
+    A traced matrix is known to commute with a multiple of the identity that is not traced, and in
+    one dimension; otherwise `general` is right whether it commutes or not, with all derivatives,
+    and costs milliseconds.
+    """
+    form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
+    _check_domain(prior, form, final)
+    _warn_of_overlap(prior)
+    return (
+        _per_direction(prior, form, direction)
+        if _commute(prior.covs, form.matrix)
+        else general(form)
+    )
+
+
+def _commute(covs: Array, matrix: Array) -> bool:
+    """Whether every covariance is known to commute with the matrix, for all values that what is
+    traced of them may take.
+    """
+    if len(matrix) == 1:
+        return True
+
+    def isotropic(matrices: Array) -> bool:
+        if not _checks.concrete(matrices):
+            return False
+        values = np.asarray(matrices)
+        return np.array_equal(values, values[..., :1, :1] * np.eye(values.shape[-1]))
+
+    if isotropic(covs) or isotropic(matrix):
+        return True
+    if not _checks.concrete((covs, matrix)):
+        return False
+    covs_, matrix_ = np.asarray(covs, np.float64), np.asarray(matrix, np.float64)
+    excess = np.abs(covs_ @ matrix_ - matrix_ @ covs_).max()
+    rounding = 100 * len(matrix_) * np.finfo(covs.dtype).eps
+    return bool(excess <= rounding * np.abs(covs_).max() * np.abs(matrix_).max())
+
+
+@eqx.filter_jit
+def _per_direction(
+    prior: GaussianMixture,
+    form: QuadraticForm,
+    direction: Callable[[Array, Array], tuple[Array, Array, Array]],
+) -> GaussianMixture:
+    """Assemble a law from its action in each common eigen-direction, for matrices that commute.
+
+    `direction(s^2, h)` gives the mean per unit of `h (y - mu) + g / 2`, the variance, and what the
+    mean loses per unit of mu.
+
+    First derivatives with respect to a matrix are right in every direction that goes on commuting
+    with the other one, also where eigenvalues coincide: eigenvectors are held constant, and what
+    their rotation adds are divided differences (Daleckii and Krein). That is every direction there
+    is: a matrix is only differentiated here where the other one is a multiple of the identity
+    (`_commute`).
+    """
+
+    def law(s2: Array, h: Array) -> tuple[Array, Array, Array]:
+        # A direction without spread stays where it is; the formulas would divide by it.
+        parts = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
+        return jax.tree.map(lambda part: jnp.where(s2 > 0, part, 0.0), parts)
+
+    def component(mean: Array, cov: Array) -> tuple[Array, Array]:
+        axes = common_axes(jax.lax.stop_gradient(cov), jax.lax.stop_gradient(form.matrix))
+        turned = axes.T @ cov @ axes, axes.T @ form.matrix @ axes
+        s2, h = jnp.maximum(jnp.diagonal(turned[0]), 0), jnp.diagonal(turned[1])
+        values = law(s2, h)
+        rates = jax.lax.stop_gradient(_divided_differences(law, s2, h))
+        response, spread, lost = (
+            jnp.diag(value)
+            + by_cov * _off_diagonal(turned[0])
+            + by_matrix * _off_diagonal(turned[1])
+            for value, by_cov, by_matrix in zip(values, *rates, strict=True)
+        )
+        pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
+        return mean + axes @ (response @ pull - lost @ (axes.T @ mean)), axes @ spread @ axes.T
+
+    means, covs = jax.vmap(component)(prior.means, prior.covs)
+    return prior.replace(prior.log_weights, means, covs)
+
+
+def _divided_differences(
+    law: Callable, s2: Array, h: Array
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """`(f_i - f_j) / (s_i^2 - s_j^2)` of both values of `law` where `h_i = h_j`, else 0; and the
+    same with s^2 and h exchanged.
+    """
+    values = law(s2, h)
+    _, by_cov = jax.jvp(lambda s2: law(s2, h), (s2,), (jnp.ones_like(s2),))
+    _, by_matrix = jax.jvp(lambda h: law(s2, h), (h,), (jnp.ones_like(h),))
+    tolerance = jnp.sqrt(jnp.finfo(s2.dtype).eps)
+
+    def close(x: Array) -> tuple[Array, Array]:
+        gap = x[:, None] - x[None]
+        return gap, jnp.abs(gap) <= tolerance * jnp.max(jnp.abs(x))
+
+    def ratios(x: Array, other: Array, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
+        (gap, same), equal = close(x), close(other)[1]
+        quotient = lambda f: (f[:, None] - f[None]) / jnp.where(same, 1.0, gap)
+        mean = lambda slope: (slope[:, None] + slope[None]) / 2
+        parts = zip(values, slopes, strict=True)
+        return tuple(
+            jnp.where(equal, jnp.where(same, mean(slope), quotient(f)), 0.0) for f, slope in parts
+        )
+
+    return ratios(s2, h, by_cov), ratios(h, s2, by_matrix)
+
+
+def _off_diagonal(matrix: Array) -> Array:
+    """Zero up to rounding, but not its derivatives."""
+    return (
+        matrix
+        - jax.lax.stop_gradient(matrix)
+        - jnp.diag(jnp.diagonal(matrix - jax.lax.stop_gradient(matrix)))
+    )
+
+
+def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
+    if not _checks.concrete((prior, form, final)):
+        return
+    covs, matrix = np.asarray(prior.covs, np.float64), np.asarray(form.matrix, np.float64)
+    lowest = np.linalg.eigvalsh(matrix).min()
+    if lowest < -1e-6 * np.abs(matrix).max():
+        raise ValueError(
+            f"this law needs a concave reward: H has the eigenvalue {lowest:g}. Use discrete_law "
+            "instead."
+        )
+    strength = np.abs(covs).max() * np.abs(matrix).max() * float(np.asarray(final))
+    if not strength < 1e6:
+        raise ValueError(
+            f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e6): the "
+            "law is a point there"
+        )
+
+
+def _warn_of_overlap(prior: GaussianMixture) -> None:
+    if not _checks.concrete(prior):
+        return
+    coefficient = overlap(prior)
+    if coefficient > _NEAR:
+        warnings.warn(
+            "this law treats each component alone and keeps the prior's weights, but components "
+            f"overlap by {coefficient:.3f} (theory.overlap; "
+            f"far apart is {_NEAR:g} or less): use theory.mean_drift_law on the line, else "
+            "simulate",
+            stacklevel=4,
+        )
+
+
+def _relative(x: Array) -> Array:
+    """`(1 - e^-x) / x`, which is 1 at 0."""
+    small = jnp.abs(x) < 1e-5
+    safe = jnp.where(small, 1.0, x)
+    return jnp.where(small, 1 - x / 2 + x**2 / 6, -jnp.expm1(-safe) / safe)
+
+
+def _log_remainder(z: Array) -> Array:
+    """`(z - log(1 + z)) / z^2`, which is 1/2 at 0."""
+    small = jnp.abs(z) < 1e-2
+    safe = jnp.where(small, 1.0, z)
+    series = sum((-z) ** n / (n + 2) for n in range(8))
+    return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
+
+
+def _draws(
+    prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int
+) -> tuple[Array, Array, Array, Array]:
+    """What `draws_law` asks for, `(center, variance, target, strength)`, where it has the law of k
+    > 1 draws.
+    """
+    if not isinstance(law, scales.Constant):
+        raise ValueError(
+            f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: "
+            "pass a number, or k=1, where any Damped "
+            f"has a law; else run it, tiltjax.sample with PlugIn(..., k={k})"
+        )
+    if len(prior.log_weights) != 1:
+        raise ValueError(
+            f"the law of k = {k} draws is known for one Gaussian, got a mixture of "
+            f"{len(prior.log_weights)}: ask for one component, "
+            "GaussianMixture([1.0], means[i][None], covs[i][None]), or for k=1, or run it, "
+            f"tiltjax.sample with PlugIn(..., k={k})"
+        )
+    form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
+    mean, cov = prior.means[0], prior.covs[0]
+    if _checks.concrete((cov, form.matrix)):
+        for name, matrix in (("covariance", cov), ("reward's matrix H", form.matrix)):
+            matrix = np.asarray(matrix, np.float64)
+            excess = np.abs(matrix - matrix[0, 0] * np.eye(prior.dim)).max()
+            if excess > 1e-6 * np.abs(matrix).max():
+                raise ValueError(
+                    f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}: "
+                    "draws compete by their length, "
+                    "which couples the directions. Ask for k=1, which takes any, or run it, "
+                    f"tiltjax.sample with PlugIn(..., k={k})"
+                )
+    variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim
+    strength = law.final * h * variance
+    target = form.center + form.gradient / (2 * jnp.where(h == 0, 1.0, h))
+    check_strength(variance, strength, k)
+    return mean, variance, target, strength

@@ -1,0 +1,507 @@
+r"""The law of plug-in guidance with any finite number k of draws, at a cost that does not grow with
+k.
+
+For one Gaussian of covariance `s^2 I` and the reward `-h |x - y|^2`, measured from the prior's mean
+in units of s, the mean guidance of `h^ = (1/k) sum_i exp(scale r(X_i))` is a flow. Its clock is
+`w = sqrt(1 - v/s^2)`, v the posterior variance, from 0 to 1 and the same for any interpolant with
+`alpha_0 = 0`; its state `z = x / sqrt(Var X_t)` starts from N(0, I) and ends at the sample:
+
+    dz/dw = -2 a phi (w z - y),    a = scale h s^2,
+
+because `w z` is the posterior mean m, and because the draws' expected weighted mean is
+`G - y = phi (m - y)` by symmetry. The shrinkage phi is 1 at k = 1 (where the end of the flow is
+Dawson's integral), `1 / (1 + 2 q)` at k = infinity (the tilt), `q = a (1 - w^2)` between.
+
+**The shrinkage.** Let `X_i` be the draws, `u_i = q |X_i - y|^2 / v`, `W_i = exp(-u_i)`. From
+`1/T = ∫ exp(-s T) ds`,
+
+    E[sum_i W_i (X_i - y) / sum_i W_i] = k ∫_0^∞ E[W (X - y) e^{-s W}] E[e^{-s W}]^{k-1} ds.
+
+With `|X - y|^2 / v` noncentral chi-square of d degrees (density `p_d` of its root) and Stein's
+identity, which turns `E[(X - y) f(|X - y|)]` into `(m - y) E f` under d + 2 degrees, and with
+`s = e^tau`,
+
+    phi = k ∫ f_{d+2}(tau) (1 - ∫_{-∞}^tau f_d)^{k-1} dtau,    f_n(tau) = E_n[kappa(tau - u)],    kappa(x) = exp(x - e^x):
+
+f_d is the density of u plus Gumbel noise, the draws' race that a softmax is. Both integrals are
+Gauss-Legendre on panels: of tau, graded from the left tail through the unit scale of kappa to the
+scale of u; of u only where kappa is not negligible. phi is a smooth function of q and
+`p = sqrt(q) |m - y| / sqrt(v)` alone (for each k and d) and is interpolated by Chebyshev
+polynomials in `log(1 + 2 q)`, `log(1 + p^2)`. By axial symmetry the state has two coordinates in
+any dimension: along y, and the radius of the rest.
+
+At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.bias`, whose
+reference is that of the flow.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jaxtyping import Array
+
+from tiltjax import _checks
+
+_REACH = 9.5  # standard deviations of a normal vector's length, on either side of its typical value
+# scale * h * s^2: beyond, the explicit solver of the flow would need more than a few thousand steps
+_STRONGEST = 1.001e4
+# Nodes of (the interpolant in q, in p, panels of tau, nodes of a panel, nodes of u), and of a
+# coarser rule for the error.
+_FINE, _COARSE = (36, 56, 30, 14, 52), (28, 42, 24, 12, 44)
+
+
+class DrawsLaw(eqx.Module):
+    """What plug-in guidance with k draws samples from one Gaussian, in the limit of small steps:
+    not a Gaussian for k > 1.
+
+    It is the push-forward of N(0, I) by `transport`; `mean`, `cov`, `sample`, `log_prob` as for a
+    mixture, and `quantile` on the line. Built by `plug_in_law`. Nothing about it is exact in closed
+    form: `error` says how far the quadrature can be trusted. Derivatives are those of the
+    interpolant of phi, which misses them by about 1e-6; first ones in either mode, second ones and
+    those of `log_prob` in reverse mode. At `y = mu` beyond one dimension those by y and mu are
+    right along the first axis alone.
+
+    **Fields:** `center` `(d,)`, `std` and `strength = scale h s^2`, scalars; `distance` of the
+    maximizer in units of s, along `axis` `(d,)`.
+    """
+
+    center: Array
+    std: Array
+    strength: Array
+    distance: Array
+    axis: Array
+    table: Array
+    k: int | Array
+
+    @property
+    def dim(self) -> int:
+        """The dimension d."""
+        return len(self.center)
+
+    @property
+    def target(self) -> Array:
+        """The reward's maximizer y, `(d,)`."""
+        return self.center + self.std * self.distance * self.axis
+
+    def mean(self) -> Array:
+        """`E[X]`, shape `(d,)`."""
+        return self.mean_and_cov()[0]
+
+    def cov(self) -> Array:
+        """`Cov(X)`, shape `(d, d)`: one variance along `y - mu`, another across."""
+        return self.mean_and_cov()[1]
+
+    def mean_and_cov(self) -> tuple[Array, Array]:
+        """Both, `(d,)` and `(d, d)`, for the price of one."""
+        mean, along, across = self._moments(self.table)
+        outer = jnp.outer(self.axis, self.axis)
+        cov = along * outer + across * (jnp.eye(self.dim, dtype=outer.dtype) - outer)
+        return self.center + self.std * mean * self.axis, self.std**2 * cov
+
+    def error(self) -> tuple[Array, Array]:
+        """Estimates of the errors of `mean` (any coordinate) and of `cov` (any entry): what changes
+        from a rule of 3/4 of the nodes.
+        """
+        count = jnp.asarray(self.k, self.strength.dtype)
+        coarse = self._moments(_table(count, self.dim, self.strength, self.distance, _COARSE))
+        fine = self._moments(self.table)
+        change = [jnp.abs(one - other) for one, other in zip(fine, coarse, strict=True)]
+        return self.std * change[0], self.std**2 * jnp.maximum(change[1], change[2])
+
+    def transport(self, z: Array) -> Array:
+        """The guided flow itself, from a point of N(0, I) to a point of this law, both of shape
+        `(d,)`.
+        """
+        along = self.axis @ z
+        rest = z - along * self.axis
+        end, factor = self._flow(self.table, along[None], jnp.sum(rest**2)[None])
+        return self.center + self.std * (end[0] * self.axis + factor[0] * rest)
+
+    def sample(self, key: Array, num: int) -> Array:
+        """`num` independent draws, `(num, d)`."""
+        start = jax.random.normal(
+            _checks.key(key), (_checks.count(num, "num"), self.dim), self.std.dtype
+        )
+        return self.center[None] + self.std * self._carried(start)
+
+    def quantile(self, level: Array) -> Array:
+        """The point below which the law has mass `level`, on the line: where the flow carries the
+        normal's own quantile.
+
+        **Raises:** `ValueError` beyond one dimension.
+        """
+        if self.dim != 1:
+            raise ValueError(
+                f"quantiles are those of a law on the line, got dimension {self.dim}: use sample, "
+                "or cov"
+            )
+        return self.transport(jax.scipy.special.ndtri(jnp.asarray(level, self.std.dtype))[None])[0]
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density at one point: the flow traced back, and the integral of its divergence
+        `-2 a w (d phi + p dphi/dp)`.
+
+        For `scale h s^2` of thousands the law is a point to double precision, and its density not a
+        number that can be had this way.
+        """
+        state = (x - self.center) / self.std
+        along = self.axis @ state
+        square = jnp.sum((state - along * self.axis) ** 2)
+
+        def drift(
+            w: Array, y: tuple[Array, Array, Array], args: None
+        ) -> tuple[Array, Array, Array]:
+            offset = w * y[0] - self.distance
+            p2 = self.strength * (offset**2 + (w * y[1]) ** 2 * square)
+            phi, slope = jax.jvp(
+                lambda p2: _interpolate(_row(self.table, self.strength, w), self._log_reach(), p2),
+                (p2,),
+                (p2,),
+            )
+            rate = -2 * self.strength
+            return (
+                rate * phi * offset,
+                rate * phi * w * y[1],
+                rate * w * (self.dim * phi + 2 * slope),
+            )
+
+        begin = along, jnp.ones_like(along), jnp.zeros_like(along)
+        start, factor, volume = _solve(drift, begin, 1.0, 0.0)
+        normal = -(start**2 + factor**2 * square + self.dim * jnp.log(2 * jnp.pi)) / 2
+        # Run backwards, `volume` is minus the log-determinant of the flow.
+        return normal + volume - self.dim * jnp.log(self.std)
+
+    def _carried(self, start: Array) -> Array:
+        along = start @ self.axis
+        rest = start - along[:, None] * self.axis[None]
+        end, factor = self._flow(self.table, along, jnp.sum(rest**2, axis=1))
+        return end[:, None] * self.axis[None] + factor[:, None] * rest
+
+    def _moments(self, table: Array) -> tuple[Array, Array, Array]:
+        """Mean along the axis, and variances along and across, of `(x - mu) / s`."""
+        line = np.linspace(-8.5, 8.5, 57)
+        weight = np.exp(-(line**2) / 2)
+        if self.dim == 1:
+            radius, share = np.zeros(1), np.ones(1)
+        else:
+            middle = np.sqrt(self.dim - 1)
+            low = max(0.0, middle - 8.5)
+            node, share = np.polynomial.legendre.leggauss(32)
+            radius = low + (node + 1) / 2 * (middle + 8.5 - low)
+            log_share = (self.dim - 2) * np.log(radius) - radius**2 / 2
+            share = share * np.exp(log_share - log_share.max())
+        weight, share = weight / weight.sum(), share / share.sum()
+        grid = [
+            jnp.asarray(part.reshape(-1), self.std.dtype)
+            for part in np.meshgrid(line, radius**2, indexing="ij")
+        ]
+        mass = jnp.asarray(np.outer(weight, share).reshape(-1), self.std.dtype)
+        end, factor = self._flow(table, *grid)
+        mean = mass @ end
+        return mean, mass @ (end - mean) ** 2, mass @ (factor**2 * grid[1]) / max(self.dim - 1, 1)
+
+    def _flow(self, table: Array, along: Array, square: Array) -> tuple[Array, Array]:
+        """Ends of the flow from points with coordinate `along` and squared radius `square`: the
+        coordinate, and the radius' factor.
+        """
+        return _flow(table, self._log_reach(), along, self.strength, self.distance, square)
+
+    def _log_reach(self) -> Array:
+        return _log_reach(self.dim, self.strength, self.distance)
+
+
+def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
+    """Refuse, with a `ValueError`, what `draws_law` has no law for."""
+    if _checks.concrete((strength, variance)):
+        a, s2 = float(np.asarray(strength)), float(np.asarray(variance))
+        if not a <= _STRONGEST:
+            raise ValueError(
+                f"the law of k = {k} draws is computed for scale * h * s^2 up to 1e4, got {a:.3g}: "
+                "lower the scale"
+            )
+        if not (a > 0 and s2 > 0):
+            raise ValueError(
+                f"the law of k = {k} draws needs a positive scale, curvature h and variance, got "
+                f"scale * h * s^2 = {a:g}: a linear "
+                "reward has none, and its plug-in is exact only at k = 1"
+            )
+
+
+def draws_law(
+    center: Array, variance: Array, target: Array, strength: Array, k: int | Array
+) -> DrawsLaw:
+    """The law for a prior `N(center, variance I)`, a reward of maximizer `target` and
+    `strength = scale h s^2`, k draws a step.
+
+    What has no law `check_strength` refuses, before.
+    """
+    d, std = len(center), jnp.sqrt(variance)
+    offset = (target - center) / std
+    square = offset @ offset
+    apart = square > 0
+    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), offset[0])
+    first = jnp.zeros(d, center.dtype).at[0].set(1)
+    axis = jnp.where(apart, offset / jnp.where(apart, distance, 1.0), first)
+    table = _table(jnp.asarray(k, strength.dtype), d, strength, distance, _FINE)
+    return DrawsLaw(center, std, strength, distance, axis, table, k)
+
+
+@jax.jit
+def draws_moments(
+    center: Array, variance: Array, target: Array, strength: Array, k: Array
+) -> tuple[Array, Array]:
+    """Mean `(d,)` and covariance `(d, d)` of `draws_law`: one program for any k."""
+    return draws_law(center, variance, target, strength, k).mean_and_cov()
+
+
+@jax.custom_jvp
+@jax.jit
+def _flow(
+    table: Array, log_reach: Array, along: Array, strength: Array, distance: Array, square: Array
+) -> tuple[Array, Array]:
+    drift = lambda w, y, args: _velocity(table, log_reach, w, y, (strength, distance, square))
+    return _solve(drift, (along, jnp.ones_like(along)), 0.0, 1.0)
+
+
+@_flow.defjvp
+@jax.jit
+def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    # Four numbers in, two out, for each point: their slopes travel with them, so that no step is
+    # kept or traced back. By the logarithm of the strength: the slope by itself falls with its
+    # square, below what the solver resolves.
+    table, log_reach, along, *place = primals
+    strength, distance, square = place
+    which = jnp.eye(4, dtype=along.dtype)
+    units = strength, jnp.ones_like(distance), jnp.ones_like(square)
+    pushes = [jnp.multiply.outer(each, unit) for each, unit in zip(which[1:], units, strict=True)]
+
+    def drift(w: Array, y: tuple, args: None) -> tuple:
+        state, slopes = y
+        velocity, push = jax.linearize(
+            lambda *at: _velocity(table, log_reach, w, *at), state, place
+        )
+        return velocity, jax.vmap(push)(slopes, pushes)
+
+    one, first = jnp.ones_like(along), jnp.multiply.outer(which[0], jnp.ones_like(along))
+    end, slopes = _solve(drift, ((along, one), (first, jnp.zeros_like(first))), 0.0, 1.0)
+    moves = tangents[2], tangents[3] / strength, *tangents[4:]
+    return end, jax.tree.map(
+        lambda slope: sum(each * move for each, move in zip(slope, moves, strict=True)), slopes
+    )
+
+
+def _velocity(
+    table: Array, log_reach: Array, w: Array, state: tuple[Array, Array], place: Sequence[Array]
+) -> tuple[Array, Array]:
+    (along, factor), (strength, distance, square) = state, place
+    offset = w * along - distance
+    p2 = strength * (offset**2 + (w * factor) ** 2 * square)
+    rate = -2 * strength * _interpolate(_row(table, strength, w), log_reach, p2)
+    return rate * offset, rate * w * factor
+
+
+def _row(table: Array, strength: Array, w: Array) -> Array:
+    """The coefficients in p at the clock's w."""
+    place = jnp.log1p(2 * strength * (1 - w**2)) / jnp.log1p(2 * jax.lax.stop_gradient(strength))
+    return _chebyshev(len(table), 2 * place - 1) @ jax.lax.stop_gradient(table)
+
+
+def _solve(drift: Any, start: Any, begin: float, end: float) -> Any:
+    like = jax.tree.leaves(start)[0].dtype
+    tolerance = 1e-9 if like == jnp.float64 else 1e-5
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(drift), diffrax.Tsit5(), begin, end, None, start, max_steps=1 << 15,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance / 10),
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+
+
+def _chebyshev(count: int, x: Array) -> Array:
+    """`T_0, ..., T_{count - 1}` at x, along a last axis."""
+    rows = [jnp.ones_like(x), x]
+    while len(rows) < count:
+        rows.append(2 * x * rows[-1] - rows[-2])
+    return jnp.stack(rows, axis=-1)
+
+
+def _log_reach(d: int, strength: Array, distance: Array) -> Array:
+    """The end of the interpolant's coordinate `log(1 + p^2)`: no trajectory from inside the
+    normal's bulk goes further.
+    """
+    strength, distance = jax.lax.stop_gradient((strength, distance))
+    return jnp.log1p(strength * (distance + np.sqrt(d) + _REACH) ** 2)
+
+
+def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
+    """phi at p^2, from Chebyshev coefficients; constant beyond their range, where the normal has no
+    mass.
+    """
+    place = jnp.clip(2 * jnp.log1p(p2) / log_reach - 1, -1, 1)
+    return jnp.exp(_chebyshev(len(row), place) @ row)
+
+
+@functools.partial(jax.jit, static_argnames=("d", "nodes"))
+def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int, ...]) -> Array:
+    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, held fixed under
+    differentiation.
+
+    phi is a function of q and p alone: its interpolant differentiates in both, and how far that
+    reaches does not matter.
+    """
+    k, strength, distance = jax.lax.stop_gradient((k, strength, distance))
+    angles = [(np.arange(n) + 0.5) * np.pi / n for n in nodes[:2]]
+    # Coefficients from values at the Chebyshev points, along each axis.
+    analyse = [2 / len(a) * np.cos(np.outer(np.arange(len(a)), a)) for a in angles]
+    for matrix in analyse:
+        matrix[0] /= 2
+    dtype = strength.dtype
+    unit = [jnp.asarray((1 + np.cos(a)) / 2, dtype) for a in angles]
+    q = jnp.expm1(unit[0] * jnp.log1p(2 * strength)) / 2
+    p2 = jnp.expm1(unit[1] * _log_reach(d, strength, distance))
+    values = jax.lax.map(lambda q: jax.vmap(lambda p2: shrinkage(q, p2, k, d, nodes))(p2), q)
+    return jnp.asarray(analyse[0], dtype) @ jnp.log(values) @ jnp.asarray(analyse[1], dtype).T
+
+
+@functools.partial(jax.jit, static_argnames=("d", "nodes"))
+def shrinkage(q: Array, p2: Array, k: int | Array, d: int, nodes: tuple[int, ...] = _FINE) -> Array:
+    """phi, by how much the weighted mean of k draws from `N(m, v I)` keeps of `m - y`: 1 for k = 1,
+    `1 / (1 + 2 q)` for k = infinity.
+
+    **Arguments:** `q = scale h v > 0` and `p2 = scale h |m - y|^2`, scalars; `k`, `d`. In the
+    weighted mean the draws' weights are `exp(-q |X - y|^2 / v)`.
+    """
+    return _integrate(d, nodes, q, p2, jnp.asarray(k, q.dtype))
+
+
+def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) -> Array:
+    dtype = q.dtype
+    _, _, panels, per_panel, inner = nodes
+    node, weight = (jnp.asarray(part, dtype) for part in np.polynomial.legendre.leggauss(inner))
+    root = jnp.sqrt(q)
+    delta2 = p2 / q
+    # The length of a normal vector stays this close to its typical value: e = sqrt(u) = sqrt(q) |X
+    # - y| / sqrt(v).
+    typical = jnp.sqrt(delta2 + d - 1)
+    low, high = root * jnp.maximum(typical - _REACH, 1e-12), root * (typical + _REACH)
+    span = (high - low) * (high + low)
+    left = 37 + jnp.log(k)
+    lower = 2 * panels // 5
+    edges = jnp.concatenate([
+        -left * jnp.asarray(np.linspace(1, 0, lower + 1)[:-1], dtype),
+        jnp.expm1(jnp.linspace(0, 1, panels - lower + 1, dtype=dtype) * jnp.log1p(span + 4)),
+    ])  # fmt: skip
+    position, share, cumulate = (jnp.asarray(part, dtype) for part in _panel(per_panel))
+    half = (edges[1:] - edges[:-1]) / 2
+    tau = edges[:-1, None] + half[:, None] * (
+        1 + position[None]
+    )  # measured from u's lower end, which no softmax notices
+
+    def densities(tau: Array) -> tuple[Array, Array]:
+        # kappa(tau - u) is below e^-25 of its peak outside of this interval.
+        a, b = (jnp.sqrt(low**2 + jnp.clip(tau + shift, 0, span)) for shift in (-3.7, 25.0))
+        e = a + (b - a) * (1 + node) / 2
+        race = tau - (e - low) * (e + low)
+        r, delta = e / root, jnp.sqrt(p2) / root
+        z = r * delta
+        kernel = (
+            (b - a)
+            / 2
+            * weight
+            * jnp.exp(race - jnp.exp(race) - (r - delta) ** 2 / 2 + (d - 1) * jnp.log(r))
+            / root
+        )
+        return jnp.sum(kernel * jnp.exp(_log_bessel(d, z))), jnp.sum(
+            kernel * r**2 * jnp.exp(_log_bessel(d + 2, z))
+        )
+
+    f, f_next = jax.vmap(jax.vmap(densities))(tau)
+    mass = half * (f @ share)
+    lost = jnp.cumsum(mass)[:, None] - mass[:, None] + half[:, None] * (f @ cumulate.T)
+    survivors = jnp.exp((k - 1) * jnp.log1p(-jnp.clip(lost, 0, 1 - jnp.finfo(dtype).eps)))
+    return k * jnp.sum(half * ((f_next * survivors) @ share))
+
+
+@functools.cache
+def _panel(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on [-1, 1], and the matrix that integrates from -1 to each
+    node.
+    """
+    node, weight = np.polynomial.legendre.leggauss(count)
+    vander = np.polynomial.legendre.legvander(node, count - 1)
+    integrals = [
+        np.polynomial.legendre.legval(node, np.polynomial.legendre.legint(row, lbnd=-1))
+        for row in np.eye(count)
+    ]
+    return node, weight, np.stack(integrals, axis=1) @ np.linalg.inv(vander)
+
+
+def _log_bessel(d: int, z: Array) -> Array:
+    """`log(e^-z z^-nu I_nu(z))`, `nu = d/2 - 1`: the density of a noncentral chi is r^{d-1} exp(-(r
+    - delta)^2 / 2) times this at r delta.
+    """
+    if d == 1:
+        return jnp.log1p(jnp.exp(-2 * z)) - np.log(2 * np.pi) / 2
+    if d == 3:
+        small = z < 1e-5
+        safe = jnp.where(small, 1.0, z)
+        return (
+            jnp.where(small, -z, jnp.log(-jnp.expm1(-2 * safe) / (2 * safe)))
+            + np.log(2 / np.pi) / 2
+        )
+    row, top = _bessel_table(d)
+    scaled = jnp.log1p(z / (d / 2))
+    # Clenshaw's recurrence, entry by entry: it fuses, where a matrix of polynomials would go
+    # through memory.
+    x, last, before = jnp.clip(2 * scaled / top - 1, -1, 1), jnp.zeros_like(z), jnp.zeros_like(z)
+    for coefficient in row[:0:-1]:
+        last, before = 2 * x * last - before + float(coefficient), last
+    near = float(row[0]) + x * last - before - (d - 1) / 2 * scaled
+    # Hankel's expansion beyond the table.
+    large = jnp.maximum(z, d / 2 * np.expm1(top))
+    odd = [((d - 2) ** 2 - n**2) / (8 * large) for n in (1, 3, 5, 7)]
+    series = 1 - odd[0] * (1 - odd[1] / 2 * (1 - odd[2] / 3 * (1 - odd[3] / 4)))
+    far = jnp.log(series) - (d - 1) / 2 * jnp.log(large) - np.log(2 * np.pi) / 2
+    return jnp.where(scaled < top, near, far)
+
+
+@functools.cache
+def _bessel_table(d: int) -> tuple[np.ndarray, float]:
+    """Chebyshev coefficients of `log(e^-z z^-nu I_nu(z)) + (nu + 1/2) log(1 + 2 z / d)` in that
+    last logarithm, up to z = 5000 d.
+
+    From `I_nu(z) = (z/2)^nu / (sqrt(pi) Gamma(nu + 1/2)) ∫_{-1}^1 (1 - c^2)^{nu - 1/2} e^{z c} dc`,
+    trapezoidal in the logit of `(1 - c) / 2`.
+    """
+    nu, top, count = d / 2 - 1, float(np.log1p(1e4)), 44
+    angle = (np.arange(count) + 0.5) * np.pi / count
+    scaled = top * (1 + np.cos(angle)) / 2
+    z = np.expm1(scaled) * d / 2
+    logit = np.linspace(-90, 90, 3601)
+    log_far, log_near = (
+        -np.logaddexp(0, -logit),
+        -np.logaddexp(0, logit),
+    )  # of (1 - c)/2 and (1 + c)/2
+    exponent = (nu + 0.5) * (np.log(4) + log_far + log_near)[None] - 2 * z[:, None] * np.exp(
+        log_far
+    )[None]
+    peak = exponent.max(axis=1)
+    # dc = 2 (1-c)/2 (1+c)/2 dlogit, one factor (1 - c^2) / 2 of the exponent above.
+    log_integral = peak + np.log(
+        np.exp(exponent - peak[:, None]).sum(axis=1) * (logit[1] - logit[0]) / 2
+    )
+    values = (
+        log_integral
+        - nu * np.log(2)
+        - np.log(np.pi) / 2
+        - scipy.special.gammaln(nu + 0.5)
+        + (nu + 0.5) * scaled
+    )
+    matrix = 2 / count * np.cos(np.outer(np.arange(count), angle))
+    matrix[0] /= 2
+    return matrix @ values, top

@@ -1,0 +1,383 @@
+r"""Laws on whole paths: how far a guided chain is from the tilted one, and what its importance
+weights are worth.
+
+A base chain P takes the steps of `tiltjax.Ancestral(eta)`, `N(m_j(x), s_j^2 I)`, the guided chain Q
+the same steps from the guided denoiser, `N(m_j(x) + delta_j, s_j^2 I)`. A path of Q has the weight
+
+    log w = scale r(x_N) + sum_j [ -<delta_j, xi_j> / s_j - |delta_j|^2 / (2 s_j^2) ],      x_{j+1} = m_j + delta_j + s_j xi_j
+
+and with P* the chain P tilted by its end, `Z_N = E_P[exp(scale r(x_N))]`,
+
+    E_Q[w] = Z_N,      KL(Q | P*) = log Z_N - E_Q[log w],      effective sample size / n -> Z_N^2 / E_Q[w^2].
+
+The divergence bounds that of the ends, `KL(Q_1 | tilt)`, from above: Q may end in the tilt and
+still have a positive one. The step to t = 1 has no variance, so it is not guided (otherwise no path
+of Q were one of P): that is where these chains differ from `tiltjax.sample`, whose last jump is.
+`Z_N` is that of the chain, O(1 / N) from the continuous one.
+
+**The recursions**, for one Gaussian and a quadratic reward, where `delta = E x + e + N z`, z being
+the guidance's own draw. Moments of Q go forward. The second moment goes backward: with
+`V_N = exp(2 scale r)` and all Gaussians collected,
+
+    V_j(x) = E_z[ exp(|delta|^2 / s^2) E_xi[ V_{j+1}(m(x) - delta + s xi) ] ],      E_Q[w^2] = E[V_0(x_0)],
+
+is the exponential of a quadratic function at every j, as long as it is finite: it ceases to be once
+`I + s^2 K`, K the curvature of `-log V`, or its like for z, is not positive definite.
+
+**Small steps** (`path_limit`): the mean control of the memoryless diffusion, in the
+eigen-directions of `theory.bias`, with the clock `tau = s^2 - Var(X_1 | X_t)` and m the denoiser,
+`dm = -2 scale h (m - y) dtau + dW`. So `log w = -scale h y^2 - a + 2 (scale h)^2 ∫ (m - y)^2 dtau`,
+the Laplace transform of a Gaussian process squared (Cameron and Martin), which is infinite for
+`a >= 3 pi / 8`.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from theory import finite_steps, flow_laws, tilts
+from theory.finite_steps import AffineField
+from theory.tilts import QuadraticForm
+from tiltjax import _checks, _pytree, grids, rewards, scales, solvers
+from tiltjax.mixtures import GaussianMixture, check_mixture
+
+
+class PathLaw(eqx.Module):
+    """What is known of the weights of a guided chain; scalars, built by `path_law` and
+    `path_limit`.
+
+    - `log_norm`: `log Z_N`, the chain's own.
+    - `evidence_bound`: `E_Q[log w]`; `-inf`, and `kl` `inf`, where the chain explodes beyond the
+      range of floating-point numbers.
+    - `kl`: `KL(Q | P*) = log_norm - evidence_bound`.
+    - `log_second_moment`: `log E_Q[w^2]`, `inf` where the weights have no variance.
+    - `ess`: `Z_N^2 / E_Q[w^2]`, the effective share of n independent paths as n grows; 0 where they
+      have none.
+    - `floor`: the least `kl` of any guidance from the same start, `log Z_N - E[log h_0(X_0)]`: 0
+      for a memoryless chain.
+    """
+
+    log_norm: Array
+    evidence_bound: Array
+    kl: Array
+    log_second_moment: Array
+    ess: Array
+    floor: Array
+
+
+class _Exponential(eqx.Module):
+    """`exp(constant + <linear, x> - x^T curvature x / 2)`; `finite` says whether all integrals so
+    far were.
+    """
+
+    constant: Array
+    linear: Array
+    curvature: Array
+    finite: Array
+
+    def smoothed(self, variance: Array) -> "_Exponential":
+        """`E[V(y + sqrt(variance) xi)]` as a function of y."""
+        eye = jnp.eye(len(self.linear), dtype=self.linear.dtype)
+        matrix, finite = _positive(eye + variance * self.curvature, self.finite)
+        inverse = jnp.linalg.inv(matrix)
+        constant = (
+            self.constant
+            - jnp.linalg.slogdet(matrix)[1] / 2
+            + variance * self.linear @ inverse @ self.linear / 2
+        )
+        curvature = self.curvature @ inverse
+        return _Exponential(constant, inverse @ self.linear, (curvature + curvature.T) / 2, finite)
+
+    def pulled(self, matrix: Array, offset: Array) -> "_Exponential":
+        """`V(matrix x + offset)` as a function of x."""
+        constant = self.constant + self.linear @ offset - offset @ self.curvature @ offset / 2
+        linear = matrix.T @ (self.linear - self.curvature @ offset)
+        return _Exponential(constant, linear, matrix.T @ self.curvature @ matrix, self.finite)
+
+    def marginal(self, keep: int) -> "_Exponential":
+        """The expectation over all but the first `keep` variables, which are standard normal."""
+        inner = self.curvature[keep:, keep:]
+        matrix, finite = _positive(jnp.eye(len(inner), dtype=inner.dtype) + inner, self.finite)
+        inverse = jnp.linalg.inv(matrix)
+        cross, linear = self.curvature[:keep, keep:], self.linear[keep:]
+        constant = self.constant - jnp.linalg.slogdet(matrix)[1] / 2 + linear @ inverse @ linear / 2
+        curvature = self.curvature[:keep, :keep] - cross @ inverse @ cross.T
+        return _Exponential(
+            constant, self.linear[:keep] - cross @ inverse @ linear, curvature, finite
+        )
+
+
+def _positive(matrix: Array, finite: Array) -> tuple[Array, Array]:
+    """`matrix` if it is positive definite and all before it were, else the identity in its place,
+    for there is no number to return.
+    """
+    finite &= jnp.linalg.eigvalsh(jax.lax.stop_gradient(matrix))[0] > 0
+    return jnp.where(finite, matrix, jnp.eye(len(matrix), dtype=matrix.dtype)), finite
+
+
+def path_law(
+    field: AffineField, *, times: Array, solver: solvers.Ancestral | None = None
+) -> PathLaw:
+    """The guided chain of `Ancestral(eta)` on the grid `times`, at any number of steps: no
+    simulation, no limit.
+
+    Both chains start from `N(0, sigma_0^2 I)` at `times[0]`. A draw of `plug_in_field` is fresh at
+    every step, and known to the weight. The field's `law.final` is the scale of the target.
+
+    **Arguments:** `field`, of `plug_in_field`, `dps_field`, `doob_field` or `fmrg_field`; `times`,
+    increasing; `solver`, eta > 0.
+
+    **Raises:** `ValueError` for a solver without noise (nothing can be weighed), and where the tilt
+    has no finite mass.
+    """
+    _checks.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
+    solver = solvers.Ancestral() if solver is None else solver
+    if not isinstance(solver, solvers.Ancestral):
+        raise ValueError(
+            "only the noise of a step can be weighed: solver must be Ancestral, got "
+            f"{type(solver).__name__}"
+        )
+    if _checks.concrete(solver.eta) and np.asarray(solver.eta) == 0:
+        raise ValueError(
+            "at eta = 0 the chain has no noise and there is nothing to weigh: use Ancestral(eta) "
+            "with eta > 0"
+        )
+    dtype = field.prior.means.dtype
+    times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(dtype)
+    law, end = _path_law(field, times, solver.eta.astype(dtype))
+    tilts._check_mass(end, field.form, field.law.final)
+    return law
+
+
+@eqx.filter_jit
+def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
+    """`path_law`, and the law of the base chain's end."""
+    dtype, d, path = field.prior.means.dtype, field.prior.dim, field.interpolant
+    form, scale = field.form, field.law.final
+    unguided = AffineField(
+        field.prior, form, scales.Constant(jnp.zeros((), dtype)), path, finite_steps._pull_at_mean
+    )
+    eye = jnp.eye(d, dtype=dtype)
+
+    def step(t: Array, u: Array) -> tuple[Array, ...]:
+        """`(M, m, E, e, N, s^2)`: the base chain's mean `M x + m`, the guidance's
+        `delta = E x + e + N z`.
+        """
+        matrix, move, _ = unguided.at(t)
+
+        def inside() -> tuple[Array, ...]:
+            guided, shift, noise = field.at(t)
+            rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
+            variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
+            # sigma_u^2 - s^2 without the difference, which at t = 0 is zero, or by a compiler's
+            # rounding less.
+            keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
+            gain = path.alpha(u) - keep * path.alpha(t)
+            pushes = gain * (guided - matrix), gain * (shift - move), gain * noise
+            return keep * eye + gain * matrix, gain * move, *pushes, variance
+
+        def jump() -> tuple[Array, ...]:
+            zero = jnp.zeros_like(eye)
+            return (
+                matrix,
+                move,
+                zero,
+                jnp.zeros_like(move),
+                jnp.zeros((d, 2 * d), dtype),
+                jnp.zeros((), dtype),
+            )
+
+        return jax.lax.cond(u < 1, inside, jump)
+
+    steps = jax.lax.map(lambda interval: step(*interval), (times[:-1], times[1:]))
+    start = path.sigma(times[0]) ** 2
+
+    def forward(
+        moments: tuple[Array, ...], step: tuple[Array, ...]
+    ) -> tuple[tuple[Array, ...], None]:
+        mean, cov, spent, base_mean, base_cov, response = moments
+        matrix, move, push, shift, noise, variance = step
+        delta = push @ mean + shift
+        size = delta @ delta + jnp.sum((push @ cov) * push) + jnp.sum(noise**2)
+        spent = spent + jnp.where(
+            variance > 0, size / jnp.where(variance > 0, 2 * variance, 1.0), 0.0
+        )
+        guided = matrix + push
+        mean, base_mean = matrix @ mean + move + delta, matrix @ base_mean + move
+        cov = guided @ cov @ guided.T + noise @ noise.T + variance * eye
+        # The base chain given its start: x_N is N(response x_0 + base_mean, base_cov).
+        return (
+            mean,
+            cov,
+            spent,
+            base_mean,
+            matrix @ base_cov @ matrix.T + variance * eye,
+            matrix @ response,
+        ), None
+
+    zero, nothing = jnp.zeros(d, dtype), jnp.zeros((d, d), dtype)
+    moments = zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye
+    (mean, cov, spent, base_mean, base_cov, response), _ = jax.lax.scan(forward, moments, steps)
+    one = lambda mean, cov: field.prior.replace(
+        field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None]
+    )
+    last = one(base_mean, base_cov + start * response @ response.T)
+    log_norm = tilts._tilt(last, form, scale).log_norm
+    bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - spent
+    # A chain whose steps are too long for the guidance's stiffness explodes, past the largest
+    # number.
+    bound = jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + spent), bound, -jnp.inf)
+
+    def backward(value: _Exponential, step: tuple[Array, ...]) -> tuple[_Exponential, None]:
+        matrix, move, push, shift, noise, variance = step
+        # As a function of (x, z): the mean, less delta, then the cost of delta.
+        value = value.smoothed(variance).pulled(
+            jnp.concatenate([matrix - push, -noise], axis=1), move - shift
+        )
+        cost = jnp.where(variance > 0, 2 / jnp.where(variance > 0, variance, 1.0), 0.0)
+        push = jnp.concatenate([push, noise], axis=1)
+        value = _Exponential(
+            value.constant + cost * shift @ shift / 2,
+            value.linear + cost * push.T @ shift,
+            value.curvature - cost * push.T @ push,
+            value.finite,
+        )
+        return value.marginal(d), None
+
+    end = _exponential(form, 2 * scale)
+    first, _ = jax.lax.scan(backward, end, steps, reverse=True)
+    second = first.smoothed(start)
+    log_second = jnp.where(second.finite, second.constant, jnp.inf)
+    # E log h_0: the end of the base chain given x_0, tilted, is the exponential of a quadratic in
+    # x_0.
+    log_h = _exponential(form, scale)
+    spread = jnp.linalg.inv(eye + base_cov @ log_h.curvature)
+    log_h = log_h.pulled(eye, base_mean)
+    curvature = log_h.curvature @ spread
+    expected = (
+        log_h.constant
+        + jnp.linalg.slogdet(spread)[1] / 2
+        + log_h.linear @ spread @ base_cov @ log_h.linear / 2
+    )
+    expected = expected - start * jnp.sum((curvature @ response) * response) / 2
+    ess = jnp.where(second.finite, jnp.exp(2 * log_norm - second.constant), 0.0)
+    return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, log_norm - expected), last
+
+
+def path_limit(
+    prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, *, fresh: bool = False
+) -> PathLaw:
+    """`path_law` of eta = 1 in the limit of small steps, in closed form, for the guidance at the
+    denoiser, `dps_field`.
+
+    With `a = scale h s^2` and `y` the reward's maximizer, from the mean, in each common
+    eigen-direction of S and H,
+
+        KL     [a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8 + scale h y^2 [(1 + e^{-4a}) / 2 - 1 / (1 + 2a)]
+        E[w^2] e^{-scale h y^2 (1 + tan q) - a} / sqrt(cos 2a + sin 2a),     q = pi / 4 - 2a,     a < 3 pi / 8.
+
+    `fresh`: `plug_in_field` instead, one new draw a step: the same law of the ends, KL larger by
+    `a^2` and the sample size smaller by `e^{2 a^2}`, in each direction.
+
+    **Raises:** `ValueError` for a mixture, for S and H that do not commute (not seen where they are
+    traced), and as `theory.plug_in_law`.
+    """
+    check_mixture(prior, "prior")
+    fresh = _checks.flag(fresh, "fresh")
+    if len(prior.log_weights) != 1:
+        raise ValueError(
+            f"this closed form is that of one Gaussian, got a mixture of {len(prior.log_weights)}"
+        )
+    dtype = prior.means.dtype
+    scale = _checks.nonnegative(scale, "scale").astype(dtype)
+    form = _pytree.cast(tilts.quadratic_form(rewards.as_reward(reward), prior.dim), dtype)
+    flow_laws._check_domain(prior, form, scale)
+    if _checks.concrete((prior.covs, form.matrix)) and not flow_laws._commute(
+        prior.covs, form.matrix
+    ):
+        raise ValueError(
+            "this closed form needs a covariance that commutes with the reward's matrix H, and "
+            "these do not. Use path_law with many steps "
+            "instead."
+        )
+    mean, cov = prior.means[0], prior.covs[0]
+    # Functions of the matrix scale S^(1/2) H S^(1/2) would do without a basis, but their terms in y
+    # need one.
+    axes = tilts.common_axes(cov, form.matrix)
+    s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
+    a = scale * s2 * jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
+    # scale h y^2 = strength / a, also where h = 0 and y is infinite.
+    strength = (
+        scale**2 * s2 * (axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)) ** 2
+    )
+    log_norm = tilts._tilt(prior, form, scale).log_norm
+    kl = jnp.sum(_spread_cost(a) + strength * _mean_cost(a))
+    finite = jnp.all(a < 3 * jnp.pi / 8)
+    inside = jnp.where(a < 3 * jnp.pi / 8, a, 0.5)
+    log_ess = jnp.sum(
+        inside - jnp.log1p(2 * inside) + jnp.log(jnp.cos(2 * inside) + jnp.sin(2 * inside)) / 2
+        + strength * _mean_loss(inside)
+    )  # fmt: skip
+    if fresh:
+        kl, log_ess = kl + jnp.sum(a**2), log_ess - 2 * jnp.sum(inside**2)
+    log_second = jnp.where(finite, 2 * log_norm - log_ess, jnp.inf)
+    ess = jnp.where(finite, jnp.exp(log_ess), 0.0)
+    return PathLaw(log_norm, log_norm - kl, kl, log_second, ess, jnp.zeros_like(kl))
+
+
+def _value(form: QuadraticForm, x: Array) -> Array:
+    offset = x - form.center
+    return form.value + form.gradient @ offset - offset @ form.matrix @ offset
+
+
+def _exponential(form: QuadraticForm, scale: Array) -> _Exponential:
+    """`exp(scale * r)`."""
+    zero = jnp.zeros_like(form.center)
+    linear = scale * (form.gradient + 2 * form.matrix @ form.center)
+    return _Exponential(
+        scale * _value(form, zero), linear, 2 * scale * form.matrix, jnp.asarray(True)
+    )
+
+
+def _either(a: Array, series: list[float], lowest: int, closed) -> Array:
+    """`closed(a)`, by its power series from `a^lowest` on where the closed form cancels."""
+    small = a < 0.05
+    x = jnp.where(small, a, 0.0)
+    terms = [c * x ** (lowest + i) for i, c in enumerate(series)]
+    return jnp.where(small, sum(terms[1:], terms[0]), closed(jnp.where(small, 1.0, a)))
+
+
+def _spread_cost(a: Array) -> Array:
+    """`[a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8`, of fourth order."""
+    factorial = np.cumprod(np.arange(1.0, 21.0))
+    series = [(-1) ** n * (2**n / (2 * n) - 4**n / (8 * factorial[n - 1])) for n in range(4, 20)]
+    return _either(a, series, 4, lambda a: (a - jnp.log1p(2 * a)) / 2 - jnp.expm1(-4 * a) / 8)
+
+
+def _mean_cost(a: Array) -> Array:
+    """`[(1 + e^{-4a}) / 2 - 1 / (1 + 2a)] / a`, of second order."""
+    factorial = np.cumprod(np.arange(1.0, 21.0))
+    series = [(-1) ** n * (4**n / (2 * factorial[n - 1]) - 2**n) for n in range(3, 19)]
+    return _either(a, series, 2, lambda a: ((1 + jnp.exp(-4 * a)) / 2 - 1 / (1 + 2 * a)) / a)
+
+
+def _mean_loss(a: Array) -> Array:
+    """`[1 + tan(pi / 4 - 2a) - 2 / (1 + 2a)] / a`, of second order."""
+    return _either(
+        a, _MEAN_LOSS, 2, lambda a: (1 + jnp.tan(jnp.pi / 4 - 2 * a) - 2 / (1 + 2 * a)) / a
+    )
+
+
+def _tangent_series(terms: int) -> list[float]:
+    # f = tan(pi / 4 - x) solves f' = -(1 + f^2), f(0) = 1: its coefficients, in x = 2a, less those
+    # of 2 / (1 + x) - 1.
+    f = [1.0]
+    for n in range(terms + 2):
+        square = sum(f[i] * f[n - i] for i in range(n + 1))
+        f.append(-(square + (n == 0)) / (n + 1))
+    return [(f[n] - 2 * (-1) ** n) * 2.0**n for n in range(3, terms + 3)]
+
+
+_MEAN_LOSS = _tangent_series(18)

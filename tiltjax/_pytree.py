@@ -1,0 +1,121 @@
+"""Pytrees made of what a user passes: functions and networks as leaves, casts, comparisons."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from tiltjax._checks import concrete, function
+
+T = TypeVar("T")
+
+
+class Foreign(eqx.Module):
+    """What a user brought along: verbs leave the dtype of its arrays alone (`cast`)."""
+
+
+class Function(Foreign):
+    """A user's callable as a pytree: its arrays are leaves, everything else is static.
+
+    A bare function has no arrays and is told apart by identity (a new function object is a new
+    trace); a Flax NNX or Equinox module contributes its parameters as leaves, so that changing them
+    traces nothing anew.
+    """
+
+    arrays: list
+    static: tuple = eqx.field(static=True)
+    treedef: Any = eqx.field(static=True)
+
+    def __init__(self, fn: Callable, name: str = "fn"):
+        function(fn, name)
+        _refuse_captured_modules(fn)
+        # A method brings its object along: the arrays of a module are arguments also through
+        # module.method.
+        parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (fn,)
+        leaves, self.treedef = jax.tree.flatten(parts)
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        self.arrays = [leaf if keep else None for leaf, keep in zip(leaves, is_array, strict=True)]
+        self.static = tuple(
+            None if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True)
+        )
+        try:
+            hash(self.static)
+        except TypeError:
+            raise TypeError(
+                "a callable must be hashable to be compiled, got an unhashable "
+                f"{type(fn).__name__}: "
+                "wrap it in a function, or make it an equinox.Module or a flax.nnx.Module"
+            ) from None
+
+    def __call__(self, *args: Any) -> Any:
+        pairs = zip(self.arrays, self.static, strict=True)
+        leaves = [static if array is None else array for array, static in pairs]
+        fn, *bound = jax.tree.unflatten(self.treedef, leaves)
+        return fn(*bound, *args)
+
+
+def _refuse_captured_modules(fn: Callable) -> None:
+    """A Flax module that a function merely closes over would be compiled in as it is now, and stay
+    so after training.
+    """
+    if not inspect.isfunction(fn) or "flax.nnx" not in sys.modules:
+        return
+    captured = inspect.getclosurevars(fn)
+    for name, value in {**captured.nonlocals, **captured.globals}.items():
+        if isinstance(value, sys.modules["flax.nnx"].Module):
+            raise TypeError(
+                f"the function uses the Flax module {name!r} from outside, and would not see its "
+                "weights change: pass the module "
+                f"itself, or as an argument, jax.tree_util.Partial(lambda {name}, *args: ..., "
+                f"{name}); models also take "
+                f"from_velocity(lambda {name}, t, x: ..., {name}, shape=...)"
+            )
+
+
+def cast(tree: T, dtype: Any) -> T:
+    """Every floating array of `tree` in `dtype`, except inside `Foreign`: networks keep their own."""
+
+    def convert(leaf: Any) -> Any:
+        floating = eqx.is_inexact_array(leaf) and not jnp.issubdtype(
+            leaf.dtype, jnp.complexfloating
+        )
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Foreign))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two pytrees have one structure and, where they can be read, equal arrays (to single
+    precision).
+    """
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    if not concrete((a, b)):
+        return True
+
+    def equal(x: Any, y: Any) -> bool:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # such as the streams of a Flax module
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        return np.shape(x) == np.shape(y) and np.allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x is y or equal(x, y) for x, y in pairs)
+
+
+def in_training_mode(network: Any) -> str | None:
+    """Which part of a Flax module is in training mode, and changes while it is called; `None` if
+    none is.
+    """
+    for path, module in sys.modules["flax.nnx"].iter_modules(network):
+        if (
+            getattr(module, "deterministic", True) is False
+            or getattr(module, "use_running_average", True) is False
+        ):
+            return f"{type(module).__name__} ({'/'.join(map(str, path)) or 'the module itself'})"
+    return None

@@ -1,0 +1,64 @@
+"""Rewards in PyTorch, with gradients by `torch.autograd`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tiltjax import _checks
+from tiltjax.external._host import External
+
+
+def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
+    """A PyTorch function or module, a batch `(n, *shape)` to `(n,)`, as a reward with its gradient
+    by `torch.autograd`.
+
+    Samples must not see each other: put modules in evaluation mode. A module gets its batch in the
+    dtype of its parameters; samples share the memory of the tensor where the device is the CPU.
+
+    **Arguments:** `fn`; `device`, where the batch goes, the module being there already; `settings`
+    of `External`: `batch`, `timeout`, `retries`, `backoff`, `record`, `name`.
+
+    **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode; in a run,
+    as `External`.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("from_torch needs PyTorch: pip install torch") from error
+    _checks.function(fn, "fn")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be one of PyTorch's, such as 'cuda:0', got {device!r}: {error}"
+        ) from None
+    dtype = None
+    if isinstance(fn, torch.nn.Module):
+        if fn.training:
+            raise ValueError(
+                f"{type(fn).__name__} is in training mode, where samples may see each other: call "
+                ".eval() first"
+            )
+        dtype = next((leaf.dtype for leaf in fn.parameters() if leaf.is_floating_point()), None)
+
+    def forward(leaf: Any) -> Any:
+        values = fn(leaf.to(device=device, dtype=dtype))
+        if not isinstance(values, torch.Tensor):
+            raise TypeError(f"a PyTorch reward must return a tensor, got {type(values).__name__}")
+        return values
+
+    def value(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            leaf = torch.from_numpy(x)
+            return forward(leaf).to("cpu", leaf.dtype).numpy()
+
+    def value_and_grad(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.enable_grad():
+            leaf = torch.from_numpy(x).requires_grad_()
+            values = forward(leaf)
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach().to("cpu", leaf.dtype).numpy(), gradient.numpy()
+
+    settings = {"name": getattr(fn, "__name__", type(fn).__name__)} | settings
+    return External(value, value_and_grad=value_and_grad, **settings)

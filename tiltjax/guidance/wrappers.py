@@ -1,0 +1,279 @@
+r"""Guidances made of guidances: when one acts, how strongly, and the mean of several draws of it.
+
+| wrapper | score | what it is for |
+|---|---|---|
+| `Window(guidance, start, stop)` | as it is for `start <= t < stop`, zero elsewhere | guidance at a few steps; what is outside costs nothing |
+| `Capped(guidance, limit)` | times `min(1, limit / (g_t^2 / 2))` | the factor with which it enters the drift is bounded near the noise |
+| `Shortened(guidance, sigma)` | `s / (1 + 2 abs(s) v_t)` | `Damped`, with the score's own length for the scale |
+| `Averaged(guidance, k)` | `sum_i w_i s_i`, `w` the softmax of `log h_i` | k draws of a guidance that is wrapped by itself |
+
+`v_t = sigma^2 / (1 + sigma^2 snr_t)` is the variance of a Gaussian of width sigma that is seen at
+time t. Together with `Normalized` these are what published pipelines for text-to-image models are
+made of (`tiltjax.flux.published`); all but `Averaged` are deviations from the mathematics, which is
+why each has a name. They compose from the inside out: a gradient is first brought to a length, then
+averaged, then capped.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _linalg, scales
+from tiltjax.guidance._base import Estimate, Guidance
+from tiltjax.models import Model
+from tiltjax.solvers import Solver
+
+
+class Wrapper(Guidance):
+    """A guidance whose score is multiplied by a factor and everything else kept."""
+
+    guidance: eqx.AbstractVar[Guidance]
+
+    def __check_init__(self) -> None:
+        _checks.instance(
+            self.guidance, Guidance, "guidance", f"{type(self).__name__} wraps one, such as PlugIn"
+        )
+
+    @property
+    def model(self) -> Model:
+        return self.guidance.model
+
+    def init(self, x: Array) -> Any:
+        return self.guidance.init(x)
+
+    @property
+    def needs_every_state(self) -> bool:
+        return self.guidance.needs_every_state
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.guidance.log_tilt(x1)
+
+    def final(self, x1: Array, state: Any) -> Array:
+        return self.guidance.final(x1, state)
+
+    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
+        self.guidance.check_run(times, weighs)
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        raise NotImplementedError
+
+    def to_length(self, t: Array, estimate: Estimate, length: Array) -> Array:
+        """The factor that brings the score to a length; 1 where it is zero, with a finite
+        derivative there.
+        """
+        score = estimate.score(self.model.interpolant, t)
+        square = _linalg.inner(score, score)
+        return jnp.where(
+            square > 0, length * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0
+        )
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        estimate, state = self.guidance(key, t, x, state)
+        extra = (self.factor(t, estimate) - 1) * estimate.shift()
+        return estimate._replace(tilted=estimate.tilted + extra), state
+
+
+class Clipped(Wrapper):
+    """`guidance` with its score shortened to the length `limit` where it is longer. A deviation
+    from the mathematics.
+    """
+
+    guidance: Guidance
+    limit: Array
+
+    def __init__(self, guidance: Guidance, limit: float | Array):
+        self.guidance = guidance
+        self.limit = _checks.positive(limit, "limit")
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        return jnp.minimum(self.to_length(t, estimate, self.limit), 1.0)
+
+
+class Normalized(Wrapper):
+    """`guidance` with its score brought to the length `length`, whatever it was. A deviation from
+    the mathematics.
+
+    What published pipelines do to make a reward's scale inert: the estimate of `∇ log h` keeps its
+    direction only. A zero stays zero.
+    """
+
+    guidance: Guidance
+    length: Array
+
+    def __init__(self, guidance: Guidance, length: float | Array):
+        self.guidance = guidance
+        self.length = _checks.positive(length, "length")
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        return self.to_length(t, estimate, self.length)
+
+
+class Unscaled(Wrapper):
+    """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2`
+    that tilting requires.
+
+    **Arguments:** `guidance`, any that knows its unguided denoiser.
+    """
+
+    guidance: Guidance
+
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        return 2 / self.model.interpolant.diffusion(t)
+
+
+class Window(Wrapper):
+    """`guidance` at the times `start <= t < stop`; at others nothing is pulled, and neither its
+    reward nor its draws are evaluated.
+
+    Outside its `log_h` is 0, a twist that knows nothing: weights stay exact, as they end with
+    `log_tilt`, and become uneven. Its memory rests. The steps i to j - 1 of a grid are the window
+    `(times[i], times[j])`.
+
+    **Arguments:** `guidance`; `0 <= start < stop <= 1`, with `stop = 1` up to the end.
+
+    **Raises:** `ValueError` for a window that is empty or leaves [0, 1].
+    """
+
+    guidance: Guidance
+    start: Array
+    stop: Array
+
+    def __init__(self, guidance: Guidance, start: float | Array, stop: float | Array = 1.0):
+        _check_memoryless(guidance, "Window")
+        self.guidance = guidance
+        self.start, self.stop = _checks.nonnegative(start, "start"), _checks.positive(stop, "stop")
+        if (
+            _checks.concrete((self.start, self.stop))
+            and not float(self.start) < float(self.stop) <= 1
+        ):
+            raise ValueError(
+                "a window lies between 0 and 1 and begins before it ends: start < stop <= 1, got "
+                f"[{float(self.start):g}, {float(self.stop):g})"
+            )
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        shape, _ = jax.eval_shape(self.guidance, key, t, x, state)
+
+        def unguided(state: Any) -> tuple[Estimate, Any]:
+            denoised = self.model.denoise(t, x)
+            log_h = None if shape.log_h is None else jnp.zeros((), shape.log_h.dtype)
+            return Estimate(denoised, None if shape.denoised is None else denoised, log_h), state
+
+        # The time is the same for all particles: under vmap a branch stays a branch.
+        inside = (self.start <= t) & (t < self.stop)
+        return jax.lax.cond(inside, lambda state: self.guidance(key, t, x, state), unguided, state)
+
+
+class GainCapped(Wrapper):
+    """`guidance` whose score enters the flow's drift with `min(g_t^2 / 2, limit)` instead of
+    `g_t^2 / 2`, which is infinite at t = 0.
+
+    **Arguments:** `guidance`, any that knows its unguided denoiser; `limit > 0`.
+    """
+
+    guidance: Guidance
+    limit: Array
+
+    def __init__(self, guidance: Guidance, limit: float | Array):
+        self.guidance = guidance
+        self.limit = _checks.positive(limit, "limit")
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        return jnp.minimum(2 * self.limit / self.model.interpolant.diffusion(t), 1.0)
+
+
+class NormDamped(Wrapper):
+    """`guidance` with its score s shortened to `s / (1 + 2 |s| v_t)`: `Damped`, where the length of
+    the score is all that is known of a scale.
+
+    **Arguments:** `guidance`, any that knows its unguided denoiser; `sigma >= 0`, the width of the
+    data, in their units.
+    """
+
+    guidance: Guidance
+    sigma: Array
+
+    def __init__(self, guidance: Guidance, sigma: float | Array):
+        self.guidance = guidance
+        self.sigma = _checks.nonnegative(sigma, "sigma")
+
+    def factor(self, t: Array, estimate: Estimate) -> Array:
+        # With its own length as the target: the factor that would bring a score of that length to
+        # 1, upside down.
+        inverse = self.to_length(t, estimate, jnp.ones((), estimate.tilted.dtype))
+        score = estimate.score(self.model.interpolant, t)
+        length = _linalg.inner(score, score) * inverse
+        return 1 / (
+            1 + 2 * length * scales.gaussian_variance(self.sigma, self.model.interpolant.snr(t))
+        )
+
+
+class Averaged(Guidance):
+    """k independent draws of a random guidance, weighed by what each found:
+    `log h = log mean exp(log h_i)`, `s = sum_i softmax(log h)_i s_i`.
+
+    Of a plug-in of one draw it is the plug-in of k. It differs where each draw is wrapped by
+    itself: `Averaged(Normalized(PlugIn(...), 10.), k)` brings every gradient to one length before
+    they are averaged. The k draws are rows of a network's batch, and share the unguided denoiser.
+
+    **Arguments:** `guidance`, any that gives `log_h` and knows its unguided denoiser; `k >= 1`.
+
+    **Raises:** `ValueError` for a guidance that gives neither.
+    """
+
+    guidance: Guidance
+    k: int = eqx.field(static=True)
+
+    def __init__(self, guidance: Guidance, k: int):
+        _check_memoryless(guidance, "Averaged")
+        self.guidance = guidance
+        self.k = _checks.count(k, "k")
+
+    @property
+    def model(self) -> Model:
+        return self.guidance.model
+
+    def init(self, x: Array) -> Any:
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (self.k, *leaf.shape)), self.guidance.init(x)
+        )
+
+    def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
+        # What no key touches, the unguided denoiser above all, is not repeated.
+        def draw(key: Array, state: Any) -> tuple[Any, ...]:
+            estimate, state = self.guidance(key, t, x, state)
+            return *estimate, state
+
+        keys = jax.random.split(key, self.k)
+        tilted, denoised, found, state = jax.vmap(draw, out_axes=(0, None, 0, 0))(keys, state)
+        if found is None or denoised is None:
+            raise ValueError(
+                f"{type(self.guidance).__name__} gives no log_h or no unguided denoiser, by which "
+                "its draws would be averaged"
+            )
+        weights = jax.nn.softmax(found).astype(x.dtype)
+        pull = jnp.tensordot(weights, tilted - denoised[None], 1)
+        log_h = jax.nn.logsumexp(found) - jnp.log(np.asarray(self.k, found.dtype))
+        return Estimate(denoised + pull, denoised, log_h), state
+
+    def log_tilt(self, x1: Array) -> Array:
+        return self.guidance.log_tilt(x1)
+
+    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
+        self.guidance.check_run(times, weighs)
+
+
+def _check_memoryless(guidance: Guidance, name: str) -> None:
+    _checks.instance(guidance, Guidance, "guidance", f"{name} wraps one, such as PlugIn")
+    if guidance.needs_every_state:
+        raise ValueError(
+            f"{type(guidance).__name__} has to see every state of its own path, and can be neither "
+            "interrupted nor drawn several times at a state"
+        )

@@ -1,0 +1,49 @@
+"""FLUX.1: the model, its pipeline, the published guided run."""
+
+from tiltjax.images.flux._model import (
+    FACTOR,
+    FluxModel,
+    Lookahead,
+    Memory,
+    Parts,
+    check_memory,
+    latent_shape,
+    memory,
+    packed,
+    times,
+    unpacked,
+)
+from tiltjax.images.flux._pipeline import (
+    PARTS,
+    TINY,
+    encoded,
+    load_model,
+    located,
+    needed_memory,
+    schedule,
+    usual_size,
+)
+from tiltjax.images.flux._published import published
+
+__all__ = [
+    "FACTOR",
+    "Parts",
+    "FluxModel",
+    "Lookahead",
+    "times",
+    "latent_shape",
+    "packed",
+    "unpacked",
+    "Memory",
+    "memory",
+    "check_memory",
+    "TINY",
+    "PARTS",
+    "located",
+    "usual_size",
+    "needed_memory",
+    "load_model",
+    "encoded",
+    "schedule",
+    "published",
+]

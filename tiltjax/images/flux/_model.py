@@ -1,0 +1,396 @@
+r"""FLUX.1 as a model: latents of pictures, given a text.
+
+    X_t = t X_1 + (1 - t) X_0,  X_1 a latent (rows, columns, channels), X_0 noise;   sigma = 1 - t is the network's time
+    v_sigma = E[X_0 - X_1 | X_t] is the network's answer;   D_t(x) = x - sigma v_sigma(x)
+    flow map: X_{t,s}(x) = x - (sigma_t - sigma_s) v_{sigma_t, sigma_s}(x), one call of a network with two times;   D from equal times
+
+sigma, and its sign, live in this file and nowhere else. A state is a latent as the autoencoder has
+it, channels last; the network sees 2 x 2 of its places as one token (`packed`). The text is in the
+model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
+
+Particles and the draws of a guidance are one batch of the network: with `attention="xla"` by
+`vmap`, with any other as rows, which kernels that know no `vmap` need (`tiltjax.nets`); with those
+a gradient computes the forward pass once more.
+
+| `Lookahead(model, snr_factor)` | where a flow map takes x in one call, after noise is added until the snr is `snr_factor` lower |
+|---|---|
+| 1 | flow-map reward guidance |
+| 5, 1.1 | weighted diamond maps |
+
+A flow map may also take the steps of a run: `model.leaping(times)` answers on that grid with the
+straight line to where the flow is at the *next* time, which makes of `Euler()` the map itself.
+
+Distilled guidance (a guidance scale other than 1) changes the velocity: what is sampled then is the
+law of that flow, and its denoiser is no posterior mean. Reference: Black Forest Labs, FLUX.1;
+Holderrieth et al. (arXiv 2602.05993), diamond maps; Esser et al. (arXiv 2403.03206), the shift.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, grids, models
+from tiltjax.images.networks.autoencoder import Autoencoder
+from tiltjax.images.networks.transformer import Config, Transformer
+from tiltjax.interpolants import Interpolant, Linear
+from tiltjax.posteriors import Posterior
+
+FACTOR = 8  # of the published autoencoder, in whose sizes `times` and `memory` count
+_PATCH = 2
+# Of the published scheduler: the shift mu at so many tokens, linear between.
+_SHIFTS = (256, 0.5), (4096, 1.15)
+# What a block keeps for its gradient, in numbers the width of a token; its input alone with remat.
+_KEPT = 34
+
+
+class Parts(_pytree.Foreign):
+    """The networks and the text of a `FluxModel`, which keep their dtypes."""
+
+    transformer: Transformer
+    text: Array
+    pooled: Array
+    guidance: Array | None
+    autoencoder: Autoencoder | None
+
+
+class FluxModel(models.Model):
+    """FLUX.1 given a text.
+
+    **Arguments:**
+
+    - `transformer`: a `Transformer`, with two times for a flow map.
+    - `text`, `pooled`: the T5 states `(length, joint_attention_dim)` and the pooled CLIP state
+      `(pooled_projection_dim,)` of a prompt.
+    - `height`, `width`: of the picture; multiples of 16, twice the factor of the autoencoder.
+    - `guidance`: the guidance scale that is distilled into FLUX.1-dev, 3.5 by default; `None` where
+      there is none, as in FLUX.1-schnell.
+    - `autoencoder`: for `decode` and `encode`.
+    - `dtype`: of the states, float32 by default; the networks compute in their own.
+
+    States have the shape `(height / 8, width / 8, channels)`. **Raises:** `ValueError` for sizes
+    and texts that do not fit, and for a text that is not finite.
+    """
+
+    parts: Parts
+    interpolant: Interpolant
+    leaps: Array | None
+    shape: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        text: Array,
+        pooled: Array,
+        *,
+        height: int,
+        width: int,
+        guidance: float | Array | None = None,
+        autoencoder: Autoencoder | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        _checks.instance(
+            transformer, Transformer, "transformer", "flux.load('transformer', folder)"
+        )
+        config = transformer.config
+        text, pooled = _checks.finite(text, "text", 2), _checks.finite(pooled, "pooled", 1)
+        for name, array, n in (
+            ("text", text, config.joint_attention_dim),
+            ("pooled", pooled, config.pooled_projection_dim),
+        ):
+            if array.shape[-1] != n:
+                raise ValueError(
+                    f"{name} must have {n} entries a token, got shape {array.shape}: is it of this "
+                    "model's text encoder?"
+                )
+        if guidance is None and config.guidance_embeds:
+            guidance = 3.5
+        elif guidance is not None and not config.guidance_embeds:
+            raise ValueError(
+                "this network has no guidance embedding, as FLUX.1-schnell has none: leave "
+                "guidance out"
+            )
+        factor = FACTOR if autoencoder is None else autoencoder.config.factor
+        self.shape = latent_shape(config, height, width, factor)
+        if autoencoder is not None and autoencoder.config.latent_channels != self.shape[-1]:
+            raise ValueError(
+                f"the transformer moves latents of {self.shape[-1]} channels, and the autoencoder "
+                f"has {autoencoder.config.latent_channels}"
+            )
+        strength = None if guidance is None else _checks.nonnegative(guidance, "guidance")
+        self.parts = Parts(transformer, text, pooled, strength, autoencoder)
+        self.interpolant = _pytree.cast(Linear(), dtype)
+        self.leaps = None
+        self.dtype = jnp.dtype(dtype)
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        if self.leaps is None:
+            return self._moved(t, t, 1.0, x)
+        following = jnp.searchsorted(self.leaps, jnp.asarray(t, self.leaps.dtype), side="right")
+        return self._moved(t, self.leaps[jnp.minimum(following, len(self.leaps) - 1)], 1.0, x)
+
+    def leaping(self, times: Array) -> "FluxModel":
+        """This model for the steps of one grid, as published pipelines of flow maps take them: with
+        `Euler()` and these times, `X_{t,u}` in one call.
+
+        `denoise` is then the end of the straight line from x through `X_{t,u}(x)`, u being the next
+        of `times`: no posterior mean, but for small steps. **Raises:** `ValueError` for a network
+        of one time.
+        """
+        self._check_dual()
+        times = grids.time_grid(times, None)
+        return eqx.tree_at(
+            lambda model: model.leaps, self, times, is_leaf=lambda leaf: leaf is None
+        )
+
+    def flow_map(self, t: Array, x: Array, s: float | Array = 1.0) -> Array:
+        """Where the flow takes x from time t to time s, in one call. **Raises:** `ValueError` for a
+        network of one time.
+        """
+        self._check_dual()
+        return self._moved(t, s, s, x)
+
+    def decode(self, x: Array) -> Array:
+        """The picture of a latent, `(height, width, 3)` in [0, 1] but for overshoots; for any
+        leading axes.
+        """
+        return self._autoencoder().decode(x)
+
+    def encode(self, pictures: Array, key: Array | None = None) -> Array:
+        """The latent of a picture in [0, 1]: its mean, or a draw; for any leading axes."""
+        return self._autoencoder().encode(pictures, key)
+
+    def _autoencoder(self) -> Autoencoder:
+        if self.parts.autoencoder is None:
+            raise ValueError(
+                "this model has no autoencoder: FluxModel(..., "
+                "autoencoder=flux.load('autoencoder', folder))"
+            )
+        return self.parts.autoencoder
+
+    def _check_dual(self) -> None:
+        if not self.parts.transformer.config.dual_time:
+            raise ValueError(
+                "this network has one time, and knows velocities alone: load the adapters of a "
+                "flow map, flux.load(..., adapters=), or "
+                "integrate, tiltjax.FlowMap(model)"
+            )
+
+    def _moved(self, t: Array, target: float | Array, end: float | Array, x: Array) -> Array:
+        """`x - (sigma_t - sigma_end) v`, with v the network's velocity at t, or from t to `target`."""
+        as_time = lambda time: jnp.asarray(time, x.dtype)
+        t, target, end = as_time(t), as_time(target), as_time(end)
+        times = jnp.stack([t, target]) if self.parts.transformer.config.dual_time else t
+        parts = self.parts
+        given = (parts.transformer, parts.text, parts.pooled, parts.guidance)
+        # Kernels that know no `vmap` get rows of a batch, whose pullback computes the forward pass
+        # again. What is made of JAX's own operations is left to `vmap`: there the forward pass of a
+        # guided step serves its gradient too.
+        whole = parts.transformer.attention == "xla"
+        net = models.Net(_velocity_of_one if whole else _velocity, given)
+        return x + (t - end) * models.ask(net, times, x, x.shape, batched=not whole)
+
+
+class Lookahead(Posterior):
+    """Where a flow map takes x, in one call of the network, after some of what is known of x is
+    forgotten: `tiltjax.Renoise` with a learned map.
+
+    **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, by which
+    the snr falls first; at 1 no noise is added.
+
+    **Raises:** `ValueError` for a network with one time, and a factor below 1.
+    """
+
+    model: FluxModel
+    snr_factor: Array
+
+    def __init__(self, model: FluxModel, snr_factor: float | Array = 1.0):
+        _checks.instance(
+            model, FluxModel, "model", "Lookahead(FluxModel(...)); for any other, tiltjax.Renoise"
+        )
+        if not model.parts.transformer.config.dual_time:
+            raise ValueError(
+                "this model's network has one time: load the adapters of a flow map, or use "
+                "tiltjax.Renoise"
+            )
+        self.model = model
+        self.snr_factor = _checks.positive(snr_factor, "snr_factor")
+        if _checks.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
+            raise ValueError(
+                f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be "
+                "added"
+            )
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        path = self.model.interpolant
+        s = path.time(path.snr(t) / self.snr_factor)
+        noise = (
+            path.sigma(s)
+            * jnp.sqrt(1 - 1 / self.snr_factor)
+            * jax.random.normal(key, x.shape, x.dtype)
+        )
+        return self.model.flow_map(s, path.alpha(s) / path.alpha(t) * x + noise)
+
+
+def times(
+    steps: int, height: int, width: int, *, start: float = 1e-3, mu: float | None = None
+) -> Array:
+    """The grid of the published scheduler, for `sample(..., times=)`: more steps near the noise,
+    the more the larger the picture.
+
+    `sigma = e^mu / (e^mu + 1 / u - 1)` for `steps` equal steps of u from 1, and 0; mu is linear in
+    the number of tokens.
+
+    **Arguments:** `steps`; `height` and `width` of the picture; `start`, the first time, which
+    would be 0: there a guidance knows nothing of x, and what divides by t is infinite; `mu`, 0 for
+    FLUX.1-schnell, which is not shifted. **Returns:** `(steps + 1,)`, increasing to 1.
+
+    **Raises:** `ValueError` for a first step that would end before `start`.
+    """
+    steps = _checks.count(steps, "steps")
+    if mu is None:
+        tokens = math.prod(latent_shape(Config(), height, width)[:2]) / _PATCH**2
+        (few, low), (many, high) = _SHIFTS
+        mu = low + (high - low) * (tokens - few) / (many - few)
+    u = np.linspace(1.0, 1 / steps, steps)
+    sigma = math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+    grid = np.append(1 - sigma, 1.0)
+    grid[0] = start
+    if not grid[0] < grid[1]:
+        raise ValueError(
+            f"the first step of {steps} ends at t = {grid[1]:.3g}: start earlier than at "
+            f"{start:g}, or take fewer steps"
+        )
+    return jnp.asarray(grid, jnp.result_type(float))
+
+
+def latent_shape(
+    config: Config, height: int, width: int, factor: int = FACTOR
+) -> tuple[int, int, int]:
+    """The shape of a state. **Raises:** `ValueError` for sizes that are not whole tokens."""
+    unit = _PATCH * factor
+    height, width = _checks.count(height, "height"), _checks.count(width, "width")
+    if height % unit or width % unit:
+        near = [max(unit, unit * round(n / unit)) for n in (height, width)]
+        raise ValueError(
+            f"height and width must be multiples of {unit}, got {height} x {width}: {near[0]} x "
+            f"{near[1]} is near"
+        )
+    return height // factor, width // factor, config.in_channels // _PATCH**2
+
+
+def packed(x: Array) -> Array:
+    """Latents `(batch, rows, columns, channels)` as tokens,
+    `(batch, rows * columns / 4, 4 * channels)`: channels slowest, as published.
+    """
+    n, rows, columns, channels = x.shape
+    x = x.reshape(n, rows // _PATCH, _PATCH, columns // _PATCH, _PATCH, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, -1, channels * _PATCH**2)
+
+
+def unpacked(tokens: Array, rows: int, columns: int) -> Array:
+    """The inverse of `packed`."""
+    n, _, channels = tokens.shape
+    x = tokens.reshape(n, rows // _PATCH, columns // _PATCH, channels // _PATCH**2, _PATCH, _PATCH)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, rows, columns, channels // _PATCH**2)
+
+
+class Memory(NamedTuple):
+    """Bytes: of the parameters, and of what a forward pass, or a gradient, keeps besides."""
+
+    parameters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.parameters + self.activations
+
+
+def memory(
+    config: Config,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    length: int = 512,
+    itemsize: int = 2,
+    gradient: bool = True,
+    remat: bool = False,
+    fused: bool = True,
+) -> Memory:
+    """About what a transformer needs, on one device or on all of them together.
+
+    An estimate: a block keeps 34 numbers of the width of a token for its gradient, its input alone
+    with `remat`; without fused attention also its scores, of every pair of tokens, in float32 and
+    once more. Of a forward pass one block at a time.
+
+    **Arguments:** `config`; `height` and `width` of the picture; `batch`, particles times draws at
+    once; `length` of the text; `itemsize`, 2 bytes for bfloat16; `gradient`, whether one is taken;
+    `remat`, `fused`, as the options of the network.
+    """
+    rows, columns, _ = latent_shape(config, height, width)
+    tokens = batch * (rows * columns // _PATCH**2 + length)
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    parameters = sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))
+    )
+    n = config.width
+    block = _KEPT * n * tokens * itemsize
+    if not fused:
+        block += config.num_attention_heads * tokens**2 // batch * (4 + itemsize)
+    depth = config.num_layers + config.num_single_layers
+    kept = (
+        block if not gradient else block + depth * n * tokens * itemsize if remat else depth * block
+    )
+    return Memory(parameters * itemsize, kept)
+
+
+def check_memory(needed: Memory, available: int | None = None) -> None:
+    """Refuse, with a `MemoryError` that says how much is missing and what reduces it, what does not
+    fit.
+
+    **Arguments:** `needed`; `available`, bytes: by default what JAX may use on all local devices,
+    where they say so.
+    """
+    if available is None:
+        limits = [
+            (device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()
+        ]
+        if any(limit is None for limit in limits):
+            return
+        available = sum(limit for limit in limits if limit is not None)
+    if needed.total <= available:
+        return
+    gib = lambda n: f"{n / 2**30:.1f} GiB"
+    raise MemoryError(
+        f"about {gib(needed.total)} are needed, {gib(needed.parameters)} for parameters and "
+        f"{gib(needed.activations)} for what is computed, "
+        f"and {gib(available)} are there. What reduces it: param_dtype=jnp.bfloat16; remat=True "
+        "and attention='cudnn' (or a fused kernel of your "
+        "own), for gradients; a smaller picture; fewer particles at a time, sample(..., batch=); "
+        "more devices, "
+        "load(..., sharding=transformer.sharded(mesh))"
+    )
+
+
+def _velocity_of_one(parts: tuple, t: Array, x: Array) -> Array:
+    return _velocity(parts, t[None], x[None])[0]
+
+
+def _velocity(parts: tuple, t: Array, x: Array) -> Array:
+    """The network's `E[X_0 - X_1]` for times `(batch,)` or `(batch, 2)` and latents
+    `(batch, *shape)`.
+    """
+    transformer, text, pooled, guidance = parts
+    strength = None if guidance is None else jnp.broadcast_to(guidance, (len(x),))
+    rows, columns = x.shape[1:3]
+    grid = rows // _PATCH, columns // _PATCH
+    tokens = transformer(packed(x), 1 - t, text[None], pooled[None], strength, grid=grid)
+    return unpacked(tokens.astype(x.dtype), rows, columns)

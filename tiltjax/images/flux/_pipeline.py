@@ -1,0 +1,180 @@
+r"""A model for one prompt from a folder as FLUX.1 is published: the text is encoded, its encoders
+are forgotten, the network is loaded.
+
+    folder/  model_index.json   transformer/   vae/   text_encoder/   text_encoder_2/   tokenizer/   tokenizer_2/   scheduler/
+
+    model  = load_model("black-forest-labs/FLUX.1-dev", "a red bird", height=512, width=512)
+    grid   = schedule("black-forest-labs/FLUX.1-dev", model, 28)
+    points = tiltjax.sample(key, model, num=1, times=grid, solver=tiltjax.Euler())
+
+A name is a local folder, one of the Hugging Face hub, or `TINY`: the small trained model that the
+package brings along, in the same layout. Everything that can be refused is refused before weights
+are read: sizes, folders that lack something, memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks
+from tiltjax.images import loading, prompts
+from tiltjax.images.flux._model import (
+    FACTOR,
+    FluxModel,
+    Memory,
+    check_memory,
+    latent_shape,
+    memory,
+    times,
+)
+from tiltjax.images.networks import autoencoder, clip, transformer
+from tiltjax.pretrained import files, key_names, state_dicts
+
+TINY = "tiny"
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_WITH = Path(__file__).parent / TINY
+
+
+def located(name: str | os.PathLike) -> Path:
+    """The folder of a model, with all of its parts. **Raises:** `FileNotFoundError` that lists what
+    is missing, and as `files.located`.
+    """
+    if os.fspath(name) == TINY:
+        if not _WITH.is_dir():
+            raise FileNotFoundError(
+                f"this copy of tiltjax has no {TINY} model ({_WITH}): give a folder or a hub name"
+            )
+        return _WITH
+    folder = files.located(name)
+    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}: expected a folder as FLUX.1 is published, with "
+            f"{', '.join(PARTS)}, got {found}"
+        )
+    return folder
+
+
+def usual_size(name: str | os.PathLike) -> int:
+    """The side of a picture where none is given: 512, or less where the autoencoder was trained on
+    less.
+    """
+    return min(512, files.configuration(located(name) / "vae").get("sample_size", 512))
+
+
+def needed_memory(
+    config: transformer.Config, height: int, width: int, factor: int, **how: Any
+) -> Memory:
+    """`memory` of a picture, for an autoencoder of any factor."""
+    rows, columns, _ = latent_shape(config, height, width, factor)
+    return memory(config, rows * FACTOR, columns * FACTOR, **how)
+
+
+def load_model(
+    name: str | os.PathLike,
+    prompt: str,
+    *,
+    height: int,
+    width: int,
+    guidance: float | None = None,
+    adapters: str | os.PathLike | None = None,
+    dtype: Any = jnp.bfloat16,
+    remat: bool = False,
+    attention: Any = "xla",
+    batch: int = 1,
+    gradient: bool = True,
+    sharding: state_dicts.Placement | None = None,
+    available: int | None = None,
+) -> FluxModel:
+    """The model of one prompt. A prompt that is too long is cut, with a warning that quotes what
+    was.
+
+    **Arguments:** `name`, a folder, a name of the hub, or `TINY`; `prompt`; `height` and `width` of
+    the picture; `guidance`, the distilled scale, and `adapters`, of a flow map, as in `FluxModel`
+    and `flux.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of the
+    transformer; `batch`, how many states are asked at once, and `gradient`, whether one is taken:
+    for the memory that is asked for; `available`, bytes, where JAX does not say.
+
+    **Raises:** `ValueError` for sizes; `FileNotFoundError`, `PermissionError` and `ImportError` of
+    `located`; `MemoryError` that says how much is needed and what reduces it.
+    """
+    folder = located(name)
+    published = files.configuration(folder / "transformer")
+    low_rank = None if adapters is None else files.read(adapters)
+    dual = bool(published.get("dual_time")) or (
+        low_rank is not None and key_names.is_dual(low_rank)
+    )
+    config = transformer.Config.from_json({**published, "dual_time": dual})
+    factor = autoencoder.Config.from_json(files.configuration(folder / "vae")).factor
+    length = _text_length(folder, config)
+    how = {
+        "batch": batch,
+        "length": length,
+        "itemsize": jnp.dtype(dtype).itemsize,
+        "gradient": gradient,
+        "remat": remat,
+    }
+    needed = needed_memory(config, height, width, factor, **how, fused=attention != "xla")
+    check_memory(needed, available)
+    states, pooled = encoded(folder, prompt, length, dtype)
+    options = {"dtype": dtype, "param_dtype": dtype, "remat": remat, "attention": attention}
+    network = loading.load("transformer", folder, adapters=adapters, sharding=sharding, **options)
+    coder = loading.load("autoencoder", folder)
+    return FluxModel(
+        network, states, pooled, height=height, width=width, guidance=guidance, autoencoder=coder
+    )
+
+
+def encoded(folder: Path, prompt: str, length: int, dtype: Any) -> tuple[Array, Array]:
+    """The T5 states and the pooled CLIP state of a prompt; the encoders are gone when this returns."""
+    positions = clip.TextConfig.from_json(
+        files.configuration(folder / "text_encoder")
+    ).max_position_embeddings
+    clip_tokenizer = prompts.clip_tokenizer(folder / "tokenizer", positions)
+    t5_tokenizer = prompts.t5_tokenizer(folder / "tokenizer_2", length)
+    encoders = {kind: loading.load(kind, folder, param_dtype=dtype) for kind in ("clip", "t5")}
+    return jax.block_until_ready(
+        prompts.embed(prompt, **encoders, clip_tokenizer=clip_tokenizer, t5_tokenizer=t5_tokenizer)
+    )
+
+
+def schedule(
+    name: str | os.PathLike, model: FluxModel, steps: int, *, start: float = 1e-3
+) -> Array:
+    """The grid of a model's own scheduler, for `sample(..., times=)`: shifted by the number of
+    tokens, or by a fixed factor.
+
+    **Returns:** `(steps + 1,)`, increasing to 1. **Raises:** as `times`.
+    """
+    file = located(name) / "scheduler" / "scheduler_config.json"
+    settings: Mapping[str, Any] = (
+        json.loads(file.read_text()) if file.is_file() else {"use_dynamic_shifting": True}
+    )
+    rows, columns, _ = model.shape
+    if settings.get("use_dynamic_shifting", False):
+        few, many = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+        low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
+        mu = low + (high - low) * (rows * columns / 4 - few) / (many - few)
+    else:
+        mu = math.log(settings.get("shift", 1.0))
+    return times(steps, rows * FACTOR, columns * FACTOR, start=start, mu=mu)
+
+
+def _text_length(folder: Path, config: transformer.Config) -> int:
+    """How many tokens T5 gives: what its tokenizer says, or what the networks were trained with."""
+    usual = prompts.T5_LENGTH if config.guidance_embeds else prompts.T5_LENGTH // 2
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    said = json.loads(file.read_text()).get("model_max_length", usual) if file.is_file() else usual
+    return (
+        _checks.count(int(min(said, np.iinfo(np.int32).max)), "model_max_length")
+        if said <= prompts.T5_LENGTH
+        else usual
+    )

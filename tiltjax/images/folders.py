@@ -1,0 +1,117 @@
+r"""A folder of pictures that can be continued: each is made once, by its number, whatever was
+interrupted.
+
+    folder/  settings.json   rewards.json   0000.png   0001.png   ...
+
+`settings.json` holds what decides the pictures, and, apart from it, where they were made. A folder
+takes pictures of one setting only: with others it is refused, with a list of what differs. A
+picture counts as made when its file and its reward are there; files are written whole or not at
+all.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def imaging() -> Any:
+    """Pillow. **Raises:** `ImportError` that names the extra."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures are written by Pillow: pip install 'tiltjax[flux]'") from error
+    return Image
+
+
+class Album:
+    """A folder of numbered pictures of one setting.
+
+    **Arguments:** `folder`, made if it is not there; `settings`, what decides the pictures:
+    numbers, strings, lists, dictionaries; `notes`, what does not. **Raises:** `ValueError` for a
+    folder of other settings, listing what differs; `ImportError` without Pillow.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, settings: Mapping[str, Any], notes: Mapping[str, Any]
+    ):
+        self.folder = Path(folder)
+        imaging()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: pictures need a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))  # as they are read again
+        kept = self._read("settings.json").get("settings")
+        if kept is not None and kept != settings:
+            names = [
+                name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)
+            ]
+            differ = ", ".join(
+                f"{name} {kept.get(name)!r}, now {settings.get(name)!r}" for name in names
+            )
+            raise ValueError(
+                f"{self.folder} holds pictures of other settings ({differ}): give another folder"
+            )
+        if kept is None:
+            if strays := sorted(path.name for path in self.folder.glob("[0-9]*.png")):
+                raise ValueError(
+                    f"{self.folder} holds {', '.join(strays[:4])} and no settings.json: give "
+                    "another folder"
+                )
+            self._write("settings.json", {"settings": settings, "made": dict(notes)})
+
+    @property
+    def rewards(self) -> dict[int, float]:
+        """The rewards of the pictures that are made, by their numbers."""
+        found = {int(name): value for name, value in self._read("rewards.json").items()}
+        return {number: found[number] for number in sorted(found) if self.path(number).is_file()}
+
+    def path(self, number: int) -> Path:
+        """Where a picture is, or will be."""
+        return self.folder / f"{number:04d}.png"
+
+    def missing(self, num: int) -> list[int]:
+        """Which of the first `num` pictures are not made."""
+        made = self.rewards
+        return [number for number in range(num) if number not in made]
+
+    def add(self, number: int, picture: np.ndarray, reward: float) -> Path:
+        """Write a picture `(height, width, 3)`, clipped to [0, 1], and its reward.
+
+        **Raises:** `FloatingPointError` for a picture or a reward that is NaN or infinite.
+        """
+        picture = np.asarray(picture, np.float64)
+        if bad := int(np.sum(~np.isfinite(picture))):
+            raise FloatingPointError(
+                f"picture {number}: {bad} of {picture.size} values are not finite though its "
+                "latent is: it is the decoder that overflows"
+            )
+        if not math.isfinite(reward):
+            raise FloatingPointError(
+                f"picture {number} is finite and its reward is {reward}: look at the reward"
+            )
+        levels = np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8)
+        path, part = self.path(number), self.folder / f".{number:04d}.part"
+        imaging().fromarray(levels).save(part, format="PNG")
+        os.replace(part, path)
+        kept = self._read("rewards.json")
+        self._write("rewards.json", dict(sorted({**kept, f"{number:04d}": reward}.items())))
+        return path
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}): give another folder") from error
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        part = self.folder / f".{name}.part"
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(part, self.folder / name)

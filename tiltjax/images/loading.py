@@ -1,0 +1,133 @@
+"""The parts of FLUX.1 with published weights, by their kind: from arrays, from a folder, from the
+hub.
+
+| kind | module | published as |
+|---|---|---|
+| `transformer` | `tiltjax.flux.transformer.Transformer` | `FluxTransformer2DModel`, or the single-file form |
+| `autoencoder` | `tiltjax.flux.autoencoder.Autoencoder` | `AutoencoderKL`, or the single-file form |
+| `clip` | `tiltjax.flux.clip.Text` | `CLIPTextModel`, with or without the prefix `text_model.` |
+| `t5` | `tiltjax.flux.t5.T5` | `T5EncoderModel` |
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from tiltjax.pretrained import files, key_names, state_dicts
+
+_FOLDERS = {
+    "transformer": "transformer",
+    "autoencoder": "vae",
+    "clip": "text_encoder",
+    "t5": "text_encoder_2",
+}
+KINDS = tuple(_FOLDERS)
+
+
+class _Kind(NamedTuple):
+    network: Any
+    config: Any
+    naming: dict[str, Any]
+
+
+def _kind(kind: str) -> _Kind:
+    # Imported when asked for: a transformer needs no text encoder.
+    if kind == "transformer":
+        from tiltjax.images.networks import transformer as module
+
+        return _Kind(
+            module.Transformer,
+            module.Config,
+            {"renames": module.RENAMES, "stacked": module.STACKED},
+        )
+    if kind == "autoencoder":
+        from tiltjax.images.networks import autoencoder as module
+
+        return _Kind(module.Autoencoder, module.Config, {})
+    if kind == "clip":
+        from tiltjax.images.networks import clip as module
+
+        ignored = ("embeddings.position_ids",)
+        return _Kind(
+            module.Text, module.TextConfig, {"stacked": module.STACKED, "ignored": ignored}
+        )
+    if kind == "t5":
+        from tiltjax.images.networks import t5 as module
+
+        naming = {"renames": module.RENAMES, "stacked": module.STACKED, "ignored": (module.TIED,)}
+        return _Kind(module.T5, module.Config, naming)
+    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def from_state_dict(
+    kind: str,
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    sharding: state_dicts.Placement | None = None,
+    **options: Any,
+) -> Any:
+    """One part of FLUX.1 with published weights.
+
+    **Arguments:**
+
+    - `kind`: one of `KINDS`.
+    - `state_dict`: NumPy arrays by published names, read one by one; those of a transformer and of
+      an autoencoder also in the single-file form.
+    - `config`: the published JSON configuration, as a dictionary; `dual_time: True` for a flow map
+      (`forms.dual`, `forms.merged`).
+    - `sharding`: `sharding(path, array)`, where a parameter belongs, such as
+      `transformer.sharded(mesh)`.
+    - `options`: of the module: `dtype`, `param_dtype`, `remat`, ...
+
+    **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape; for
+    another kind or configuration.
+    """
+    network, reader, naming = _kind(kind)
+    settings = reader.from_json(config)
+    if kind == "transformer":
+        state_dict = key_names.diffusers(state_dict)
+    if kind == "autoencoder":
+        from tiltjax.images.networks import autoencoder
+
+        state_dict = autoencoder.published(state_dict)
+    if kind == "clip":
+        state_dict = key_names.renamed(state_dict, lambda key: key.removeprefix("text_model."))
+    abstract = nnx.eval_shape(lambda: network(settings, **options, rngs=nnx.Rngs(0)))
+    return state_dicts.from_state_dict(abstract, state_dict, sharding=sharding, **naming)
+
+
+def load(
+    kind: str,
+    model: str | os.PathLike,
+    *,
+    adapters: str | os.PathLike | None = None,
+    scale: float = 1.0,
+    sharding: state_dicts.Placement | None = None,
+    **options: Any,
+) -> Any:
+    """One part of FLUX.1 from a folder laid out as it is published, or from the Hugging Face hub.
+
+    **Arguments:** `kind`, `sharding` and `options` as in `from_state_dict`; `model`, the folder, or
+    a name such as `"black-forest-labs/FLUX.1-dev"`; `adapters`, a safetensors file of low-rank
+    adapters to merge into a transformer, times `scale`: where they hold a second time embedder, the
+    network is a flow map.
+
+    **Raises:** besides, `FileNotFoundError`, `PermissionError` and `ImportError` of
+    `files.located`.
+    """
+    if kind not in KINDS:
+        _kind(kind)
+    folder = files.located(model) / _FOLDERS[kind]
+    config, state_dict = files.configuration(folder), files.read_folder(folder)
+    if adapters is not None:
+        if kind != "transformer":
+            raise ValueError(f"adapters are those of a transformer, got kind = {kind!r}")
+        low_rank = files.read(adapters)
+        state_dict = key_names.diffusers(state_dict)
+        if key_names.is_dual(low_rank):
+            config, state_dict = {**config, "dual_time": True}, key_names.dual(state_dict)
+        state_dict = adapters.merged(state_dict, low_rank, scale)
+    return from_state_dict(kind, state_dict, config, sharding=sharding, **options)

@@ -1,0 +1,216 @@
+r"""Rewards on pictures: functions of one picture `(H, W, 3)` in [0, 1], and the way from a latent
+to it.
+
+| reward | r(x) |
+|---|---|
+| `blueness` | mean of B |
+| `blue_minus_red_green`, `blue_minus_half_red_green` | mean of B - R - G, of B - (R + G) / 2 |
+| `MaskedBrightness(mask)` | mean brightness inside of the mask, minus outside |
+| `symmetry`, `antisymmetry` | minus, plus the mean of (x - its mirror image)^2 |
+| `rotation` | minus the mean of (x - x turned by half a turn)^2 |
+| `Palette(color)` | minus the squared distance of the mean color from a color |
+| `ClipScore(clip, ids)` | cosine of picture and prompt; with `scaled=True` times CLIP's factor: PickScore, HPS |
+| `Aesthetic(clip, weights)` | a linear function of the picture's unit vector |
+| `Decoded(decode, reward)` | any of these, of what a latent decodes to |
+
+    reward = Decoded(autoencoder.decode, 2 * MaskedBrightness(bottom_half(512, 512)) + blueness)
+
+Rewards that live in PyTorch are in `tiltjax.flux.judges`. References: Kirstain et al., arXiv
+2305.01569 (PickScore); Wu et al., arXiv 2306.09341 (HPS); Hessel et al., arXiv 2104.08718 (CLIP
+score); Schuhmann et al., arXiv 2210.08402 (the aesthetic predictor of LAION).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, rewards
+
+PALETTES = {
+    "autumn": (0.78, 0.42, 0.18),
+    "ocean": (0.20, 0.40, 0.70),
+    "rose": (0.90, 0.55, 0.70),
+    "forest": (0.18, 0.50, 0.28),
+    "gray": (0.50, 0.50, 0.50),
+}
+
+
+def blueness(picture: Array) -> Array:
+    """The mean of the blue channel; white is as blue as blue. In [0, 1]."""
+    return jnp.mean(_picture(picture)[..., 2])
+
+
+def blue_minus_red_green(picture: Array) -> Array:
+    """The mean of `B - R - G`: blue, and nothing bright. In [-2, 1]."""
+    red, green, blue = _channels(picture)
+    return jnp.mean(blue - red - green)
+
+
+def blue_minus_half_red_green(picture: Array) -> Array:
+    """The mean of `B - (R + G) / 2`: zero for every gray. In [-1, 1]."""
+    red, green, blue = _channels(picture)
+    return jnp.mean(blue - (red + green) / 2)
+
+
+def symmetry(picture: Array) -> Array:
+    """Minus the mean squared difference from the mirror image, left for right: 0 at most."""
+    return -antisymmetry(picture)
+
+
+def antisymmetry(picture: Array) -> Array:
+    """The mean squared difference from the mirror image, left for right. In [0, 1]."""
+    return jnp.mean((_picture(picture) - picture[:, ::-1]) ** 2)
+
+
+def rotation(picture: Array) -> Array:
+    """Minus the mean squared difference from the picture turned by half a turn: 0 at most."""
+    return -jnp.mean((_picture(picture) - picture[::-1, ::-1]) ** 2)
+
+
+class MaskedBrightness(rewards.Reward):
+    """The mean of all channels inside of a mask minus that outside, in [-1, 1].
+
+    **Arguments:** `mask`, `(H, W)`, true (or a weight up to 1) inside: `top_right_circle`,
+    `center_circle`, `bottom_half`, or any other. **Raises:** `ValueError` for a mask without an
+    inside or an outside, and for a picture of another size.
+    """
+
+    mask: Array
+
+    def __init__(self, mask: _checks.Numbers):
+        self.mask = _checks.finite(mask, "mask", 2)
+        if _checks.concrete(self.mask):
+            values = np.asarray(self.mask)
+            if values.min() < 0 or values.max() > 1 or not 0 < values.mean() < 1:
+                raise ValueError(
+                    "a mask must lie in [0, 1], with some of the picture inside and some outside, "
+                    "got values in "
+                    f"[{values.min():g}, {values.max():g}] of mean {values.mean():g}"
+                )
+
+    def __call__(self, x: Array) -> Array:
+        brightness = jnp.mean(_picture(x), axis=-1)
+        if brightness.shape != self.mask.shape:
+            raise ValueError(
+                f"a picture of {brightness.shape} met a mask of {self.mask.shape}: make the mask "
+                "for its size"
+            )
+        inside = self.mask.astype(x.dtype)
+        mean = lambda weight: jnp.sum(weight * brightness) / jnp.sum(weight)
+        return mean(inside) - mean(1 - inside)
+
+
+def top_right_circle(height: int, width: int) -> np.ndarray:
+    """A mask `(H, W)`: a disc about the middle of the top right quarter, its radius 18% of the
+    shorter side.
+    """
+    return _disc(height, width, 0.25, 0.75, 0.18)
+
+
+def center_circle(height: int, width: int) -> np.ndarray:
+    """A mask `(H, W)`: a disc about the middle, its radius 20% of the shorter side."""
+    return _disc(height, width, 0.5, 0.5, 0.20)
+
+
+def bottom_half(height: int, width: int) -> np.ndarray:
+    """A mask `(H, W)`: the lower half; of an odd height with the middle row."""
+    return np.broadcast_to(np.arange(height)[:, None] >= height // 2, (height, width)).astype(float)
+
+
+def _disc(height: int, width: int, down: float, right: float, radius: float) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    middle, reach = (int(down * height), int(right * width)), int(radius * min(height, width))
+    return ((y - middle[0]) ** 2 + (x - middle[1]) ** 2 < reach**2).astype(float)
+
+
+class Palette(rewards.Reward):
+    """Minus the squared distance of the picture's mean color from `color`, `(3,)` in [0, 1], such
+    as `PALETTES["ocean"]`: 0 at most.
+    """
+
+    color: Array
+
+    def __init__(self, color: _checks.Numbers):
+        self.color = _checks.finite(color, "color", 1)
+        if self.color.shape != (3,):
+            raise ValueError(f"a color is (red, green, blue), got shape {self.color.shape}")
+
+    def __call__(self, x: Array) -> Array:
+        return -jnp.sum((jnp.mean(_picture(x), axis=(0, 1)) - self.color.astype(x.dtype)) ** 2)
+
+
+class Decoded(rewards.Reward):
+    """A reward on pictures as a reward on latents, `r(decode(z))`, differentiable in z.
+
+    The picture is the one that a file would hold: clipped to [0, 1], where a decoder overshoots.
+    There a gradient ends: what is as bright as can be, is not made brighter. `clip=False` rewards
+    overshoots as well, and its gradient never ends.
+
+    **Arguments:** `decode(z) -> x`, `(h, w, c)` to `(H, W, 3)`, such as the method
+    `autoencoder.decode`; `reward`, of a picture; `clip`.
+    """
+
+    decode: _pytree.Function
+    reward: rewards.Reward
+    clip: bool = eqx.field(static=True)
+
+    def __init__(self, decode: Callable, reward: Callable, *, clip: bool = True):
+        self.decode, self.reward, self.clip = (
+            _pytree.Function(decode),
+            rewards.as_reward(reward),
+            bool(clip),
+        )
+
+    def picture(self, z: Array) -> Array:
+        """What is rewarded."""
+        picture = self.decode(z)
+        return jnp.clip(picture, 0, 1) if self.clip else picture
+
+    def __call__(self, x: Array) -> Array:
+        return rewards.value(self.reward, self.picture(x)).astype(x.dtype)
+
+
+def _composed(state_dict: Mapping[str, Any], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Linear layers, in the order of the numbers in their names, as one `(width,)` and a scalar, in
+    float64.
+    """
+    number = lambda name: [int(digits) for digits in re.findall(r"\d+", name)]
+    stems = sorted({name.rpartition(".")[0] for name in state_dict}, key=number)
+    total, offset = np.eye(width), np.zeros(width)
+    for stem in stems:
+        dot = f"{stem}." if stem else ""
+        if any(f"{dot}{leaf}" not in state_dict for leaf in ("weight", "bias")):
+            raise ValueError(
+                f"every layer of the head has a weight and a bias, got {sorted(state_dict)}"
+            )
+        weight, bias = (
+            np.asarray(state_dict[f"{dot}{leaf}"], np.float64) for leaf in ("weight", "bias")
+        )
+        if weight.ndim != 2 or weight.shape[1] != len(offset) or bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"layer {stem or 'weight'!r} has shapes {weight.shape} and {bias.shape}, for an "
+                f"input of {len(offset)}"
+            )
+        total, offset = weight @ total, weight @ offset + bias
+    if len(offset) != 1:
+        raise ValueError(f"the last layer of the head must give one number, got {len(offset)}")
+    return total[0], offset[0]
+
+
+def _picture(x: Array) -> Array:
+    if x.ndim != 3 or x.shape[-1] != 3:
+        raise ValueError(
+            f"expected one picture (height, width, 3), got shape {x.shape}: for a reward on "
+            "latents, Decoded(decode, reward)"
+        )
+    return x
+
+
+def _channels(x: Array) -> tuple[Array, Array, Array]:
+    x = _picture(x)
+    return x[..., 0], x[..., 1], x[..., 2]

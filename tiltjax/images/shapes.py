@@ -1,0 +1,196 @@
+r"""The world of the tiny model: one colored shape on a colored background, its captions, and rules
+that read a picture back.
+
+    picture = B + (F - B) clip(1/2 - d, 0, 1)      d the signed distance to the outline in pixels, B and F colors near two of `COLORS`
+
+    scene   = Scene("circle", "red", "top left", "blue")       caption(scene): a red circle in the top left on a blue background
+    picture = draw(key, *numbered(scene));   read(picture) == scene
+
+A caption may leave anything out, `Scene(shape="circle")` is "a circle", and then anything may be
+there: what a prompt does not say is what a reward can choose.
+
+What `read` goes by: the background is the median of the frame; the shape is where the picture is
+farther than half of the largest distance from it; its color the median there; its place that of its
+centroid; its kind the one whose silhouette, of the same centroid and area, overlaps it most.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks
+
+SIDE = 32
+SHAPES = ("circle", "square", "triangle")
+COLORS = {
+    "red": (0.85, 0.12, 0.12),
+    "orange": (0.95, 0.55, 0.10),
+    "yellow": (0.95, 0.90, 0.20),
+    "green": (0.15, 0.62, 0.25),
+    "blue": (0.15, 0.25, 0.85),
+    "purple": (0.55, 0.18, 0.65),
+    "white": (0.94, 0.94, 0.94),
+    "black": (0.07, 0.07, 0.07),
+}
+# Rows and columns of the centers, in pixels.
+PLACES = {
+    "top left": (9.5, 9.5),
+    "top right": (9.5, 22.5),
+    "bottom left": (22.5, 9.5),
+    "bottom right": (22.5, 22.5),
+    "middle": (16.0, 16.0),
+}
+_RADII, _JITTER, _SHADE = (5.0, 6.5), 1.0, 0.03
+_TRIANGLE, _SQUARE = 1.25, 0.886  # distance from the center to a corner, and to a side, in radii
+_AREAS = {
+    "circle": math.pi,
+    "square": 4 * _SQUARE**2,
+    "triangle": 0.75 * math.sqrt(3) * _TRIANGLE**2,
+}
+# Nearer than this to the background, in RGB, nothing is there.
+_VISIBLE = 0.2
+
+
+class Scene(NamedTuple):
+    """What a picture shows, or a caption says; `None` where it does not."""
+
+    shape: str | None = None
+    color: str | None = None
+    place: str | None = None
+    background: str | None = None
+
+
+class Numbers(NamedTuple):
+    """A scene by the places of its words in `SHAPES`, `COLORS`, `PLACES` and `COLORS`, integers
+    `(...)`.
+    """
+
+    shape: Array
+    color: Array
+    place: Array
+    background: Array
+
+
+def caption(scene: Scene) -> str:
+    """The sentence for a scene, without what it leaves open. **Raises:** `ValueError` for a word
+    that is not of this world.
+    """
+    for said, known in zip(scene, (SHAPES, COLORS, PLACES, COLORS), strict=True):
+        if said is not None and said not in known:
+            raise ValueError(f"the tiny model knows {', '.join(known)}, got {said!r}")
+    thing = " ".join(word for word in (scene.color, scene.shape or "shape") if word)
+    where = f" in the {scene.place}" if scene.place else ""
+    return f"{_article(thing)} {thing}{where}" + (
+        f" on {_article(scene.background)} {scene.background} background"
+        if scene.background
+        else ""
+    )
+
+
+def _article(word: str) -> str:
+    return "an" if word.startswith("o") else "a"
+
+
+def numbered(scene: Scene) -> Numbers:
+    """A scene that leaves nothing open, by numbers. **Raises:** `ValueError` for one that does."""
+    caption(scene)
+    words = [word for word in scene if word is not None]
+    if len(words) < len(scene):
+        raise ValueError(f"a picture shows a shape, a color, a place and a background, got {scene}")
+    found = (known.index(word) for known, word in zip(_words(), words, strict=True))
+    return Numbers(*(jnp.asarray(number, jnp.int32) for number in found))
+
+
+def _words() -> tuple[list[str], ...]:
+    return list(SHAPES), list(COLORS), list(PLACES), list(COLORS)
+
+
+def named(numbers: Numbers) -> Scene:
+    """The inverse of `numbered`, for one scene."""
+    return Scene(*(known[int(number)] for known, number in zip(_words(), numbers, strict=True)))
+
+
+def all_named(numbers: Numbers) -> list[Scene]:
+    """As `named`, for scenes `(n,)`."""
+    return [named(Numbers(*each)) for each in zip(*map(np.asarray, numbers), strict=True)]
+
+
+def scenes(key: Array, n: int) -> Numbers:
+    """Scenes `(n,)`, all alike likely; a shape never has the background's color."""
+    keys = jax.random.split(_checks.key(key), 4)
+    each = lambda key, m: jax.random.randint(key, (n,), 0, m, jnp.int32)
+    color = each(keys[1], len(COLORS))
+    background = (color + 1 + each(keys[3], len(COLORS) - 1)) % len(COLORS)
+    return Numbers(each(keys[0], len(SHAPES)), color, each(keys[2], len(PLACES)), background)
+
+
+def draw(key: Array, shape: Array, color: Array, place: Array, background: Array) -> Array:
+    """A picture of one scene by numbers, `(SIDE, SIDE, 3)` in [0, 1] float32: radius, exact place
+    and shades of the colors are random.
+    """
+    key_radius, key_place, key_shade = jax.random.split(key, 3)
+    radius = jax.random.uniform(key_radius, (), jnp.float32, *_RADII)
+    palette, places = (
+        jnp.asarray([*COLORS.values()], jnp.float32),
+        jnp.asarray([*PLACES.values()], jnp.float32),
+    )
+    center = places[place] + jax.random.uniform(key_place, (2,), jnp.float32, -_JITTER, _JITTER)
+    shades = jnp.stack([palette[background], palette[color]])
+    back, front = jnp.clip(
+        shades + _SHADE * jax.random.normal(key_shade, (2, 3), jnp.float32), 0, 1
+    )
+    y, x = jnp.meshgrid(*(jnp.arange(SIDE, dtype=jnp.float32) + 0.5,) * 2, indexing="ij")
+    distances = jnp.stack(_outlines(y - center[0], x - center[1], radius, jnp))
+    cover = jnp.clip(0.5 - distances[shape], 0, 1)[..., None]
+    lay = lambda shade: jnp.broadcast_to(shade, (SIDE, SIDE, 3))
+    return lay(back) + cover * lay(front - back)
+
+
+def _outlines(y, x, radius, numpy):
+    """Signed distances to the outline of each of `SHAPES` about the origin, rows downward; its
+    centroid is there.
+    """
+    circle = numpy.sqrt(y**2 + x**2) - radius
+    square = numpy.maximum(abs(y), abs(x)) - _SQUARE * radius
+    # Three sides, each half of the corner's distance away.
+    side = 0.5 * _TRIANGLE * radius
+    slanted = 0.5 * math.sqrt(3) * abs(x) - 0.5 * y
+    return circle, square, numpy.maximum(y, slanted) - side
+
+
+def read(picture: Array) -> Scene | None:
+    """What a picture shows, by the rules above; `None` if nothing stands out from its background.
+    **Raises:** `ValueError` for another shape.
+    """
+    pixels = np.clip(np.asarray(picture, np.float64), 0, 1)
+    if pixels.shape != (SIDE, SIDE, 3):
+        raise ValueError(f"expected one picture ({SIDE}, {SIDE}, 3), got shape {pixels.shape}")
+    frame = np.ones((SIDE, SIDE), bool)
+    frame[2:-2, 2:-2] = False
+    back = np.median(pixels[frame], axis=0)
+    distance = np.linalg.norm(pixels - back, axis=-1)
+    # The largest but for a few pixels, that one speck does not decide.
+    largest = np.sort(distance, axis=None)[-8]
+    if largest < _VISIBLE:
+        return None
+    inside = distance > largest / 2
+    front = np.median(pixels[distance > 0.75 * largest], axis=0)
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    center, area = (y[inside].mean(), x[inside].mean()), inside.sum()
+    nearest = lambda point, table: min(table, key=lambda name: math.dist(point, table[name]))
+
+    def overlap(shape: str) -> float:
+        radius = math.sqrt(area / _AREAS[shape])
+        silhouette = _outlines(y - center[0], x - center[1], radius, np)[SHAPES.index(shape)] < 0
+        return (silhouette & inside).sum() / (silhouette | inside).sum()
+
+    return Scene(
+        max(SHAPES, key=overlap),
+        nearest(front, COLORS),
+        nearest(center, PLACES),
+        nearest(back, COLORS),
+    )

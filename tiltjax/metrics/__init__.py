@@ -1,0 +1,35 @@
+"""Distances between samples, and diversity."""
+
+from tiltjax.metrics._distances import (
+    bootstrap,
+    mmd,
+    mode_weights,
+    sliced_wasserstein,
+    standard_error,
+    wasserstein,
+)
+from tiltjax.metrics._diversity import (
+    cosine_diversity,
+    coverage,
+    pairwise_diversity,
+    recall,
+    spectral_distance,
+    spectral_diversity,
+    truncated_entropy,
+)
+
+__all__ = [
+    "wasserstein",
+    "sliced_wasserstein",
+    "mmd",
+    "mode_weights",
+    "standard_error",
+    "bootstrap",
+    "pairwise_diversity",
+    "spectral_diversity",
+    "cosine_diversity",
+    "truncated_entropy",
+    "spectral_distance",
+    "recall",
+    "coverage",
+]

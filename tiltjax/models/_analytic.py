@@ -1,0 +1,99 @@
+"""The exact model of a Gaussian mixture."""
+
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _linalg
+from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.mixtures import GaussianMixture, is_small, noisy_components, posterior_mean
+from tiltjax.models._base import Model
+
+_NODES = 256  # of each component
+
+
+def _normal_nodes(num: int, dim: int) -> np.ndarray:
+    """`num` quasi-random points of `N(0, I)`, `(num, dim)`: the lattice of the generalized golden
+    ratio, in pairs of opposites.
+    """
+    ratio = 2.0
+    for _ in range(32):
+        ratio = (1 + ratio) ** (1 / (dim + 1))
+    uniform = (0.5 + np.outer(np.arange(1, num // 2 + 1), ratio ** -np.arange(1.0, dim + 1))) % 1
+    half = np.asarray(
+        [[NormalDist().inv_cdf(u) for u in row] for row in np.clip(uniform, 1e-12, 1 - 1e-12)]
+    )
+    return np.concatenate([half, -half])
+
+
+class Analytic(Model):
+    """The exact model of a Gaussian mixture.
+
+    **Arguments:** `mixture`; `interpolant`, `Linear()` by default.
+    """
+
+    mixture: GaussianMixture
+    interpolant: Interpolant
+
+    def __init__(self, mixture: GaussianMixture, interpolant: Interpolant | None = None):
+        _checks.instance(
+            mixture,
+            GaussianMixture,
+            "mixture",
+            "Analytic(mixture); use from_velocity for a network",
+        )
+        self.mixture = mixture
+        self.interpolant = or_linear(interpolant)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.mixture.dim,)
+
+    @property
+    def dtype(self) -> Any:
+        return self.mixture.means.dtype
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
+
+    def prepare(self, t: Array) -> Any:
+        path = self.interpolant
+        return noisy_components(self.mixture, path.alpha(t), path.sigma(t)) if self._prepares else t
+
+    def denoise_prepared(self, prepared: Any, x: Array) -> Array:
+        return posterior_mean(prepared, x) if self._prepares else self.denoise(prepared, x)
+
+    def posterior_variance(self, snr: Array) -> Array:
+        """`E|X_1 - D_t(X_t)|^2 / d` at the time of signal-to-noise ratio `snr`, as
+        `E tr Cov(X_1 | X_t) / d`.
+
+        The expectation over `X_t` is the mean over quasi-random nodes of each component: no random
+        key, no network.
+        """
+        mixture, sigma, d = self.mixture, jax.lax.rsqrt(snr), self.mixture.dim
+        nodes = jnp.asarray(_normal_nodes(_NODES, d), mixture.means.dtype)
+        roots = jax.vmap(_linalg.square_root)(
+            mixture.covs + sigma**2 * jnp.eye(d, dtype=nodes.dtype)[None]
+        )
+
+        def spread(x: Array) -> Array:
+            return jnp.trace(mixture.condition(jnp.ones_like(sigma), sigma, x).cov())
+
+        def component(weight: Array, mean: Array, root: Array) -> Array:
+            return weight * jnp.mean(jax.vmap(lambda node: spread(mean + root @ node))(nodes))
+
+        return jnp.sum(jax.vmap(component)(mixture.weights, mixture.means, roots)) / d
+
+    @property
+    def _prepares(self) -> bool:
+        return (
+            is_small(self.mixture) and type(self).denoise is Analytic.denoise
+        )  # a subclass may know another one
+
+    def posterior(self, t: Array, x: Array) -> GaussianMixture:
+        """The law of `X_1` given `X_t = x`."""
+        return self.mixture.condition(self.interpolant.alpha(t), self.interpolant.sigma(t), x)

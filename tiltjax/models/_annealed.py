@@ -1,0 +1,234 @@
+r"""Between a base model and one that was fine-tuned on a reward: `Annealed`, a model, and `Tuned`,
+a guidance whose weights make it exact.
+
+With the share `g(t)` of the tuned model, rising from 0 (noise) to 1 (data),
+
+    D = (1 - g) D_base + g D_tuned,
+
+and velocities, scores and noises mix alike: at each time the score is that of `p_t^(1 - g) q_t^g`,
+p being the law of the base model, q that of the tuned one. Early on, where modes are chosen, the
+base model speaks, which knows all of them; late, where details are, the tuned one. Annealed
+importance guidance (AIG, arXiv 2409.06493) is `Annealed` with
+
+| weight | g(t) | in the published code |
+|---|---|---|
+| `power(p)` | `t^p` | `linear` (p = 1), `power_2`, `power_4` |
+| `step(f)` | 0 before f, then 1 | `step_0.6` |
+| a number | itself, at all times | |
+
+The marginals of such a sampler are not those geometric means, and no reward is involved: where it
+lands is between the two, and no more is promised. Each evaluation asks both models.
+
+**Weights.** Let P and Q be the chains of the two models under `Ancestral(1)`, from the same noise.
+That noise is memoryless: reversed, both are the same noising chain, so that the density of a path
+is that of its last state,
+
+    L_t = log dQ/dP (x_0, ..., x_t) = log q_t(x_t) / p_t(x_t),
+
+and it adds up from the kernels of the steps, of means m_p, m_q and variance s^2, with no divergence
+and no further network call:
+
+    L_u - L_t = log K_q / K_p (x_u | x_t) = <m_q - m_p, x_u - (m_p + m_q) / 2> / s^2.
+
+`Tuned` proposes by D and is the twist `V_t = g(t) L_t`. The geometric mean of two Gaussian kernels
+is the kernel at D, up to a factor, so that a step weighs
+
+    log w_u - log w_t = -g_t (1 - g_t) |m_q - m_p|^2 / (2 s^2) + (g_u - g_t) L_u
+    d log w           = -(g_t^2 / 2) g (1 - g) |∇log q - ∇log p|^2 dt + g' L dt        (small steps; in the first g_t^2 the diffusion),
+
+and weighted particles are `p_t^(1 - g) q_t^g` at each time, up to its integral, whose log at `g(1)`
+is `log_norm`. For a constant g this is the Feynman-Kac corrector of geometric means (Skreta et al.,
+arXiv 2503.02819); at g = 1 and g = 0 the chains of the two models, without weights. A share beyond
+[0, 1] extrapolates: with an unconditional base and a conditional `tuned`, g > 1 is classifier-free
+guidance, corrected. No step of a constant share in [0, 1] weighs more than 1; beyond, all weigh at
+least 1, without a bound, and weights may have heavy tails.
+
+Which schedule leads to `g(1)` is a matter of variance and of the laws on the way: the potentials of
+a path add up to `g(1) L`, and with `g(1) = 1`, as in the table, the weighted end is that of the
+chain Q. What finite steps cost: a kernel of variance s^2 leaves out how `X_1` varies given `X_t`,
+so that L strays from `log q_t / p_t` by about the square root of a step, and the end,
+`E_P[exp(g(1) L) ...]` exactly, is off the geometric mean by the order of one.
+
+**With a reward** the same object is an amortized proposal: the pull is the tuned model's, and the
+twist is the value function it has learned. At the optimum of KL-regularized fine-tuning q is the
+tilt, and `L_t = log h_t(x_t) - log Z` along each path; weights are then even, and say otherwise how
+far from the tilt the tuned model is (`audit`). The target is the tilt of the base, whatever was
+learned.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, rewards
+from tiltjax.interpolants import Interpolant
+from tiltjax.models._base import Model
+
+_LOOKS = 1000  # at how many times of a default run a schedule is tried
+
+
+class Power(eqx.Module):
+    """`t^p`; what `power` builds."""
+
+    p: Array
+
+    def __call__(self, t: Array) -> Array:
+        return t**self.p
+
+
+class Step(eqx.Module):
+    """0 before `at`, then 1; what `step` builds."""
+
+    at: Array
+
+    def __call__(self, t: Array) -> Array:
+        return jnp.where(t < self.at, jnp.zeros_like(t), jnp.ones_like(t))
+
+
+def power(p: float | Array = 2.0) -> Power:
+    """The weight `t^p`, p > 0: the larger, the longer the base model speaks."""
+    return Power(_checks.positive(p, "p"))
+
+
+def step(at: float | Array = 0.6) -> Step:
+    """The base model before time `at`, the tuned one from then on. `at` is a scalar."""
+    return Step(_share(at, "at"))
+
+
+Weight = Callable[[Array], Array] | float | Array | None
+
+
+class Annealed(Model):
+    """`(1 - g(t)) D_base + g(t) D_tuned`: a model like any other, to sample, to guide, to tilt.
+
+    Asked at another time than the sampler's, as `Tilted` and `Glass` do, it answers with the weight
+    of that time.
+
+    **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: `power(p)`
+    (by default of 1) or `step(f)`, any function of t with values in [0, 1], or a number.
+    **Raises:** `ValueError` for models that do not fit together, or a weight that is no share at
+    some time.
+    """
+
+    base: Model
+    tuned: Model
+    weight: Any
+
+    def __init__(self, base: Model, tuned: Model, weight: Weight = None):
+        check_pair(base, tuned, "Annealed")
+        self.base, self.tuned = base, tuned
+        weight = Power(jnp.ones(())) if weight is None else weight
+        self.weight = (
+            weight_schedule(weight, base.dtype, share=True)
+            if callable(weight)
+            else _share(weight, "weight")
+        )
+
+    @property
+    def interpolant(self) -> Interpolant:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.interpolant
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def network_query(self) -> tuple[Interpolant, Array | float]:
+        return self.base.network_query()
+
+    def check_times(self, times: Array) -> None:
+        self.base.check_times(times)
+        self.tuned.check_times(times)
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        t = jnp.asarray(t, self.dtype)
+        return mixed(weight_at(self.weight, t), self.base.denoise(t, x), self.tuned.denoise(t, x))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        t = jnp.asarray(t, self.dtype)
+        return mixed(
+            weight_at(self.weight, t), self.base.denoise_batch(t, x), self.tuned.denoise_batch(t, x)
+        )
+
+
+def check_pair(base: Model, tuned: Model, name: str) -> None:
+    """Refuse, with a `ValueError` for `name`, two models that are not of the same states on the
+    same path.
+    """
+    _checks.instance(base, Model, "base", f"{name}(base, tuned, weight)")
+    _checks.instance(tuned, Model, "tuned", f"{name}(base, tuned, weight)")
+    if base.shape != tuned.shape or base.dtype != tuned.dtype:
+        raise ValueError(
+            f"base and tuned must be models of the same states, got {base.shape} of {base.dtype} "
+            f"and {tuned.shape} of {tuned.dtype}"
+        )
+    if not _pytree.same(base.interpolant, tuned.interpolant):
+        raise ValueError(
+            f"base and tuned must be on the same path, got {base.interpolant} and "
+            f"{tuned.interpolant}: "
+            "Rescheduled(tuned, base.interpolant) is the tuned one on the other's"
+        )
+
+
+def mixed(share: Array, base: Array, tuned: Array) -> Array:
+    # In this form one of two equal models is returned to the last bit.
+    return base + share * (tuned - base)
+
+
+def weight_at(weight: Any, t: Array) -> Array:
+    value = jnp.asarray(_pytree.cast(weight, t.dtype)(t) if callable(weight) else weight, t.dtype)
+    if value.shape != ():
+        raise ValueError(f"a weight is one number at one time, got shape {value.shape}")
+    return value
+
+
+def _share(value: float | Array, name: str) -> Array:
+    value = _checks.nonnegative(value, name)
+    if _checks.concrete(value) and np.asarray(value) > 1:
+        raise ValueError(f"{name} is a share, a number in [0, 1], got {float(value):g}")
+    return value
+
+
+def weight_schedule(weight: Callable, dtype: Any, *, share: bool) -> eqx.Module:
+    """A function of t as a module, tried at the times of a fine run if its values can be read:
+    finite, and in [0, 1] if it is to be a share.
+    """
+    if isinstance(weight, rewards.Reward | type):
+        what = (
+            f"the class {weight.__name__}"
+            if isinstance(weight, type)
+            else f"the reward {type(weight).__name__}"
+        )
+        raise TypeError(
+            f"weight must be a number or a function of t, got {what}: use power(p) or step(f), and "
+            "reward= for a reward"
+        )
+    module = weight if isinstance(weight, eqx.Module) else _pytree.Function(weight, "weight")
+    if not _checks.concrete(module):
+        return module
+    with jax.ensure_compile_time_eval():
+        times = jnp.linspace(1e-3, 1.0, _LOOKS, dtype=dtype)
+        values = jax.vmap(lambda t: weight_at(module, t))(times)
+    if not _checks.concrete(values):  # a function of something that is being traced
+        return module
+    values, slack = np.asarray(values), 8 * float(jnp.finfo(dtype).eps) if share else np.inf
+    wrong = ~np.isfinite(values) | (values < -slack) | (values > 1 + slack)
+    if np.any(wrong):
+        first = int(np.argmax(wrong))
+        rule = (
+            "a share, in [0, 1] (Tuned takes others, and weighs them)"
+            if share
+            else "a finite number"
+        )
+        raise ValueError(
+            f"weight(t) must be {rule}, got {values[first]:g} at t = {float(times[first]):.4g}"
+        )
+    return module

@@ -1,0 +1,305 @@
+r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
+
+| model | denoiser |
+|---|---|
+| `Analytic(mixture)` | closed form of a Gaussian mixture |
+| `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax NNX or an Equinox module |
+| `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | another model, asked at another time and state: `tiltjax.tilted` |
+
+What is said of a model holds for posterior means. A network under classifier-free guidance, or a
+thresholded one, is none: then `Tilted`, `Rescheduled` and the posteriors sample something else.
+Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the
+score.
+"""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, _sharding, grids
+from tiltjax.interpolants import Interpolant, seen
+from tiltjax.solvers import Solver
+
+_ROUNDING = 1e-5  # of an snr, relatively
+
+
+class Denoiser(eqx.Module):
+    """What every sampler asks of a model, whatever its states are: `Model` of numbers,
+    `tokens.Masked` of tokens.
+
+    Subclasses define `denoise(t, x)`, `corruption` and `initial`, and say what one state is:
+    `shape` and `dtype`.
+    """
+
+    shape: eqx.AbstractVar[tuple[int, ...]]
+    dtype: eqx.AbstractVar[Any]
+
+    # How many steps a run takes by default. None: as many as its solver names.
+    steps: ClassVar[int | None] = None
+
+    @property
+    def corruption(self) -> Any:
+        """The law of `X_t` given `X_1`, which a step of a solver reverses: an `Interpolant`,
+        `tokens.Masking`.
+        """
+        raise NotImplementedError
+
+    @property
+    def denoised_shape(self) -> tuple[int, ...]:
+        """The shape of what `denoise` returns."""
+        return self.shape
+
+    @property
+    def state_dtype(self) -> Any:
+        """The dtype of a state; `dtype` is that of what `denoise` returns."""
+        return self.dtype
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        """`E[X_1 | X_t = x]`; `t` is a scalar in [0, 1)."""
+        raise NotImplementedError
+
+    def initial(self, key: Array, t: Array) -> Array:
+        """A starting state at the first time `t` of a run."""
+        raise NotImplementedError
+
+    def default_solver(self, usual: Solver) -> Solver:
+        """The solver of a run that names none; `usual` is that of the sampler."""
+        return usual
+
+    def as_states(self, value: Any, name: str, leading: tuple[int, ...]) -> Array:
+        """What a user passed as states, `(*leading, *shape)`. **Raises:** `ValueError` for another
+        shape, or values that are no states.
+        """
+        states = _checks.floating(value, name)
+        if _checks.concrete(states) and not np.all(np.isfinite(_sharding.held(states))):
+            raise ValueError(f"{name} must be finite, got states with NaN or infinity")
+        if states.shape != (*leading, *self.shape):
+            raise ValueError(
+                f"{name} must hold num states, shape {(*leading, *self.shape)}, got {states.shape}"
+            )
+        return states
+
+    def grid(self, steps: int) -> Array:
+        """The default grid of so many steps."""
+        return grids.time_grid(None, steps)
+
+    def check_start(self, t: Array) -> None:
+        """Refuse, with a `ValueError`, to start sampling at t where the law of `X_t` is not known."""
+
+    def check_guided_start(self, t: Array) -> None:
+        """Refuse, with a `ValueError`, to guide from a time at which no guidance is finite."""
+
+    def check_times(self, times: Array) -> None:
+        """Refuse, with a `ValueError`, times at which the model does not know its denoiser."""
+
+
+class Model(Denoiser):
+    """A denoiser of states that are numbers, on the path of its `interpolant`.
+
+    Subclasses define `denoise(t, x)` for one sample, of the shape of `x`, and the fields
+    `interpolant`, `shape` and `dtype`.
+    """
+
+    interpolant: eqx.AbstractVar[Interpolant]
+
+    @property
+    def corruption(self) -> Interpolant:
+        return self.interpolant
+
+    def velocity(self, t: Array, x: Array) -> Array:
+        """The drift of the probability flow."""
+        return self.interpolant.velocity(t, x, self.denoise(t, x))
+
+    def score(self, t: Array, x: Array) -> Array:
+        """`∇ log p_t(x)`."""
+        return self.interpolant.score(t, x, self.denoise(t, x))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        """`denoise` of states `(n, *shape)` at one time; differentiable also in the parameters of a
+        network that wants a batch.
+        """
+        return jax.vmap(lambda x: self.denoise(t, x))(x)
+
+    def noise(self, t: Array, x: Array) -> Array:
+        """`E[X_0 | X_t = x]`."""
+        return self.interpolant.noise(t, x, self.denoise(t, x))
+
+    def prepare(self, t: Array) -> Any:
+        """What of `D_t(x)` does not depend on x, a tree of arrays: a loop over times finds it for
+        all of them before it starts.
+        """
+        return t
+
+    def denoise_prepared(self, prepared: Any, x: Array) -> Array:
+        """`D_t(x)`, of what `prepare(t)` has returned."""
+        return self.denoise(prepared, x)
+
+    def check_start(self, t: Array) -> None:
+        """Refuse to start sampling at t, with a `ValueError`, where the law of `X_t` is not known
+        well enough for `initial`.
+
+        `sigma_t X_0` is that law where the noise outweighs the data: `snr_t` times the noise's own
+        variance below 2%.
+        """
+        if not _checks.concrete((t, self.interpolant)):
+            return
+        share = seen(self.interpolant, t, self.dtype)[1]
+        if share > 0.02:
+            raise ValueError(
+                f"a run from noise cannot start at t = {float(t):g}, where a share of {share:.2g} "
+                "of the state is data: start "
+                "earlier, at 1e-3 say, or pass the states at that time as start="
+            )
+
+    def check_guided_start(self, t: Array) -> None:
+        """Refuse to guide from where nothing of the data is seen: a guidance moves the state by
+        `sigma^2 / alpha` times a score.
+        """
+        if (
+            _checks.concrete((t, self.interpolant))
+            and seen(self.interpolant, t, self.dtype)[0] == 0
+        ):
+            raise ValueError(
+                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
+            )
+
+    def network_query(self) -> tuple[Interpolant, Array | float]:
+        """`(path, ahead)`: at time t the network at the bottom of this model is asked where `path`
+        has the snr `snr_t + ahead`.
+        """
+        return self.interpolant, 0.0
+
+    def _trained_everywhere(self) -> bool:
+        """Whether no time can be wrong: a network of this very path, trained on all of it."""
+        path, ahead = self.network_query()
+        itself = path is self.interpolant and isinstance(ahead, float) and ahead == 0
+        return itself and type(path).snr_range is Interpolant.snr_range
+
+    def check_times(self, times: Array) -> None:
+        """Refuse, with a `ValueError`, times below 1 at which the network would be asked where it
+        was not trained.
+        """
+        if not _checks.concrete((self, times)) or self._trained_everywhere():
+            return
+        with jax.ensure_compile_time_eval():
+            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+        # Near t = 1 an snr takes more rounding, 1 / (1 - t) of a time's, and levels are far apart.
+        early, late = snr < (1 - _ROUNDING) * lowest, snr > 1.001 * highest
+        outside = (early | late) & (np.asarray(times) < 1)
+        if not np.any(outside):
+            return
+        first = np.argmax(outside)
+        where = (
+            f"at t = {np.asarray(times)[first]:g} the network would be asked at snr = "
+            f"{snr[first]:.4g}, and was trained from "
+            f"{lowest:.4g} to {highest:.4g}: "
+        )
+        if early[first]:
+            raise ValueError(f"{where}start at t = {np.ceil(1e6 * start) / 1e6:g} or later")
+        if not end > 0:
+            raise ValueError(
+                f"{where}this tilt is narrower than the cleanest noise level, lower the scale"
+            )
+        raise ValueError(
+            f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and jump from there, "
+            "times=[..., 1.0]"
+        )
+
+    def grid(self, steps: int) -> Array:
+        """The default grid, equal steps on [1e-3, 1]; where the network was trained on less, on
+        that, with a jump to 1 at the end.
+        """
+        times = grids.time_grid(None, steps)
+        if not _checks.concrete(self) or self._trained_everywhere():
+            return times
+        with jax.ensure_compile_time_eval():
+            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+            early, late = 0 <= snr[0] < lowest, snr[-2] > highest
+            start = max(np.ceil(1e6 * start) / 1e6, 1e-3) if early else 1e-3
+            end = (
+                min(np.floor(1e6 * end) / 1e6, 1 - (1 - start) / steps)
+                if late
+                else 1 - (1 - start) / steps
+            )
+            # Where nothing is left, or the tilt is a convex one, the checks say so.
+            usable = (early or late) and (steps == 1 or start < end)
+            return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times
+
+    def times(self, inner_times: _checks.Numbers) -> Array:
+        """The grid, for `sample(..., times=)`, on which the network is asked at the given times of
+        its own path, and at no others.
+
+        For networks that know certain noise levels only: `model.times(path.clock(levels))` with a
+        `DiscreteVP`. They are the times at which `snr_t + ahead` is the network's snr, and 1 at the
+        end, the jump to the denoiser.
+
+        **Arguments:** `inner_times`, increasing, below 1. **Raises:** `ValueError` for those at
+        which this model never asks.
+        """
+        inner_times = _checks.finite(inner_times, "inner_times", 1)
+        times, snr, lowest, earliest = _outer_times(self, inner_times)
+        if _checks.concrete(times):
+            never = (np.asarray(snr) < (1 - _ROUNDING) * np.asarray(lowest)) | (
+                np.asarray(inner_times) >= 1
+            )
+            if np.any(never):
+                raise ValueError(
+                    f"inner_times must lie in [{float(earliest):.6g}, 1), where the network's snr "
+                    f"is at least {float(lowest):.4g} "
+                    f"(the final 1 is added here), got {np.asarray(inner_times)[never]}: leave "
+                    "those out"
+                )
+        return jnp.append(times, jnp.ones((), times.dtype))
+
+    def initial(self, key: Array, t: Array) -> Array:
+        """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must
+        be negligible.
+        """
+        return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+    def initial_log_prob(self, t: Array, x: Array) -> Array:
+        """The log-density at `x` of the law that `initial(key, t)` draws from. **Raises:**
+        `ValueError` where that law is not known.
+        """
+        if type(self).initial is not Model.initial:
+            raise ValueError(
+                f"{type(self).__name__} starts from a law of its own, whose density is not known "
+                "here: its initial_log_prob must say it"
+            )
+        sigma = self.interpolant.sigma(t)
+        return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
+
+
+@eqx.filter_jit
+def _asked(model: Model, times: Array) -> tuple[Array, ...]:
+    """The snr at which the network is asked, the range on which it was trained, and that range in
+    times of the model.
+    """
+    model, times = _pytree.cast((model, times), model.dtype)
+    own, (path, ahead) = model.interpolant, model.network_query()
+    lowest, highest = path.snr_range()
+    return (
+        jax.vmap(own.snr)(times) + ahead,
+        lowest,
+        highest,
+        own.time(lowest - ahead),
+        own.time(highest - ahead),
+    )
+
+
+@eqx.filter_jit
+def _outer_times(model: Model, inner: Array) -> tuple[Array, ...]:
+    """The model's times for those of its network, the snr of these, the least one it asks at, and
+    the time of that.
+    """
+    model, inner = _pytree.cast((model, inner), model.dtype)
+    own, (path, ahead) = model.interpolant, model.network_query()
+    start = own.snr(jnp.zeros((), inner.dtype))
+    snr = jax.vmap(path.snr)(inner)
+    # A level that is the start itself may come out a rounding error before it.
+    times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - ahead, start)), 0)
+    return times, snr, start + ahead, path.time(start + ahead)

@@ -1,0 +1,271 @@
+r"""A user's network `fn(t, x)` as a pytree, and its answer for one sample, alone or as a row of a
+batch.
+
+Everything around a network is written for one sample and vmapped. One that wants a batch is called
+with as many rows as the `vmap`s around the call make, forwards and backwards: its kernels never see
+another axis.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from tiltjax import _checks, _pytree
+from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.models._base import Model
+
+
+class Net(_pytree.Foreign):
+    """A callable `fn(t, x)` or `fn(params, t, x)` with its parameters, as one pytree."""
+
+    fn: _pytree.Function
+    params: PyTree
+
+    def __init__(self, fn: Callable, params: PyTree = None):
+        _refuse_training_mode(fn)
+        _refuse_training_mode(params)
+        self.fn, self.params = _pytree.Function(fn), params
+        _check_signature(fn, params)
+
+    def __call__(self, t: Array, x: Array) -> Array:
+        return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
+
+
+def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
+    """The answer of a network, of `shape`, for one sample; one that wants a batch gets as many rows
+    as `vmap`s around this make.
+    """
+    if batched:
+        return checked(_call_in_batches(net, t[None], x[None]), (1, *shape), x.shape, batched)[0]
+    return checked(net(t, x), shape, x.shape, batched)
+
+
+def _check_signature(fn: Callable, params: PyTree) -> None:
+    names = ("t", "x") if params is None else ("params", "t", "x")
+    try:
+        inspect.signature(fn).bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"the network is called as fn({', '.join(names)}), which {type(fn).__name__} does not "
+            f"accept ({error}): wrap it, as in "
+            "from_velocity(lambda net, t, x: net(...), net, shape=...)"
+        ) from None
+    except ValueError:  # a callable without a signature to read
+        return
+
+
+def checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool) -> Array:
+    """What a network has returned, if it is of `shape`. **Raises:** `ValueError` if not."""
+    got = getattr(output, "shape", None)
+    if got != shape:
+        what = f"a batch of states {state}" if batched else f"a state of shape {state}"
+        hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
+        rule = "the shape of its input: expected" if shape[int(batched) :] == state else "the shape"
+        raise ValueError(f"the network must return {rule} {shape} for {what}, got {got}{hint}")
+    return output
+
+
+def _refuse_training_mode(fn: Any) -> None:
+    if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
+        return
+    if (part := _pytree.in_training_mode(fn)) is not None:
+        raise ValueError(
+            f"{part} is in training mode and would change its state while sampling: call .eval() "
+            "on the network first"
+        )
+
+
+# A network that wants a batch, called from code for one sample. `custom_vmap` turns every `vmap`
+# axis around the call into more rows of the batch instead of an axis the network's kernels have
+# never seen; `custom_vjp` does the same for the pullback, because `custom_vmap` alone has no
+# reverse mode.
+
+
+@custom_vmap
+def _forward(net: Net, t: Array, x: Array) -> Array:
+    return net(t, x)
+
+
+@custom_vmap
+def _pullback(net: Net, t: Array, x: Array, cotangent: Array) -> tuple[Array, Array]:
+    return jax.vjp(net, t, x)[1](cotangent)
+
+
+def _as_rows(call: Callable) -> Callable:
+    def rule(size, batched, net, *arrays):
+        if any(jax.tree.leaves(batched[0])):
+            raise ValueError(
+                "a batched=True network cannot be vmapped over its parameters: use batched=False "
+                "for ensembles"
+            )
+
+        def rows(array, is_batched):
+            array = array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        output = call(net, *map(rows, arrays, batched[1:]))
+        split = jax.tree.map(lambda out: out.reshape(size, -1, *out.shape[1:]), output)
+        return split, jax.tree.map(lambda _: True, split)
+
+    return rule
+
+
+_forward.def_vmap(_as_rows(_forward))
+_pullback.def_vmap(_as_rows(_pullback))
+
+
+@jax.custom_vjp
+def _call_in_batches(net: Net, t: Array, x: Array) -> Array:
+    return _forward(net, t, x)
+
+
+def _call_forward(net, t, x):
+    # By type: a Flax variable forwards unknown attributes to its array, so it would pass for
+    # anything.
+    primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+    if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=primal) if primal(leaf)):
+        raise TypeError(
+            "a batched=True network is not differentiable in its parameters here: use "
+            "batched=False, or Model.denoise_batch"
+        )
+    values = jax.tree.map(
+        lambda leaf: leaf.value if primal(leaf) else leaf, (net, t, x), is_leaf=primal
+    )
+    return _forward(*values), values
+
+
+def _call_backward(values, cotangent):
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    return None, *_pullback(*values, cotangent)
+
+
+_call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)
+
+
+class Network(Model):
+    """A network as a model; built by `from_velocity`, `from_noise` and `from_denoiser`."""
+
+    net: Net
+    interpolant: Interpolant
+    to_denoised: Callable = eqx.field(static=True)
+    batched: bool = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def denoise(self, t: Array, x: Array) -> Array:
+        t = jnp.asarray(t, x.dtype)
+        output = ask(self.net, t, x, x.shape, self.batched)
+        return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
+
+    def denoise_batch(self, t: Array, x: Array) -> Array:
+        if not self.batched:
+            return super().denoise_batch(t, x)
+        t = jnp.asarray(t, x.dtype)
+        output = checked(
+            self.net(jnp.broadcast_to(t, len(x)), x), x.shape, x.shape[1:], True
+        ).astype(x.dtype)
+        return jax.vmap(lambda x, output: self.to_denoised(self.interpolant, t, x, output))(
+            x, output
+        )
+
+
+def from_velocity(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
+    """A model from a velocity network `b_t(x)`, such as flow matching trains.
+
+    **Arguments:**
+
+    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: a function, a Flax NNX module or
+      an Equinox module, returning the shape of `x`. Parameters travel as arguments of the compiled
+      program, never as constants.
+    - `shape`: the shape of one state, such as `(2,)` or `(16, 64, 64)`.
+    - `batched`: if true, `fn` takes `t` of shape `(B,)` and `x` of shape `(B, *shape)`, and the
+      particle axis (times the draws of a guidance) becomes its batch axis. Differentiable in x by
+      reverse mode.
+    - `interpolant`: what the network was trained with, `Linear()` by default.
+    - `dtype`: of the states, JAX's default float unless given. The network's own dtype is left
+      alone.
+
+    The velocity is that of a posterior mean. One changed by classifier-free guidance or by
+    thresholding is not: plain sampling runs, but tilts, posteriors and guidances rest on identities
+    it does not satisfy.
+
+    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
+    """
+    return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
+
+
+def from_noise(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
+    """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments and conditions as in
+    `from_velocity`.
+
+    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start
+    later if that shows. A network that wants the index of a noise level instead of t:
+    `interpolants.DiscreteVP`.
+    """
+    return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
+
+
+def from_denoiser(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant | None = None,
+    dtype: Any = None,
+) -> Network:
+    """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments and conditions as in
+    `from_velocity`.
+    """
+    return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
+
+
+def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
+    if not isinstance(shape, tuple | list):
+        raise TypeError(
+            f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}"
+        )
+    shape = tuple(_checks.count(n, "every entry of shape") for n in shape)
+    return Network(
+        net=Net(fn, params),
+        interpolant=or_linear(interpolant),
+        to_denoised=to_denoised,
+        batched=_checks.flag(batched, "batched"),
+        shape=shape,
+        dtype=_checks.state_dtype(dtype),
+    )
+
+
+def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_velocity(t, x, output)
+
+
+def _from_noise(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_noise(t, x, output)
+
+
+def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return output

@@ -1,0 +1,124 @@
+"""Low-rank adapters (LoRA) in published files, added to the weights of a network."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tiltjax.pretrained.key_names import _BLOCKS, _OUTSIDE, _dotted, diffusers
+from tiltjax.pretrained.state_dicts import View, shape_of
+
+_FACTORS = {
+    "lora_A.weight": "down",
+    "lora_A.default.weight": "down",
+    "lora_down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.default.weight": "up",
+    "lora_up.weight": "up",
+    "alpha": "alpha",
+}
+
+
+def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: float = 1.0) -> View:
+    """The weights with low-rank adapters added.
+
+    **Arguments:** `state_dict`, under the names of `FluxTransformer2DModel`, with two embedders
+    (`dual`) for those of a flow map; `adapters`, pairs of `lora_A`, `lora_B` or `lora_down`,
+    `lora_up` of (out, rank) and (rank, in), with or without `alpha`, by dotted or underscored names
+    of either form; `scale`, of all of them.
+
+    **Raises:** `ValueError`, with the names, for adapters of other modules or shapes, without their
+    other half, or of another kind.
+    """
+    shifts = diffusers(_shifts(adapters, state_dict))
+    strange = [
+        f"{name} {shift[0]}"
+        for name, shift in shifts.parts.items()
+        if name not in state_dict or shape_of(state_dict, name) != shift[0]
+    ]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} of {len(shifts)} adapters fit no matrix of this network: {', '.join(strange[:8])}. "
+            "Adapters of a flow map need "
+            "the second embedder, forms.dual(state_dict)"
+        )
+
+    def added(key: str) -> np.ndarray:
+        array = np.asarray(state_dict[key])
+        return (array.astype(np.float32) + np.float32(scale) * shifts[key]).astype(array.dtype)
+
+    parts = {}
+    for key in state_dict:
+        parts[key] = (
+            shape_of(state_dict, key),
+            (lambda key=key: added(key)) if key in shifts else _reader(state_dict, key),
+        )
+    return View(parts)
+
+
+def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
+    """`(alpha / rank) B A` under the names of the weights that they are added to, in the form that
+    the adapters are in.
+    """
+    flat = {key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in state_dict}
+    found: dict[str, dict[str, str]] = {}
+    strange = []
+    for key in adapters:
+        suffix = next((suffix for suffix in _FACTORS if key.endswith(f".{suffix}")), None)
+        if suffix is None:
+            strange.append(key)
+        else:
+            found.setdefault(key.removesuffix(f".{suffix}"), {})[_FACTORS[suffix]] = key
+    strange += [
+        keys
+        for factors in found.values()
+        if not {"down", "up"} <= factors.keys()
+        for keys in factors.values()
+    ]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} keys are no adapters, or lack their other half: {', '.join(sorted(strange)[:8])}; "
+            "expected pairs lora_A and "
+            "lora_B, or lora_down and lora_up, with or without alpha"
+        )
+    parts = {}
+    for module, factors in found.items():
+        (rank, n), (m, other) = (
+            shape_of(adapters, factors["down"]),
+            shape_of(adapters, factors["up"]),
+        )
+        if rank != other:
+            raise ValueError(f"the adapters of {module} have ranks {rank} and {other}")
+
+        def shift(factors=factors, rank=rank) -> np.ndarray:
+            down, up = (
+                np.asarray(adapters[factors[each]]).astype(np.float32) for each in ("down", "up")
+            )
+            alpha = (
+                float(np.asarray(adapters[factors["alpha"]]).astype(np.float32))
+                if "alpha" in factors
+                else rank
+            )
+            return alpha / rank * (up @ down)
+
+        parts[f"{_dotted(module, flat)}.weight"] = (m, n), shift
+    return View(parts)
+
+
+def _targets(module: str) -> tuple[str, ...] | None:
+    """The modules of `FluxTransformer2DModel` that one of the single-file form holds, in its order;
+    None for one of another form.
+    """
+    if module in _OUTSIDE:
+        return (_OUTSIDE[module],)
+    kind, _, rest = module.partition(".")
+    i, _, rest = rest.partition(".")
+    if kind not in _BLOCKS or rest not in _BLOCKS[kind][1]:
+        return None
+    blocks, table = _BLOCKS[kind]
+    targets = table[rest] if isinstance(table[rest], tuple) else (table[rest],)
+    return tuple(f"{blocks}.{i}.{target}" for target in targets)
+
+
+def _reader(state_dict: Mapping[str, Any], key: str) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(state_dict[key])

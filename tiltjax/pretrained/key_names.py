@@ -1,0 +1,149 @@
+r"""The forms in which weights of the FLUX.1 transformer are published, made into the one that its
+module is named after.
+
+| function | |
+|---|---|
+| `diffusers(state_dict)` | the single-file form: queries, keys, values (and the feed-forward layer) in one matrix, the last modulation as (shift, scale) |
+| `dual(state_dict)` | a network of one time as one of two, both embedders the same: where a flow map starts |
+| `merged(state_dict, adapters, scale)` | `W + scale * (alpha / rank) B A` for low-rank adapters (LoRA), in either form, with the second embedder |
+
+All are views: an array is read, cut and added to when it is asked for. What is not known keeps its
+name, and is an unused key where the module is built. Adapters that find no matrix are errors at
+once. Reference: Hu et al. (arXiv 2106.09685), LoRA.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tiltjax.pretrained.adapters import _reader, _targets
+from tiltjax.pretrained.state_dicts import View, shape_of
+
+_EMBEDDERS = {
+    "time_in": "timestep_embedder",
+    "guidance_in": "guidance_embedder",
+    "vector_in": "text_embedder",
+}
+_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{
+        f"{theirs}.{layer}": f"time_text_embed.{ours}.{linear}"
+        for theirs, ours in _EMBEDDERS.items()
+        for layer, linear in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    },
+}
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_DOUBLE: dict[str, Any] = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+_SINGLE: dict[str, Any] = {
+    "modulation.lin": "norm.linear",
+    "linear1": (*_QKV, "proj_mlp"),
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+_BLOCKS = {
+    "double_blocks": ("transformer_blocks", _DOUBLE),
+    "single_blocks": ("single_transformer_blocks", _SINGLE),
+}
+_LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "base_model.model.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+)
+
+
+def diffusers(state_dict: Mapping[str, Any]) -> View:
+    """The weights under the names of `FluxTransformer2DModel`, whichever of both forms they have."""
+    parts = {}
+    for key in state_dict:
+        name = key.removeprefix("model.diffusion_model.")
+        module, _, leaf = name.rpartition(".")
+        targets = _targets(module)
+        read, shape = _reader(state_dict, key), shape_of(state_dict, key)
+        if targets is None or leaf not in _LEAVES:
+            parts[name] = shape, read
+        elif targets == ("norm_out.linear",):
+            parts[f"norm_out.linear.{leaf}"] = (
+                shape,
+                lambda read=read: np.concatenate(np.split(read(), 2)[::-1]),
+            )
+        else:
+            # Queries, keys and values are of one size; what is left after them is the feed-forward
+            # layer's, four times that.
+            unit = shape[0] // (7 if len(targets) == 4 else len(targets))
+            for i, target in enumerate(targets):
+                rows = slice(
+                    i * unit, (i + 1) * unit if i < 3 and i + 1 < len(targets) else shape[0]
+                )
+                cut = (len(range(*rows.indices(shape[0]))), *shape[1:])
+                parts[f"{target}.{_LEAVES[leaf]}"] = cut, lambda read=read, rows=rows: read()[rows]
+    return View(parts)
+
+
+def renamed(state_dict: Mapping[str, Any], rename: Callable[[str], str]) -> View:
+    """The arrays under other names."""
+    return View(
+        {rename(key): (shape_of(state_dict, key), _reader(state_dict, key)) for key in state_dict}
+    )
+
+
+def dual(state_dict: Mapping[str, Any]) -> View:
+    """The weights of a network of one time, with its embedders twice."""
+    parts, prefix = {}, "time_text_embed."
+    for key in state_dict:
+        rest = key.removeprefix(prefix)
+        names = (
+            [f"{prefix}{which}_embedder.{rest}" for which in ("original", "second")]
+            if key != rest
+            else [key]
+        )
+        parts |= dict.fromkeys(names, (shape_of(state_dict, key), _reader(state_dict, key)))
+    return View(parts)
+
+
+def is_dual(adapters: Mapping[str, Any]) -> bool:
+    """Whether adapters are those of a flow map, which add to the second embedder of a network of
+    two times.
+    """
+    return any("second_embedder" in key for key in adapters)
+
+
+def _dotted(module: str, flat: Mapping[str, str]) -> str:
+    """The dotted name of a module from one that may be prefixed, and may have underscores for dots."""
+    for prefix in _PREFIXES:
+        module = module.removeprefix(prefix)
+    if "." in module or module in flat.values():
+        return module
+    if (
+        known := flat.get(module) or {name.replace(".", "_"): name for name in _OUTSIDE}.get(module)
+    ) is not None:
+        return known
+    if match := re.fullmatch(r"(double_blocks|single_blocks)_(\d+)_(.+)", module):
+        kind, i, rest = match.groups()
+        rest = {name.replace(".", "_"): name for name in _BLOCKS[kind][1]}.get(rest, rest)
+        return f"{kind}.{i}.{rest}"
+    return module

@@ -1,0 +1,229 @@
+r"""Published PyTorch weights into Flax NNX modules, by one rule for all of them.
+
+The attributes of every module here are named as its published state dict is, so that the path of a
+parameter *is* its name:
+
+| here | there |
+|---|---|
+| `kernel`, 2-D `(in, out)` | `weight`, transposed |
+| `kernel`, 4-D `(height, width, in, out)` | `weight`, `(out, in, height, width)` |
+| `scale`, `embedding` | `weight`, as it is |
+| any other name, such as `bias` | the same |
+| a stack of blocks, `blocks.attn.to_q.kernel` with a leading axis | `blocks.0.attn.to_q.weight`, `blocks.1. ...` |
+
+`renames` says where the paths differ all the same (`ff.net.0.proj`: a number is no attribute),
+`stacked` which paths are stacks, `ignored` which keys may be there for nothing. Apart from those, a
+key that is missing, unused or of another shape is an error: nothing is left at its initial value,
+and nothing is dropped.
+
+Every parameter is read, transposed and sent to its device or devices by itself, a sharded one shard
+by shard: from files that are mapped into memory (`tiltjax.flux.files`) the weights are never in
+host memory as a whole, and never twice.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+M = TypeVar("M", bound=nnx.Module)
+# By the axes of a published array, those of a kernel here; and the way back.
+_TO_KERNEL = {2: (1, 0), 4: (2, 3, 1, 0)}
+_FROM_KERNEL = {2: (1, 0), 4: (3, 2, 0, 1)}
+_WEIGHT = ("kernel", "scale", "embedding")
+_SHOWN = 8
+# The path and the array of a parameter to where it belongs.
+Placement = Callable[[tuple, Any], jax.sharding.Sharding | None]
+
+
+class Entry(NamedTuple):
+    """One parameter: its path, its array or abstract array, its published names (one for each block
+    of a stack), and its name here.
+    """
+
+    path: tuple
+    leaf: Any
+    names: tuple[str, ...]
+    is_stack: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The published shape of each of `names`."""
+        shape = self.leaf.shape[1:] if self.is_stack else self.leaf.shape
+        axes = _FROM_KERNEL.get(len(shape)) if self.path[-1] == "kernel" else None
+        return shape if axes is None else tuple(shape[axis] for axis in axes)
+
+
+def entries(
+    network: nnx.Module, renames: Mapping[str, str] | None = None, stacked: Sequence[str] = ()
+) -> list[Entry]:
+    """The parameters of a module, or of an abstract one (`nnx.eval_shape`), with their published
+    names and shapes.
+    """
+    found = []
+    for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)):
+        leaf = variable.get_value()
+        parts = [*map(str, path[:-1]), "weight" if path[-1] in _WEIGHT else str(path[-1])]
+        stack = next(
+            (prefix for prefix in stacked if ".".join(parts).startswith(f"{prefix}.")), None
+        )
+        if stack is None:
+            names = (_renamed(".".join(parts), renames),)
+        else:
+            rest = ".".join(parts)[len(stack) :]
+            names = tuple(_renamed(f"{stack}.{i}{rest}", renames) for i in range(leaf.shape[0]))
+        found.append(Entry(path, leaf, names, stack is not None))
+    return found
+
+
+def shapes(
+    network: nnx.Module, renames: Mapping[str, str] | None = None, stacked: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The published names and shapes of a module's parameters: the state dict it is built from."""
+    return {
+        name: entry.shape for entry in entries(network, renames, stacked) for name in entry.names
+    }
+
+
+def from_state_dict(
+    abstract: M,
+    state_dict: Mapping[str, Any],
+    *,
+    renames: Mapping[str, str] | None = None,
+    stacked: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    sharding: Placement | None = None,
+) -> M:
+    """The module whose parameters are the arrays of `state_dict`.
+
+    **Arguments:**
+
+    - `abstract`: `nnx.eval_shape(lambda: Module(config, rngs=nnx.Rngs(0)))`, or a module, whose
+      parameters are replaced; its dtypes decide.
+    - `state_dict`: NumPy arrays by published names; a mapping with a method `shape(name)` is asked
+      for shapes without being read.
+    - `renames`, `stacked`, `ignored`: as in the module's docstring; a rename holds for whole parts
+      of a path, `{"to_out": "to_out.0"}`.
+    - `sharding`: `sharding(path, array)`, where a parameter belongs; by default JAX's default
+      device.
+
+    **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape.
+    """
+    table = entries(abstract, renames, stacked)
+    _check(type(abstract).__name__, table, state_dict, set(ignored))
+    graph, state = nnx.split(abstract)
+    flat = dict(nnx.to_flat_state(state))
+    for entry in table:
+        value = _placed(
+            entry, state_dict, None if sharding is None else sharding(entry.path, entry.leaf)
+        )
+        flat[entry.path] = flat[entry.path].replace(value)
+    return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def to_state_dict(
+    network: nnx.Module, renames: Mapping[str, str] | None = None, stacked: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The parameters of a module as NumPy arrays by published names: the inverse of
+    `from_state_dict`.
+    """
+    arrays = {}
+    for entry in entries(network, renames, stacked):
+        whole = np.asarray(entry.leaf)
+        for name, array in zip(entry.names, whole if entry.is_stack else [whole], strict=True):
+            axes = _FROM_KERNEL.get(array.ndim) if entry.path[-1] == "kernel" else None
+            arrays[name] = np.asarray(array if axes is None else array.transpose(axes), order="C")
+    return arrays
+
+
+class View(Mapping):
+    """A state dict under other names, or made of another's parts: `{name: (shape, read)}`, where
+    `read()` returns the array.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]):
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.parts[name][1]()
+
+    def __contains__(self, name: object) -> bool:  # without reading, which is how a Mapping looks
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one array, without reading it."""
+        return self.parts[name][0]
+
+
+def shape_of(state_dict: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The shape of one array of a state dict, without reading it where that is possible."""
+    ask = getattr(state_dict, "shape", None)
+    return tuple(np.shape(state_dict[name]) if ask is None else ask(name))
+
+
+def _renamed(name: str, renames: Mapping[str, str] | None) -> str:
+    # Dots at both ends, so that only whole parts of a path match.
+    name = f".{name}."
+    for ours, theirs in (renames or {}).items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name[1:-1]
+
+
+def _check(
+    module: str, table: list[Entry], state_dict: Mapping[str, Any], ignored: set[str]
+) -> None:
+    expected = {name: entry.shape for entry in table for name in entry.names}
+    known = expected.keys() | ignored
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in state_dict]
+    unused = [f"{name} {shape_of(state_dict, name)}" for name in state_dict if name not in known]
+    shaped = [
+        f"{name} has {found}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state_dict and (found := shape_of(state_dict, name)) != shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("missing", missing), ("unused", unused), ("of another shape", shaped))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"these weights do not fit {module} with its {len(expected)} keys. "
+            + "; ".join(problems)
+            + ". Were they made for "
+            "this configuration, and for this part of the model?"
+        )
+
+
+def _placed(
+    entry: Entry, state_dict: Mapping[str, Any], sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    shape, dtype = entry.leaf.shape, entry.leaf.dtype
+
+    def read(name: str) -> np.ndarray:
+        array = np.asarray(state_dict[name])
+        axes = _TO_KERNEL.get(array.ndim) if entry.path[-1] == "kernel" else None
+        return array if axes is None else array.transpose(axes)
+
+    def part(index: Any) -> np.ndarray:
+        # Only what one device holds, cast on the way.
+        sizes = [len(range(*one.indices(n))) for one, n in zip(index, shape, strict=True)]
+        buffer = np.empty(sizes, dtype)
+        if not entry.is_stack:
+            buffer[...] = read(entry.names[0])[index]
+            return buffer
+        for row, name in zip(buffer, entry.names[index[0]], strict=True):
+            row[...] = read(name)[index[1:]]
+        return buffer
+
+    if sharding is None:
+        return jax.device_put(part(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, part)

@@ -1,0 +1,169 @@
+"""The reward protocol, the algebra of rewards, and how functions become rewards."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree
+
+
+class Reward(eqx.Module):
+    """A reward that can be added to others and scaled. Subclasses define `__call__(x1) -> scalar`."""
+
+    def __call__(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def conjugate(self) -> tuple[Array, Array]:
+        """`(a, c)` with `r(x) = <a, x> - c |x|^2 / 2 + const`; `a` has the state's shape, `c` is a
+        scalar.
+
+        **Raises:** `ValueError` if the reward has no such form.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is not conjugate to Gaussian noise: only Linear, Quadratic "
+            "with a scalar weight, and "
+            "their sums and multiples are. Use a guidance (Conjugate, PlugIn) for this reward."
+        )
+
+    def __add__(self, other: Any) -> "Reward":
+        if isinstance(other, int) and other == 0:  # where the built-in sum starts
+            return self
+        terms = lambda reward: reward.terms if isinstance(reward, Sum) else (reward,)
+        return Sum((*terms(self), *terms(as_reward(cast(Callable, other)))))
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Any) -> "Reward":
+        return Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Reward":
+        return Scaled(self, -1.0)
+
+    def __sub__(self, other: Callable) -> "Reward":
+        return self + -as_reward(other)
+
+    def __rsub__(self, other: Callable) -> "Reward":
+        return -self + other
+
+    def __truediv__(self, divisor: Any) -> "Reward":
+        return Scaled(self, 1 / _checks.finite(divisor, "a reward's divisor", 0))
+
+
+class Sum(Reward):
+    """`r(x) = sum_i r_i(x)`, what `+` builds."""
+
+    terms: tuple[Reward, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return functools.reduce(jnp.add, [term(x) for term in self.terms])
+
+    def conjugate(self) -> tuple[Array, Array]:
+        natural, precision = zip(*(term.conjugate() for term in self.terms), strict=True)
+        return functools.reduce(jnp.add, natural), functools.reduce(jnp.add, precision)
+
+
+class Scaled(Reward):
+    """`factor * r(x)`, what `*` builds. The factor may be negative: a penalty."""
+
+    reward: Reward
+    factor: Array
+
+    def __init__(self, reward: Reward, factor: float | Array):
+        self.reward = reward
+        self.factor = _checks.finite(factor, "a reward's factor", 0)
+
+    def __call__(self, x: Array) -> Array:
+        return self.factor * self.reward(x)
+
+    def conjugate(self) -> tuple[Array, Array]:
+        a, c = self.reward.conjugate()
+        return self.factor * a, self.factor * c
+
+
+class Custom(Reward):
+    """Any function or module as a reward; what `as_reward` builds. **Raises:** `TypeError` for an
+    answer that is not one floating number.
+    """
+
+    fn: _pytree.Function
+
+    def __call__(self, x: Array) -> Array:
+        result = self.fn(x)
+        if not isinstance(result, jax.Array | np.ndarray | float):
+            raise TypeError(
+                f"a reward must return one scalar for one sample, got {type(result).__name__}"
+            )
+        result = jnp.asarray(result)
+        if not jnp.issubdtype(
+            x.dtype, jnp.floating
+        ):  # tokens: nothing is differentiated, and counts are as good as any
+            return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(float)
+        if not jnp.issubdtype(result.dtype, jnp.floating):
+            raise TypeError(
+                f"a reward must return a floating number, got {result.dtype}: cast it, if its "
+                "gradient, zero, will not be asked for, as in "
+                "best_of_n and softmax_of_n"
+            )
+        return result.astype(x.dtype)
+
+
+def as_reward(reward: Callable, name: str = "reward") -> Reward:
+    """`reward` itself if it is one, else the callable wrapped so that it can be traced, summed and
+    scaled.
+    """
+    return reward if isinstance(reward, Reward) else Custom(_pytree.Function(reward, name))
+
+
+def value(reward: Reward, x: Array) -> Array:
+    """`reward(x)`, refused with a `ValueError` if it is not one scalar."""
+    result = reward(x)
+    if result.shape != ():
+        raise ValueError(
+            f"a reward must return one scalar for one sample: got shape {result.shape} for a "
+            f"sample of shape {x.shape}. "
+            "Reduce it (jnp.sum, jnp.mean); batching over samples is done for you."
+        )
+    return result
+
+
+def values(reward: Reward, x: Array) -> Array:
+    """The reward of each row of `x` `(num, *shape)`, `(num,)`.
+
+    Not compiled by itself: what a function of a user's sees beside its argument may change between
+    two calls.
+    """
+    return jax.vmap(lambda x: value(reward, x))(x)
+
+
+def _same_shape(x: Array, other: Array, name: str) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"a sample of shape {x.shape} met a reward whose {name} has shape {other.shape}: make "
+            "them equal"
+        )
+
+
+class ValueOnly(Reward):
+    """`reward`, with a derivative that is zero by declaration: for weights, which need values
+    alone.
+
+    `smc(key, model, dps(model, ValueOnly(reward), scale), num=n, proposal=proposals.Base())` steers
+    by any reward, differentiable or not: proposals that are not guided never look at the gradient,
+    and weights are right with any. Guidance by it alone does not guide.
+    """
+
+    reward: Reward
+
+    def __init__(self, reward: Callable):
+        self.reward = as_reward(reward)
+
+    def __call__(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(self.reward(jax.lax.stop_gradient(x)))

@@ -1,0 +1,136 @@
+r"""Several objectives: weighted sums, constraints, and the front between them.
+
+A weighted sum of rewards is a reward, and its tilt a compromise; sweeping the weights walks along
+the front
+
+    w  ->  (E r_1, ..., E r_m) under rho(x) exp(scale * sum_i w_i r_i(x)) / Z,
+
+the gradient of `log Z / scale` in w. `log Z` is convex in w: the walk is the boundary of a convex
+set, and no law as close to rho (by its divergence from it) reaches further along w.
+
+| wanted | call |
+|---|---|
+| a compromise | `weighted([a, b], [0.3, 0.7])`: weights are traced, so a sweep compiles once |
+| `g(x) <= 0`, preferably | `a + Constraint(g, penalty=10.)` |
+| `g(x) <= 0`, always | `a + Constraint(g)` in `smc` with `ValueOnly`, `best_of_n` or `softmax_of_n` |
+| who is best | `values([a, b], particles)`, `front(values)`, `hypervolume(values, reference)` |
+
+Pareto fronts and dominated volumes: Zitzler and Thiele, IEEE Trans. Evolutionary Computation 3
+(1999).
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike
+
+from tiltjax import _checks
+from tiltjax.rewards._base import Reward, Scaled, Sum, as_reward, value
+from tiltjax.rewards._base import values as reward_values
+
+
+def weighted(objectives: Sequence[Callable], weights: _checks.Numbers) -> Reward:
+    """`sum_i w_i r_i(x)`, a reward: conjugate, if all of them are.
+
+    **Arguments:** `objectives`, m rewards; `weights`, `(m,)`, of any sign. **Raises:** `ValueError`
+    for another number of weights.
+    """
+    _several(objectives)
+    weights = _checks.finite(weights, "weights", 1)
+    if not objectives or len(weights) != len(objectives):
+        raise ValueError(
+            f"one weight an objective: got {len(weights)} weights for {len(objectives)} objectives"
+        )
+    terms = [
+        Scaled(as_reward(one, "objectives"), weight)
+        for one, weight in zip(objectives, weights, strict=True)
+    ]
+    return Sum(tuple(terms))
+
+
+class Constraint(Reward):
+    """`r(x) = -penalty * max(g(x), 0)`: zero where `g(x) <= 0`, a penalty that grows with the
+    violation elsewhere.
+
+    Without a penalty, its limit: `-inf` wherever `g(x) > 0`. That has no slope: it is for weights
+    and selection, which keep no such sample, and would be NaN in a guidance. Not to be scaled by
+    zero.
+
+    **Arguments:** `bound`, g, a function of one sample; `penalty > 0`, in units of the reward per
+    unit of g.
+    """
+
+    bound: Reward
+    penalty: Array | None
+
+    def __init__(self, bound: Callable, penalty: float | Array | None = None):
+        self.bound = as_reward(bound, "bound")
+        self.penalty = None if penalty is None else _checks.positive(penalty, "penalty")
+
+    def __call__(self, x: Array) -> Array:
+        if self.penalty is None:
+            violation = value(self.bound, jax.lax.stop_gradient(x))
+            # NaN does not say whether a bound holds, and stays NaN.
+            return jnp.where(violation > 0, -jnp.inf, jnp.where(violation <= 0, 0.0, violation))
+        return -self.penalty * jax.nn.relu(value(self.bound, x))
+
+
+def _several(objectives: Sequence[Callable]) -> None:
+    if not isinstance(objectives, tuple | list):
+        raise TypeError(f"objectives must be a list of rewards, got {type(objectives).__name__}")
+
+
+def values(objectives: Sequence[Callable], x: Array) -> Array:
+    """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`.
+    **Raises:** `ValueError` for an `x` without rows.
+    """
+    _several(objectives)
+    x = _checks.floating(x, "x") if not isinstance(x, jax.Array) else x
+    if not x.ndim:
+        raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")
+    return jnp.stack([reward_values(as_reward(one, "objectives"), x) for one in objectives], 1)
+
+
+def front(values: ArrayLike) -> np.ndarray:
+    """Which rows of `(n, m)` no other dominates, `(n,)` booleans: none is as large everywhere and
+    larger somewhere. Equal rows stand together.
+
+    O(n^2 m) time. **Raises:** `ValueError` for another rank, or NaN.
+    """
+    rows = _rows(values)
+    return np.array(
+        [not np.any(np.all(rows >= row, axis=1) & np.any(rows > row, axis=1)) for row in rows]
+    )
+
+
+def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
+    """The area that two objectives `(n, 2)` dominate above `reference`, `(2,)`: larger is a better
+    front.
+
+    Points that are not above the reference in both count nothing. **Raises:** `ValueError` for
+    another shape, or NaN.
+    """
+    rows, corner = _rows(values), np.asarray(_checks.floating(reference, "reference"), np.float64)
+    if rows.shape[1] != 2 or corner.shape != (2,):
+        raise ValueError(
+            f"an area is one of two objectives: got values {rows.shape} and a reference "
+            f"{corner.shape}"
+        )
+    above = rows[np.all(rows > corner, axis=1)] - corner
+    above = above[np.argsort(-above[:, 0], kind="stable")]
+    height = np.maximum.accumulate(np.concatenate([[0.0], above[:, 1]]))
+    return float(np.sum(above[:, 0] * np.diff(height)))
+
+
+def _rows(values: ArrayLike) -> np.ndarray:
+    rows = np.asarray(_checks.floating(values, "values"), np.float64)
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"values must be (samples, objectives), got shape {rows.shape}")
+    if np.isnan(rows).any():
+        raise ValueError(
+            f"values must be numbers, got NaN in {np.isnan(rows).any(axis=1).sum()} of {len(rows)} "
+            "rows"
+        )
+    return rows

@@ -1,0 +1,158 @@
+r"""`density`: samples of a flow, with the log-density of the law that they come from.
+
+A deterministic solver maps the noise that a run starts from to its sample, `x_1 = F(x_0)`, and the
+law of the samples has the density
+
+    log q(x_1) = log N(x_0; 0, sigma^2 I) - log |det F'(x_0)|,        sigma that of the first time,
+
+exactly, whatever the number of steps: it is the law of what the solver makes, not of the flow it
+approximates. Where the density of the target is known, the mean of `log q - log target` is the
+divergence of the two, and the mean of `target / q` a normalizing constant; no weights and no noise
+are needed, which an `audit` is made of. The d columns of `F'` are pushed through the run together:
+this is for small d.
+
+F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of
+which one term is seen: the mean of `base / q` above 1 tells. A guidance that draws at random folds
+at every step, and is refused.
+
+Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, external
+from tiltjax.guidance import Guidance, check
+from tiltjax.models import Model
+from tiltjax.samplers._sample import first_time, fitting, run_times, sample
+from tiltjax.solvers import Adaptive, Heun, Solver
+
+
+class Density(NamedTuple):
+    """Samples `(num, *shape)`, and the log-density of their law at each, `(num,)`."""
+
+    x: Array
+    log_prob: Array
+
+
+@external.failures()
+def density(
+    key: Array,
+    model: Model,
+    guidance: Guidance | None = None,
+    *,
+    num: int,
+    steps: int | None = None,
+    times: Array | None = None,
+    solver: Solver | None = None,
+    chunk_size: int | None = None,
+) -> Density:
+    """`num` samples of `model`, tilted as far as `guidance` manages, and the log-density of their
+    law.
+
+    Arguments as in `sample`.
+
+    **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function
+    of the start), for `Adaptive` (without forward derivatives) and networks with batched=True
+    (likewise), for guidances that draw at random, and for models that do not start from Gaussian
+    noise; `FloatingPointError` for a density that is not finite.
+    """
+    key = _checks.key(key)
+    _checks.instance(
+        model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
+    )
+    solver = fitting(model, solver, Heun())
+    if solver.stochastic or isinstance(solver, Adaptive):
+        raise ValueError(
+            f"{type(solver).__name__} has no density to follow: use Heun() or Euler(); noise is "
+            "weighed by audit"
+        )
+    num = _checks.count(num, "num")
+    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
+    times = run_times(model, solver, steps, times)
+    if guidance is not None:
+        check(guidance, model)
+        model.check_guided_start(first_time(times))
+        guidance.check_run(times)
+        if _draws(model, guidance, times):
+            raise ValueError(
+                f"{type(guidance).__name__} draws at random, and its flow has no density that one "
+                "path can tell: use audit, or a guidance without draws"
+            )
+    try:
+        drawn = _density(key, model, guidance, solver, times, num, chunk_size)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            "this run has no forward derivatives, which a density is made of: a network needs "
+            "batched=False here"
+        ) from error
+    if _checks.concrete(drawn) and not np.all(np.isfinite(drawn.log_prob)):
+        bad = ~np.isfinite(np.asarray(drawn.log_prob))
+        raise FloatingPointError(
+            f"{bad.sum()} of {num} log-densities are not finite, the first that of sample "
+            f"{bad.argmax()}: the flow is not invertible there, or NaN"
+        )
+    return drawn
+
+
+def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
+    """Whether two keys get two answers; where values are being traced, whether an answer is
+    computed from the key.
+    """
+    keys = jax.random.split(jax.random.key(0), 2)
+    if _checks.concrete((model, guidance, times)):
+        with jax.ensure_compile_time_eval():
+            first, second = (np.asarray(_answer(model, guidance, key, times)) for key in keys)
+        return not np.array_equal(first, second, equal_nan=True)
+    try:  # what no key touches has no axis of keys
+        jax.eval_shape(
+            jax.vmap(lambda key: _answer(model, guidance, key, times), out_axes=None), keys
+        )
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        return True
+    return False
+
+
+@eqx.filter_jit
+def _answer(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
+    """What the guidance says of one state in the middle of a run."""
+    model, guidance, times = _pytree.cast((model, guidance, times), model.dtype)
+    x = model.initial(jax.random.key(0), times[0])
+    return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted
+
+
+@eqx.filter_jit
+def _density(key, model, guidance, solver, times, num, chunk_size) -> Density:
+    model, guidance, solver, times = _pytree.cast((model, guidance, solver, times), model.dtype)
+
+    def one(key: Array) -> Density:
+        key_start, key_run = jax.random.split(key)
+        start = model.initial(key_start, times[0])
+
+        def run(flat: Array) -> tuple[Array, Array]:
+            x = sample(
+                key_run,
+                model,
+                guidance,
+                num=1,
+                times=times,
+                start=flat.reshape(1, *model.shape),
+                solver=solver,
+            ).x[0]
+            return x.reshape(-1), x
+
+        slope, x = jax.jacfwd(run, has_aux=True)(start.reshape(-1))
+        return Density(x, model.initial_log_prob(times[0], start) - jnp.linalg.slogdet(slope)[1])
+
+    return jax.lax.map(
+        one, jax.random.split(key, num), batch_size=num if chunk_size is None else chunk_size
+    )

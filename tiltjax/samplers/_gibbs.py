@@ -1,0 +1,223 @@
+r"""Exact tilts by anisotropic quadratic rewards: a mixture of conjugate tilts, sampled by Gibbs.
+
+For a quadratic reward let `scale * r(x) = <a, x> - x^T L x / 2 + const` with L symmetric. Take
+`C >= lambda_max(L)` and `M = C I - L`, which is positive semi-definite. Then (Hubbard and
+Stratonovich)
+
+    exp(<a, x> - x^T L x / 2) = E_{xi ~ N(0, I)} exp(<a + M^(1/2) xi, x> - C |x|^2 / 2):
+
+given xi the tilt is conjugate, one posterior draw of the model at precision C (`Glass`), and given
+x the auxiliary variable is Gaussian, `xi | x ~ N(M^(1/2) x, I)`. Alternating the two samples the
+tilt for any model, without a gradient, exactly but for the steps of the draw, an error O(1 /
+steps^2) (`Glass` of order 2) which the sweeps magnify where they mix slowly.
+
+How many sweeps? Every particle is a chain of its own, so the correlation *across particles* between
+a sweep and an earlier one shows how much of the earlier state is remembered. A run goes on until
+the state half-way is forgotten: until the largest correlation with it, over coordinates, their
+squares and the reward, is within the noise of what independent states would show.
+
+Reference: Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards* (COLT
+2026), for the decomposition.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax.models import Model
+from tiltjax.particles import Particles, unweighted
+from tiltjax.posteriors import Glass
+
+_BLOCK = 5  # sweeps between two looks at the correlation
+# at the least: the noise of a correlation is then 1/4 (four standard errors), and few chains show
+# nothing
+_CHAINS = 256
+_NOT_QUADRATIC = (
+    "gibbs takes quadratic rewards, got one whose Hessian is not constant: use Conjugate"
+)
+
+
+class Mixing(NamedTuple):
+    """What the diagnostic saw: `sweeps`, how many were run; `correlation`, the largest with the
+    state half-way.
+    """
+
+    sweeps: int
+    correlation: float
+
+
+def gibbs(
+    key: Array,
+    model: Model,
+    reward: Callable,
+    scale: float | Array = 1.0,
+    *,
+    num: int,
+    steps: int = 50,
+    max_sweeps: int = 2000,
+) -> tuple[Particles, Mixing]:
+    """`num` particles of the tilt by a quadratic reward with any concave matrix, and how they
+    mixed.
+
+    **Arguments:** `key`; `model`, whose states have d entries, for a matrix of d x d; `reward`,
+    quadratic (`rewards.Quadratic` with any weight, `rewards.Linear`, sums, or a function whose
+    Hessian is constant); `num`, of which at least 256 are run whatever is asked for, because mixing
+    shows across particles; `steps` of the inner `Glass` flow, of order 2; `max_sweeps`, where to
+    give up.
+
+    Not for `jit`, `vmap` or `grad`: how many sweeps to run is decided from values.
+
+    **Raises:** `ValueError` for a reward that is not quadratic, on the particles and around them,
+    or not concave in any direction; `RuntimeError` if the chains still remember their start after
+    `max_sweeps`; `FloatingPointError` where they leave the finite numbers, as they do if the tilt
+    has no finite mass; `TypeError` under a transformation of JAX.
+    """
+    key = _checks.key(key)
+    _checks.instance(model, Model, "model", "gibbs(key, model, reward, scale, num=1000)")
+    num, max_sweeps = _checks.count(num, "num"), _checks.count(max_sweeps, "max_sweeps")
+    reward, gradient, hessian = _fit(key, model, reward, scale)
+    glass, natural, precision, root = _decompose(model, gradient, hessian, steps)
+
+    chains = max(num, _CHAINS)
+    key_start, key_sweeps = jax.random.split(key)
+    x = _run(
+        key_start,
+        glass,
+        natural,
+        precision,
+        root,
+        jnp.zeros((chains, *model.shape), model.dtype),
+        1,
+    )
+    middle = x.mean(axis=0, keepdims=True)
+    _require_quadratic(reward, middle + 3 * (x - middle))
+    past, threshold = [x], 4 / np.sqrt(chains)
+    while True:
+        block = len(past) - 1
+        x = _run(jax.random.fold_in(key_sweeps, block), glass, natural, precision, root, x, _BLOCK)
+        past.append(x)
+        sweeps = _BLOCK * (block + 1)
+        if not np.all(np.isfinite(np.asarray(x))):
+            raise FloatingPointError(
+                f"a state is not finite after {sweeps} sweeps: the tilt may have no finite mass (a "
+                "reward more convex than the model's "
+                "log-density is concave: lower the scale); else look at the network and the target"
+            )
+        _require_quadratic(reward, x)
+        correlation = _memory(reward, past[len(past) // 2], x)
+        if correlation < threshold and block:
+            return unweighted(x[:num]), Mixing(sweeps, correlation)
+        if sweeps >= max_sweeps:
+            raise RuntimeError(
+                f"after {sweeps} sweeps the chains still remember where they were half-way "
+                f"(correlation {correlation:.2g}, noise "
+                f"{threshold:.2g}): the matrix is too far from a multiple of the identity. Raise "
+                f"max_sweeps (got {max_sweeps})."
+            )
+
+
+def _fit(
+    key: Array, model: Model, reward: Callable, scale: float | Array
+) -> tuple[rewards.Reward, Array, Array]:
+    """The reward, and the gradient at the origin and the Hessian of `scale * reward`."""
+    scale = _checks.nonnegative(scale, "scale").astype(model.dtype)
+    reward = _pytree.cast(rewards.as_reward(reward), model.dtype)
+    size = math.prod(model.shape)
+    value = lambda entries: rewards.value(reward, entries.reshape(model.shape))
+    origin, elsewhere = (
+        jnp.zeros(size, model.dtype),
+        jnp.linspace(0.5, 1.5, size, dtype=model.dtype),
+    )
+    hessian = jax.jit(jax.hessian(value))
+    found = hessian(origin)
+    if not _checks.concrete((key, model, scale, found)):
+        raise TypeError(
+            "gibbs decides from values how many sweeps to run, and cannot run inside jit, vmap or "
+            "grad: call it outside of them"
+        )
+    if not np.allclose(found, hessian(elsewhere), rtol=1e-4, atol=1e-6):
+        raise ValueError(_NOT_QUADRATIC)
+    return reward, scale * jax.grad(value)(origin), scale * found
+
+
+@eqx.filter_jit
+def _misfit(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
+    """How far the rewards of `x` are from their second-order expansion at the origin, and how far
+    rounding may take them.
+    """
+    value = lambda entries: rewards.value(reward, entries.reshape(x.shape[1:]))
+    entries = x.reshape(len(x), -1)
+    origin = jnp.zeros_like(entries[0])
+    constant, linear = value(origin), entries @ jax.grad(value)(origin)
+    square = jnp.sum(entries @ jax.hessian(value)(origin) * entries, axis=1) / 2
+    values = jax.vmap(value)(entries)
+    rounding = 100 * jnp.finfo(x.dtype).eps * (jnp.abs(constant) + jnp.abs(values)) + 1e-6
+    return jnp.abs(values - constant - linear - square), rounding + 1e-4 * (
+        jnp.abs(linear) + jnp.abs(square)
+    )
+
+
+def _require_quadratic(reward: rewards.Reward, x: Array) -> None:
+    """Refuse, with a `ValueError`, a reward whose values are not those of one quadratic. Two
+    Hessians do not show a kink.
+    """
+    misfit, allowed = map(np.asarray, _misfit(reward, x))
+    if np.any((misfit > allowed) & np.isfinite(misfit)):
+        raise ValueError(_NOT_QUADRATIC)
+
+
+def _decompose(
+    model: Model, gradient: Array, hessian: Array, steps: int
+) -> tuple[Glass, Array, Array, Array]:
+    """`(glass, a, C, M^(1/2))`."""
+    precision = jnp.max(jnp.linalg.eigvalsh(-hessian))
+    if not float(precision) > 0:
+        raise ValueError("the reward is not concave in any direction: use Tilted for a linear one")
+    rest = precision * jnp.eye(len(hessian), dtype=model.dtype) + hessian
+    root = _linalg.spectral(lambda values: jnp.sqrt(jnp.maximum(values, 0)), rest)
+    return (
+        Glass(_pytree.cast(model, model.dtype), steps, order=2),
+        gradient.reshape(model.shape),
+        precision,
+        root,
+    )
+
+
+@eqx.filter_jit
+def _run(
+    key: Array, glass: Glass, natural: Array, precision: Array, root: Array, x: Array, sweeps: int
+) -> Array:
+    path = glass.model.interpolant
+    spread = lambda x: (root @ x.reshape(-1)).reshape(x.shape)
+
+    def sweep(key: Array, x: Array) -> Array:
+        key_xi, key_draw = jax.random.split(key)
+        xi = spread(x) + jax.random.normal(key_xi, x.shape, x.dtype)
+        return glass.draw(key_draw, *path.observe(precision, natural + spread(xi)))
+
+    def advance(x: Array, key: Array) -> tuple[Array, None]:
+        return jax.vmap(sweep)(jax.random.split(key, len(x)), x), None
+
+    return jax.lax.scan(advance, x, jax.random.split(key, sweeps))[0]
+
+
+def _memory(reward: rewards.Reward, before: Array, after: Array) -> float:
+    """The largest correlation across particles between two sweeps, over coordinates, their squares
+    and the reward.
+    """
+
+    def standardized(x: Array) -> np.ndarray:
+        entries = np.asarray(x).reshape(len(x), -1)
+        values = np.concatenate([entries, entries**2, jax.vmap(reward)(x)[:, None]], axis=1)
+        centered = values - values.mean(axis=0)
+        return centered / np.maximum(centered.std(axis=0), np.finfo(values.dtype).tiny)
+
+    with np.errstate(over="ignore", invalid="ignore"):  # a run without finite mass on its way out
+        return float(np.abs(np.mean(standardized(before) * standardized(after), axis=0)).max())

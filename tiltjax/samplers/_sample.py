@@ -1,0 +1,212 @@
+r"""`sample`: follow a model, or a guided model, from noise to data.
+
+    key --+-- start, i ---> x_0 = model.initial(key_i, t_0)                           one per particle
+          +-- step, i ----> Streams(guidance, noise, second)                          three per particle and step, those that are used
+    x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
+
+Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more
+particles, other batches or devices leave the first ones as they were.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _progress, _pytree, _sharding, external, grids
+from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.models import Denoiser
+from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.solvers import Heun, Solver, Streams
+
+
+@external.failures()
+def sample(
+    key: Array,
+    model: Denoiser,
+    guidance: Guidance | None = None,
+    *,
+    num: int,
+    steps: int | None = None,
+    solver: Solver | None = None,
+    times: Array | None = None,
+    chunk_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    start: Array | None = None,
+    save_trajectory: bool = False,
+    progress: bool = False,
+) -> Particles:
+    """`num` particles of `model`, tilted as far as `guidance` manages.
+
+    **Arguments:**
+
+    - `key`: a typed key, `jax.random.key(seed)`.
+    - `model`: gives the interpolant, the state's shape and dtype and the starting law; without
+      guidance, the denoiser.
+    - `guidance`: gives the tilted denoiser. It must be built on the same model.
+    - `steps` or `times`: equal steps on [1e-3, 1] (`model.grid`), by default as many as the solver
+      names (100), or the increasing times themselves. A run that ends at t = 1 ends with a jump to
+      the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
+      For a network that knows certain noise levels only, `model.times` makes the grid.
+    - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from
+      noise, and has to start where the state is all but noise.
+    - `solver`: `Heun()` by default.
+    - `chunk_size`: how many particles are evaluated at once, if memory is short; the numbers stay the
+      same to rounding.
+    - `sharding`: a `jax.sharding.Sharding` of the particle axis, of a mesh whose axes are `Auto`;
+      it has to divide `num`.
+    - `save_trajectory`: keep the states at all times in `trace.trajectory`.
+    - `progress`: show a bar.
+
+    **Returns:** `Particles` with equal weights and `log_norm=None`.
+
+    **Raises:** `ValueError` for times at which the network would be asked where it was not trained;
+    `FloatingPointError` naming the first step with a NaN and its culprit (outside of `jit` only;
+    inside, `particles.trace.bad` holds it).
+    """
+    key = _checks.key(key)
+    _checks.instance(
+        model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
+    )
+    if guidance is not None:
+        check(guidance, model)
+    solver = fitting(model, solver, Heun())
+    num, save_trajectory = (
+        _checks.count(num, "num"),
+        _checks.flag(save_trajectory, "save_trajectory"),
+    )
+    _sharding.spread_over(sharding, (num, *model.shape), "num")
+    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
+    if start is not None:
+        if isinstance(start, Particles):
+            raise TypeError("start takes states, an array, got Particles: pass particles.x")
+        if times is None:
+            raise ValueError("start needs times=, the first of which says when these states are")
+        start = model.as_states(start, "start", (num,))
+    times = run_times(model, solver, steps, times, fresh=start is None)
+    if guidance is not None:
+        model.check_guided_start(first_time(times))
+        guidance.check_run(times)
+    with _progress.bar("sampling", len(times) - 1, enabled=progress) as bar:
+        particles = _sample(
+            key,
+            model,
+            guidance,
+            solver,
+            times,
+            start,
+            bar,
+            num,
+            chunk_size,
+            sharding,
+            save_trajectory,
+        )
+        if particles.trace is not None and _checks.concrete(particles):
+            particles.trace.check()
+    return particles
+
+
+@eqx.filter_jit
+def _sample(
+    key, model, guidance, solver, times, start, bar, num, chunk_size, sharding, save_trajectory
+) -> Particles:
+    model, guidance, solver, times, start = _pytree.cast(
+        (model, guidance, solver, times, start), model.dtype
+    )
+    steps = len(times) - 1
+    keys = jax.random.split(key, (steps + 1, 3))  # the first row is the start's
+    over_particles = (
+        jax.vmap
+        if chunk_size is None
+        else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=chunk_size)
+    )
+    indices = jnp.arange(num)
+
+    initial = over_particles(lambda i: model.initial(jax.random.fold_in(keys[0, 0], i), times[0]))
+    x = initial(indices) if start is None else start
+    if sharding is not None:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    memory = jax.vmap(guidance.init)(x) if guidance is not None else ()
+
+    def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
+        memory, bad = state
+        if guidance is None:
+            estimate = Estimate(tilted=model.denoise(t, x))
+        else:
+            estimate, memory = guidance(key, t, x, memory)
+        if estimate.tilted.shape != model.denoised_shape:
+            raise ValueError(
+                f"the guidance answers with shape {estimate.tilted.shape} for a state of shape "
+                f"{x.shape}: it must be built on "
+                "the model that is sampled"
+            )
+        estimate = _pytree.cast(estimate, model.dtype)
+        # What follows a first failure in the same step is its consequence.
+        return estimate.tilted, (memory, bad | (failures(x, estimate) & ~jnp.any(bad)))
+
+    def advance(carry, scanned):
+        x, memory = carry
+        step, key_step, t, u = scanned
+
+        def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
+            keys = Streams(*(jax.random.fold_in(stream, i) for stream in key_step))
+            x, (memory, bad) = solver.step(
+                keys, model.corruption, field, t, u, x, (memory, jnp.zeros(len(CULPRITS), bool))
+            )
+            return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+
+        x, memory, bad = over_particles(one)(indices, x, memory)
+        bar.tick(step)
+        return (x, memory), (jnp.any(bad, axis=0), x if save_trajectory else None)
+
+    scanned = (jnp.arange(steps), keys[1:], times[:-1], times[1:])
+    (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
+    path = None if path is None else jnp.concatenate([x[None], path])
+    return unweighted(end, Trace(times, bad, path))
+
+
+def fitting(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:
+    """The solver of a run, by default that of the model's states. **Raises:** `ValueError` for one
+    that reverses another corruption.
+    """
+    default = model.default_solver(usual)
+    if solver is None:
+        return default
+    _checks.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
+    if not isinstance(model.corruption, solver.corruption):
+        raise ValueError(
+            f"{type(solver).__name__} reverses {solver.corruption.__name__}, "
+            f"{type(model).__name__} has the corruption "
+            f"{type(model.corruption).__name__}: use {type(default).__name__}()"
+        )
+    return solver
+
+
+def run_times(
+    model: Denoiser, solver: Solver, steps: int | None, times: Any, *, fresh: bool = True
+) -> Array:
+    """The times of a run: those given, or the model's grid of so many steps, by default its own
+    number of them or the solver's.
+
+    **Raises:** `ValueError` where the network was not trained, and where a `fresh` run, one from
+    noise, cannot start.
+    """
+    if times is None:
+        usual = solver.steps if model.steps is None else model.steps
+        times = model.grid(usual if steps is None else steps)
+    else:
+        times = grids.time_grid(times, steps)
+    if fresh:
+        model.check_start(first_time(times))
+    model.check_times(times)
+    return times
+
+
+def first_time(times: Array) -> Array:
+    """The first time of a run, read where it can be: inside of someone's `jit` an operation of JAX
+    would be traced.
+    """
+    return np.asarray(times)[0] if _checks.concrete(times) else times[0]

@@ -1,0 +1,94 @@
+r"""Selection: choose among finished samples by their reward.
+
+Particles are taken in consecutive groups of n, one winner a group, so `num` samples give `num / n`.
+With p the law of the particles and F that of their reward, best-of-n has the density
+`n F(r(x))^(n-1) p(x)` where F is continuous, and `p(x) (F(r)^n - F(r-)^n) / (F(r) - F(r-))` at an
+atom `r = r(x)`: it corrects the weights of modes, which gradients cannot, and overshoots the tilt
+for large n. Softmax-of-n tends to the tilt *of p* as n grows: of unguided particles that is the
+tilt, of guided ones it is tilted twice.
+
+Reference: Beirami et al. (arXiv 2401.01879), best-of-n; the laws of both: `theory.selection`.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _pytree, external, rewards
+from tiltjax.particles import Particles, unweighted
+
+
+@external.failures()
+def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
+    """The particle of largest reward in each consecutive group of `n`.
+
+    **Raises:** `ValueError` if n does not divide the number of particles, or the particles are
+    weighted (a maximum has no meaning among weighted particles: `resample` them first).
+    """
+    return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
+
+
+@external.failures()
+def softmax_of_n(
+    key: Array, particles: Particles, reward: Callable, n: int, scale: float | Array
+) -> Particles:
+    """One particle of each consecutive group of `n`, with probability proportional to
+    `exp(scale * r)`.
+
+    **Raises:** as `best_of_n`.
+    """
+    key, scale = _checks.key(key), _checks.nonnegative(scale, "scale")
+
+    def choose(values: Array) -> Array:
+        best = jnp.max(values, axis=1, keepdims=True)
+        if _checks.concrete(best) and (hopeless := int(np.sum(np.asarray(best) == -np.inf))):
+            raise FloatingPointError(
+                f"in {hopeless} groups every candidate has the reward -inf: there is nothing to "
+                "choose"
+            )
+        # Relative to the best of the group: neither 0 * inf at scale 0 nor an overflow at large
+        # ones.
+        logits = jnp.where(
+            values == -jnp.inf, -jnp.inf, scale.astype(values.dtype) * (values - best)
+        )
+        return jax.random.categorical(key, logits, axis=1)
+
+    return _select(particles, reward, n, choose)
+
+
+def _select(
+    particles: Particles, reward: Callable, n: int, choose: Callable[[Array], Array]
+) -> Particles:
+    n = _checks.count(n, "n")
+    if not isinstance(particles, Particles):
+        raise TypeError(
+            "particles must be Particles, as sample returns: expected Particles, got "
+            f"{type(particles).__name__}"
+        )
+    uneven = (
+        _checks.concrete(particles.log_weights) and np.ptp(np.asarray(particles.log_weights)) > 0
+    )
+    if particles.log_norm is not None or uneven:
+        raise ValueError(
+            "selection needs unweighted particles, these are weighted: use particles.resample(key, "
+            "num) first"
+        )
+    num = len(particles)
+    if num % n:
+        fitting = " or ".join(str(total) for total in (num - num % n, num - num % n + n) if total)
+        raise ValueError(
+            f"groups of n = {n} must divide the {num} particles: sample {fitting} of them"
+        )
+    reward = _pytree.cast(rewards.as_reward(reward), particles.x.dtype)
+    values = rewards.values(reward, particles.x).reshape(num // n, n)
+    if _checks.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
+        raise FloatingPointError(f"the reward is NaN for {missing} of {num} particles")
+    winners = jnp.arange(num // n) * n + choose(values)
+    trace = particles.trace
+    if trace is not None and trace.trajectory is not None:
+        trace = eqx.tree_at(lambda trace: trace.trajectory, trace, trace.trajectory[:, winners])
+    return unweighted(particles.x[winners], trace)

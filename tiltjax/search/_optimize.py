@@ -1,0 +1,181 @@
+r"""`optimize`: a reward that may be asked a few hundred times only, by steering with what was
+learned of it so far.
+
+    round 0:        x_1, ..., x_b ~ the model                                       (or wherever the caller starts)
+    round j:        fit an optimistic surrogate to all queries --> smc tilts the model by it --> b of the particles are the next queries
+
+The model keeps queries where data is plausible, optimism sends them where little is known.
+Reference: Kim et al. (arXiv 2501.05803, online black-box optimization).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _progress, _pytree
+from tiltjax.guidance import Guidance, dps
+from tiltjax.models import Model
+from tiltjax.rewards import Reward
+from tiltjax.samplers import sample
+from tiltjax.search.surrogates import GaussianProcess, Surrogate
+from tiltjax.weighted import smc
+
+
+class Search(NamedTuple):
+    """All queries in order: states `x` `(n, *shape)`, `values` `(n,)`, the round of each `(n,)`,
+    and the last surrogate (`None` if the search failed).
+    """
+
+    x: np.ndarray
+    values: np.ndarray
+    rounds: np.ndarray
+    surrogate: Reward | None
+
+    @property
+    def best(self) -> np.ndarray:
+        """The state of the largest value."""
+        return self.x[np.argmax(self.values)]
+
+    def regret(self, optimum: float) -> np.ndarray:
+        """How far the best value so far is below the optimum, after each query, `(n,)`."""
+        return optimum - np.maximum.accumulate(self.values)
+
+
+def optimize(
+    key: Array,
+    model: Model,
+    query: Callable[[np.ndarray], Any],
+    surrogate: Surrogate | None = None,
+    *,
+    scale: float | Array,
+    rounds: int = 16,
+    queries: int = 16,
+    num: int = 256,
+    guide: Callable[[Model, Reward, Any], Guidance] = dps,
+    earlier: Search | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Search:
+    """Up to `rounds * batch` queries in search of states of large reward.
+
+    **Arguments:**
+
+    - `query`: from states `(batch, *shape)`, a NumPy array, to `queries` values: a host function,
+      asked once a round.
+    - `surrogate`: `GaussianProcess()` by default; `Bootstrap()`.
+    - `scale`: how strongly the surrogate tilts the model. Large ones exploit; the model holds
+      against them.
+    - `num`: particles of each round, of which `queries` are drawn by weight; no state is asked twice
+      in a round if it can be helped.
+    - `guide`: makes a guidance of a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
+    - `earlier`: a search to go on from: that of another call, or of one that failed.
+    - `settings`: of `smc`: `steps`, `proposal`, `tempering` and so on.
+
+    **Raises:** `ValueError` for answers of another number or that are not finite, and whatever
+    `query` raises; the error's `.search` holds the queries that were answered until then.
+    """
+    key = _checks.key(key)
+    _checks.instance(
+        model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
+    )
+    _checks.function(query, "query")
+    _checks.function(guide, "guide")
+    _checks.nonnegative(scale, "scale")
+    rounds, queries, num = (
+        _checks.count(rounds, "rounds"),
+        _checks.count(queries, "queries"),
+        _checks.count(num, "num"),
+    )
+    if num < queries:
+        raise ValueError(
+            f"a round asks for {queries} of the particles: num must be as many at least, got {num}"
+        )
+    surrogate = GaussianProcess() if surrogate is None else surrogate
+    _checks.instance(surrogate, Surrogate, "surrogate", "use GaussianProcess() or Bootstrap()")
+    key_start, key_last, *keys = jax.random.split(key, rounds + 2)
+    if earlier is None:
+        earlier = Search(np.zeros((0, *model.shape)), np.zeros(0), np.zeros(0, int), None)
+    _checks.instance(earlier, Search, "earlier", "what optimize returned")
+    if earlier.x.shape[1:] != model.shape:
+        raise ValueError(
+            f"earlier queries must be states of shape {model.shape}, got {earlier.x.shape[1:]}"
+        )
+    new, before = rounds * queries, len(earlier.values)
+    x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
+    values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
+    first = earlier.rounds.max(initial=-1) + 1
+    number = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), queries)])
+    fit = lambda key, done: _fit(
+        key, surrogate, jnp.asarray(x), jnp.asarray(values), jnp.arange(len(x)) < done
+    )
+
+    def ask(done: int, states: np.ndarray) -> None:
+        try:
+            answer = _checked(query(states.copy()), queries, values.dtype)
+        except Exception as error:
+            if done:
+                error.add_note(
+                    f"The {done} queries before are in this error's .search: go on with "
+                    "earlier=error.search."
+                )
+            error.search = Search(x[:done], values[:done], number[:done], None)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        x[done : done + queries], values[done : done + queries] = states, answer
+
+    with _progress.bar("asking", rounds, enabled=progress) as bar:
+        for j in range(rounds):
+            done = before + j * queries
+            if done:
+                key_fit, key_run, key_choice = jax.random.split(keys[j], 3)
+                guidance = guide(model, fit(key_fit, done), scale)
+                particles = smc(key_run, model, guidance, num=num, **settings)
+                states = _distinct(key_choice, particles.x, particles.log_weights, queries)
+            else:
+                states = sample(key_start, model, num=queries).x
+            ask(done, np.asarray(states))
+            bar.tick(jnp.asarray(j, jnp.int32))
+        return Search(x, values, number, fit(key_last, len(x)))
+
+
+def _checked(answer: Any, batch: int, dtype: Any) -> np.ndarray:
+    answer = np.asarray(answer)
+    if answer.dtype.kind not in "fiub":
+        raise ValueError(f"query must return real numbers, got {answer.dtype}")
+    with np.errstate(over="ignore"):  # what it makes of such a number is found below
+        answer = answer.astype(dtype)
+    if answer.shape != (batch,):
+        raise ValueError(
+            f"query must return {batch} values for {batch} states, it gave shape {answer.shape}"
+        )
+    if wrong := np.sum(~np.isfinite(answer)):
+        raise ValueError(
+            f"query must return finite values (in {answer.dtype}), {wrong} of {batch} are not"
+        )
+    return answer
+
+
+@eqx.filter_jit
+def _fit(key: Array, surrogate: Surrogate, x: Array, values: Array, known: Array) -> Reward:
+    return _pytree.cast(surrogate, x.dtype).fit(key, x, values, known)
+
+
+@eqx.filter_jit
+def _distinct(key: Array, x: Array, log_weights: Array, number: int) -> Array:
+    """`number` particles by weight, without replacement (the largest of perturbed log-weights);
+    copies of one state count once.
+    """
+    rows = x.reshape(len(x), -1)
+    same = jnp.all(rows[:, None] == rows[None], axis=-1)
+    first = jnp.argmax(same, axis=1) == jnp.arange(len(x))
+    copies = jnp.log(
+        jnp.sum(jnp.where(same, jnp.exp(log_weights - jnp.max(log_weights))[None], 0.0), axis=1)
+    )
+    # The copies come last, for when there are too few others.
+    scores = copies + jax.random.gumbel(key, copies.shape, copies.dtype)
+    order = jnp.argsort(jnp.where(first, -scores, jnp.inf))
+    return x[order[:number]]

@@ -1,0 +1,247 @@
+r"""Surrogates: a reward learned from few queries, and optimistic about what it does not know.
+
+From states `(n, *shape)` and values `(n,)`, of which `known` are to be believed, to a `Reward`:
+
+| surrogate | reward |
+|---|---|
+| `GaussianProcess(bonus)` | `mean + bonus * deviation` of the posterior of a Gaussian process with a squared-exponential kernel |
+| `Bootstrap(heads)` | the largest answer of small networks, each trained on a resample of the queries |
+
+Both standardize the values, and work on a fixed number of rows with a mask, so that a loop that
+adds queries compiles once. References: Srinivas et al. (arXiv 0912.3995, GP-UCB); Osband et al.
+(arXiv 1602.04621, bootstrapped heads).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax import _checks
+from tiltjax.rewards import Reward
+
+# Candidates for the kernel's length, in units of the mean distance of the queries, and for the
+# noise, in standard deviations of the values.
+_LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+_NOISES = (0.03, 0.1, 0.3, 1.0)
+
+
+class Surrogate(eqx.Module):
+    """How a reward is learned; subclasses define `fit`."""
+
+    def fit(self, key: Array, x: Array, values: Array, known: Array) -> Reward:
+        """The optimistic reward after queries: states `(n, *shape)`, `values` `(n,)`, and `known`
+        `(n,)`, which of them count.
+        """
+        raise NotImplementedError
+
+
+class GaussianProcess(Surrogate):
+    """`mean + bonus * deviation` under a Gaussian process; length and noise maximize the marginal
+    likelihood over a grid.
+
+    Exact, at a cost of n^2 an evaluation: for a few hundred queries of states of a few dimensions.
+    **Arguments:** `bonus >= 0`.
+    """
+
+    bonus: Array
+
+    def __init__(self, bonus: float | Array = 2.0):
+        self.bonus = _checks.nonnegative(bonus, "bonus")
+
+    def fit(self, key, x, values, known):
+        center, spread, y = _standardized(values, known)
+        rows = x.reshape(len(x), -1)
+        squares = _squares(rows, rows)
+        pairs = known[:, None] & known[None]
+        unit = _or_one(
+            jnp.sum(jnp.where(pairs, squares, 0)) / jnp.maximum(jnp.sum(pairs, dtype=y.dtype), 1)
+        )
+
+        def factor(length: Array, noise: Array) -> Array:
+            # Rows that do not count are independent of all others and have the value zero.
+            prior = jnp.where(pairs, jnp.exp(-squares / (2 * length**2 * unit)), 0)
+            return jnp.linalg.cholesky(prior + jnp.diag(jnp.where(known, noise**2, 1)))
+
+        def log_likelihood(length: Array, noise: Array) -> Array:
+            lower = factor(length, noise)
+            half = jax.scipy.linalg.solve_triangular(lower, y, lower=True)
+            return -jnp.sum(half**2) / 2 - jnp.sum(jnp.log(jnp.diag(lower)))
+
+        candidates = jnp.meshgrid(jnp.asarray(_LENGTHS, y.dtype), jnp.asarray(_NOISES, y.dtype))
+        lengths, noises = (grid.reshape(-1) for grid in candidates)
+        # One at a time: a few matrices at once would take more memory than time.
+        scores = jax.lax.map(lambda pair: log_likelihood(*pair), (lengths, noises))
+        best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+        lower = factor(lengths[best], noises[best])
+        whiten = jax.scipy.linalg.solve_triangular(
+            lower, jnp.eye(len(y), dtype=y.dtype), lower=True
+        )
+        weights = jax.scipy.linalg.cho_solve((lower, True), y)
+        return Optimist(
+            rows,
+            known,
+            whiten,
+            weights,
+            lengths[best] ** 2 * unit,
+            noises[best],
+            center,
+            spread,
+            self.bonus,
+        )
+
+
+class Optimist(Reward):
+    """What `GaussianProcess` learned."""
+
+    rows: Array
+    known: Array
+    whiten: Array
+    weights: Array
+    square: Array
+    noise: Array
+    center: Array
+    spread: Array
+    bonus: Array
+
+    def posterior(self, x: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation of the noisy value of one query."""
+        near = jnp.where(
+            self.known, jnp.exp(-_squares(x.reshape(1, -1), self.rows)[0] / (2 * self.square)), 0
+        )
+        # What is left of the process next to a query rounds to less than nothing.
+        variance = self.noise**2 + jnp.maximum(1 - jnp.sum((self.whiten @ near) ** 2), 0.0)
+        return self.center + self.spread * (near @ self.weights), self.spread * jnp.sqrt(variance)
+
+    def __call__(self, x: Array) -> Array:
+        mean, deviation = self.posterior(x)
+        return mean + self.bonus * deviation
+
+
+class Bootstrap(Surrogate):
+    """The largest answer of `heads` networks of two layers of `width` units, each trained from
+    scratch on a resample of the queries.
+
+    For states of many dimensions, or features. **Arguments:** `heads`; `width`; `steps` of Adam
+    with the whole set, at `rate`.
+    """
+
+    rate: Array
+    heads: int = eqx.field(static=True)
+    width: int = eqx.field(static=True)
+    steps: int = eqx.field(static=True)
+
+    def __init__(
+        self, heads: int = 8, *, width: int = 64, steps: int = 200, rate: float | Array = 5e-3
+    ):
+        self.heads = _checks.count(heads, "heads")
+        self.width = _checks.count(width, "width")
+        self.steps = _checks.count(steps, "steps")
+        self.rate = _checks.positive(rate, "rate")
+
+    def fit(self, key, x, values, known):
+        import optax
+
+        center, spread, y = _standardized(values, known)
+        rows = x.reshape(len(x), -1)
+        count = jnp.maximum(jnp.sum(known, dtype=rows.dtype), 1)
+        middle = jnp.sum(jnp.where(known[:, None], rows, 0), axis=0) / count
+        square = jnp.sum(jnp.where(known[:, None], (rows - middle[None]) ** 2, 0)) / (
+            count * rows.shape[1]
+        )
+        scale = jnp.sqrt(_or_one(square))
+        scaled = (rows - middle[None]) / scale
+        optimizer = optax.adam(self.rate)
+
+        def train(key: Array) -> list[tuple[Array, Array]]:
+            key_start, key_choice = jax.random.split(key)
+            chosen = jax.random.categorical(
+                key_choice, jnp.where(known, 0.0, -jnp.inf), shape=(len(y),)
+            )
+            counts = jnp.where(known, jnp.zeros_like(y).at[chosen].add(1), 0)
+
+            def loss(layers: list) -> Array:
+                return jnp.sum(
+                    counts * (jax.vmap(lambda row: _answer(layers, row))(scaled) - y) ** 2
+                ) / jnp.sum(counts)
+
+            def step(carry: tuple, _: None) -> tuple[tuple, None]:
+                layers, state = carry
+                gradients = jax.grad(loss)(layers)
+                # Adam's powers of a float to a whole number are refused under strict promotion.
+                with jax.numpy_dtype_promotion("standard"):
+                    updates, state = optimizer.update(gradients, state)
+                    return (optax.apply_updates(layers, updates), state), None
+
+            layers = _layers(key_start, (rows.shape[1], self.width, self.width, 1), y.dtype)
+            (layers, _), _ = jax.lax.scan(
+                step, (layers, optimizer.init(layers)), None, length=self.steps
+            )
+            return layers
+
+        return Heads(
+            jax.vmap(train)(jax.random.split(key, self.heads)), middle, scale, center, spread
+        )
+
+
+class Heads(Reward):
+    """What `Bootstrap` learned."""
+
+    layers: list[tuple[Array, Array]]
+    middle: Array
+    scale: Array
+    center: Array
+    spread: Array
+
+    def answers(self, x: Array) -> Array:
+        """Of all networks, `(heads,)`."""
+        row = (x.reshape(-1) - self.middle) / self.scale
+        return self.center + self.spread * jax.vmap(lambda layers: _answer(layers, row))(
+            self.layers
+        )
+
+    def __call__(self, x: Array) -> Array:
+        # By index: the gradient of a maximum compares floats that a compiler may have computed
+        # twice, in two ways.
+        answers = self.answers(x)
+        return answers[jnp.argmax(answers)]
+
+
+def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
+    """Mean and deviation of the values that count, and all of them in these units, zero where they
+    do not.
+    """
+    count = jnp.maximum(jnp.sum(known, dtype=values.dtype), 1)
+    center = jnp.sum(jnp.where(known, values, 0)) / count
+    square = jnp.sum(jnp.where(known, (values - center) ** 2, 0)) / count
+    # Equal values differ from their mean by rounding.
+    rounding = 8 * jnp.finfo(values.dtype).eps * jnp.max(jnp.where(known, jnp.abs(values), 0))
+    spread = jnp.sqrt(_or_one(jnp.where(square > rounding**2, square, 0)))
+    return center, spread, jnp.where(known, (values - center) / spread, 0)
+
+
+def _or_one(square: Array) -> Array:
+    """A mean square as a unit; one query, or equal ones, have none."""
+    return jnp.where(square > 0, square, 1)
+
+
+def _squares(a: Array, b: Array) -> Array:
+    return jnp.sum((a[:, None] - b[None]) ** 2, axis=-1)
+
+
+def _layers(key: Array, widths: tuple[int, ...], dtype) -> list[tuple[Array, Array]]:
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        (
+            jax.random.normal(key, (n, m), dtype) / jnp.sqrt(jnp.asarray(m, dtype)),
+            jnp.zeros(n, dtype),
+        )
+        for key, m, n in zip(keys, widths[:-1], widths[1:], strict=True)
+    ]
+
+
+def _answer(layers: list[tuple[Array, Array]], row: Array) -> Array:
+    for weight, bias in layers[:-1]:
+        row = jnp.tanh(weight @ row + bias)
+    weight, bias = layers[-1]
+    return (weight @ row + bias)[0]

@@ -1,0 +1,99 @@
+"""The solver of masked diffusion: hidden tokens are revealed step by step."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tiltjax.solvers import Stochastic
+
+
+class Masking(eqx.Module):
+    """The corruption of masked diffusion: a token is shown at time t with probability
+    `alpha_t = t`, and there is no noise.
+    """
+
+    def alpha(self, t: Array) -> Array:
+        """The probability that a token is shown."""
+        return t
+
+
+class Reveal(NamedTuple):
+    """One step of `Unmask`: the share `chance` of the hidden tokens is shown, each drawn from its
+    own law in D, `(length, vocab)`.
+    """
+
+    chance: Array
+    even: bool
+
+    @property
+    def gain(self) -> float:
+        return 1.0
+
+    @property
+    def eta(self) -> Array:
+        raise ValueError(
+            "tokens have no score to shift them by: use the proposal Guided(), Base() or "
+            "Children(m)"
+        )
+
+    def propose(
+        self, key: Array, x: Array, denoised: Array, shift: Array | None
+    ) -> tuple[Array, Array]:
+        """A state with D shifted, and the log of how much likelier it is without the shift. Hidden
+        tokens are those that show `vocab`.
+        """
+        key_which, key_what = jax.random.split(key)
+        hidden = x == denoised.shape[-1]
+        chosen = jax.random.uniform(key_which, (len(x) + 1,), denoised.dtype)
+        if self.even:
+            # The expected number, up or down; the offset makes it right on average, and right where
+            # it is a whole one.
+            number = jnp.floor(self.chance * jnp.sum(hidden, dtype=denoised.dtype) + chosen[-1])
+            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0))).astype(
+                number.dtype
+            )
+            shown = hidden & (rank < number)
+        else:
+            shown = hidden & (chosen[:-1] < self.chance)
+        tilted = denoised if shift is None else denoised + shift
+        drawn = jax.random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
+        moved = jnp.where(shown, drawn, x)
+        if shift is None:
+            return moved, jnp.zeros((), denoised.dtype)
+        of = lambda law: jnp.log(jnp.take_along_axis(law, drawn[:, None], axis=1)[:, 0])
+        return moved, jnp.sum(jnp.where(shown, of(denoised) - of(tilted), 0.0))
+
+
+class Unmask(Stochastic):
+    """Tokens: every hidden one is shown with chance `(alpha_u - alpha_t) / (1 - alpha_t)`, drawn
+    from its law given what is known.
+
+    Tokens of one step are drawn independently of each other: fewer at a time follow the model more
+    closely, one at a time exactly.
+
+    **Arguments:** `even`: show the expected number of tokens, the same up to one at each step,
+    instead of a random one. With as many steps as tokens that is one at a time, in random order.
+    """
+
+    even: bool = eqx.field(static=True, default=True)
+
+    corruption = Masking
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.even, bool):
+            raise TypeError(
+                f"even is True or False, got {self.even!r}: how many tokens a step shows is "
+                "decided by steps="
+            )
+
+    def kernel(self, corruption: Masking, t: Array, u: Array) -> Reveal:
+        """The step from t to u."""
+        alpha_t, alpha_u = corruption.alpha(t), corruption.alpha(u)
+        return Reveal((alpha_u - alpha_t) / (1 - alpha_t), self.even)
+
+    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
+        """The last step: all that is hidden is shown."""
+        return Reveal(jnp.ones((), denoised.dtype), even=False).propose(key, x, denoised, None)[0]

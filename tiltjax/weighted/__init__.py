@@ -1,0 +1,27 @@
+"""Weighted particles: sequential Monte Carlo, published methods, audits."""
+
+from tiltjax.weighted import potentials, proposals, tempering
+from tiltjax.weighted._smc import descend, everywhere, less, own_key, smc
+from tiltjax.weighted._methods import das, fk_steering, tds
+from tiltjax.weighted._audit import Audit, Estimated, RELIABLE, USABLE, audit, pareto_shape, report
+
+__all__ = [
+    "smc",
+    "descend",
+    "everywhere",
+    "own_key",
+    "less",
+    "fk_steering",
+    "das",
+    "tds",
+    "RELIABLE",
+    "USABLE",
+    "Estimated",
+    "Audit",
+    "audit",
+    "report",
+    "pareto_shape",
+    "proposals",
+    "potentials",
+    "tempering",
+]

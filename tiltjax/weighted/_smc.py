@@ -1,0 +1,501 @@
+r"""`smc`: the guided sampler with weights, asymptotically exact for any guidance.
+
+    x_t, estimate --> proposal --> x_u, log p/q --> twist V_u(x_u) --> log w += log p/q + A_u - A_t --> resample, if uneven
+                                   (the estimate at x_u is the next step's; ancestors gather everything)
+
+The base chain takes the steps of `Ancestral(eta)` and ends with the jump to the denoiser, which is
+not guided: it has no noise to weigh. With `Z_N = E[exp(scale * r(x_N))]` of this chain, and N the
+number of steps,
+
+    E[exp(log_norm)] = Z_N      for any number of particles, guidance, twist, potential, tempering and resampling,
+
+and weighted means tend to those of the chain's tilt as particles are added. A guidance is thus
+judged by how even its weights are (`ess`), not trusted. What a run is made of: `tiltjax.proposals`,
+`tiltjax.potentials`, `tiltjax.tempering`, `tiltjax.resampling`.
+
+| published method | here |
+|---|---|
+| Feynman-Kac steering (arXiv 2501.06848) | `smc(key, model, dps(model, reward, scale), num=n, **fk_steering())` |
+| DAS (arXiv 2501.05803) | `smc(key, model, dps(model, reward, scale), num=n, **das())` |
+| TDS (arXiv 2306.17775) | `smc(key, model, dps(model, reward, scale), num=n, **tds())` |
+"""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
+from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.models import Denoiser
+from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
+from tiltjax.samplers import first_time, fitting, run_times
+from tiltjax.solvers import Ancestral, Solver
+from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
+from tiltjax.weighted.proposals import Guided, Proposal
+from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
+
+_SCARCE = 0.05
+
+
+@external.failures()
+def smc(
+    key: Array,
+    model: Denoiser,
+    guidance: Guidance,
+    *,
+    num: int,
+    steps: int | None = None,
+    times: Array | None = None,
+    twist: Guidance | None = None,
+    proposal: Proposal | None = None,
+    potential: Potential | None = None,
+    tempering: Tempering | None = None,
+    resample: resampling.Resampler = resampling.systematic,
+    schedule: ResampleSchedule | None = None,
+    ess_threshold: float = 0.5,
+    solver: Solver | None = None,
+    chunk_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    progress: bool = False,
+) -> Particles:
+    """`num` weighted particles of the tilt, with an unbiased estimate of its normalizing constant.
+
+    **Arguments:**
+
+    - `key`, `model`, `num`, `steps` or `times`, `chunk_size`, `sharding`, `progress`: as in `sample`;
+      the run has to end at t = 1.
+    - `guidance`: proposes by its pull, and weighs by its `log_h` unless `twist`, another guidance
+      of the same model, does.
+    - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
+    - `potential`: `Difference()` by default; `Max()`, `Sum()`, `Immediate()`.
+    - `tempering`: none by default; `Exponential()`, `Polynomial()`, `Adaptive()`.
+    - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: if the
+      effective share is below (0: never, and no twist is needed then; 1: always).
+    - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed; 1 for `Tuned`.
+
+    **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` holds the effective sample
+    size, the tempering and whether particles were resampled after each step;
+    `particles.standard_error(fn)` rests on its genealogy.
+
+    **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist,
+    thresholds, windows and temperings that make no sense; `FloatingPointError` naming the first
+    step with a NaN, or where all weights are zero. Warns where the effective share ends below 5%:
+    estimates rest on few particles then.
+    """
+    key = _checks.key(key)
+    _checks.instance(
+        model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
+    )
+    check(guidance, model)
+    if twist is not None:
+        check(twist, model, "twist")
+    proposal = Guided() if proposal is None else proposal
+    _checks.instance(
+        proposal, Proposal, "proposal", "use Base(), Guided(), Shifted() or Children(m)"
+    )
+    potential = Difference() if potential is None else potential
+    _checks.instance(
+        potential, Potential, "potential", "use Difference(), Max(), Sum() or Immediate()"
+    )
+    schedule = ResampleSchedule() if schedule is None else schedule
+    _checks.instance(schedule, ResampleSchedule, "schedule", "use Every(n, start, stop)")
+    _checks.function(resample, "resample")
+    solver = fitting(model, solver, Ancestral())
+    _check_noise(solver)
+    num = _checks.count(num, "num")
+    _sharding.spread_over(
+        sharding, (num,), "num"
+    )  # weights are divided, too: the particle axis alone
+    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
+    threshold = _threshold(ess_threshold)
+    times = run_times(model, solver, steps, times)
+    if _checks.concrete(times) and float(np.asarray(times)[-1]) != 1:
+        raise ValueError(
+            "weights are complete at t = 1 only: times must end there, got "
+            f"{float(np.asarray(times)[-1]):g}"
+        )
+    model.check_guided_start(first_time(times))
+    for guide in (guidance, twist):
+        if guide is not None:
+            guide.check_run(times, solver)
+    if tempering is not None:
+        _checks.instance(
+            tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()"
+        )
+        if isinstance(tempering, AdaptiveTempering) and (
+            proposal.num_children > 1 or not isinstance(potential, Difference)
+        ):
+            raise ValueError(
+                "Adaptive tempering is for Difference() and proposals without Children: use a "
+                "schedule"
+            )
+        if (
+            isinstance(tempering, AdaptiveTempering)
+            and _checks.concrete(tempering.ess)
+            and threshold <= float(tempering.ess)
+        ):
+            raise ValueError(
+                f"Adaptive({float(tempering.ess):g}) needs ess_threshold above it, such as 1, got "
+                f"{threshold:g}: particles that keep their "
+                "uneven weights leave it no room"
+            )
+    weighs = (
+        schedule.steps(len(times) - 1)
+        if threshold > 0 or proposal.num_children > 1
+        else np.zeros(len(times) - 1, bool)
+    )
+    factors = jnp.ones(len(times) - 1)
+    if tempering is not None and not isinstance(tempering, AdaptiveTempering):
+        factors = tempering.factors(len(times) - 1)
+    settings = _Settings(proposal, potential, tempering, resample, threshold)
+    with _progress.bar("weighing", len(times) - 1, enabled=progress) as bar:
+        particles = _smc(
+            key,
+            model,
+            guidance,
+            twist,
+            settings,
+            solver,
+            times,
+            factors,
+            tuple(weighs.tolist()),
+            bar,
+            num,
+            chunk_size,
+            sharding,
+        )
+        if _checks.concrete(particles):
+            assert particles.trace is not None
+            particles.trace.check()
+            if threshold > 0:
+                _warn(particles)
+    return particles
+
+
+class _Settings(NamedTuple):
+    proposal: Proposal
+    potential: Potential
+    tempering: Tempering | None
+    resample: resampling.Resampler
+    threshold: float
+
+
+class _Particle(NamedTuple):
+    """All that an ancestor hands down; `root` is its index at the start."""
+
+    x: Array
+    denoised: Array
+    pull: Array
+    applied: Array
+    history: Any
+    memory: Any
+    root: Array
+
+
+def _check_noise(solver: Solver) -> None:
+    if not solver.stochastic:
+        raise ValueError(
+            f"only the noise of a step can be weighed, {type(solver).__name__} has none: use "
+            "Ancestral(eta) with eta > 0"
+        )
+    if (
+        isinstance(solver, Ancestral)
+        and _checks.concrete(solver.eta)
+        and np.asarray(solver.eta) == 0
+    ):
+        raise ValueError(
+            "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) with "
+            "eta > 0"
+        )
+
+
+def _threshold(value: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.number)
+        or not 0 <= value <= 1
+    ):
+        raise ValueError(
+            f"ess_threshold is a share of the particles, a number in [0, 1], got {value!r}"
+        )
+    return float(value)
+
+
+@eqx.filter_jit
+def _smc(
+    key,
+    model,
+    guidance,
+    twist,
+    settings,
+    solver,
+    times,
+    factors,
+    weighs,
+    bar,
+    num,
+    chunk_size,
+    sharding,
+) -> Particles:
+    model, guidance, twist, solver, times = _pytree.cast(
+        (model, guidance, twist, solver, times), model.dtype
+    )
+    proposal, potential, tempering, resample, threshold = settings
+    dtype = model.dtype
+    log_dtype = weight_dtype(dtype)
+    steps = len(times) - 1
+    over_particles = (
+        jax.vmap
+        if chunk_size is None
+        else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=chunk_size)
+    )
+    factors = factors.astype(log_dtype)
+    # A proposal that is not guided asks its guidance at no state, unless that has to see them all.
+    asked = proposal.guided or guidance.needs_every_state
+    twisting, separate = guidance if twist is None else twist, twist is not None or not asked
+
+    unguided = lambda t, x: model.denoise(t, x).astype(dtype)
+
+    def read(
+        guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
+    ) -> tuple[Array, ...]:
+        """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
+        estimate, memory = guide(key, t, x, memory)
+        estimate = _pytree.cast(estimate, dtype)
+        if estimate.tilted.shape != model.denoised_shape:
+            raise ValueError(
+                f"the guidance answers with shape {estimate.tilted.shape} for a state of shape "
+                f"{x.shape}"
+            )
+        if weighing and estimate.log_h is None:
+            raise ValueError(
+                f"{type(guide).__name__} has no log_h to weigh particles by: give twist=, such as "
+                "Laplace(model, reward, scale) or "
+                "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
+            )
+        # The base chain needs the unguided denoiser.
+        denoised = unguided(t, x) if estimate.denoised is None else estimate.denoised
+        log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
+        return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
+
+    def look(
+        key_guidance: Array, key_twist: Array, t: Array, x: Array, memory: Any, weigh: Array
+    ) -> tuple[Array, Array, Array, Any, Array]:
+        """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed),
+        memories, failures.
+        """
+        of_guidance, of_twist = memory
+        if asked:
+            weighing = not separate and any(weighs[:-1])
+            denoised, pull, log_h, of_guidance = read(
+                guidance, key_guidance, t, x, of_guidance, weighing
+            )
+            base = lambda: denoised
+        else:
+            base = lambda: unguided(t, x)
+            pull, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
+        if (
+            separate
+        ):  # a twist of its own is asked only where it counts, unless it has to see every state
+
+            def ask(of_twist: Any) -> tuple[Array, Array, Any]:
+                denoised, _, log_h, of_twist = read(twisting, key_twist, t, x, of_twist, True)
+                return (base() if asked else denoised), log_h, of_twist
+
+            pass_by = lambda of_twist: (base(), log_h, of_twist)
+            denoised, log_h, of_twist = jax.lax.cond(
+                weigh | twisting.needs_every_state, ask, pass_by, of_twist
+            )
+        else:
+            denoised = base()
+        bad = failures(x, Estimate(denoised + pull, denoised, log_h))
+        return denoised, pull, log_h, (of_guidance, of_twist), bad
+
+    def begin(i: Array) -> _Particle:
+        x = model.initial(own_key(keys[0, 1], i), times[0])
+        memory = guidance.init(x), twisting.init(x) if separate else ()
+        unknown = jnp.zeros(model.denoised_shape, dtype)
+        return _Particle(x, unknown, unknown, jnp.zeros((), log_dtype), potential.init(), memory, i)
+
+    def advance(carry, scanned):
+        particles, log_weights, log_norm, factor = carry
+        step, (key_step, key_resample), t, u, weigh, given = scanned
+
+        def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
+            key_noise, key_guidance, key_twist = jax.random.split(key, 3)
+
+            def move() -> tuple[Array, Array]:
+                kernel = solver.kernel(model.corruption, t, u)
+                shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
+                x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
+                return x, log_ratio.astype(log_dtype)
+
+            stay = lambda: (particle.x, jnp.zeros((), log_dtype))
+            x, log_ratio = jax.lax.cond(step < 0, stay, move)
+            denoised, pull, value, memory, bad = look(
+                key_guidance, key_twist, u, x, particle.memory, weigh
+            )
+            moved = particle._replace(x=x, denoised=denoised, pull=pull, memory=memory)
+            return moved, value, log_ratio, bad
+
+        def apply(particle: _Particle, value: Array, factor: Array) -> tuple[Array, Any]:
+            # A twist of -inf is not believed before the end: what it excludes too early may yet be
+            # allowed. Any number is unbiased.
+            counts = weigh & (value > -jnp.inf)
+            value = jnp.where(counts, factor * jnp.where(counts, value, 0.0), 0.0)
+            applied, history = potential(particle.applied, particle.history, value)
+            keep = lambda new, old: jnp.where(counts, new, old)
+            return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
+
+        def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
+            key = own_key(key_step, i)
+            if proposal.num_children == 1:
+                return child(key, particle)
+            key_choice, *keys = jax.random.split(key, proposal.num_children + 1)
+            moved, value, log_ratio, bad = jax.vmap(lambda key: child(key, particle))(
+                jnp.stack(keys)
+            )
+            gain = log_ratio + jax.vmap(
+                lambda value: less(apply(particle, value, given)[0], particle.applied)
+            )(value)
+            chosen = jax.random.categorical(key_choice, gain)
+            # The chosen one's own gain is added below: what is carried is the mean of all.
+            log_ratio = (
+                log_ratio[chosen]
+                + jax.nn.logsumexp(gain)
+                - math.log(proposal.num_children)
+                - gain[chosen]
+            )
+            moved, value = jax.tree.map(lambda leaf: leaf[chosen], (moved, value))
+            return moved, value, log_ratio, jnp.any(bad, axis=0)
+
+        moved, value, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
+        log_weights = log_weights + log_ratio
+        if isinstance(tempering, AdaptiveTempering):
+            # Many sums of the weights, one of which is chosen: exchanged once, too.
+            known = moved.applied, moved.history, value, log_weights
+            applied, history, values, sums = jax.tree.map(
+                lambda array: everywhere(array, sharding), known
+            )
+            shown = moved._replace(applied=applied, history=history)
+            gain = lambda one, value, factor: apply(one, value, factor)[0] - one.applied
+            weigh_by = lambda factor: (
+                sums + jax.vmap(gain, in_axes=(0, 0, None))(shown, values, factor)
+            )
+            given = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
+        applied, history = jax.vmap(lambda one, value: apply(one, value, given))(moved, value)
+        log_weights = log_weights + less(applied, moved.applied)
+        moved = moved._replace(applied=applied, history=history)
+        # One exchange of the weights instead of one for each sum of them, and sums that are the
+        # same on any number of devices.
+        seen = everywhere(log_weights, sharding)
+        ess = effective(seen)
+        uneven = weigh & (ess < threshold * num) if threshold > 0 else jnp.zeros((), bool)
+
+        def renew(moved, log_weights, log_norm):
+            ancestors = everywhere(resample(key_resample, seen), sharding)
+            log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
+            return descend(moved, ancestors), jnp.zeros_like(log_weights), log_norm
+
+        keep = lambda *state: state
+        # Particles whose weights say nothing keep them, for the report.
+        moved, log_weights_next, log_norm = jax.lax.cond(
+            uneven & jnp.isfinite(ess), renew, keep, moved, log_weights, log_norm
+        )
+        bad = jnp.any(bad, axis=0)
+        bad = bad.at[4].set(~jnp.any(bad) & ~jnp.isfinite(ess))
+        bar.tick(step)
+        return (moved, log_weights_next, log_norm, given), (bad, ess, given, uneven)
+
+    inner, indices = steps - 1, jnp.arange(num)
+    # Of particles and of resampling, at each step; the first two look at the start, and draw it.
+    keys = jax.random.split(key, (steps + 1, 2))
+    particles = over_particles(begin)(indices)
+    if sharding is not None:
+        particles = jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles
+        )
+    # The first look, at where particles start, is a step that goes nowhere: a program has each
+    # guidance in it once.
+    before = jnp.ones((), log_dtype) if tempering is None else jnp.zeros((), log_dtype)
+    carry = particles, jnp.zeros(num, log_dtype), jnp.zeros((), log_dtype), before
+    scanned = (
+        jnp.arange(-1, inner), keys[:steps], jnp.concatenate([times[:1], times[:-2]]), times[:-1],
+        jnp.asarray((False, *weighs[:inner])), jnp.concatenate([before[None], factors[:inner]]),
+    )  # fmt: skip
+    (particles, log_weights, log_norm, _), (bad, *seen_on_way) = jax.lax.scan(
+        advance, carry, scanned
+    )
+    ess, tempered, resampled = (leaf[1:] for leaf in seen_on_way)
+
+    # The last step jumps to the denoiser, and completes the reward (or what a guidance has of its
+    # own to complete).
+    finish = lambda i, particle: solver.finish(
+        own_key(keys[steps, 0], i), particle.x, particle.denoised
+    )
+    x = over_particles(finish)(indices, particles)
+    log_tilt = over_particles(guidance.final)(x, particles.memory[0]).astype(log_dtype)
+    log_weights = log_weights + less(log_tilt, particles.applied)
+    seen = everywhere(log_weights, sharding)
+    log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
+    last = effective(seen)
+    failed = (
+        jnp.zeros(len(CULPRITS), bool)
+        .at[1]
+        .set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
+    )
+    failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))
+    # What fails at the start counts as the first step's.
+    bad = jnp.concatenate([bad, failed[None]])
+    bad = bad[1:].at[0].set(bad[0] | bad[1])
+    bar.tick(steps - 1)
+    trace = Trace(
+        times,
+        bad,
+        ess=jnp.append(ess, last),
+        tempering=jnp.append(tempered, 1),
+        resampled=jnp.append(resampled, False),
+        roots=particles.root,
+    )
+    return Particles(x, log_weights, log_norm, trace)
+
+
+def descend(particles: _Particle, ancestors: Array) -> _Particle:
+    """The next generation: everything that a particle carries is its ancestor's."""
+    return jax.tree.map(lambda leaf: leaf[ancestors], particles)
+
+
+def everywhere(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
+    """The whole of an array on every device of a mesh."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return array
+    return jax.lax.with_sharding_constraint(array, _sharding.replicated(sharding))
+
+
+def own_key(key_step: Array, i: Array) -> Array:
+    """The key of particle i in one step."""
+    return jax.random.fold_in(key_step, i)
+
+
+def less(new: Array, old: Array) -> Array:
+    """`new - old` of log-weights: what was zero stays zero."""
+    gone = old == -jnp.inf
+    return jnp.where(gone, -jnp.inf, new - jnp.where(gone, 0.0, old))
+
+
+def _warn(particles: Particles) -> None:
+    share = float(particles.ess) / len(particles)
+    if share < _SCARCE:
+        warnings.warn(
+            f"the effective share of {len(particles)} particles is {share:.2g}: estimates rest on "
+            "few of them. A twist closer to log h helps "
+            "most: Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) "
+            "where it is known; then more steps, more particles, tempering, a smaller scale",
+            stacklevel=3,
+        )

@@ -1,0 +1,122 @@
+r"""Potentials: what weighted particles are weighed by on the way, and when.
+
+A *twist* is an estimate of `log h_t(x)`, the log of what a state can still expect of
+`exp(scale * r)`. Particles at time t carry the sum of the log-potentials that were applied to them
+so far, A_t; at t = 1 whatever is missing is applied, so that on every path
+
+    sum of all log-potentials = scale * r(x_1),
+
+and the target is the tilt, whatever the potential or the twist: these decide the variance only.
+With V_t the twist,
+
+| potential | A_t | |
+|---|---|---|
+| `Difference()` | `V_t` | the natural one: weights are what the twist learned since |
+| `Max()` | `A_s + max(V_0, ..., V_t)` | favors paths that once were good |
+| `Sum()` | `A_s + (V_0 + ... + V_t)` | favors paths that were good for long |
+| `Immediate()` | `A_s + V_t` | |
+
+s being the time before. Reference: Singhal et al. (arXiv 2501.06848).
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks
+
+
+class Potential(eqx.Module):
+    """How the log-potentials applied so far follow from the twist; subclasses define
+    `__call__(applied, memory, value)`.
+    """
+
+    def init(self) -> Any:
+        """The memory of one path, before its first twist."""
+        return ()
+
+    def __call__(self, applied: Array, memory: Any, value: Array) -> tuple[Array, Any]:
+        """The new sum of log-potentials and memory, where the twist is `value`; scalars."""
+        raise NotImplementedError
+
+
+class Difference(Potential):
+    """`A_t = V_t`."""
+
+    def __call__(self, applied, memory, value):
+        return value, memory
+
+
+class Max(Potential):
+    """`A_t = A_s + max(V_0, ..., V_t)`."""
+
+    def init(self):
+        return jnp.asarray(-jnp.inf)
+
+    def __call__(self, applied, memory, value):
+        memory = jnp.maximum(memory.astype(value.dtype), value)
+        return applied + memory, memory
+
+
+class Sum(Potential):
+    """`A_t = A_s + (V_0 + ... + V_t)`."""
+
+    def init(self):
+        return jnp.asarray(0.0)
+
+    def __call__(self, applied, memory, value):
+        memory = memory.astype(value.dtype) + value
+        return applied + memory, memory
+
+
+class Immediate(Potential):
+    """`A_t = A_s + V_t`."""
+
+    def __call__(self, applied, memory, value):
+        return applied + value, memory
+
+
+class ResampleSchedule(eqx.Module):
+    """Weigh and resample after the steps `start, start + n, ...` up to `stop` (inclusive; `None`:
+    to the end). The last always counts.
+
+    Between them no twist is evaluated (but `Tuned`, which has to see every state); particles of a
+    guided proposal gather its weights all the same.
+
+    **Raises:** `ValueError` for a window without a step.
+    """
+
+    n: int = eqx.field(static=True, default=1)
+    start: int = eqx.field(static=True, default=0)
+    stop: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        _checks.count(self.n, "n")
+        for name, step in (
+            ("start", self.start),
+            ("stop", self.start if self.stop is None else self.stop),
+        ):
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"{name} is the index of a step, from 0, got {step!r}")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(
+                f"the window from step start = {self.start} to stop = {self.stop} holds no step"
+            )
+
+    def steps(self, total: int) -> np.ndarray:
+        """Which of `total` steps weigh, `(total,)`. **Raises:** `ValueError` for a window without
+        one of them before the last.
+        """
+        index = np.arange(total)
+        stop = total - 1 if self.stop is None else self.stop
+        chosen = (index >= self.start) & (index <= stop) & ((index - self.start) % self.n == 0)
+        if total > 1 and not np.any(chosen[:-1]):
+            raise ValueError(
+                f"no step to weigh at: {self} on {total} steps, numbered from 0: take Every(1), "
+                "say, schedule=Every(1). For the last alone use ess_threshold=0, which keeps all "
+                "weights"
+            )
+        return chosen

@@ -1,0 +1,110 @@
+r"""Proposals: how weighted particles move from time t to u, and what it costs in weight.
+
+The base kernel of a step is `N(m, S2 I)` with
+`m = alpha_u D + sqrt(sigma_u^2 - S2) (x - alpha_t D) / sigma_t` (see `tiltjax.solvers`); a proposal
+shifts its mean by delta and pays `log p / q = -<delta, xi> / s - |delta|^2 / (2 s^2)`, `s^2 = S2`,
+where xi is the noise it drew: no difference of two log-densities. With the pull
+`D~ - D = (sigma_t^2 / alpha_t) ∇ log h` of a guidance,
+
+| proposal | delta | |
+|---|---|---|
+| `Base()` | 0 | gradient-free: Feynman-Kac steering |
+| `Guided()` | that of the mean, `(alpha_u - sqrt(sigma_u^2 - S2) alpha_t / sigma_t) (D~ - D)` | the kernel at D~: TDS |
+| `Shifted()` | `(1 + eta^-2) / 2 S2 ∇ log h` | the score's own: DAS (at eta = 1) |
+| `Children(m, proposal)` | as `proposal` | m tries, one kept by weight: SVDD |
+
+The factor of `Shifted` is what makes it, in the limit of small steps, Doob's transform at any eta:
+a kernel with eta < 1 has less noise than the memoryless diffusion, and part of the guidance belongs
+to its drift. References: Wu et al. (arXiv 2306.17775, TDS), Kim et al. (arXiv 2501.05803, DAS), Li
+et al. (arXiv 2408.08252, SVDD).
+"""
+
+import equinox as eqx
+from jaxtyping import Array
+
+from tiltjax import _checks
+from tiltjax.solvers import Kernel
+
+
+class Proposal(eqx.Module):
+    """How particles are proposed; subclasses define `shift(kernel, pull)`, that of the mean
+    (`None`: none).
+
+    `guided` says whether it needs a pull, `tries` how many states one particle proposes.
+    """
+
+    @property
+    def guided(self) -> bool:
+        return True
+
+    @property
+    def num_children(self) -> int:
+        return 1
+
+    def shift(self, kernel: Kernel, pull: Array) -> Array | None:
+        raise NotImplementedError
+
+
+class Base(Proposal):
+    """The base kernel: nothing but the twist steers."""
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    def shift(self, kernel, pull):
+        return None
+
+
+class Guided(Proposal):
+    """The base kernel's mean at the tilted denoiser, with the base kernel's noise."""
+
+    def shift(self, kernel, pull):
+        return kernel.gain * pull
+
+
+class Shifted(Proposal):
+    """The base kernel's mean plus its variance times `∇ log h`, with the factor that eta < 1 asks
+    for.
+    """
+
+    def shift(self, kernel, pull):
+        return (1 + kernel.eta**-2) / 2 * kernel.std**2 / kernel.tweedie * pull
+
+
+class Children(Proposal):
+    """Each particle proposes `m` states and goes on as one of them, chosen by weight; it carries
+    the mean weight of all.
+
+    That mean is what keeps the normalizing constant unbiased. Costs m evaluations a step, the look
+    at the start included.
+
+    **Arguments:** `m`; `proposal` of each child, `Base()` by default.
+
+    **Raises:** `ValueError` for children of children.
+    """
+
+    proposal: Proposal
+    m: int = eqx.field(static=True)
+
+    def __init__(self, m: int, proposal: Proposal | None = None):
+        proposal = Base() if proposal is None else proposal
+        _checks.instance(proposal, Proposal, "proposal", "use Base(), Guided() or Shifted()")
+        if isinstance(proposal, Children):
+            raise ValueError(
+                "children of children are children: use one Children with the product of both "
+                "numbers"
+            )
+        self.proposal = proposal
+        self.m = _checks.count(m, "m")
+
+    @property
+    def guided(self) -> bool:
+        return self.proposal.guided
+
+    @property
+    def num_children(self) -> int:
+        return self.m
+
+    def shift(self, kernel, pull):
+        return self.proposal.shift(kernel, pull)
