@@ -6,7 +6,7 @@ Tier: exact (files, settings, messages).
 import json
 import sys
 
-import flux_small as small
+from helpers import flux_small as small
 import jax
 import numpy as np
 import pytest

@@ -4,7 +4,7 @@ on made-up weights.
 
 import functools
 
-import flux_fixtures as fixtures
+from helpers import flux_fixtures as fixtures
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx

@@ -5,7 +5,7 @@ published one.
 import functools
 import json
 
-import flux_parts as parts
+from helpers import flux_parts as parts
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx

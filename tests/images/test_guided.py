@@ -6,7 +6,7 @@ Tiers: exact (1e-10 in float64 against NumPy), counts of calls.
 
 import functools
 
-import flux_small as small
+from helpers import flux_small as small
 import jax
 import jax.numpy as jnp
 import numpy as np

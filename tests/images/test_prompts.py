@@ -6,7 +6,7 @@ Tiers: parity, to 1e-12 in float64 and to rounding in float32; exact.
 import sys
 import warnings
 
-import flux_parts as parts
+from helpers import flux_parts as parts
 import jax
 import jax.numpy as jnp
 import numpy as np

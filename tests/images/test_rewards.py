@@ -7,7 +7,7 @@ import json
 import sys
 import types
 
-import flux_parts as parts
+from helpers import flux_parts as parts
 import jax
 import jax.numpy as jnp
 import numpy as np

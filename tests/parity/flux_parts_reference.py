@@ -18,8 +18,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flux_fixtures as fixtures
-import flux_parts as parts
+from helpers import flux_fixtures as fixtures
+from helpers import flux_parts as parts
 
 from tiltjax.images.networks import clip
 

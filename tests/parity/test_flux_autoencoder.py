@@ -6,7 +6,7 @@ Run by `make test-parity`, in an environment of its own.
 
 import re
 
-import flux_parts as parts
+from helpers import flux_parts as parts
 import flux_parts_reference as reference
 import jax
 import jax.numpy as jnp

@@ -93,7 +93,7 @@ def _describe(name: str) -> str:
 def _demonstrate(options: argparse.Namespace) -> None:
     problem = tj.problems.get(options.problem)
     if options.scale is not None:
-        problem = problem._replace(scale=float(tj.Constant(options.scale).final))
+        problem = problem._replace(scale=float(tj.scales.Constant(options.scale).final))
     _checks.count(options.steps, "--steps")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must lie between 0 and 2^32 - 1, got {options.seed}")
@@ -171,13 +171,13 @@ def _methods(problem: tj.problems.Problem, options: argparse.Namespace) -> list[
     damping = tj.Damped(scale, problem.sigma)
 
     def run(
-        guidance: tj.Guidance | None = None, model: tj.Model = model
+        guidance: tj.guidance.Guidance | None = None, model: tj.Model = model
     ) -> Callable[[Array], tj.Particles]:
         return lambda key: tj.sample(
             key, model, guidance, num=options.num, steps=options.steps, save_trajectory=True
         )
 
-    def best(guidance: tj.Guidance) -> Callable[[Array], tj.Particles]:
+    def best(guidance: tj.guidance.Guidance) -> Callable[[Array], tj.Particles]:
         # GROUP runs of the program that is compiled already, rather than one larger run of a new
         # one.
         one = run(guidance)
@@ -277,7 +277,7 @@ def _print(problem, truth, weights, rows, floor, options, key) -> None:
         )
 
 
-def _mean_reward(law: tj.GaussianMixture, reward: tj.Reward, drawn: Array) -> float:
+def _mean_reward(law: tj.GaussianMixture, reward: tj.rewards.Reward, drawn: Array) -> float:
     if theory.is_quadratic(reward):
         return float(theory.expected_reward(law, reward))
     return float(jnp.mean(jax.vmap(reward)(drawn)))

@@ -353,7 +353,7 @@ def _weighted(model: FluxModel, reward: Callable, grid: Array, options: argparse
     settings = {
         "num": options.particles,
         "times": grid,
-        "proposal": tj.proposals.Base(),
+        "proposal": tj.weighted.proposals.Base(),
         "batch": options.batch,
     }
 

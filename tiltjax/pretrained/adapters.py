@@ -1,13 +1,22 @@
 """Low-rank adapters (LoRA) in published files, added to the weights of a network."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tiltjax.pretrained.key_names import _BLOCKS, _OUTSIDE, _dotted, diffusers
+from tiltjax.pretrained.key_names import _BLOCKS, _OUTSIDE, _reader, diffusers
 from tiltjax.pretrained.state_dicts import View, shape_of
 
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "base_model.model.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+)
 _FACTORS = {
     "lora_A.weight": "down",
     "lora_A.default.weight": "down",
@@ -105,20 +114,18 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
     return View(parts)
 
 
-def _targets(module: str) -> tuple[str, ...] | None:
-    """The modules of `FluxTransformer2DModel` that one of the single-file form holds, in its order;
-    None for one of another form.
-    """
-    if module in _OUTSIDE:
-        return (_OUTSIDE[module],)
-    kind, _, rest = module.partition(".")
-    i, _, rest = rest.partition(".")
-    if kind not in _BLOCKS or rest not in _BLOCKS[kind][1]:
-        return None
-    blocks, table = _BLOCKS[kind]
-    targets = table[rest] if isinstance(table[rest], tuple) else (table[rest],)
-    return tuple(f"{blocks}.{i}.{target}" for target in targets)
-
-
-def _reader(state_dict: Mapping[str, Any], key: str) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(state_dict[key])
+def _dotted(module: str, flat: Mapping[str, str]) -> str:
+    """The dotted name of a module from one that may be prefixed, and may have underscores for dots."""
+    for prefix in _PREFIXES:
+        module = module.removeprefix(prefix)
+    if "." in module or module in flat.values():
+        return module
+    if (
+        known := flat.get(module) or {name.replace(".", "_"): name for name in _OUTSIDE}.get(module)
+    ) is not None:
+        return known
+    if match := re.fullmatch(r"(double_blocks|single_blocks)_(\d+)_(.+)", module):
+        kind, i, rest = match.groups()
+        rest = {name.replace(".", "_"): name for name in _BLOCKS[kind][1]}.get(rest, rest)
+        return f"{kind}.{i}.{rest}"
+    return module

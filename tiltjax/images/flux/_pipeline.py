@@ -40,7 +40,7 @@ from tiltjax.pretrained import files, key_names, state_dicts
 
 TINY = "tiny"
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_WITH = Path(__file__).parent / TINY
+_WITH = Path(__file__).parents[1] / TINY
 
 
 def located(name: str | os.PathLike) -> Path:
