@@ -3,18 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks docs docs-serve clean
+.PHONY: help demo test test-slow test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks docs docs-serve clean
 
 help:
 	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
-	@echo "make test       run the test suite, but for what runs notebooks"
+	@echo "make test       run the tests, but for the slow ones and the notebooks"
+	@echo "make test-slow  run the slow tests"
 	@echo "make test-notebooks  run every notebook in a reduced size"
 	@echo "make test-parity  compare the port of FLUX.1 with diffusers and transformers, in an environment of its own"
 	@echo "make test-oldest, make test-newest  a part of the suite on the oldest dependencies allowed, and on the newest there are"
 	@echo "make smoke      build the wheel, install it elsewhere and use it there"
 	@echo "make soak       the suite twenty times, each in another random order"
 	@echo "make nightly    all that takes long: soak, test-oldest, test-newest, smoke"
-	@echo "make lint       check format, lint and types"
+	@echo "make lint       check format, lint, layers and types"
 	@echo "make format     format the sources"
 	@echo "make bench      run the benchmarks, write their table (ARGS=--quick: on a small scale)"
 	@echo "make notebooks  run the notebooks and write their outputs into them"
@@ -33,7 +34,10 @@ demo: $(READY)
 	$(BIN)/python -m tiltjax $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
 
 test-notebooks: $(READY)
 	$(BIN)/python -m pytest tests/notebooks -n auto --dist worksteal $(ARGS)
@@ -50,8 +54,9 @@ soak: $(READY)
 	if [ -n "$$failed" ]; then echo "failed in the orders$$failed: make test ARGS=--shuffle=SEED"; exit 1; fi
 
 # What breaks first where a dependency changes: every interface to JAX, Equinox, Diffrax, Flax, Optax and SciPy, in a few minutes, without PyTorch.
-PART := $(addprefix tests/test_,interpolants.py mixtures.py posteriors.py flows.py resampling.py progress.py networks.py lora.py \
-	flux_transformer.py theory_tilts.py theory_transport.py theory_thermodynamic.py surrogates.py selection.py arguments.py)
+PART := $(addprefix tests/,$(addsuffix .py,$(addprefix test_,interpolants mixtures posteriors resampling progress checks) \
+	$(addprefix samplers/test_,flow selection) models/test_network training/test_lora images/test_transformer search/test_surrogates \
+	$(addprefix theory/test_,tilts distances thermodynamic)))
 OLDEST := .venv-oldest/bin
 NEWEST := .venv-newest/bin
 $(OLDEST)/.ready: pyproject.toml
@@ -101,6 +106,7 @@ test-parity: $(PARITY)/.ready
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 format: $(READY)
@@ -108,7 +114,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from measures import cpu_seconds as cpu_seconds
-from measures import peak_gb as peak_gb
+
+from benchmarks.measures import cpu_seconds as cpu_seconds
+from benchmarks.measures import peak_gb as peak_gb
 
 RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
-    """Seconds: of the first call (mostly compilation) on the wall, and the medians of later ones."""
+    """Seconds of the first call (mostly compilation), and the medians of later calls."""
 
     first_wall: float
     run_wall: float
@@ -99,8 +100,9 @@ def plug_in_calls(steps: int, k: int) -> int:
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
-    """Write `results` with the environment as `results/<name>.json`."""
+    """Write `results` with the environment as `results/<name>.json`, and print its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
+    print(f"\nwritten: {path}")
     return path

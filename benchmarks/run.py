@@ -1,8 +1,8 @@
 """Run the benchmarks, one process after the other, and write what came out as one table into
 results/README.md.
 
-    python benchmarks/run.py [NAME ...] [--quick] [--reference CHECKOUT [--python OTHER_PYTHON]]
-    python benchmarks/run.py --table                                                                 # from the results that exist
+    python -m benchmarks.run [NAME ...] [--quick] [--reference CHECKOUT [--python OTHER_PYTHON]]
+    python -m benchmarks.run --table  # from the results that exist
 
 Every benchmark writes `results/<name>.json`; with `--quick` it runs on a small scale and writes
 nothing, and nor does this. A benchmark that fails, or that lacks what it compares with, is named at
@@ -27,8 +27,9 @@ NEEDS_REFERENCE = ("vs_reference",)  # those that also take it do without
 ENVIRONMENT = {"external": {"OMP_NUM_THREADS": "1"}}
 INTRODUCTION = """# Results
 
-Written by `python benchmarks/run.py` (`make bench`), and by its `--table` from the files beside this one; each row is what its own JSON file says, on the
-device and at the commit named there. CPU-seconds of different rows are of different runs: compare what stands in one.
+Written by `python -m benchmarks.run` (`make bench`), and by its `--table` from the files beside
+this one. Each row is what its own JSON file says, on the device and at the commit named there.
+CPU-seconds of different rows are of different runs: compare the numbers within one row.
 [What each change brought](changes.md) stands apart.
 """
 
@@ -36,7 +37,10 @@ device and at the commit named there. CPU-seconds of different rows are of diffe
 def _gaussian_tilt(r: dict) -> str:
     row = lambda method: r["table"][method]["quadratic"]
     of = lambda method: "{:.3f} ± {:.3f}".format(*row(method)["w2"])
-    return f"W2 on `quadratic`: plug-in k = 8 {of('plug-in k=8')}, Laplace {of('Laplace')}, Tilted {of('Tilted')}, floor {of('floor')}"
+    return (
+        f"W2 on `quadratic`: plug-in k = 8 {of('plug-in k=8')}, Laplace {of('Laplace')}, Tilted "
+        f"{of('Tilted')}, floor {of('floor')}"
+    )
 
 
 def _cost_to_floor(r: dict) -> str:
@@ -51,7 +55,10 @@ def _cost_to_floor(r: dict) -> str:
 
 def _two_modes(r: dict) -> str:
     bump = r["problems"]["bump"]
-    return f"bump: the tilt has {bump['tilt']:.3f} on the right, best-of-1 {bump['best_of_n']['1']['share']:.3f}, best-of-4 {bump['best_of_n']['4']['share']:.3f}"
+    return (
+        f"bump: the tilt has {bump['tilt']:.3f} on the right, best-of-1 "
+        f"{bump['best_of_n']['1']['share']:.3f}, best-of-4 {bump['best_of_n']['4']['share']:.3f}"
+    )
 
 
 def _checkerboard(r: dict) -> str:
@@ -60,7 +67,10 @@ def _checkerboard(r: dict) -> str:
     if not hits:
         return f"none of {len(r['rows'])} settings within 1% of the mean reward and 4% of the trace"
     best = min(hits, key=cost)
-    return f"{len(hits)} of {len(r['rows'])} settings are the tilt; cheapest {best['method']}: {cost(best)} calls and pullbacks a sample"
+    return (
+        f"{len(hits)} of {len(r['rows'])} settings are the tilt; cheapest {best['method']}: "
+        f"{cost(best)} calls and pullbacks a sample"
+    )
 
 
 def _any_reward(r: dict) -> str:
@@ -72,11 +82,17 @@ def _any_reward(r: dict) -> str:
 
 def _learned(r: dict) -> str:
     worst = lambda name: max(row[name]["w2"] / row["floor"] for row in r["rows"])
-    return f"Tilted at worst {worst('Tilted, exact'):.2f} times the floor with the exact denoiser, {worst('Tilted, network'):.2f} with the network"
+    return (
+        f"Tilted at worst {worst('Tilted, exact'):.2f} times the floor with the exact denoiser, "
+        f"{worst('Tilted, network'):.2f} with the network"
+    )
 
 
 def _predictions(r: dict) -> str:
-    return f"plain plug-in predicted to W2 {r['plain']['1']:.3f} at k = 1, {r['plain']['1024']:.3f} at k = 1,024; damped of the right width {r['damped']['1.0']['w2']:.3f}"
+    return (
+        f"plain plug-in predicted to W2 {r['plain']['1']:.3f} at k = 1, {r['plain']['1024']:.3f} "
+        f"at k = 1,024; damped of the right width {r['damped']['1.0']['w2']:.3f}"
+    )
 
 
 def _weighted(r: dict) -> str:
@@ -87,33 +103,52 @@ def _weighted(r: dict) -> str:
         max(c["over_floor"][0] for c in plane.values()),
         max(abs(c["log_norm_off"][0]) for c in plane.values()),
     )
-    return f"Laplace's twist on {len(plane)} mixtures: W2 at most {over:.2f} times the floor, log Z off by at most {off:.3f}"
+    return (
+        f"Laplace's twist on {len(plane)} mixtures: W2 at most {over:.2f} times the floor, log Z "
+        f"off by at most {off:.3f}"
+    )
 
 
 def _unbiased(r: dict) -> str:
     row = r["axes"]["all"][""]
-    return f"{row['cells']:,} combinations: z has mean {row['mean']:+.2f} and deviation {row['sd']:.2f}; mean of Z's estimates over Z {row['pooled'][0]:.4f} ± {row['pooled'][1]:.4f}"
+    return (
+        f"{row['cells']:,} combinations: z has mean {row['mean']:+.2f} and deviation "
+        f"{row['sd']:.2f}; mean of Z's estimates over Z {row['pooled'][0]:.4f} ± "
+        f"{row['pooled'][1]:.4f}"
+    )
 
 
 def _audits(r: dict) -> str:
     row = r["table"]["quadratic"]
-    return f"`quadratic`: {row['plug-in']['share']:.1%} of plug-in's samples count, {row['exact h']['share']:.1%} of the exact h's"
+    return (
+        f"`quadratic`: {row['plug-in']['share']:.1%} of plug-in's samples count, "
+        f"{row['exact h']['share']:.1%} of the exact h's"
+    )
 
 
 def _toys(r: dict) -> str:
     row = r["table"]["eight modes"]
     of = lambda name: "{:.2f} ± {:.2f}".format(*row[name]["emd"])
-    return f"eight modes, distance to the target: DAS with both faults {of('DAS, both faults')}, with neither {of('DAS, neither fault')}, floor {of('target (floor)')}"
+    return (
+        f"eight modes, distance to the target: DAS with both faults {of('DAS, both faults')}, with "
+        f"neither {of('DAS, neither fault')}, floor {of('target (floor)')}"
+    )
 
 
 def _toys_learned(r: dict) -> str:
     row = r["table"]["eight modes"]["DAS"]
-    return f"eight modes, DAS's distance to the target: {row['exact']['emd'][0]:.2f} with the exact score, {row['learned']['emd'][0]:.2f} with the network"
+    return (
+        f"eight modes, DAS's distance to the target: {row['exact']['emd'][0]:.2f} with the exact "
+        f"score, {row['learned']['emd'][0]:.2f} with the network"
+    )
 
 
 def _pareto(r: dict) -> str:
     worst = lambda name: max(row["methods"][name]["w2"] / row["floor"] for row in r["rows"])
-    return f"W2 over the floor, the worst of {len(r['rows'])} weights: Tilted {worst('Tilted'):.2f}, plug-in {worst('plug-in'):.1f}"
+    return (
+        f"W2 over the floor, the worst of {len(r['rows'])} weights: Tilted {worst('Tilted'):.2f}, "
+        f"plug-in {worst('plug-in'):.1f}"
+    )
 
 
 def _blackbox(r: dict) -> str:
@@ -139,7 +174,10 @@ def _text(r: dict) -> str:
 
 def _training(r: dict) -> str:
     last, beside = r["rows"][-1], r["side_by_side"]
-    text = f"{last['share_average'][0]:.1%} in filled squares after {last['steps']:,} steps, {last['steps_per_second']:.1f} steps a second"
+    text = (
+        f"{last['share_average'][0]:.1%} in filled squares after {last['steps']:,} steps, "
+        f"{last['steps_per_second']:.1f} steps a second"
+    )
     return (
         text
         if beside is None
@@ -160,7 +198,10 @@ def _annealing(r: dict) -> str:
 def _many_particles(r: dict) -> str:
     first, last = r["rows"][0], r["rows"][-1]
     each = lambda row: 1e6 * row["run_cpu"] / row["num"]
-    return f"{each(first):.0f} CPU-microseconds a particle at {first['num']:,}, {each(last):.0f} at {last['num']:,}, in {last['peak_gb']:.2f} GB"
+    return (
+        f"{each(first):.0f} CPU-microseconds a particle at {first['num']:,}, {each(last):.0f} at "
+        f"{last['num']:,}, in {last['peak_gb']:.2f} GB"
+    )
 
 
 def _smc_scaling(r: dict) -> str:
@@ -226,7 +267,10 @@ def _vs_reference(r: dict) -> str:
     span = lambda key: "{:.1f} to {:.1f}".format(
         *(f(row["ratios"][key] for row in r["rows"]) for f in (min, max))
     )
-    return f"{span('run_cpu')} times fewer CPU-seconds, {span('process_wall')} times less wall of a process; {met} of {len(r['goals'])} goals met"
+    return (
+        f"{span('run_cpu')} times fewer CPU-seconds, {span('process_wall')} times less wall of a "
+        f"process; {met} of {len(r['goals'])} goals met"
+    )
 
 
 def _vs_peers(r: dict) -> str:
@@ -239,23 +283,49 @@ def _vs_peers(r: dict) -> str:
 
 def _limits(r: dict) -> str:
     worst = max(r["rows"], key=lambda row: row["ratio_wall"])
-    return f"{len(r['rows']) - len(r['beyond'])} of {len(r['rows'])} rows within {r['within']:g} times the floor; worst {worst['ratio_wall']:.2f} ({worst['row']}, k = {worst['k']})"
+    return (
+        f"{len(r['rows']) - len(r['beyond'])} of {len(r['rows'])} rows within {r['within']:g} "
+        f"times the floor; worst {worst['ratio_wall']:.2f} ({worst['row']}, k = {worst['k']})"
+    )
 
 
 # In the order in which they run.
 HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "gaussian_tilt": _gaussian_tilt, "cost_to_floor": _cost_to_floor, "two_modes": _two_modes, "checkerboard": _checkerboard,
-    "checkerboard_network": _checkerboard, "any_reward": _any_reward, "learned": _learned, "predictions": _predictions,
-    "weighted": _weighted, "unbiased": _unbiased, "audits": _audits, "toys": _toys, "toys_learned": _toys_learned,
-    "pareto": _pareto, "blackbox": _blackbox, "external": _external, "text": _text, "training": _training,
-    "annealing": _annealing, "many_particles": _many_particles, "smc_scaling": _smc_scaling, "devices": _devices, "flux_memory": _flux_memory, "flux_speed": _flux_speed, "train_tiny_flux": _train_tiny_flux,
-    "limits": _limits, "vs_reference": _vs_reference, "vs_peers": _vs_peers,
-}  # fmt: skip
+    "gaussian_tilt": _gaussian_tilt,
+    "cost_to_floor": _cost_to_floor,
+    "two_modes": _two_modes,
+    "checkerboard": _checkerboard,
+    "checkerboard_network": _checkerboard,
+    "any_reward": _any_reward,
+    "learned": _learned,
+    "predictions": _predictions,
+    "weighted": _weighted,
+    "unbiased": _unbiased,
+    "audits": _audits,
+    "toys": _toys,
+    "toys_learned": _toys_learned,
+    "pareto": _pareto,
+    "blackbox": _blackbox,
+    "external": _external,
+    "text": _text,
+    "training": _training,
+    "annealing": _annealing,
+    "many_particles": _many_particles,
+    "smc_scaling": _smc_scaling,
+    "devices": _devices,
+    "flux_memory": _flux_memory,
+    "flux_speed": _flux_speed,
+    "train_tiny_flux": _train_tiny_flux,
+    "limits": _limits,
+    "vs_reference": _vs_reference,
+    "vs_peers": _vs_peers,
+}
 
 
 def script(name: str) -> Path:
     """The benchmark that writes `results/<name>.json`."""
-    return FOLDER / f"{SCRIPTS.get(name, name)}.py"
+    (path,) = FOLDER.glob(f"*/{SCRIPTS.get(name, name)}.py")
+    return path
 
 
 def question(name: str) -> str:
@@ -290,9 +360,13 @@ def table(folder: Path = RESULTS) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     if unknown := sorted(set(found) - set(HEADLINES)):
         raise ValueError(
-            f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in {Path(__file__).name}"
+            f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in "
+            f"{Path(__file__).name}"
         )
-    head = "| benchmark | question | headline | device | versions | commit |\n|---|---|---|---|---|---|"
+    head = (
+        "| benchmark | question | headline | device | versions | commit "
+        "|\n|---|---|---|---|---|---|"
+    )
     return (
         "\n".join(
             [INTRODUCTION, head, *(line(name, found[name]) for name in HEADLINES if name in found)]
@@ -308,7 +382,9 @@ def names() -> list[str]:
 
 def command(name: str, args: argparse.Namespace) -> list[str] | None:
     """What runs a benchmark, or nothing where what it needs is not there."""
-    words = [sys.executable, str(script(name)), *(["--quick"] if args.quick else [])]
+    path = script(name)
+    module = f"benchmarks.{path.parent.name}.{path.stem}"
+    words = [sys.executable, "-m", module, *(["--quick"] if args.quick else [])]
     if name in (*NEEDS_REFERENCE, "training") and args.reference is not None:
         return [*words, "--reference", str(args.reference), "--python", args.python]
     return None if name in NEEDS_REFERENCE else words
@@ -349,7 +425,7 @@ def main() -> None:
         print(f"\n== {name}: {question(name)}\n", flush=True)
         begun = time.monotonic()
         if subprocess.run(
-            words, env=os.environ | ENVIRONMENT.get(name, {}), check=False
+            words, env=os.environ | ENVIRONMENT.get(name, {}), cwd=FOLDER.parent, check=False
         ).returncode:
             failed.append(name)
         print(f"\n== {name}: {time.monotonic() - begun:.0f} s", flush=True)

@@ -61,6 +61,8 @@ def converted(notebook, stem):
             else:
                 raise ValueError(
                     f"{stem}: In [{cell.execution_count}] left {sorted(data) or output.output_type}, "
+                    ""
+                    ""
                     "which is neither text nor PNG"
                 )
     return "\n\n".join(parts) + "\n", figures

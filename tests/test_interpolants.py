@@ -272,7 +272,7 @@ def test_a_table_is_met_at_its_levels_and_smooth_between_them():
     chex.assert_trees_all_close(rate(path.clock(levels[5:] - 0.5)), 1000 * BETAS[5:], rtol=0.02)
 
 
-def test_beyond_a_table_the_noise_rate_is_constant_to_the_data_and_the_snr_goes_on_falling_before_the_noise():
+def test_beyond_a_table_the_noise_rate_is_constant_and_the_snr_goes_on_falling():
     path = tj.DiscreteVP([0.9, 0.5, 0.1])
     rate = jax.jit(jax.vmap(path.diffusion))(path.clock(jnp.asarray([0.0, -0.5, -1.0])))
     chex.assert_trees_all_close(rate, jnp.full(3, -3 * np.log(0.9)))

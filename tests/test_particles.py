@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.particles import FAILURES, Particles, Trace, unweighted
 from tiltjax.samplers import best_of_n
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2)))
@@ -91,7 +91,7 @@ def test_a_trace_names_the_first_bad_step_and_its_culprit(culprit):
     with pytest.raises(FloatingPointError) as error:
         trace.check()
     assert "step 2 of 5, from t = 0.4" in str(error.value)
-    assert CULPRITS[culprit] in str(error.value)
+    assert FAILURES[culprit] in str(error.value)
     Trace(trace.times, jnp.zeros((5, 4), bool)).check()
 
 

@@ -1,5 +1,8 @@
 """The progress bar: silent when off, complete when on, under every transformation. Tier: exact."""
 
+import re
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,11 +44,11 @@ def test_a_bar_reaches_its_total(name, at_once, capfd):
     with _progress.bar("working", 5, enabled=True) as ticker:
         TRANSFORMS[name](lambda x: x * scan(ticker, 5))(jnp.asarray(1.0))
     err = capfd.readouterr().err
-    lines = err.split("\r\x1b[K")[1:]
-    done = [int(line.split("| ")[1].split("/")[0]) for line in lines]
+    done = [int(number) for number in re.findall(r"(\d+)/5 ", err)]
     assert done[-1] == 5
     assert done == sorted(done)
-    assert "working" in lines[-1]
+    assert err.split("\r")[-1].startswith("working: 100%")
+    assert err.count("\n") == 1
     assert err.endswith("\n")
     assert not _progress._running
 
@@ -106,3 +109,33 @@ def test_the_verb_shows_it_and_does_not_change_its_numbers(at_once, capfd):
     assert "4/4" in err
     run(True, seed=1)  # a second bar, the same compiled loop
     assert "4/4" in capfd.readouterr().err
+
+
+def test_a_meter_shows_its_note_and_no_time_left_from_compilation(capfd):
+    with _progress.meter("training", 100) as meter:
+        time.sleep(_progress._DELAY + 0.1)  # compilation
+        meter.update(1, "loss 2")
+        time.sleep(_progress._INTERVAL + 0.01)
+        meter.update(50, "loss 1")
+    first, second, last = capfd.readouterr().err.split("\r")[-3:]
+    assert "1/100" in first
+    assert "<?" in first
+    assert "loss 2" in first
+    assert "50/100" in second
+    assert "<00:00" in second  # 0.7 s of compilation for one step would be half a minute more
+    assert "loss 1" in last
+
+
+def test_of_a_cluster_the_first_process_shows_it(at_once, capfd, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with _progress.bar("working", 5, enabled=True) as ticker:
+        scan(ticker, 5)
+    assert capfd.readouterr().err == ""
+
+
+def test_redraws_are_throttled(monkeypatch, capfd):
+    monkeypatch.setattr(_progress, "_DELAY", 0.0)
+    with _progress.meter("working", 1000) as meter:
+        for done in range(1000):
+            meter.update(done + 1)
+    assert capfd.readouterr().err.count("working") < 100

@@ -238,7 +238,7 @@ def test_a_particle_depends_on_its_index_and_the_key_alone(seed, scale):
     whole = run(5)
     np.testing.assert_array_equal(whole, run(5))
     close(run(3), whole[:3], atol=1e-10)
-    close(run(5, batch=2), whole, atol=1e-10)
+    close(run(5, chunk_size=2), whole, atol=1e-10)
     assert np.all(np.abs(whole - np.roll(whole, 1, axis=0)) > 0)
     assert np.all(
         np.asarray(tj.sample(jax.random.key(seed + 1), MODEL, guided(scale), num=5, steps=STEPS).x)
@@ -356,8 +356,8 @@ def test_particles_survive_a_file(tmp_path_factory, dtype, seed, shape, weighed)
     log_weights = points(seed, 2).astype(weight_dtype(jnp.dtype(dtype)))
     particles = Particles(x, log_weights, log_weights[0]) if weighed else unweighted(x)
     file = tmp_path_factory.mktemp("particles") / "saved"
-    tj.particles.save(particles, file)
-    again = tj.particles.load(file)
+    particles.save(file)
+    again = tj.Particles.load(file)
     assert jax.tree.structure(again) == jax.tree.structure(particles)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(particles), strict=True):
         assert a.dtype == b.dtype

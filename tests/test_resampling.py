@@ -109,8 +109,8 @@ def test_particles_are_saved_and_read_again(tmp_path):
     plain = tj.sample(jax.random.key(0), model, num=3, steps=3, save_trajectory=True)
     narrow = tj.Particles(jnp.ones((3, 2), jnp.bfloat16) / 3, jnp.zeros(3))
     for i, particles in enumerate((weighted, plain, narrow)):
-        tj.particles.save(particles, tmp_path / f"{i}")
-        again = tj.particles.load(tmp_path / f"{i}")
+        particles.save(tmp_path / f"{i}")
+        again = tj.Particles.load(tmp_path / f"{i}")
         assert jax.tree.structure(again) == jax.tree.structure(particles)
         for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(particles), strict=True):
             assert one.dtype == other.dtype
@@ -122,7 +122,7 @@ def test_particles_are_saved_and_read_again(tmp_path):
     (tmp_path / "text").write_text("nothing")
     for name in ("other.npz", "array.npy", "text"):
         with pytest.raises(ValueError, match="holds no particles"):
-            tj.particles.load(tmp_path / name)
+            tj.Particles.load(tmp_path / name)
 
 
 def test_the_last_point_is_never_handed_to_a_weight_of_zero(monkeypatch):

@@ -4,9 +4,8 @@ That eight devices of one host do is in tests/test_sampling.py and tests/test_tr
 exact, to rounding in float64.
 """
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -27,7 +26,9 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 
 def spread(sizes, *spec, kind=AUTO):
-    """A sharding over devices that need not exist: what is refused is refused before any is asked."""
+    """A sharding over devices that need not exist: what is refused is refused before any is
+    asked.
+    """
     mesh = jax.sharding.AbstractMesh(
         sizes, ("a", "b")[: len(sizes)], axis_types=(kind,) * len(sizes)
     )
@@ -107,20 +108,25 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         jax.config.update("jax_enable_x64", True)
         jax.distributed.initialize(ADDRESS, 2, HOST, initialization_timeout=200)
         import tiltjax as tj
+        from tiltjax import _sharding
         from jax.experimental.multihost_utils import process_allgather
         assert (jax.device_count(), jax.local_device_count()) == (4, 2)
         mesh = jax.make_mesh((4,), ("particles",), axis_types=(jax.sharding.AxisType.Auto,))
-        four = {{"sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("particles"))}}
-        model = tj.Analytic(tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2)))
+        spec = jax.sharding.PartitionSpec("particles")
+        four = {{"sharding": jax.sharding.NamedSharding(mesh, spec)}}
+        prior = tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2))
+        model = tj.Analytic(prior)
         guidance = tj.dps(model, tj.rewards.Quadratic([0., 1.]), .5)
         key, settings = jax.random.key(0), {{"num": 8, "steps": 3}}
 
         def same(spread, alone, host):
             for array in jax.tree.leaves(spread):
                 if isinstance(array, jax.Array) and array.ndim and not array.is_fully_replicated:
-                    assert {{shard.data.shape[0] for shard in array.addressable_shards}} == {{len(array) // 4}}
-            assert any(not array.is_fully_addressable for array in jax.tree.leaves(spread) if isinstance(array, jax.Array))
-            spread = jax.tree.map(tj.inputs.home, spread)
+                    rows = {{shard.data.shape[0] for shard in array.addressable_shards}}
+                    assert rows == {{len(array) // 4}}
+            arrays = [leaf for leaf in jax.tree.leaves(spread) if isinstance(leaf, jax.Array)]
+            assert any(not array.is_fully_addressable for array in arrays)
+            spread = jax.tree.map(_sharding.home, spread)
             if HOST == host:
                 for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone()), strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
@@ -128,23 +134,29 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         draw = lambda **given: tj.sample(key, model, guidance, **settings, **given)
         drawn = draw(progress=True, **four)
         same(drawn, draw, 0)
-        np.testing.assert_array_equal(process_allgather(drawn.x, tiled=True), tj.inputs.home(drawn.x))
+        everything = process_allgather(drawn.x, tiled=True)
+        np.testing.assert_array_equal(everything, _sharding.home(drawn.x))
 
-        weigh = lambda **given: tj.smc(key, model, guidance, ess_threshold=1., proposal=tj.proposals.Children(2), **settings, **given)
+        weighted = settings | {{"ess_threshold": 1., "proposal": tj.weighted.proposals.Children(2)}}
+        weigh = lambda **given: tj.smc(key, model, guidance, **weighted, **given)
         weighed = weigh(**four)
         assert np.any(weighed.trace.resampled)
         same(weighed, weigh, 1)
-        tj.save(weighed, "{tmp_path}/particles.npz" if HOST == 0 else "{tmp_path}/not written")
+        weighed.save("{tmp_path}/particles.npz" if HOST == 0 else "{tmp_path}/not written")
 
-        go_on = lambda start, **given: tj.sample(key, model, num=8, times=[.9, 1.], start=start, **given)
-        same(go_on(weighed.x, **four), lambda: go_on(tj.load("{tmp_path}/particles.npz").x), 0)
+        last = {{"num": 8, "times": [.9, 1.]}}
+        go_on = lambda start, **given: tj.sample(key, model, start=start, **last, **given)
+        load = lambda: tj.Particles.load("{tmp_path}/particles.npz")
+        same(go_on(weighed.x, **four), lambda: go_on(load().x), 0)
 
         network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
         data = jax.random.normal(jax.random.key(1), (10, 2))
-        train = lambda **given: tj.fit(key, network, data, steps=3, batch=8, **given)
+        train = lambda **given: tj.fit(key, network, data, steps=3, batch_size=8, **given)
         saved = {{"checkpoint": "{tmp_path}/run.npz", "every": 2}}
-        fit, again = train(**four, **saved), train(**four, **saved)  # the second one is what the first one left
-        same((fit.average.args, again.network.args), lambda: (lambda one: (one.average.args, one.network.args))(train()), 1)
+        # The second one is what the first one left.
+        fit, again = train(**four, **saved), train(**four, **saved)
+        both = lambda one: (one.average.args, one.network.args)
+        same((fit.average.args, again.network.args), lambda: both(train()), 1)
 
         judge = lambda **given: tj.audit(key, model, guidance, num=100, steps=2, **given)
         report = judge(**four)
@@ -157,32 +169,20 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         assert (status, out.splitlines()[-1:]) == (0, ["equal"]), err[-3000:]
     assert ["sampling |" in err for _, _, err in hosts] == [True, False]
     assert {path.name for path in tmp_path.iterdir()} == {"particles.npz", "run.npz"}
-    assert tj.particles.load(tmp_path / "particles.npz").x.shape == (8, 2)
+    assert tj.Particles.load(tmp_path / "particles.npz").x.shape == (8, 2)
 
 
-# What is exchanged, as benchmarks/devices.py counts it.
-
-ROOT = Path(__file__).parent.parent
+# What is exchanged, as benchmarks/speed/devices.py counts it.
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """The benchmark as a module, with its neighbors to import from."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "benchmark_devices", ROOT / "benchmarks" / "devices.py"
-        )
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        assert spec.loader is not None
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return importlib.import_module("benchmarks.speed.devices")
 
 
-PROGRAM = """HloModule run, num_partitions=4
+ROOT = Path(__file__).parent.parent
+PROGRAM = (
+    """HloModule run, num_partitions=4
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -200,10 +200,14 @@ PROGRAM = """HloModule run, num_partitions=4
 }
 
 ENTRY %main (p: f32[2,3]) -> f32[] {
-  %loop = (s32[], f32[2,3]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %loop = (s32[], f32[2,3]) while(%t), condition=%cond, body=%body, """
+     """\
+backend_config={"known_trip_count":{"n":"5"}}"""
+     """
   ROOT %last = bf16[4]{0} collective-permute(%w), channel_id=3, source_target_pairs={{0,1}}
 }
 """
+)
 
 
 def test_collective_operations_are_counted_as_often_as_their_loop_turns(benchmark):

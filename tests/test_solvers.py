@@ -257,7 +257,9 @@ def test_adaptive_holds_the_draw_over_a_step_and_updates_the_memory_once(u):
 
 
 def test_adaptive_says_what_failed():
-    """One program: a network that is NaN past a time, and a tolerance that three steps cannot meet."""
+    """One program: a network that is NaN past a time, and a tolerance that three steps cannot
+    meet.
+    """
     network = lambda limit: tj.from_denoiser(
         lambda limit, t, x: jnp.where(t > limit, jnp.nan, jnp.sin(5 * x)),
         jnp.asarray(limit),

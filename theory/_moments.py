@@ -6,19 +6,20 @@ One Gaussian `N(mu, S)`, a quadratic reward, the mean guidance of one draw. With
 units of its noise, `xi = (x - alpha mu) / sigma`, and the posterior mean `m = mu + kappa P xi`
 obey, for any interpolant,
 
-    flow         d xi / d kappa = kappa P xi + lambda P ∇r(m),           xi(0) ~ N(0, I),    x_1 = mu + lim xi / kappa
-    diffusion    d m = lambda P^2 ∇r(m) d(kappa^2) + P dB_(kappa^2),      m(0) = mu,          x_1 = lim m
+    flow  d xi / d kappa = kappa P xi + lambda P ∇r(m),  xi(0) ~ N(0, I),  x_1 = mu + lim xi / kappa
+    diffusion    d m = lambda P^2 ∇r(m) d(kappa^2) + P dB_(kappa^2),    m(0) = mu,    x_1 = lim m
 
 the second for the memoryless diffusion. Flow-map guidance, in the coordinate `z = X_{t,1}(x) - mu`
 in which its own flow map is the identity, with `C = alpha^2 S + sigma^2 I`, keeps the interpolant's
 clock:
 
-    flow map     d z / dt = scale S C^-1 ∇r(mu + z),                      z(0) ~ N(-alpha_0 S^(1/2) C_0^(-1/2) mu, sigma_0^2 S C_0^-1)
+    flow map  d z / dt = scale S C^-1 ∇r(mu + z),
+        z(0) ~ N(-alpha_0 S^(1/2) C_0^(-1/2) mu, sigma_0^2 S C_0^-1)
 
 (for `x_0 ~ N(0, sigma_0^2 I)`, which is what a run starts from). All are
 `dv = (A v + f) dl + N dB_l`, so that with `Psi(l)`, the propagator from l to the end, the end has
 
-    mean = Psi_0 E[v_0] + ∫ Psi f dl,        covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
+    mean = Psi_0 E[v_0] + ∫ Psi f dl,    covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
 
 **Numerics.** S enters through rational functions alone (but for the shift of the start's mean), so
 that derivatives are right for singular S (but for the flow map, whose law there is a function of

@@ -4,7 +4,7 @@ r"""The law of `r(X)` for a mixture: what selection acts on.
 |---|---|---|
 | `Linear`, sums of it | any, any dimension | a mixture of normals |
 | `Step` | any, any dimension | two atoms |
-| quadratic, `H = h I`, h > 0 | isotropic components, any dimension | of each, `c - h s^2 Q`, Q noncentral chi-square |
+| quadratic, `H = h I`, h > 0 | isotropic components | `c - h s^2 Q`, noncentral chi-square |
 | any other | one or two dimensions | by quadrature on a grid of cells |
 
 Every law comes with nodes, `values` `(K or 1, m)` and `log_masses` `(K, m)`: expectations over

@@ -35,7 +35,9 @@ from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class W2Bounds(NamedTuple):
-    """`lower <= W2 <= upper`, and the `plan` `(K, L)` that the upper one moves between components."""
+    """`lower <= W2 <= upper`, and the `plan` `(K, L)` that the upper one moves between
+    components.
+    """
 
     lower: Array
     upper: Array

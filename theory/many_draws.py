@@ -21,7 +21,8 @@ With `|X - y|^2 / v` noncentral chi-square of d degrees (density `p_d` of its ro
 identity, which turns `E[(X - y) f(|X - y|)]` into `(m - y) E f` under d + 2 degrees, and with
 `s = e^tau`,
 
-    phi = k ∫ f_{d+2}(tau) (1 - ∫_{-∞}^tau f_d)^{k-1} dtau,    f_n(tau) = E_n[kappa(tau - u)],    kappa(x) = exp(x - e^x):
+    phi = k ∫ f_{d+2}(tau) (1 - ∫_{-∞}^tau f_d)^{k-1} dtau,  f_n(tau) = E_n[kappa(tau - u)],
+        kappa(x) = exp(x - e^x):
 
 f_d is the density of u plus Gumbel noise, the draws' race that a softmax is. Both integrals are
 Gauss-Legendre on panels: of tau, graded from the left tail through the unit scale of kappa to the

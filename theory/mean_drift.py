@@ -15,9 +15,9 @@ with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
 
 | drift | M |
 |---|---|
-| `plug_in_drift`: guidance `scale ∇ E[r(X_1) \| x]`, the mean of plug-in with one draw | `E[X_1 \| x] + scale Cov(r(X_1), X_1 \| x)` |
+| `plug_in_drift`: `scale ∇ E[r(X_1) \| x]` | `E[X_1 \| x] + scale Cov(r(X_1), X_1 \| x)` |
 | `dps_drift`: guidance `scale ∇ r(D(x))`, `D = E[X_1 \| x]` | `D + scale r'(D) Var(X_1 \| x)` |
-| `doob_drift`: guidance `∇ log E[exp(scale r(X_1)) \| x]` | `E[X_1 exp(scale r(X_1)) \| x] / E[exp(scale r(X_1)) \| x]`: the tilt |
+| `doob_drift`: `∇ log E[e^(scale r) \| x]`, the tilt | `E[X_1 e^(scale r) \| x] / E[e^(scale r) \| x]` |
 
 For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second part moves
 mass between modes: it lives where the posterior weights `p_k` are undecided, a narrow strip, in
@@ -457,9 +457,15 @@ def _solve(
 
     def one(start: Array) -> tuple[Array, Array]:
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field), diffrax.Tsit5(), times[0], times[1], None, (start, jnp.zeros_like(start)),
-            max_steps=1 << 15, stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance / 10),
-        )  # fmt: skip
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            times[0],
+            times[1],
+            None,
+            (start, jnp.zeros_like(start)),
+            max_steps=1 << 15,
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance / 10),
+        )
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
 
     return jax.vmap(one)(start)

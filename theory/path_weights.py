@@ -4,11 +4,13 @@ weights are worth.
 A base chain P takes the steps of `tiltjax.Ancestral(eta)`, `N(m_j(x), s_j^2 I)`, the guided chain Q
 the same steps from the guided denoiser, `N(m_j(x) + delta_j, s_j^2 I)`. A path of Q has the weight
 
-    log w = scale r(x_N) + sum_j [ -<delta_j, xi_j> / s_j - |delta_j|^2 / (2 s_j^2) ],      x_{j+1} = m_j + delta_j + s_j xi_j
+    log w = scale r(x_N) + sum_j [ -<delta_j, xi_j> / s_j - |delta_j|^2 / (2 s_j^2) ],
+        x_{j+1} = m_j + delta_j + s_j xi_j
 
 and with P* the chain P tilted by its end, `Z_N = E_P[exp(scale r(x_N))]`,
 
-    E_Q[w] = Z_N,      KL(Q | P*) = log Z_N - E_Q[log w],      effective sample size / n -> Z_N^2 / E_Q[w^2].
+    E_Q[w] = Z_N,  KL(Q | P*) = log Z_N - E_Q[log w],
+        effective sample size / n -> Z_N^2 / E_Q[w^2].
 
 The divergence bounds that of the ends, `KL(Q_1 | tilt)`, from above: Q may end in the tilt and
 still have a positive one. The step to t = 1 has no variance, so it is not guided (otherwise no path
@@ -19,7 +21,8 @@ of Q were one of P): that is where these chains differ from `tiltjax.sample`, wh
 the guidance's own draw. Moments of Q go forward. The second moment goes backward: with
 `V_N = exp(2 scale r)` and all Gaussians collected,
 
-    V_j(x) = E_z[ exp(|delta|^2 / s^2) E_xi[ V_{j+1}(m(x) - delta + s xi) ] ],      E_Q[w^2] = E[V_0(x_0)],
+    V_j(x) = E_z[ exp(|delta|^2 / s^2) E_xi[ V_{j+1}(m(x) - delta + s xi) ] ],
+        E_Q[w^2] = E[V_0(x_0)],
 
 is the exponential of a quadratic function at every j, as long as it is finite: it ceases to be once
 `I + s^2 K`, K the curvature of `-log V`, or its like for z, is not positive definite.
@@ -275,8 +278,11 @@ def path_limit(
     With `a = scale h s^2` and `y` the reward's maximizer, from the mean, in each common
     eigen-direction of S and H,
 
-        KL     [a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8 + scale h y^2 [(1 + e^{-4a}) / 2 - 1 / (1 + 2a)]
-        E[w^2] e^{-scale h y^2 (1 + tan q) - a} / sqrt(cos 2a + sin 2a),     q = pi / 4 - 2a,     a < 3 pi / 8.
+        KL
+            [a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8
+                + scale h y^2 [(1 + e^{-4a}) / 2 - 1 / (1 + 2a)]
+        E[w^2] e^{-scale h y^2 (1 + tan q) - a} / sqrt(cos 2a + sin 2a),  q = pi / 4 - 2a,
+            a < 3 pi / 8.
 
     `fresh`: `plug_in_field` instead, one new draw a step: the same law of the ends, KL larger by
     `a^2` and the sample size smaller by `e^{2 a^2}`, in each direction.

@@ -47,8 +47,8 @@ from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 # W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures
-# (benchmarks/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for anisotropic
-# rewards, over two (benchmarks/any_reward.py: stiff between and across modes).
+# (benchmarks/accuracy/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for
+# anisotropic rewards, over two (benchmarks/rewards/any_reward.py: stiff between and across modes).
 MEASURED = {"Laplace": 0.21, "Conjugate": 0.72}
 _EXACT, _ALONE, _LIMIT = (
     "law at these steps",
@@ -133,7 +133,8 @@ def recommend(
     - `budget`: denoiser calls a sample, at least 1.
     - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that
       is not.
-    - `inner_steps`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow (`fmrg`).
+    - `inner_steps`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow
+      (`fmrg`).
     - `pullback`: what going backwards through a call costs, in calls.
 
     **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it),
@@ -241,7 +242,10 @@ def _options(
             )
         )
         damped = scales.Damped(scale * curvature, width)
-        label = f"reward{'' if np.isclose(curvature, 1) else f' * {1 / curvature:.3g}'}, Damped({float(damped.final):g}, {width:.3g})"
+        label = (
+            f"reward{'' if np.isclose(curvature, 1) else f' * {1 / curvature:.3g}'}, "
+            f"Damped({float(damped.final):g}, {width:.3g})"
+        )
         field = AffineField(
             prior, _divided(form, curvature), damped, full.interpolant, finite_steps._pull_at_draw
         )

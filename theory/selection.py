@@ -5,7 +5,7 @@ With p the law of one draw and F that of its reward, the winner has the density 
 | rule | g(r) |
 |---|---|
 | best of n | `n F(r)^(n-1)`; at an atom of the reward's law `(F(r)^n - F(r-)^n) / (F(r) - F(r-))` |
-| softmax of n | `n w ∫_0^∞ e^(-u w) phi(u)^(n-1) du`, `w = e^(scale r)`, `phi(u) = E[e^(-u w(X))]` |
+| softmax of n | `n w ∫_0^∞ e^(-u w) E[e^(-u w(X))]^(n-1) du`, `w = e^(scale r)` |
 
 so that all is known from the law of the reward (`theory.reward_laws`): selection moves mass between
 modes only as far as their rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du` for the
@@ -54,7 +54,9 @@ class Selected(eqx.Module):
     log_ratios: Array
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point, relative to Lebesgue measure, atoms of the reward or not."""
+        """The log-density at one point, relative to Lebesgue measure, atoms of the reward or
+        not.
+        """
         return self.prior.log_prob(x) + self._differentiable(
             self.ratio(rewards.value(self.reward, x))
         )
@@ -302,7 +304,9 @@ class _Table(eqx.Module):
 
 @eqx.filter_jit
 def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
-    """`(F^n - F_-^n) / (F - F_-)` for every atom, those of equal reward, up to rounding, being one."""
+    """`(F^n - F_-^n) / (F - F_-)` for every atom, those of equal reward, up to rounding, being
+    one.
+    """
     values = jax.lax.stop_gradient(law.values[0])
     order = jnp.argsort(values)
     values = values[order]

@@ -5,7 +5,9 @@ For `r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` an
 
     mean        y + M^-1 (mu - y) + l S~ g
     covariance  S~ = M^-1 S
-    log-weight  log w + l r_0 - logdet(M)/2 - l (mu - y)^T H M^-1 (mu - y) + l <g, M^-1 (mu - y)> + l^2 g^T S~ g / 2
+    log-weight
+        log w + l r_0 - logdet(M)/2 - l (mu - y)^T H M^-1 (mu - y)
+            + l <g, M^-1 (mu - y)> + l^2 g^T S~ g / 2
 
 and `log Z = log E[exp(l r(X))]` is the log-sum-exp of the log-weights. `S` may be singular and H
 indefinite, as long as the eigenvalues of M, which are real, are positive; otherwise the tilt has no

@@ -69,7 +69,9 @@ def _check_chain(chain: Any) -> None:
 
 
 def token_states(vocab: int, length: int) -> Array:
-    """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two million."""
+    """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two
+    million.
+    """
     vocab, length = _checks.count(vocab, "vocab"), _checks.count(length, "length")
     if vocab**length > LARGEST:
         raise ValueError(

@@ -1,9 +1,10 @@
 r"""tiltjax: sample from `rho(x) exp(scale * r(x))`, for a flow or diffusion model `rho` and a
 reward `r`.
 
-    model    = Analytic(mixture) | from_velocity(fn) | from_noise(fn) | from_denoiser(fn)     E[X_1 | X_t = x]
+    model  = Analytic(mixture) | from_velocity(fn) | from_noise(fn) | from_denoiser(fn)
+        E[X_1 | X_t = x]
     reward   = any function of one sample, or tiltjax.rewards
-    guidance = PlugIn(Glass(model), reward, scale=3.)                       ∇ log E[exp(scale r(X_1)) | X_t = x]
+    guidance = PlugIn(Glass(model), reward, scale=3.)      ∇ log E[exp(scale r(X_1)) | X_t = x]
     samples  = sample(key, model, guidance, num=1000).x
 
 The names below are the ones that most programs need. Everything else is in the packages that are
@@ -48,7 +49,15 @@ from tiltjax.models import (
 )
 from tiltjax.particles import Particles
 from tiltjax.posteriors import Exact, FlowMap, Glass, Tweedie
-from tiltjax.samplers import best_of_n, calibrate, flow, gibbs, sample, softmax_of_n
+from tiltjax.samplers import (
+    best_of_n,
+    calibrate,
+    flow,
+    gibbs,
+    sample,
+    sample_with_log_prob,
+    softmax_of_n,
+)
 from tiltjax.scales import Damped, SelfDamped
 from tiltjax.search import optimize
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun

@@ -1,6 +1,7 @@
 """Positive-definite solves, written out entry by entry when the matrix is small.
 
-    A = L L^T,    half_logdet = sum_j log L_jj,    half_solve: y = L^-1 b,  |y|^2 = b^T A^-1 b,    back_solve: L^-T y
+    A = L L^T,  half_logdet = sum_j log L_jj,  half_solve: y = L^-1 b,  |y|^2 = b^T A^-1 b,
+        back_solve: L^-T y
 
 Compilers vectorize over particles only what is elementwise: a reduction over an axis of length two
 costs more than the arithmetic in it. So a matrix of up to `UNROLL` rows is a nested list of scalars

@@ -79,7 +79,9 @@ def _refuse_captured_modules(fn: Callable) -> None:
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """Every floating array of `tree` in `dtype`, except inside `Foreign`: networks keep their own."""
+    """Every floating array of `tree` in `dtype`, except inside `Foreign`: networks keep their
+    own.
+    """
 
     def convert(leaf: Any) -> Any:
         floating = eqx.is_inexact_array(leaf) and not jnp.issubdtype(

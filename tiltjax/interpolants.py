@@ -7,7 +7,7 @@ Time runs from noise (t = 0) to data (t = 1) along
 | path | alpha | sigma | trained by |
 |---|---|---|---|
 | `Linear(base_scale)` | `t` | `(1 - t) base_scale` | flow matching, rectified flow |
-| `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching in continuous time |
+| `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching |
 | `DiscreteVP(alphas_cumprod)` | through a table | `sqrt(1 - alpha^2)` | DDPM, Stable Diffusion |
 
 A model is known through its denoiser `D_t(x) = E[X_1 | X_t = x]`; every other parametrization is
@@ -54,7 +54,9 @@ class Interpolant(eqx.Module):
         raise NotImplementedError
 
     def time(self, snr: Array) -> Array:
-        """The time whose signal-to-noise ratio `alpha^2 / sigma^2` is `snr`: the inverse of `snr`."""
+        """The time whose signal-to-noise ratio `alpha^2 / sigma^2` is `snr`: the inverse of
+        `snr`.
+        """
         raise NotImplementedError
 
     def snr(self, t: Array) -> Array:

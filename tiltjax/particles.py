@@ -1,6 +1,7 @@
 """Particles: a weighted population, which every verb returns or takes.
 
-    E f = sum_i W_i f(x_i),    W = softmax(log_weights),    effective sample size = 1 / sum_i W_i^2 in [1, num]
+    E f = sum_i W_i f(x_i),  W = softmax(log_weights),
+        effective sample size = 1 / sum_i W_i^2 in [1, num]
 
 Weights are log-weights: added, never multiplied, unnormalized. A population that nothing has
 weighed has equal ones and no normalizing constant.
@@ -20,15 +21,16 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _sharding, resampling
 
-CULPRITS = (
-    "the model's denoiser is not finite, here or where the guidance asked it (for a fitted "
-    "reward: look at its gradient, too)",
+# What can fail in a step, in the order of cause and consequence.
+FAILURES = (
+    "the model's denoiser is not finite at a state of the run or of the guidance (for a fitted "
+    + "reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
-    "the guidance's pull is not finite: look at the reward's gradient",
+    "the guidance's shift of the denoiser is not finite: look at the reward's gradient",
     "the state left the finite numbers in the solver's step: look at the times, the scale, and "
-    "Adaptive's tolerance and max_steps",
+    + "Adaptive's tolerance and max_steps",
     "no particle has any weight left, or a weight is not finite: the twist excludes all states "
-    "that are reached",
+    + "that are reached",
 )
 
 
@@ -36,8 +38,8 @@ class Trace(eqx.Module):
     """What happened on the way.
 
     `times`: `(steps + 1,)`. `bad`: `(steps, 5)`, whether in a step any particle met each of
-    `CULPRITS`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they were
-    not kept.
+    `FAILURES`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they
+    were not kept.
 
     Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the
     effective sample size; `tempering`, the factor of the twist; `resampled`. `roots` `(num,)`: from
@@ -58,7 +60,7 @@ class Trace(eqx.Module):
             return
         bad = np.asarray(self.bad)
         step = int(np.argmax(bad.any(axis=1)))
-        what = CULPRITS[int(np.argmax(bad[step]))]
+        what = FAILURES[int(np.argmax(bad[step]))]
         raise FloatingPointError(
             f"sampling failed in step {step} of {len(bad)}, from t = "
             f"{float(self.times[step]):.4g}: {what}"
@@ -72,12 +74,15 @@ class Particles(eqx.Module):
     - `log_weights`: `(num,)`, unnormalized.
     - `log_norm`: the estimate of the log normalizing constant, or `None` if nothing was weighed.
     - `trace`: how it came about, or `None`.
+    - `log_prob`: `(num,)`, the log-density of the law that `x` comes from, where
+      `sample_with_log_prob` found it, or `None`.
     """
 
     x: Array
     log_weights: Array
     log_norm: Array | None = None
     trace: Trace | None = None
+    log_prob: Array | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -93,13 +98,14 @@ class Particles(eqx.Module):
         return effective(self.log_weights)
 
     def standard_error(self, fn=None) -> Array:
-        """The standard error of `mean(fn)`, from one run: the spread between families.
+        """The standard error of `mean(fn)`, from one run: the spread between the descendants of
+        different starts.
 
-        Particles that descend from one particle at the start are not independent, families are (but
-        for their weights): with the weighted residuals summed up in each family, it is the root of
-        the sum of their squares (Chan and Lai 2013; Lee and Whiteley 2018). It needs many
-        `families`, hundreds rather than tens: where few are left it is too small, threefold with
-        five, and where one is left, infinite. Particles that nothing resampled are families of one.
+        Particles that descend from one particle at the start are not independent; those of
+        different starts are (but for their weights). With the weighted residuals summed up over the
+        descendants of each start, it is the root of the sum of their squares (Chan and Lai 2013;
+        Lee and Whiteley 2018). It needs a large `num_roots`, hundreds rather than tens: where few
+        starts have descendants it is too small, threefold with five, and where one has, infinite.
         """
         values = self._values(fn)
         weights = self.weights.astype(values.dtype)
@@ -109,9 +115,9 @@ class Particles(eqx.Module):
         roots = None if self.trace is None else self.trace.roots
         if roots is None:
             return jnp.sqrt(jnp.sum(residual**2, axis=0))
-        families = jax.ops.segment_sum(residual, roots, len(self))
+        sums = jax.ops.segment_sum(residual, roots, len(self))
         alone = jnp.all(roots == roots[0])
-        return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(families**2, axis=0)))
+        return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(sums**2, axis=0)))
 
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)` over the population (of x itself by default)."""
@@ -126,10 +132,64 @@ class Particles(eqx.Module):
 
     @property
     def num_roots(self) -> Array:
-        """How many of the particles at the start have descendants: what `standard_error` rests on."""
+        """How many of the particles at the start have descendants: what `standard_error` rests
+        on.
+        """
         if self.trace is None or self.trace.roots is None:
             return jnp.asarray(len(self))
         return jnp.sum(jnp.zeros(len(self), bool).at[self.trace.roots].set(True))
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write the particles to a `.npz` file; `Particles.load` reads it. Of several processes,
+        all of which have to call it, the first one writes.
+        """
+        file = _checks.file_name(file, "file")
+        arrays = {
+            name: getattr(self, name) for name in ("x", "log_weights", "log_norm", "log_prob")
+        }
+        if self.trace is not None:
+            for field in dataclasses.fields(Trace):
+                arrays[f"trace.{field.name}"] = getattr(self.trace, field.name)
+        shared = not all(
+            array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array)
+        )
+        found = {name: _sharding.home(array) for name, array in arrays.items() if array is not None}
+        # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and
+        # named.
+        narrow = [name for name, array in found.items() if array.dtype.name == "bfloat16"]
+        written: dict[str, Any] = found | {name: found[name].astype(np.float32) for name in narrow}
+        if not shared or jax.process_index() == 0:
+            with open(file, "wb") as stream:
+                np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
+        if shared:  # no process goes on before the file is there
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("particles are saved")
+
+    @staticmethod
+    def load(file: str | os.PathLike) -> "Particles":
+        """The particles that `save` wrote. **Raises:** `ValueError` for a file of something
+        else.
+        """
+        file = _checks.file_name(file, "file")
+        try:
+            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files}
+            narrow = [str(name) for name in found.pop("bfloat16")]
+            arrays = {name: jnp.asarray(array) for name, array in found.items()}
+            arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in narrow}
+            of_trace = {
+                name.removeprefix("trace."): arrays.pop(name)
+                for name in list(arrays)
+                if name.startswith("trace.")
+            }
+            return Particles(**arrays, trace=Trace(**of_trace) if of_trace else None)
+        except (
+            ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile
+        ) as error:  # fmt: skip
+            raise ValueError(
+                f"{os.fspath(file)} holds no particles: expected a file that Particles.save wrote"
+            ) from error
 
     def resample(self, key: Array, num: int | None = None) -> Array:
         """`num` unweighted samples, `(num, *shape)`: systematic resampling in random order."""
@@ -156,63 +216,6 @@ def conditional_effective(log_weights: Array, increments: Array) -> Array:
         log_weights + 2 * increments
     )
     return len(log_weights) * jnp.exp(ratio)
-
-
-def save(particles: Particles, file: str | os.PathLike) -> None:
-    """Write particles to a `.npz` file; `load` reads it. Those of several hosts the first one
-    writes; all have to call it.
-    """
-    _checks.instance(particles, Particles, "particles", "as sample and smc return")
-    file = _checks.file_name(file, "file")
-    arrays = {
-        "x": particles.x,
-        "log_weights": particles.log_weights,
-        "log_norm": particles.log_norm,
-    }
-    if particles.trace is not None:
-        arrays |= {
-            f"trace.{field.name}": getattr(particles.trace, field.name)
-            for field in dataclasses.fields(Trace)
-        }
-    shared = not all(
-        array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array)
-    )
-    kept = {name: _sharding.home(array) for name, array in arrays.items() if array is not None}
-    # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and
-    # named.
-    narrow = [name for name, array in kept.items() if array.dtype.name == "bfloat16"]
-    written: dict[str, Any] = kept | {name: kept[name].astype(np.float32) for name in narrow}
-    if not shared or jax.process_index() == 0:
-        with open(file, "wb") as stream:
-            np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
-    if shared:  # nobody goes on before the file is there
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("particles are saved")
-
-
-def load(file: str | os.PathLike) -> Particles:
-    """What `save` wrote. **Raises:** `ValueError` for a file of something else."""
-    file = _checks.file_name(file, "file")
-    try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
-        narrow, arrays = (
-            found.pop("bfloat16"),
-            {name: jnp.asarray(array) for name, array in found.items()},
-        )
-        arrays |= {str(name): arrays[str(name)].astype(jnp.bfloat16) for name in narrow}
-        fields = {
-            name.removeprefix("trace."): array
-            for name, array in arrays.items()
-            if name.startswith("trace.")
-        }
-        trace = Trace(**fields) if fields else None
-        return Particles(arrays["x"], arrays["log_weights"], arrays.get("log_norm"), trace)
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{os.fspath(file)} holds no particles: expected a file that tiltjax.save wrote"
-        ) from error
 
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:

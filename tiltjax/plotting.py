@@ -1,9 +1,10 @@
 r"""The figures people look at: samples and paths over the law they should follow.
 
     call                 draws
-    -------------------  --------------------------------------------------------------------------------------------
-    `density_contours`   the density: on the line its curve, in the plane its highest-density regions
-    `panel`              one method: the density, its samples (dots, or a histogram) and a few of its paths
+    -------------------
+        --------------------------------------------------------------------------------------------
+    `density_contours`  the density: on the line its curve, in the plane its highest-density regions
+    `panel`      one method: the density, its samples (dots, or a histogram) and a few of its paths
     `comparison`         a grid of panels over one density with one legend
     `audit`              what the weights of an audit say: their law, and how few paths carry them
     `frontier`           reward against diversity: every method a mark, the exact tilts the curve
@@ -85,7 +86,9 @@ class _Field(NamedTuple):
 
 
 def contour_bounds(samples: ArrayLike | Particles, margin: float = 0.15) -> np.ndarray:
-    """A window around the samples, `(d, 2)`: their range, widened on either side by `margin` of it."""
+    """A window around the samples, `(d, 2)`: their range, widened on either side by `margin` of
+    it.
+    """
     x, _ = _samples(samples)
     low, high = x.min(axis=0), x.max(axis=0)
     spread = np.where(high > low, high - low, 1.0)

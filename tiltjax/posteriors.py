@@ -5,7 +5,7 @@ r"""Posterior samplers: draws of `X_1 | X_t = x`, differentiable in x.
 | `Exact(model)` | closed form of a mixture | exact; the derivative holds the component fixed |
 | `Glass(model, steps)` | a flow with the same network, no retraining | exact as steps grow |
 | `FlowMap(model, steps)` | where the probability flow takes x | a point, not a law |
-| `Renoise(model, snr_factor, steps)` | the flow from a noisier state | between the point and the posterior's spread |
+| `Renoise(model, snr_factor, inner_steps)` | the flow from a noisier state | in between |
 | `Tweedie(model)` | the denoiser | a point: the mean |
 
 **Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its
@@ -130,8 +130,8 @@ class Exact(Posterior):
 
 
 class Glass(Posterior):
-    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `inner_steps`, denoiser
-    calls a draw; `order`, 1 or 2.
+    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `inner_steps`,
+    denoiser calls a draw; `order`, 1 or 2.
 
     Error O(1 / steps^order) in the draw's spread, at the same calls: of order 1 the denoiser is
     held constant over a step, of order 2 it is extrapolated linearly from the step before (Adams
@@ -217,12 +217,12 @@ class Glass(Posterior):
 
 
 class FlowMap(Posterior):
-    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`; `inner_steps`,
-    of second order.
+    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`;
+    `inner_steps`, of second order.
 
     Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale,
-    then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where that logarithm is
-    finite.
+    then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where that
+    logarithm is finite.
 
     **Raises:** `ValueError` for a `floor` outside (0, 1).
     """

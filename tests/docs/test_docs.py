@@ -16,8 +16,8 @@ import sys
 import types
 from pathlib import Path
 
-from helpers import environment
 import pytest
+from helpers import environment
 
 import theory
 import tiltjax as tj
@@ -63,8 +63,15 @@ def test_the_code_of_the_pages_runs():
     """In one process for all: most of the time goes into starting it and compiling."""
     env = environment.quick(8)
     run = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(CODE), capture_output=True, text=True, env=env, cwd=ROOT, timeout=600, check=False
-    )  # fmt: skip
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(CODE),
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        timeout=600,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert len(CODE) > 3
     wrong = json.loads(run.stdout.splitlines()[-1])

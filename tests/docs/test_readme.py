@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import environment
 import pytest
+from helpers import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

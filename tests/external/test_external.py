@@ -190,7 +190,7 @@ def test_audits_and_selection(model, with_gradient):
     np.testing.assert_allclose(
         report.mean_reward.value, 0.5 * values(np.asarray(report.particles.x)).mean(), atol=1e-10
     )
-    assert 0 < report.share < 1
+    assert 0 < report.ess_fraction < 1
     particles = tj.sample(KEY, model, num=8, steps=2)
     reward = tj.external.External(values)
     np.testing.assert_array_equal(
@@ -410,7 +410,7 @@ def test_retries_wait_longer_each_time(monkeypatch):
         ({"fn": 3}, TypeError, "fn must be a function of a NumPy array, got int"),
         ({"fn": values, "value_and_grad": 3}, TypeError, "value_and_grad must be a function"),
         ({"fn": values, "batched": False, "batch": 3}, ValueError, "batch=3 has no meaning"),
-        ({"fn": values, "batch": 0}, ValueError, "batch must be at least 1"),
+        ({"fn": values, "chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"fn": values, "timeout": 0}, ValueError, "timeout must be positive"),
         (
             {"fn": values, "retries": -1},

@@ -66,7 +66,7 @@ def test_calibration_measures_the_posterior_variance():
     s2, num = 0.6, 4096
     model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)), tj.Linear(1.4))
     data = model.mixture.sample(jax.random.key(1), num)
-    table = tj.calibrate(model, jax.random.key(2), data=data)
+    table = tj.calibrate(jax.random.key(2), model, data=data)
     snr = jnp.exp(table.log_snr)
     ratio = jnp.exp(table.log_variance) / (s2 / (1 + s2 * snr))
     assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (2 * num)))
@@ -180,12 +180,12 @@ def test_the_most_concave_direction_is_found():
 def test_the_table_stays_where_the_network_was_trained():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
     model = tj.Analytic(contracts.planar(), path)
-    table = tj.calibrate(model, KEY, num=64, levels=8)
+    table = tj.calibrate(KEY, model, num=64, levels=8)
     np.testing.assert_allclose(
         jnp.exp(table.log_snr[jnp.asarray([0, -1])]), jnp.stack(path.snr_range()), rtol=1e-10
     )
     ahead = tj.Tilted(tj.models.Rescheduled(model), tj.rewards.Quadratic([0.0, 1.0]), 2.0)
-    table = tj.calibrate(ahead, KEY, num=64, levels=8, data=jnp.zeros((64, 2)))
+    table = tj.calibrate(KEY, ahead, num=64, levels=8, data=jnp.zeros((64, 2)))
     np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
 
 
@@ -209,13 +209,15 @@ def test_calibration_averages_the_posterior_variance_of_a_mixture():
     mixture = tj.GaussianMixture([0.3, 0.7], [[-2.0], [1.0]], [[[0.4]], [[0.2]]])
     model, num = tj.Analytic(mixture), 4000
     table = tj.calibrate(
-        model, jax.random.key(2), num=num, levels=29, data=mixture.sample(jax.random.key(1), num)
+        jax.random.key(2), model, num=num, levels=29, data=mixture.sample(jax.random.key(1), num)
     )
     grid = jnp.linspace(-12, 12, 4001)[:, None]
 
     @jax.jit
     def moments(snr):
-        """First and second moment of `(X_1 - D)^2`, the second as if each posterior were Gaussian."""
+        """First and second moment of `(X_1 - D)^2`, the second as if each posterior were
+        Gaussian.
+        """
         t = model.interpolant.time(snr)
         law = theory.marginal(mixture, t)
         states = grid * (model.interpolant.alpha(t) + model.interpolant.sigma(t))
@@ -325,13 +327,13 @@ def test_batches_and_single_precision():
             lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])),
             r"states of shape \(1,\), the model's have \(2,\)",
         ),
-        (lambda: tj.calibrate(MODEL, KEY, levels=1), "at least two levels"),
+        (lambda: tj.calibrate(KEY, MODEL, levels=1), "at least two levels"),
         (
-            lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((4, 2)), chunk_size=-3),
+            lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((4, 2)), chunk_size=-3),
             "batch must be at least 1",
         ),
         (
-            lambda: tj.calibrate(MODEL, KEY, data=jnp.zeros((10, 3))),
+            lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((10, 3))),
             r"shape \(2,\), got an array of shape \(10, 3\)",
         ),
         (

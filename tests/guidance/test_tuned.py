@@ -155,7 +155,9 @@ def runs_of(base, guidance, runs=2000, num=8, steps=20, fns=(), **settings):
 
 
 def assert_unbiased(log_norms, truth):
-    """The mean of `exp(log_norm)` within standard errors of the truth, and no run the whole of it."""
+    """The mean of `exp(log_norm)` within standard errors of the truth, and no run the whole of
+    it.
+    """
     ratio = np.exp(log_norms - truth)
     error = ratio.std(ddof=1) / np.sqrt(len(ratio))
     assert error < 0.06
@@ -310,7 +312,7 @@ SETTINGS = {
     | SPARSE,
     "shifted": {
         "proposal": proposals.Shifted(),
-        "batch": 3,
+        "chunk_size": 3,
         "tempering": tempering.AdaptiveTempering(0.6),
         "ess_threshold": 0.9,
         "resample": resampling.ssp,
@@ -424,15 +426,15 @@ def test_a_model_tuned_to_the_tilt_has_even_weights_and_the_audit_says_how_far_o
         reports.append(tj.audit(jax.random.key(4), base, guidance, num=4000, steps=80))
     right, half, none = reports
     assert right.verdict.startswith("Tilting")
-    assert right.share > 0.95
-    assert right.share > half.share > none.share
+    assert right.ess_fraction > 0.95
+    assert right.ess_fraction > half.ess_fraction > none.ess_fraction
     assert right.path_kl.value < half.path_kl.value < none.path_kl.value
     for report in reports:
         assert (
             abs(report.log_norm.value - right.log_norm.value)
             < 4 * report.log_norm.error + 4 * right.log_norm.error
         )
-    assert half.share > 0.5
+    assert half.ess_fraction > 0.5
     assert "Tuned on Ancestral" in str(half)
     with pytest.raises(ValueError, match="no tilt by a reward"):
         tj.audit(KEY, base, tj.Tuned(*TWO), num=100)
@@ -481,9 +483,26 @@ def test_networks_in_single_precision_by_batches():
         (lambda: tj.Annealed(*TWO, lambda t: t - 0.2), r"a share.*got -0\.199 at t = 0\.001"),
         (lambda: tj.Annealed(*TWO, lambda t: t * jnp.nan), "got nan at t = 0.001"),
         (lambda: tj.Annealed(*TWO, jnp.nan), "weight must be finite"),
-        (lambda: tj.smc(KEY, P, tj.Tuned(P, Q), num=4, solver=tj.Ancestral(0.5)), r"use Ancestral\(1\), got Ancestral\(0.5\)"),
-        (lambda: tj.smc(KEY, P, tj.dps(P, REWARD), num=4, twist=tj.Tuned(P, Q), solver=tj.Ancestral(0.9)), r"0\.9"),
-        (lambda: tj.smc(KEY, P, tj.guidance.wrappers.Clipped(tj.Tuned(P, Q), 1.0), num=4, solver=tj.Ancestral(0.9)), r"0\.9"),
+        (
+            lambda: tj.smc(KEY, P, tj.Tuned(P, Q), num=4, solver=tj.Ancestral(0.5)),
+            r"use Ancestral\(1\), got Ancestral\(0.5\)",
+        ),
+        (
+            lambda: tj.smc(
+                KEY, P, tj.dps(P, REWARD), num=4, twist=tj.Tuned(P, Q), solver=tj.Ancestral(0.9)
+            ),
+            r"0\.9",
+        ),
+        (
+            lambda: tj.smc(
+                KEY,
+                P,
+                tj.guidance.wrappers.Clipped(tj.Tuned(P, Q), 1.0),
+                num=4,
+                solver=tj.Ancestral(0.9),
+            ),
+            r"0\.9",
+        ),
         (lambda: tj.smc(KEY, Q, tj.Tuned(P, Q), num=4), "another model"),
         (lambda: tj.Tuned(P, Q).log_tilt(jnp.zeros(1)), "no tilt by a reward"),
     ],

@@ -11,10 +11,10 @@ import sys
 import textwrap
 import time
 
-from helpers import environment
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import environment
 
 import tiltjax as tj
 from tiltjax import rewards, scales, solvers
@@ -83,7 +83,9 @@ def gaussian(mean, cov, dtype=jnp.float64):
 
 
 def log_h(prior, target, h, scale, path):
-    """The exact `log h` of a mixture and the reward `-(x - y)^T H (x - y)`, as a function `(t, x)`."""
+    """The exact `log h` of a mixture and the reward `-(x - y)^T H (x - y)`, as a function
+    `(t, x)`.
+    """
 
     def value(t, x):
         line = tj._pytree.cast(path, x.dtype)

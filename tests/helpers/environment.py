@@ -1,4 +1,4 @@
-"""The environment of processes that tests start."""
+"""The environment of the tests' own process and of those that they start."""
 
 import os
 
@@ -8,14 +8,18 @@ FLAGS = (
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 )
 
+# What one process of a run has compiled the others read.
+SHARED = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+}
+
 
 def quick(devices: int = 0) -> dict[str, str]:
-    """`os.environ` of a process that compiles quickly, with `devices` virtual devices if there are
-    to be several.
-    """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    """`os.environ` of a process that compiles quickly, with `devices` virtual devices if not 0."""
     if not devices:
-        return os.environ | {"XLA_FLAGS": flags}
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    fast = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return os.environ | {"XLA_FLAGS": flags} | fast
+        return os.environ | SHARED | {"XLA_FLAGS": FLAGS}
+    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+    platform = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | SHARED | {"XLA_FLAGS": flags} | platform

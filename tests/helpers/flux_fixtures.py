@@ -87,7 +87,7 @@ GRID, TEXT_LENGTH = (4, 3), 5
 
 
 def transformer_inputs(name):
-    """Two samples of a 4 x 3 picture at unequal times; `cotangent` is what the output is contracted
+    """Two samples of a 4 x 3 image at unequal times; `cotangent` is what the output is contracted
     with for a gradient.
     """
     config, n = TRANSFORMERS[name], GRID[0] * GRID[1]

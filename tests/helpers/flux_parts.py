@@ -4,10 +4,10 @@ on made-up weights.
 
 import functools
 
-from helpers import flux_fixtures as fixtures
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from helpers import flux_fixtures as fixtures
 
 from tiltjax.images.networks import autoencoder, clip, t5, transformer
 from tiltjax.pretrained import state_dicts
@@ -55,7 +55,7 @@ _TEXT = {
     "bos_token_id": 48,
     "pad_token_id": 49,
 }
-_PICTURE = {
+_VISION = {
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -69,7 +69,7 @@ def _clip(act: str, end: int) -> dict:
     text = {**_TEXT, "hidden_act": act, "eos_token_id": end}
     return {
         "text_config": text,
-        "vision_config": {**_PICTURE, "hidden_act": act},
+        "vision_config": {**_VISION, "hidden_act": act},
         "projection_dim": 20,
     }
 
@@ -83,8 +83,8 @@ inputs = functools.partial(
 )
 
 
-def pictures(*shape: int) -> np.ndarray:
-    """Pictures in (0, 1), float32."""
+def images(*shape: int) -> np.ndarray:
+    """Images in (0, 1), float32."""
     return (1 / (1 + np.exp(-fixtures.draws(3, pictures=shape)["pictures"]))).astype(np.float32)
 
 

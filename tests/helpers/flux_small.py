@@ -5,10 +5,10 @@ published one.
 import functools
 import json
 
-from helpers import flux_parts as parts
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from helpers import flux_parts as parts
 from helpers.flux_fixtures import TRANSFORMERS, draws, weights
 
 from tiltjax.images import flux
@@ -34,7 +34,7 @@ def network(name="dual", dtype=jnp.float64):
 
 
 def model(name="dual", dtype=jnp.float64, **options):
-    """A model of pictures `(16, 8, 3)`: 4 x 2 tokens, the autoencoder's factor being 2."""
+    """A model of images `(16, 8, 3)`: 4 x 2 tokens, the autoencoder's factor being 2."""
     found = draws(2, text=(5, 24), pooled=(20,))
     text, pooled = (jnp.asarray(found[key], dtype) for key in ("text", "pooled"))
     coder = parts.small_autoencoder(param_dtype=dtype)

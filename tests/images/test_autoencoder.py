@@ -16,7 +16,7 @@ from tiltjax.images.networks import autoencoder
 from tiltjax.pretrained import state_dicts
 
 VALUES = parts.as_jax(parts.inputs())
-PICTURES = jnp.asarray(parts.pictures(2, 6, 8, 3))
+IMAGES = jnp.asarray(parts.images(2, 6, 8, 3))
 EXPECTED = parts.stored("autoencoder")
 
 
@@ -27,18 +27,18 @@ def network():
 
 def decoded(network, latents, cotangent):
     def contracted(latents):
-        pictures = network.decode(latents)
-        return jnp.sum(pictures * cotangent), pictures
+        images = network.decode(latents)
+        return jnp.sum(images * cotangent), images
 
     return jax.grad(contracted, has_aux=True)(latents)
 
 
-def encoded(network, pictures, cotangent):
-    def contracted(pictures):
-        mean, log_variance = network.moments(pictures)
+def encoded(network, images, cotangent):
+    def contracted(images):
+        mean, log_variance = network.moments(images)
         return jnp.sum(mean * cotangent), (mean, log_variance)
 
-    return jax.grad(contracted, has_aux=True)(pictures)
+    return jax.grad(contracted, has_aux=True)(images)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def encoded(network, pictures, cotangent):
     [
         ({"param_dtype": jnp.float32}, (4.8e-6, 1.8e-5)),
         ({"param_dtype": jnp.float64, "remat": True}, (1e-12, 1e-12)),
-        ({"param_dtype": jnp.float64, "chunk": 5}, (1e-12, 1e-12)),
+        ({"param_dtype": jnp.float64, "chunk_size": 5}, (1e-12, 1e-12)),
     ],
-    ids=["float32", "remat", "chunk"],
+    ids=["float32", "remat", "chunk_size"],
 )
-def test_pictures_and_gradients_are_the_published_ones(options, tolerances):
+def test_images_and_gradients_are_the_published_ones(options, tolerances):
     arguments = [VALUES[name].astype(options["param_dtype"]) for name in ("latents", "decoded")]
-    gradient, pictures = jax.jit(decoded)(parts.small_autoencoder(**options), *arguments)
-    assert pictures.dtype == gradient.dtype == options["param_dtype"]
-    parts.close(pictures, EXPECTED["decoded"], tolerances[0])
+    gradient, images = jax.jit(decoded)(parts.small_autoencoder(**options), *arguments)
+    assert images.dtype == gradient.dtype == options["param_dtype"]
+    parts.close(images, EXPECTED["decoded"], tolerances[0])
     parts.close(gradient, EXPECTED["decoded_gradient"], tolerances[1])
 
 
@@ -66,7 +66,7 @@ def test_pictures_and_gradients_are_the_published_ones(options, tolerances):
 def test_moments_and_their_gradient_are_the_published_ones(dtype, tolerances):
     network = parts.small_autoencoder(param_dtype=dtype)
     gradient, (mean, log_variance) = jax.jit(encoded)(
-        network, PICTURES.astype(dtype), VALUES["mean"].astype(dtype)
+        network, IMAGES.astype(dtype), VALUES["mean"].astype(dtype)
     )
     parts.close(mean, EXPECTED["mean"], tolerances[0])
     parts.close(log_variance, EXPECTED["log_variance"], tolerances[0])
@@ -74,7 +74,7 @@ def test_moments_and_their_gradient_are_the_published_ones(dtype, tolerances):
 
 
 def test_a_latent_is_the_scaled_mean_or_a_draw_about_it(network):
-    key, x = jax.random.key(0), PICTURES[:1]
+    key, x = jax.random.key(0), IMAGES[:1]
     got, draw = jax.jit(lambda network, x, key: (network.encode(x), network.encode(x, key)))(
         network, x, key
     )
@@ -83,10 +83,10 @@ def test_a_latent_is_the_scaled_mean_or_a_draw_about_it(network):
     noise = (np.asarray(draw) - mean) / 0.3611 / np.exp(EXPECTED["log_variance"][:1] / 2)
     parts.close(noise, jax.random.normal(key, mean.shape, jnp.float32), 1e-5)
     with pytest.raises(TypeError, match="typed PRNG key"):
-        network.encode(PICTURES, 0)
+        network.encode(IMAGES, 0)
 
 
-def test_one_picture_is_a_row_of_a_batch(network):
+def test_one_image_is_a_row_of_a_batch(network):
     rows = jax.jit(lambda network, z: jax.vmap(network.decode)(z))(network, VALUES["latents"])
     parts.close(rows, EXPECTED["decoded"], 4.8e-6)
     single = jax.eval_shape(
@@ -106,14 +106,14 @@ def test_it_computes_in_the_dtype_of_its_parameters_and_answers_in_that_of_its_i
     )
 
 
-def test_remat_keeps_less_and_chunks_hold_fewer_scores():
-    def kept(network):
+def test_remat_saves_less_and_chunks_hold_fewer_scores():
+    def saved(network):
         pullback = jax.eval_shape(
             lambda z: jax.vjp(network.decode, z)[1], jnp.zeros((16, 16, 4), jnp.float32)
         )
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert kept(parts.small_autoencoder(remat=True)) < 0.5 * kept(parts.small_autoencoder())
+    assert saved(parts.small_autoencoder(remat=True)) < 0.5 * saved(parts.small_autoencoder())
 
     def memory(network):
         attend = jax.grad(lambda x, attend: jnp.sum(attend(x)))
@@ -121,7 +121,7 @@ def test_remat_keeps_less_and_chunks_hold_fewer_scores():
         compiled = jax.jit(attend).lower(x, network.decoder.mid_block.attentions[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert memory(parts.small_autoencoder(chunk=32)) < 0.25 * memory(parts.small_autoencoder())
+    assert memory(parts.small_autoencoder(chunk_size=32)) < 0.25 * memory(parts.small_autoencoder())
 
 
 def test_the_default_sizes_are_those_of_flux():
@@ -164,17 +164,17 @@ def test_configurations():
 
 
 def test_what_it_refuses(network):
-    with pytest.raises(ValueError, match=r"multiples of 2, got a picture of 6 x 7"):
-        network.encode(PICTURES[:, :, :7])
+    with pytest.raises(ValueError, match=r"multiples of 2, got an image of 6 x 7"):
+        network.encode(IMAGES[:, :, :7])
     with pytest.raises(ValueError, match=r"channels last, got \(3, 8, 6\)"):
-        network.encode(PICTURES[0].T)
+        network.encode(IMAGES[0].T)
     with pytest.raises(ValueError, match=r"latents must be \(..., height, width, 4\)"):
         network.decode(VALUES["latents"][..., :3])
     bad = autoencoder.Config.from_json({**parts.AUTOENCODER, "norm_num_groups": 3})
     with pytest.raises(ValueError, match="8 channels are no multiple of norm_num_groups = 3"):
         autoencoder.Autoencoder(bad, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
-        parts.small_autoencoder(chunk=0)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        parts.small_autoencoder(chunk_size=0)
 
 
 def test_the_single_file_form_has_other_names_and_convolutions_for_its_attention():

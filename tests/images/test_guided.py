@@ -14,8 +14,9 @@ import pytest
 
 import tiltjax as tj
 from tiltjax.images import rewards
-from tiltjax.images.flux import Lookahead, published, times
+from tiltjax.images.flux import Lookahead, packed, published, published_guidance, times, unpacked
 from tiltjax.images.networks import autoencoder, transformer
+from tiltjax.solvers import Streams
 
 KEY = jax.random.key(5)
 STEPS = 6
@@ -35,8 +36,6 @@ def flow():
 def velocity(model, x, start, end):
     """The network's velocity in its own time, from sigma to sigma."""
     parts = model.parts
-    from tiltjax.images.flux import packed, unpacked
-
     tokens = parts.transformer(
         packed(x[None]),
         jnp.stack([start, end])[None],
@@ -49,15 +48,15 @@ def velocity(model, x, start, end):
 
 
 @jax.jit
-def seen(model, x, noise, keep, spread, sigma):
+def ahead(model, x, noise, remaining, spread, sigma):
     """Reward and its gradient in x of what is decoded after the state was noised and looked ahead
     of.
     """
 
     def value(x):
-        noisy = keep * x + spread * noise
-        ahead = noisy - sigma * velocity(model, noisy, sigma, jnp.zeros(()))
-        return REWARD(jnp.clip(model.decode(ahead), 0, 1))
+        noisy = remaining * x + spread * noise
+        end = noisy - sigma * velocity(model, noisy, sigma, jnp.zeros(()))
+        return REWARD(jnp.clip(model.decode(end), 0, 1))
 
     return jax.value_and_grad(value)(x)
 
@@ -68,11 +67,11 @@ def step(x, sigma, sigma_next, noises, *, snr_factor, scale, length=None, damp=N
     """
     root = np.sqrt(snr_factor)
     noisier = root * sigma / (root * sigma + 1 - sigma)
-    keep = (1 - noisier) / (1 - sigma)
-    spread = np.sqrt(noisier**2 - keep**2 * sigma**2)
+    remaining = (1 - noisier) / (1 - sigma)
+    spread = np.sqrt(noisier**2 - remaining**2 * sigma**2)
     rewards, gradients = [], []
     for noise in noises:
-        reward, gradient = map(np.asarray, seen(flow(), x, noise, keep, spread, noisier))
+        reward, gradient = map(np.asarray, ahead(flow(), x, noise, remaining, spread, noisier))
         gradient = (
             scale * gradient if length is None else length * gradient / np.sqrt((gradient**2).sum())
         )
@@ -95,8 +94,6 @@ def draws(key, k, shape):
     """The noises of a run's first step: of particle 0, from the streams of the verb, whose first
     row is the start's.
     """
-    from tiltjax.solvers import Streams
-
     streams = Streams(
         *(jax.random.fold_in(stream, 0) for stream in jax.random.split(key, (2, 3))[1])
     )
@@ -123,9 +120,10 @@ def test_a_guided_step_is_the_published_one(name):
     options = {"limit": 20.0 if "divisor" in name else 2.0, **options}
     grid = np.asarray(times(STEPS, 64, 32))
     start = np.random.default_rng(first).normal(size=model.shape)
-    settings = published(model, REWARD, grid=grid, first=first, guided=2, **options)
-    settings |= {"times": grid[first : first + 2]}
-    found = tj.sample(KEY, num=1, start=start[None], **settings).x[0]
+    leaping = model.leaping(grid)
+    guidance = published_guidance(leaping, REWARD, grid, first=first, guided=2, **options)
+    one_step = {"times": grid[first : first + 2], "start": start[None], "solver": tj.Euler()}
+    found = tj.sample(KEY, leaping, guidance, num=1, **one_step).x[0]
     known = {"snr_factor": 5.0, "scale": 1.0, "length": 10.0, **options}
     noises = draws(KEY, known.pop("k", 1), model.shape)
     expected = step(
@@ -140,25 +138,24 @@ def test_a_guided_step_is_the_published_one(name):
     assert (known["limit"] == 20.0) == ((1 - grid[1]) / grid[1] < known["limit"])
 
 
-def test_a_guided_step_asks_once_for_the_step_and_once_for_all_particles(monkeypatch):
+def test_a_guided_step_calls_the_network_once_and_once_for_all_particles(monkeypatch):
     """Forward passes of the network while a guided run takes place, each of all particles, or of
     all their draws.
     """
-    seen, num, k = [], 2, 3
+    calls, num, k = [], 2, 3
     model = small.model()
-    monkeypatch.setattr(transformer.Transformer, "__call__", _recorded(seen))
+    monkeypatch.setattr(transformer.Transformer, "__call__", _recorded(calls))
     monkeypatch.setattr(autoencoder.Autoencoder, "decode", lambda coder, x: x[..., :3])
-    settings = published(model, REWARD, k=k, guided=2, steps=STEPS)
-    jax.block_until_ready(tj.sample(KEY, num=num, **settings).x)
+    jax.block_until_ready(published(KEY, model, REWARD, num=num, k=k, guided=2, steps=STEPS).x)
     jax.effects_barrier()
-    # Every step asks once, a guided one once more for the draws, and the pullback has no forward
+    # Every step calls once, a guided one once more for the draws, and the pullback has no forward
     # pass of its own.
-    assert seen == [1] * (STEPS + 2)
+    assert calls == [1] * (STEPS + 2)
 
 
-def _recorded(seen):
+def _recorded(calls):
     def call(self, tokens, *args, **kwargs):
-        jax.debug.callback(lambda: seen.append(len(tokens)))
+        jax.debug.callback(lambda: calls.append(len(tokens)))
         return tokens * 0.1
 
     return call
@@ -166,12 +163,14 @@ def _recorded(seen):
 
 def test_with_one_time_it_is_guided_at_the_denoiser():
     model = small.model("dev")
-    settings = published(model, REWARD, steps=4, guided=9, sigma=0.5)
-    assert settings["model"] is model
-    window = settings["guidance"]
-    assert (float(window.start), float(window.stop)) == (float(settings["times"][1]), 1.0)
+    grid = times(4, 64, 32)
+    window = published_guidance(model, REWARD, grid, guided=9, sigma=0.5)
+    assert (float(window.start), float(window.stop)) == (float(grid[1]), 1.0)
+    found = published(KEY, model, REWARD, grid=grid, guided=9, sigma=0.5)
+    expected = tj.sample(KEY, model, window, num=1, times=grid, solver=tj.Euler())
+    np.testing.assert_array_equal(found.x, expected.x)
     with pytest.raises(ValueError, match="one time"):
-        model.leaping(settings["times"])
+        model.leaping(grid)
 
 
 def test_the_steps_of_a_flow_map_are_the_map():
@@ -195,11 +194,11 @@ def test_the_steps_of_a_flow_map_are_the_map():
 def test_wrong_settings_are_errors():
     model = flow()
     with pytest.raises(ValueError, match="first must be one of the steps 0 to 27, got 28"):
-        published(model, REWARD, first=28)
+        published(KEY, model, REWARD, first=28)
     with pytest.raises(ValueError, match="guided must be at least 1"):
-        published(model, REWARD, guided=0)
+        published(KEY, model, REWARD, guided=0)
     with pytest.raises(TypeError, match="model must be a FluxModel"):
-        published(tj.from_denoiser(lambda t, x: x, shape=(2,)), REWARD)
+        published(KEY, tj.from_denoiser(lambda t, x: x, shape=(2,)), REWARD)
     bare = small.model(autoencoder=None, height=64, width=32)
     with pytest.raises(ValueError, match="has no autoencoder"):
-        tj.sample(KEY, num=1, **published(bare, REWARD, steps=2))
+        published(KEY, bare, REWARD, steps=2)

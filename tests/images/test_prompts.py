@@ -133,7 +133,7 @@ def test_configurations():
     ):
         clip.TextConfig.from_json({**published, "hidden_size": 25})
     with pytest.raises(ValueError, match="num_channels = 1 is not implemented"):
-        clip.PictureConfig.from_json({"num_channels": 1})
+        clip.VisionConfig.from_json({"num_channels": 1})
 
 
 def test_ids_that_are_none():
@@ -181,7 +181,7 @@ def test_embed_is_both_encoders_on_one_prompt():
 @pytest.mark.parametrize("load", [prompts.clip_tokenizer, prompts.t5_tokenizer])
 def test_tokenizers_say_what_is_missing(load, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'tiltjax\[flux\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tiltjax\[images\]'"):
         load(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", sys)
     (tmp_path / "vocab.json").write_text("{}")

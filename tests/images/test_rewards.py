@@ -1,4 +1,4 @@
-"""Rewards on pictures: by hand, against stored answers of the published CLIP, and against PyTorch.
+"""Rewards on images: by hand, against stored answers of the published CLIP, and against PyTorch.
 
 Tiers: exact (1e-12 in float64); parity.
 """
@@ -20,14 +20,14 @@ from tiltjax.images.networks import clip
 from tiltjax.images.rewards import _pixels
 from tiltjax.pretrained import files, state_dicts
 
-PICTURE = jnp.asarray(parts.pictures(6, 8, 3), jnp.float64)
-SQUARES = jnp.asarray(parts.pictures(2, 8, 8, 3), jnp.float64)
+IMAGE = jnp.asarray(parts.images(6, 8, 3), jnp.float64)
+SQUARES = jnp.asarray(parts.images(2, 8, 8, 3), jnp.float64)
 EXPECTED = parts.stored("clip_legacy")
 IDS = parts.CLIP_IDS
 
 
 def everything():
-    """Every reward that is one of pictures of any size."""
+    """Every reward that is one of images of any size."""
     return {
         "blueness": rewards.blueness,
         "blue_minus_red_green": rewards.blue_minus_red_green,
@@ -60,18 +60,18 @@ def by_hand(x):
 def test_values_by_hand_and_gradients_by_differences(name):
     reward = everything()[name]
     np.testing.assert_allclose(
-        reward(PICTURE), by_hand(np.asarray(PICTURE))[name], rtol=0, atol=1e-12
+        reward(IMAGE), by_hand(np.asarray(IMAGE))[name], rtol=0, atol=1e-12
     )
-    direction = jnp.asarray(parts.pictures(7, 6, 8, 3)[0], jnp.float64)
-    slope = jnp.vdot(jax.grad(reward)(PICTURE), direction)
+    direction = jnp.asarray(parts.images(7, 6, 8, 3)[0], jnp.float64)
+    slope = jnp.vdot(jax.grad(reward)(IMAGE), direction)
     step = 1e-4
-    difference = (reward(PICTURE + step * direction) - reward(PICTURE - step * direction)) / (
+    difference = (reward(IMAGE + step * direction) - reward(IMAGE - step * direction)) / (
         2 * step
     )
     np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-10)  # all are quadratic at most
-    assert reward(PICTURE.astype(jnp.float32)).dtype == jnp.float32
-    with pytest.raises(ValueError, match=r"one picture \(height, width, 3\), got shape \(6, 8\)"):
-        reward(PICTURE[..., 0])
+    assert reward(IMAGE.astype(jnp.float32)).dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"one image \(height, width, 3\), got shape \(6, 8\)"):
+        reward(IMAGE[..., 0])
 
 
 def test_extremes():
@@ -110,27 +110,27 @@ def test_the_three_regions():
 
 def test_masks_and_palettes_that_are_none():
     for mask in (np.zeros((4, 4)), np.ones((4, 4)), 2 * rewards.bottom_half(4, 4)):
-        with pytest.raises(ValueError, match="some of the picture inside and some outside"):
+        with pytest.raises(ValueError, match="some of the image inside and some outside"):
             rewards.MaskedBrightness(mask)
-    with pytest.raises(ValueError, match=r"picture of \(6, 8\) met a mask of \(4, 4\)"):
-        rewards.MaskedBrightness(rewards.bottom_half(4, 4))(PICTURE)
-    with pytest.raises(ValueError, match=r"\(red, green, blue\), got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"image of \(6, 8\) met a mask of \(4, 4\)"):
+        rewards.MaskedBrightness(rewards.bottom_half(4, 4))(IMAGE)
+    with pytest.raises(ValueError, match=r"\(red, green, blue\) must have shape \(3,\), got \(4,\)"):
         rewards.Palette([0.1, 0.2, 0.3, 0.4])
 
 
-def test_decoded_is_the_reward_of_the_picture_that_a_file_would_hold():
+def test_decoded_is_the_reward_of_the_image_that_a_file_would_hold():
     decode = lambda z: 2 * z - 0.5
     z = jnp.asarray([[[0.1, 0.5, 0.9]]])
     plain, open_ended = (
         rewards.Decoded(decode, rewards.blueness, clip=clip) for clip in (True, False)
     )
-    assert plain.picture(z).tolist() == [[[0, 0.5, 1]]]
+    assert plain.image(z).tolist() == [[[0, 0.5, 1]]]
     assert (float(plain(z)), float(open_ended(z))) == (1, 1.3)
     assert (float(jax.grad(plain)(z)[0, 0, 2]), float(jax.grad(open_ended)(z)[0, 0, 2])) == (0, 2)
     both = plain + 2 * rewards.Decoded(decode, rewards.Palette([0, 0.5, 1.0]))
     assert float(both(z)) == 1
     with pytest.raises(ValueError, match="one scalar"):
-        rewards.Decoded(decode, lambda picture: picture)(z)
+        rewards.Decoded(decode, lambda image: image)(z)
 
 
 def test_decoded_through_the_autoencoder_follows_its_weights_and_guides():
@@ -177,10 +177,10 @@ def test_the_score_of_a_prompt_is_the_published_similarity(scaled):
 @pytest.mark.parametrize("name", parts.CLIPS)
 def test_unit_vectors_in_single_precision(name):
     expected = parts.stored(f"clip_{name}")
-    both = jax.jit(lambda network, ids, pictures: (network.text(ids), network.picture(pictures)))
-    text, picture = both(parts.small_clip(name), jnp.asarray(IDS), SQUARES.astype(jnp.float32))
+    both = jax.jit(lambda network, ids, images: (network.text(ids), network.image(images)))
+    text, image = both(parts.small_clip(name), jnp.asarray(IDS), SQUARES.astype(jnp.float32))
     parts.close(text, expected["text"], 5e-7)
-    parts.close(picture, expected["picture"], 5e-7)
+    parts.close(image, expected["image"], 5e-7)
 
 
 def test_a_whole_clip_from_a_folder(tmp_path):
@@ -203,25 +203,25 @@ def test_a_network_keeps_its_dtype_within_a_reward():
     score = rewards.ClipScore(parts.small_clip(), IDS[0])
     cast = tj._pytree.cast(score, jnp.float64)
     assert cast.text.dtype == jnp.float64
-    assert {leaf.dtype for leaf in jax.tree.leaves(cast.look)} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast.embed_image)} == {np.dtype(np.float32)}
     assert [
         jax.eval_shape(score, SQUARES[0].astype(dtype)).dtype for dtype in (np.float32, np.float64)
     ] == ["f4", "f8"]
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 24), (33, 21), (5, 5), (8, 8)])
-def test_pictures_are_prepared_for_clip_as_pytorch_would(shape):
-    picture = parts.pictures(1, *shape, 3).astype(np.float64)
+def test_images_are_prepared_for_clip_as_pytorch_would(shape):
+    image = parts.images(1, *shape, 3).astype(np.float64)
     size = 8
     scaled = [max(size, size * side // min(shape)) for side in shape]
     resized = torch.nn.functional.interpolate(
-        torch.from_numpy(picture).permute(0, 3, 1, 2), scaled, mode="bicubic", antialias=True
+        torch.from_numpy(image).permute(0, 3, 1, 2), scaled, mode="bicubic", antialias=True
     )
     top, left = ((side - size) // 2 for side in scaled)
     expected = resized[..., top : top + size, left : left + size].permute(0, 2, 3, 1).numpy()
-    expected = (expected - clip.MEAN) / clip.SPREAD
+    expected = (expected - clip.MEAN) / clip.STD
     np.testing.assert_allclose(
-        clip.prepared(jnp.asarray(picture), size), expected, rtol=0, atol=1e-12
+        clip.preprocess(jnp.asarray(image), size), expected, rtol=0, atol=1e-12
     )
 
 
@@ -244,12 +244,12 @@ def test_the_published_head_of_many_layers_is_one_linear_function():
     }
     reward = rewards.Aesthetic(network, state_dict)
     with torch.no_grad():
-        expected = head(torch.from_numpy(EXPECTED["picture"]))[:, 0].numpy()
+        expected = head(torch.from_numpy(EXPECTED["image"]))[:, 0].numpy()
     rated = jax.jit(lambda reward, x: jax.vmap(reward)(x))
     np.testing.assert_allclose(rated(reward, SQUARES), expected, rtol=0, atol=1e-12)
     alone = rewards.Aesthetic(network, {"weight": np.ones((1, 20)), "bias": np.full(1, 5.0)})
     np.testing.assert_allclose(
-        rated(alone, SQUARES), EXPECTED["picture"].sum(axis=1) + 5, rtol=0, atol=1e-12
+        rated(alone, SQUARES), EXPECTED["image"].sum(axis=1) + 5, rtol=0, atol=1e-12
     )
 
 
@@ -259,7 +259,7 @@ def test_scores_that_are_none():
         rewards.ClipScore(network.text_model, IDS[0])
     with pytest.raises(ValueError, match="those of one prompt"):
         rewards.ClipScore(network, IDS)
-    with pytest.raises(ValueError, match=r"takes pictures \(..., 8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"takes images \(..., 8, 8, 3\)"):
         network.vision_model(jnp.zeros((6, 8, 3)))
     for head, message in (
         ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "for an input of 20"),
@@ -280,8 +280,8 @@ class Blip(torch.nn.Module):
         super().__init__()
         self.look, self.read = torch.nn.Conv2d(3, 4, 32, 32), torch.nn.Embedding(100, 4)
 
-    def visual_encoder(self, pictures):
-        return self.look(pictures).flatten(2).mT
+    def visual_encoder(self, images):
+        return self.look(images).flatten(2).mT
 
     def text_encoder(
         self, ids, *, attention_mask, encoder_hidden_states, encoder_attention_mask, return_dict
@@ -322,11 +322,11 @@ def seeded():
 def test_image_reward_is_the_standardized_score_with_its_gradient():
     model = ImageReward().double().eval()
     reward = rewards.image_reward("a bird", model)
-    x = jnp.asarray(parts.pictures(2, 224, 224, 3), jnp.float64)
+    x = jnp.asarray(parts.images(2, 224, 224, 3), jnp.float64)
     values, gradients = jax.vmap(jax.value_and_grad(reward))(x)
-    pictures = torch.from_numpy(np.array(x)).requires_grad_()
-    standard = (pictures - torch.tensor(clip.MEAN, dtype=torch.float64)) / torch.tensor(
-        clip.SPREAD, dtype=torch.float64
+    images = torch.from_numpy(np.array(x)).requires_grad_()
+    standard = (images - torch.tensor(clip.MEAN, dtype=torch.float64)) / torch.tensor(
+        clip.STD, dtype=torch.float64
     )
     seen = model.blip.visual_encoder(standard.permute(0, 3, 1, 2))
     text = model.blip.tokenizer("a bird", "max_length", True, 35)
@@ -340,9 +340,9 @@ def test_image_reward_is_the_standardized_score_with_its_gradient():
     expected = (model.mlp(states.last_hidden_state[:, 0])[:, 0] - 0.2) / 1.5
     expected.sum().backward()
     np.testing.assert_allclose(values, expected.detach(), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(gradients, pictures.grad, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(gradients, images.grad, rtol=0, atol=1e-14)
     assert reward.name == "ImageReward"
-    assert jnp.isfinite(reward(jnp.asarray(parts.pictures(20, 30, 3))))
+    assert jnp.isfinite(reward(jnp.asarray(parts.images(20, 30, 3))))
 
 
 def test_without_the_packages(monkeypatch):
@@ -366,7 +366,7 @@ def test_image_reward_says_what_is_cut_or_wrong():
 
 
 class Processor:
-    """Patches of 4 pixels in groups of 2 x 2, whatever the picture."""
+    """Patches of 4 pixels in groups of 2 x 2, whatever the image."""
 
     image_processor = types.SimpleNamespace(
         patch_size=4,
@@ -421,7 +421,7 @@ class Judge(torch.nn.Module):
 def test_yes_or_no_is_the_log_odds_with_its_gradient():
     model = Judge().double().eval()
     reward = rewards.yes_or_no("Is it blue?", model, Processor(), size=(8, 16))
-    x = jnp.asarray(parts.pictures(2, 8, 16, 3), jnp.float64)
+    x = jnp.asarray(parts.images(2, 8, 16, 3), jnp.float64)
     values = jax.vmap(reward)(x)
     # A group of 2 x 2 patches at a time, in each row by row; a patch holds channels, frames, rows,
     # columns.
@@ -442,7 +442,7 @@ def test_yes_or_no_is_the_log_odds_with_its_gradient():
     logits = logits.logits[:, -1].detach()
     np.testing.assert_allclose(values, logits[:, 7] - logits[:, 9], rtol=0, atol=1e-12)
 
-    direction, step = jnp.asarray(parts.pictures(5, 8, 16, 3)[0], jnp.float64), 1e-5
+    direction, step = jnp.asarray(parts.images(5, 8, 16, 3)[0], jnp.float64), 1e-5
     slope = jnp.vdot(jax.grad(reward)(x[0]), direction)
     difference = (reward(x[0] + step * direction) - reward(x[0] - step * direction)) / (2 * step)
     np.testing.assert_allclose(slope, difference, rtol=1e-7)

@@ -1,6 +1,6 @@
-"""The pictures of the tiny model, their captions, and the rules that read them.
+"""The images of the tiny model, their captions, and the rules that read them.
 
-Tier: exact; the rules are judged on pictures whose scenes are known.
+Tier: exact; the rules are judged on images whose scenes are known.
 """
 
 import jax
@@ -12,13 +12,13 @@ from tiltjax.images import shapes
 from tiltjax.images.shapes import Scene
 
 
-def pictures(n, seed=0):
+def images(n, seed=0):
     scenes = shapes.scenes(jax.random.key(seed), n)
     drawn = jax.jit(jax.vmap(shapes.draw))(jax.random.split(jax.random.key(seed + 1), n), *scenes)
     return shapes.all_named(scenes), np.asarray(drawn)
 
 
-SCENES, DRAWN = pictures(600)
+SCENES, DRAWN = images(600)
 
 
 def test_captions_say_what_they_are_told():
@@ -31,7 +31,7 @@ def test_captions_say_what_they_are_told():
     with pytest.raises(ValueError, match="knows circle, square, triangle, got 'star'"):
         shapes.caption(Scene("star"))
     with pytest.raises(
-        ValueError, match="a picture shows a shape, a color, a place and a background"
+        ValueError, match="an image shows a shape, a color, a place and a background"
     ):
         shapes.numbered(Scene("circle"))
 
@@ -48,12 +48,12 @@ def test_scenes_are_all_alike_likely_and_show_something():
     assert shapes.named(shapes.numbered(scene)) == scene
 
 
-def test_every_scene_is_read_from_its_picture():
+def test_every_scene_is_read_from_its_image():
     assert DRAWN.shape == (600, 32, 32, 3)
     assert DRAWN.dtype == np.float32
     assert DRAWN.min() >= 0
     assert DRAWN.max() <= 1
-    assert [shapes.read(picture) for picture in DRAWN] == SCENES
+    assert [shapes.read(image) for image in DRAWN] == SCENES
 
 
 def test_what_is_read_survives_noise_and_blur():
@@ -63,25 +63,25 @@ def test_what_is_read_survives_noise_and_blur():
     )
     right = np.mean(
         [
-            shapes.read(picture) == scene
-            for picture, scene in zip(blurred + noise, SCENES, strict=True)
+            shapes.read(image) == scene
+            for image, scene in zip(blurred + noise, SCENES, strict=True)
         ]
     )
     assert right > 0.95
 
 
-def test_each_word_follows_its_own_part_of_the_picture():
-    scene, picture = SCENES[0], DRAWN[0]
+def test_each_word_follows_its_own_part_of_the_image():
+    scene, image = SCENES[0], DRAWN[0]
     # Turned over, top is bottom, and nothing else changes but what a triangle is.
     words = {"top": "bottom", "bottom": "top"}
     place = " ".join(words.get(word, word) for word in scene.place.split())
-    assert shapes.read(picture[::-1])[1:] == (scene.color, place, scene.background)
-    plain = np.broadcast_to(picture[0, 0], picture.shape)
+    assert shapes.read(image[::-1])[1:] == (scene.color, place, scene.background)
+    plain = np.broadcast_to(image[0, 0], image.shape)
     assert shapes.read(plain) is None
     speck = np.array(plain)
     speck[10:12, 10:12] = 1 - speck[10:12, 10:12]
     assert shapes.read(speck) is None
-    with pytest.raises(ValueError, match=r"expected one picture \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"expected one image \(32, 32, 3\)"):
         shapes.read(np.zeros((16, 16, 3)))
 
 

@@ -33,34 +33,34 @@ def models():
 
 
 def read(model, points):
-    pictures = np.clip(jax.jit(lambda model, x: model.decode(x))(model, points), 0, 1)
-    return [shapes.read(picture) for picture in pictures]
+    images = np.clip(jax.jit(lambda model, x: model.decode(x))(model, points), 0, 1)
+    return [shapes.read(image) for image in images]
 
 
 def drawn(n, seed):
     scenes = shapes.scenes(jax.random.key(seed), n)
-    pictures = jax.jit(jax.vmap(shapes.draw))(
+    images = jax.jit(jax.vmap(shapes.draw))(
         jax.random.split(jax.random.key(seed + 1), n), *scenes
     )
-    return shapes.all_named(scenes), pictures
+    return shapes.all_named(scenes), images
 
 
 def test_the_autoencoder_keeps_shapes_and_colors():
-    scenes, pictures = drawn(200, 20)
+    scenes, images = drawn(200, 20)
     coder = loading.load("autoencoder", FOLDER)
     through = np.clip(
-        jax.jit(lambda coder, x: coder.decode(coder.encode(x)))(coder, pictures), 0, 1
+        jax.jit(lambda coder, x: coder.decode(coder.encode(x)))(coder, images), 0, 1
     )
     assert (
         np.mean(
-            [shapes.read(picture) == scene for picture, scene in zip(through, scenes, strict=True)]
+            [shapes.read(image) == scene for image, scene in zip(through, scenes, strict=True)]
         )
         >= 0.97
     )
-    error = np.mean((through - np.asarray(pictures)) ** 2, axis=(1, 2, 3))
+    error = np.mean((through - np.asarray(images)) ** 2, axis=(1, 2, 3))
     assert np.mean(-10 * np.log10(error)) > 30
     # The latents are what the flow's noise is measured by.
-    latents = np.asarray(jax.jit(lambda coder, x: coder.encode(x))(coder, pictures))
+    latents = np.asarray(jax.jit(lambda coder, x: coder.encode(x))(coder, images))
     assert latents.std() == pytest.approx(1, abs=0.1)
 
 
@@ -116,13 +116,13 @@ def test_the_map_is_the_flow_and_its_own_composition(models):
 
 
 def test_clip_tells_captions_apart():
-    scenes, pictures = drawn(64, 30)
+    scenes, images = drawn(64, 30)
     judge, tokens = clip.load(FOLDER / "clip"), prompts.clip_tokenizer(FOLDER / "tokenizer", 16)
     ids = jnp.asarray(np.stack([tokens(shapes.caption(scene)) for scene in scenes]))
-    similar = np.asarray(jax.jit(lambda judge: judge.picture(pictures) @ judge.text(ids).T)(judge))
+    similar = np.asarray(jax.jit(lambda judge: judge.image(images) @ judge.text(ids).T)(judge))
     assert np.mean(similar.argmax(axis=1) == np.arange(64)) > 0.9
     reward = rewards.ClipScore(judge, ids[3])
-    assert float(reward(pictures[3])) == pytest.approx(similar[3, 3], abs=1e-5)
+    assert float(reward(images[3])) == pytest.approx(similar[3, 3], abs=1e-5)
     # The text tower alone, which modulates the network, is the same.
     alone = loading.load("clip", FOLDER)
     np.testing.assert_allclose(alone.pooled(ids), judge.text_model.pooled(ids), atol=1e-6)
@@ -145,9 +145,9 @@ def test_guided_from_the_command_line(method, tmp_path, capsys):
     assert images.main(arguments) == 0
     assert "mean blueness of 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["height"] == 32
-    picture = np.asarray(Image.open(tmp_path / "0000.png"))
-    assert picture.shape == (32, 32, 3)
-    assert picture.std() > 5
+    image = np.asarray(Image.open(tmp_path / "0000.png"))
+    assert image.shape == (32, 32, 3)
+    assert image.std() > 5
 
 
 def test_its_clip_is_the_reward_clip(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What `diffusers` and `transformers` say of the small parts of `tests/flux_parts.py`.
+"""What `diffusers` and `transformers` say of the small parts of `tests/helpers/flux_parts.py`.
 
 In float64 the answers are the truth that both implementations round, each in its own way, in
 float32.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import flux_fixtures as fixtures
 from helpers import flux_parts as parts
 
-from tiltjax.images.networks import clip
+from tiltjax.images.networks.clip import MEAN, STD
 
 
 def given(model, dtype=torch.float32):
@@ -61,15 +61,15 @@ def autoencoder(dtype=torch.float32):
         model.decode(latents / model.config.scaling_factor + model.config.shift_factor).sample + 1
     ) / 2
     (decoded * first(values["decoded"], dtype)).sum().backward()
-    pictures = first(parts.pictures(2, 6, 8, 3), dtype).requires_grad_()
-    found = model.encode(2 * pictures - 1).latent_dist
+    images = first(parts.images(2, 6, 8, 3), dtype).requires_grad_()
+    found = model.encode(2 * images - 1).latent_dist
     (found.mean * first(values["mean"], dtype)).sum().backward()
     return {
         "decoded": last(decoded),
         "decoded_gradient": last(latents.grad),
         "mean": last(found.mean),
         "log_variance": last(found.logvar),
-        "mean_gradient": last(pictures.grad),
+        "mean_gradient": last(images.grad),
     }
 
 
@@ -98,25 +98,23 @@ def clip_model(name, dtype=torch.float32):
 
 
 def clip(name, dtype=torch.float32):
-    """Text states, unit vectors of texts and of pictures that are of the right size, and the
-    gradient of their similarity to the pictures.
+    """Text states, unit vectors of texts and of images that are of the right size, and the
+    gradient of their similarity to the images.
     """
     model, _ = clip_model(name, dtype)
     ids = torch.from_numpy(parts.CLIP_IDS).long()
     text = model.text_model(ids)
-    pictures = first(parts.pictures(2, 8, 8, 3), dtype).requires_grad_()
-    center, spread = (
-        torch.tensor(each, dtype=dtype)[:, None, None] for each in (clip.MEAN, clip.SPREAD)
-    )
-    both = model(input_ids=ids, pixel_values=(pictures - center) / spread)
+    images = first(parts.images(2, 8, 8, 3), dtype).requires_grad_()
+    mean, std = (torch.tensor(each, dtype=dtype)[:, None, None] for each in (MEAN, STD))
+    both = model(input_ids=ids, pixel_values=(images - mean) / std)
     both.logits_per_image.diagonal().sum().backward()
     return {
         "states": text.last_hidden_state.detach().numpy(),
         "pooled": text.pooler_output.detach().numpy(),
         "text": both.text_embeds.detach().numpy(),
-        "picture": both.image_embeds.detach().numpy(),
+        "image": both.image_embeds.detach().numpy(),
         "similarity": both.logits_per_image.detach().numpy(),
-        "similarity_gradient": last(pictures.grad),
+        "similarity_gradient": last(images.grad),
     }
 
 

@@ -1,4 +1,4 @@
-"""What `diffusers` says, on the weights and inputs of `tests/flux_fixtures.py`.
+"""What `diffusers` says, on the weights and inputs of `tests/helpers/flux_fixtures.py`.
 
 python tests/parity/reference.py        store it for the tests that run without PyTorch
 """

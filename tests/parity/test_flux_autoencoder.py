@@ -79,9 +79,9 @@ def test_the_whole_in_single_precision(network):
     decoded, pullback = jax.jit(lambda z: jax.vjp(network.decode, z))(values["latents"])
     parts.close(decoded, expected["decoded"], 4.8e-6)
     parts.close(pullback(values["decoded"])[0], expected["decoded_gradient"], 1.8e-5)
-    pictures = jnp.asarray(parts.pictures(2, 6, 8, 3))
+    images = jnp.asarray(parts.images(2, 6, 8, 3))
     mean, pullback, log_variance = jax.jit(lambda x: jax.vjp(network.moments, x, has_aux=True))(
-        pictures
+        images
     )
     parts.close(mean, expected["mean"], 2.4e-6)
     parts.close(log_variance, expected["log_variance"], 2.4e-6)

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tiltjax.images import prompts, rewards
 from tiltjax.images.networks import clip, t5
-from tiltjax.images.rewards import _judges
+from tiltjax.images.rewards import _torch
 from tiltjax.pretrained import state_dicts
 
 SHAPES = lambda model: {name: tuple(array.shape) for name, array in model.state_dict().items()}
@@ -97,13 +97,13 @@ def test_buckets(sizes):
 def test_clip_whole_in_single_precision_and_block_by_block(name):
     model, _ = reference.clip_model(name)
     network, expected = parts.small_clip(name), reference.clip(name)
-    ids, pictures = jnp.asarray(parts.CLIP_IDS), jnp.asarray(parts.pictures(2, 8, 8, 3))
+    ids, images = jnp.asarray(parts.CLIP_IDS), jnp.asarray(parts.images(2, 8, 8, 3))
 
-    def similarity(pictures):
-        both = network.temperature() * network.picture(pictures) @ network.text(ids).T
+    def similarity(images):
+        both = network.temperature() * network.image(images) @ network.text(ids).T
         return jnp.trace(both), both
 
-    gradient, values = jax.jit(jax.grad(similarity, has_aux=True))(pictures)
+    gradient, values = jax.jit(jax.grad(similarity, has_aux=True))(images)
     parts.close(values, expected["similarity"], 1e-6)
     parts.close(gradient, expected["similarity_gradient"], 2e-6)
     parts.close(network.text_model(ids), expected["states"], 1.2e-6)
@@ -225,11 +225,11 @@ def test_t5_tokenizer(tmp_path):
         assert prompts.t5_tokenizer(tmp_path, 3)("a red bird").tolist() == [4, 5, 1]
 
 
-# A small model of the kind that answers questions about pictures.
+# A small model of the kind that answers questions about images.
 
 
 class Processor:
-    """The published picture processor; a tokenizer of letters."""
+    """The published image processor; a tokenizer of letters."""
 
     def __init__(self, token: int):
         self.image_processor = Qwen2VLImageProcessorPil(
@@ -295,7 +295,7 @@ def test_patches_are_those_of_the_published_processor():
     processor = Processor(30).image_processor
     levels = np.random.default_rng(0).integers(0, 256, size=(2, 16, 24, 3), dtype=np.uint8)
     found = processor(images=[Image.fromarray(one) for one in levels], return_tensors="pt")
-    ours = _judges._patches(
+    ours = _torch._patches(
         torch.from_numpy(levels / 255).float().permute(0, 3, 1, 2),
         processor,
         tuple(found["image_grid_thw"][0].tolist()),
@@ -306,13 +306,13 @@ def test_patches_are_those_of_the_published_processor():
 def test_yes_or_no_of_a_published_architecture(judge):
     processor = Processor(30)
     reward = rewards.yes_or_no("is it blue?", judge, processor, size=(16, 24))
-    x = jnp.asarray(parts.pictures(2, 16, 24, 3))
+    x = jnp.asarray(parts.images(2, 16, 24, 3))
     values, gradients = jax.vmap(jax.value_and_grad(reward))(x)
     for one, value in zip(np.asarray(x), np.asarray(values), strict=True):
-        # The published way, which rounds the picture to 256 levels.
-        picture = Image.fromarray(np.round(255 * one).astype(np.uint8))
+        # The published way, which rounds the image to 256 levels.
+        image = Image.fromarray(np.round(255 * one).astype(np.uint8))
         with torch.no_grad():
-            logits = judge(**processor(["is it blue?"], [picture], "pt")).logits[0, -1]
+            logits = judge(**processor(["is it blue?"], [image], "pt")).logits[0, -1]
         assert abs(value - float(logits[4] - logits[5])) < 2e-3 * float(logits.std())
     step = 1e-2 * gradients[0] / jnp.linalg.norm(gradients[0])
     slope = float(reward(x[0] + step) - reward(x[0] - step)) / 2e-2

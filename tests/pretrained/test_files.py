@@ -25,8 +25,8 @@ DUAL = {**SMALL, "dual_time": True}
 
 
 def abstract(kind, config):
-    network, reader, naming = loading._kind(kind)
-    module = nnx.eval_shape(lambda: network(reader.from_json(config), rngs=nnx.Rngs(0)))
+    network, settings, naming = loading._kind(kind)
+    module = nnx.eval_shape(lambda: network(settings.from_json(config), rngs=nnx.Rngs(0)))
     return module, naming.get("renames"), naming.get("stacked", ())
 
 
@@ -168,12 +168,12 @@ def test_adapters_are_added_to_their_matrices_and_to_nothing_else():
     name = "single_transformer_blocks.1.proj_mlp"
     a, b = factors(192, 48)
     expected = arrays | {f"{name}.weight": arrays[f"{name}.weight"] + 0.5 * b @ a}
-    adapters = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    merged = adapters.merged(arrays, adapters, 0.5)
+    low_rank = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    merged = adapters.merged(arrays, low_rank, 0.5)
     for key in arrays:
         np.testing.assert_allclose(merged[key], expected[key], atol=1e-6)
     # An alpha counts by the rank.
-    merged = adapters.merged(arrays, {**adapters, f"transformer.{name}.alpha": np.float32(1.0)})
+    merged = adapters.merged(arrays, {**low_rank, f"transformer.{name}.alpha": np.float32(1.0)})
     np.testing.assert_allclose(merged[f"{name}.weight"], expected[f"{name}.weight"], atol=1e-6)
 
 
@@ -186,19 +186,19 @@ def test_adapters_of_the_single_file_form_are_cut_as_its_weights_are():
         "time_in_in_layer": (48, 256),
         "final_layer_adaLN_modulation_1": (96, 48),
     }
-    adapters, original = {}, single_file(arrays)
+    low_rank, original = {}, single_file(arrays)
     dotted = {
         name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in original
     }
     for seed, (module, shape) in enumerate(modules.items()):
         a, b = factors(*shape, seed=seed)
-        adapters |= {
+        low_rank |= {
             f"lora_unet_{module}.lora_down.weight": a,
             f"lora_unet_{module}.lora_up.weight": b,
         }
-        adapters[f"lora_unet_{module}.alpha"] = np.asarray(0.5, np.float32)
+        low_rank[f"lora_unet_{module}.alpha"] = np.asarray(0.5, np.float32)
         original[f"{dotted[module]}.weight"] = original[f"{dotted[module]}.weight"] + 0.25 * b @ a
-    expected, merged = key_names.diffusers(original), adapters.merged(arrays, adapters)
+    expected, merged = key_names.diffusers(original), adapters.merged(arrays, low_rank)
     assert merged.keys() == expected.keys()
     for key in expected:
         np.testing.assert_allclose(merged[key], expected[key], atol=1e-6, err_msg=key)
@@ -206,14 +206,14 @@ def test_adapters_of_the_single_file_form_are_cut_as_its_weights_are():
 
 def test_adapters_of_a_flow_map_reach_the_second_embedder():
     arrays = published()
-    adapters = {}
+    low_rank = {}
     for seed, which in enumerate(("original", "second")):
         a, b = factors(48, 256, seed=seed)
         place = f"transformer.time_text_embed.{which}_embedder.timestep_embedder.linear_1"
-        adapters |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
-    with pytest.raises(ValueError, match=r"2 of 2 adapters fit no matrix .*forms\.dual"):
-        adapters.merged(arrays, adapters)
-    merged = adapters.merged(key_names.dual(arrays), adapters)
+        low_rank |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    with pytest.raises(ValueError, match=r"2 of 2 adapters fit no matrix .*key_names\.dual"):
+        adapters.merged(arrays, low_rank)
+    merged = adapters.merged(key_names.dual(arrays), low_rank)
     base = arrays["time_text_embed.timestep_embedder.linear_1.weight"]
     for seed, which in enumerate(("original", "second")):
         a, b = factors(48, 256, seed=seed)
@@ -256,25 +256,40 @@ def test_files_are_read_as_they_were_written(tmp_path):
     assert {name: found[name].dtype for name in found} == {
         name: array.dtype for name, array in arrays.items()
     }
-    assert [found.shape(name) for name in found] == [array.shape for array in arrays.values()]
-    assert not found["a"].flags.owndata  # a view of the file
+    assert {name: found.shape(name) for name in found} == {
+        name: array.shape for name, array in arrays.items()
+    }
+
+
+def test_a_part_of_an_array_is_read_alone(tmp_path):
+    array = np.arange(12.0).reshape(3, 4).T  # not contiguous
+    files.write(tmp_path / "x.safetensors", {"a": array})
+    found = files.read(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(found["a"], array)
+    rows, columns = slice(1, 3), slice(None, 2)
+    np.testing.assert_array_equal(found.parts["a"][1](rows, columns), array[rows, columns])
+    cut = key_names.renamed(found, str.upper)
+    np.testing.assert_array_equal(cut.parts["A"][1](rows), array[rows])
 
 
 def test_spoilt_files_are_errors(tmp_path):
     path = tmp_path / "x.safetensors"
     files.write(path, {"a": np.zeros((3, 4), np.float32)})
     whole = path.read_bytes()
-    for spoilt, message in (
-        (whole[:-1], "a lies outside of the file"),
-        (whole[:20], "cut off"),
-        (b"", "cut off"),
-        (whole.replace(b'"F32"', b'"X32"'), "stored as X32"),
-        (whole.replace(b'"dtype"', b'"dtypo"'), "header cannot be read"),
-        (b"<!DOCTYPE html><html>" * 9, "no safetensors file"),
+    for spoilt in (
+        whole[:-1],
+        whole[:20],
+        b"",
+        whole.replace(b'"F32"', b'"X32"'),
+        whole.replace(b'"dtype"', b'"dtypo"'),
+        b"<!DOCTYPE html><html>" * 9,
     ):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="no safetensors file, or was cut off"):
             files.read(path)
+    path.write_bytes(whole.replace(b'"F32"', b'"U32"'))
+    with pytest.raises(ValueError, match="a is stored as U32"):
+        files.read(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         files.read(tmp_path / "y.safetensors")
 
@@ -378,7 +393,7 @@ def test_the_hub_and_its_refusals(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         answer(errors.LocalEntryNotFoundError)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'tiltjax\[flux\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tiltjax\[images\]'"):
         files.located("someone/model")
 
 

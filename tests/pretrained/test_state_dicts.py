@@ -76,13 +76,13 @@ def test_every_layout_is_the_one_flax_computes_with(abstract, published):
     expected = published["blocks.1.to_out.0.weight"] @ x + published["blocks.1.to_out.0.bias"]
     np.testing.assert_allclose(first.to_out(jnp.asarray(x)), expected, atol=1e-5)
     np.testing.assert_array_equal(network.tokens(jnp.int32(4)), published["tokens.weight"][4])
-    picture = np.random.default_rng(2).normal(size=(1, 2, 1, 3)).astype(np.float32)
-    # One place where the kernel of height 2 sees the whole picture.
+    image = np.random.default_rng(2).normal(size=(1, 2, 1, 3)).astype(np.float32)
+    # One place where the kernel of height 2 sees the whole image.
     kernel = published["conv.weight"]
-    expected = np.einsum("hwi,oihw->o", picture[0], kernel)
+    expected = np.einsum("hwi,oihw->o", image[0], kernel)
     valid = nnx.Conv(3, 5, (2, 1), use_bias=False, padding="VALID", rngs=nnx.Rngs(0))
     valid.kernel = network.conv.kernel
-    np.testing.assert_allclose(valid(jnp.asarray(picture))[0, 0, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(valid(jnp.asarray(image))[0, 0, 0], expected, atol=1e-5)
 
 
 def test_there_and_back_is_the_identity(abstract, published):
@@ -154,12 +154,12 @@ def test_each_array_is_read_once(abstract, published):
 
 def test_a_sharding_decides_where_a_parameter_goes(abstract, published):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    asked = []
+    placed_at = []
 
     def sharding(path, leaf):
-        asked.append((path, leaf.shape))
+        placed_at.append((path, leaf.shape))
         return device
 
     placed, plain = built(abstract, published, sharding=sharding), built(abstract, published)
-    assert (("blocks", "to_out", "kernel"), (2, 3, 4)) in asked
+    assert (("blocks", "to_out", "kernel"), (2, 3, 4)) in placed_at
     jax.tree.map(np.testing.assert_array_equal, placed, plain)

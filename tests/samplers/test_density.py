@@ -26,7 +26,7 @@ def test_an_affine_flow_makes_a_gaussian(solver):
     model, run = tj.Analytic(gaussian), {"times": jnp.linspace(0.01, 1.0, 8), "solver": solver}
     ends = tj.sample(KEY, model, num=2, start=jnp.asarray([[0.0, 0.0], [1.0, 1.0]]), **run).x
     slope, sigma = np.asarray(ends[1] - ends[0]), 0.99
-    got = tj.samplers.density(KEY, model, num=20, **run)
+    got = tj.sample_with_log_prob(KEY, model, num=20, **run)
     law = tj.GaussianMixture([1.0], ends[:1], [jnp.diag(jnp.asarray((slope * sigma) ** 2))])
     np.testing.assert_allclose(got.log_prob, jax.vmap(law.log_prob)(got.x), atol=1e-10)
 
@@ -36,7 +36,8 @@ def test_importance_weights_have_mean_one(name):
     model = tj.Tilted(MODEL, REWARD, 2.0) if name == "tilted" else MODEL
     guidance = tj.Laplace(MODEL, REWARD, 2.0) if name == "guided" else None
     num = 2000
-    x, log_prob = tj.samplers.density(KEY, model, guidance, num=num, steps=12)
+    drawn = tj.sample_with_log_prob(KEY, model, guidance, num=num, steps=12)
+    x, log_prob = drawn.x, drawn.log_prob
     truth = MIXTURE if name == "base" else theory.tilt(MIXTURE, REWARD, 2.0).mixture
     ratio = np.exp(np.asarray(jax.vmap(truth.log_prob)(x) - log_prob))
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(num)
@@ -44,37 +45,46 @@ def test_importance_weights_have_mean_one(name):
     assert np.mean(np.log(ratio)) < 0
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_the_samples_are_those_of_sample(chunk_size):
+    settings = {"num": 8, "steps": 6, "solver": tj.Euler(), "chunk_size": chunk_size}
+    guidance = tj.Laplace(MODEL, REWARD, 2.0)
+    drawn = tj.sample_with_log_prob(KEY, MODEL, guidance, **settings)
+    np.testing.assert_allclose(drawn.x, tj.sample(KEY, MODEL, guidance, **settings).x, atol=1e-12)
+    assert drawn.log_prob.shape == (8,)
+
+
 def test_what_has_no_density_is_refused():
     with pytest.raises(ValueError, match="no density to follow"):
-        tj.samplers.density(KEY, MODEL, num=2, solver=tj.Ancestral())
+        tj.sample_with_log_prob(KEY, MODEL, num=2, solver=tj.Ancestral())
     with pytest.raises(ValueError, match="no density to follow"):
-        tj.samplers.density(KEY, MODEL, num=2, solver=tj.Adaptive())
+        tj.sample_with_log_prob(KEY, MODEL, num=2, solver=tj.Adaptive())
     with pytest.raises(ValueError, match="draws at random"):
-        tj.samplers.density(KEY, MODEL, tj.PlugIn(tj.Exact(MODEL), REWARD, 2.0), num=2)
+        tj.sample_with_log_prob(KEY, MODEL, tj.PlugIn(tj.Exact(MODEL), REWARD, 2.0), num=2)
     rows = tj.from_denoiser(lambda t, x: x, shape=(2,), batched=True)
     with pytest.raises(ValueError, match="batched=False"):
-        tj.samplers.density(KEY, rows, num=2)
+        tj.sample_with_log_prob(KEY, rows, num=2)
     levels = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17)))
     network = tj.from_noise(lambda t, x: x, shape=(2,), interpolant=levels)
     with pytest.raises(ValueError, match="end the grid at t"):
-        tj.samplers.density(
+        tj.sample_with_log_prob(
             KEY,
             network,
             num=2,
             times=jnp.append(levels.clock(jnp.arange(16.0, -1.0, -2.0)), 0.9999),
         )
     with pytest.raises(ValueError, match="must start at t > 0"):
-        tj.samplers.density(
+        tj.sample_with_log_prob(
             KEY, MODEL, tj.Laplace(MODEL, REWARD), num=2, times=jnp.asarray([0.0, 0.5, 1.0])
         )
     constant = tj.from_denoiser(lambda t, x: jnp.zeros_like(x), shape=(2,))
     with pytest.raises(FloatingPointError, match="3 of 3 log-densities"):
-        tj.samplers.density(KEY, constant, num=3, steps=4)
+        tj.sample_with_log_prob(KEY, constant, num=3, steps=4)
 
 
 def test_the_strength_of_a_guidance_may_be_traced():
     run = lambda scale: (
-        tj.samplers.density(KEY, MODEL, tj.dps(MODEL, REWARD, scale), num=2, steps=3).log_prob
+        tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, REWARD, scale), num=2, steps=3).log_prob
     )
     np.testing.assert_allclose(jax.jit(run)(2.0), run(2.0), rtol=1e-10)
 
@@ -82,7 +92,7 @@ def test_the_strength_of_a_guidance_may_be_traced():
 def test_a_guidance_that_draws_is_refused_also_where_it_is_traced():
     run = jax.jit(
         lambda scale, guidance: (
-            tj.samplers.density(KEY, MODEL, guidance(scale), num=2, steps=3).log_prob
+            tj.sample_with_log_prob(KEY, MODEL, guidance(scale), num=2, steps=3).log_prob
         ),
         static_argnums=1,
     )
@@ -111,10 +121,9 @@ def test_a_model_with_a_start_of_its_own_says_its_density_or_is_refused():
             return tj.Analytic(MIXTURE).initial_log_prob(t, x - 1.0)
 
     with pytest.raises(ValueError, match="Shifted starts from a law of its own"):
-        tj.samplers.density(KEY, Shifted(MIXTURE), num=2, steps=3)
-    x, log_prob = tj.samplers.density(
-        KEY, tj.Tilted(Known(MIXTURE), REWARD, 2.0), num=2000, steps=12
-    )
+        tj.sample_with_log_prob(KEY, Shifted(MIXTURE), num=2, steps=3)
+    drawn = tj.sample_with_log_prob(KEY, tj.Tilted(Known(MIXTURE), REWARD, 2.0), num=2000, steps=12)
+    x, log_prob = drawn.x, drawn.log_prob
     ratio = np.exp(
         np.asarray(jax.vmap(theory.tilt(MIXTURE, REWARD, 2.0).mixture.log_prob)(x) - log_prob)
     )
@@ -127,4 +136,4 @@ def test_an_external_failure_comes_out_as_what_it_was():
 
     reward = tj.external.External(broken, value_and_grad=broken)
     with pytest.raises(OSError, match="no route"):
-        tj.samplers.density(KEY, MODEL, tj.dps(MODEL, reward), num=2, steps=3)
+        tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, reward), num=2, steps=3)

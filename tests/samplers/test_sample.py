@@ -72,15 +72,18 @@ def test_over_eight_devices_as_on_one():
         assert len(jax.devices()) == 8
         mesh = jax.make_mesh((8,), ("particles",), axis_types=(jax.sharding.AxisType.Auto,))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("particles"))
-        model = tj.Analytic(tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2)))
+        prior = tj.GaussianMixture([.5, .5], [[-1., 0.], [1., 0.]], np.stack([np.eye(2)] * 2))
+        model = tj.Analytic(prior)
         guidance = tj.PlugIn(tj.Glass(model, 3), tj.rewards.Quadratic([0., 1.]), 2., k=2)
-        run = lambda sharding: tj.sample(jax.random.key(0), model, guidance, num=16, steps=3, sharding=sharding)
+        key = jax.random.key(0)
+        run = lambda mesh: tj.sample(key, model, guidance, num=16, steps=3, sharding=mesh)
         one, eight = run(None), run(sharding)
         assert len(eight.x.sharding.device_set) == 8, eight.x.sharding
         assert {shard.data.shape for shard in eight.x.addressable_shards} == {(2, 2)}
         np.testing.assert_allclose(eight.x, one.x, rtol=1e-9, atol=1e-9)
         twist = tj.dps(model, tj.rewards.Quadratic([0., 1.]), .5)
-        weigh = lambda sharding: tj.smc(jax.random.key(0), model, twist, num=16, steps=4, ess_threshold=1., sharding=sharding)
+        settings = {"num": 16, "steps": 4, "ess_threshold": 1.}
+        weigh = lambda mesh: tj.smc(key, model, twist, sharding=mesh, **settings)
         one, eight = weigh(None), weigh(sharding)
         assert np.any(one.trace.resampled)
         np.testing.assert_allclose(eight.x, one.x, rtol=1e-9, atol=1e-9)

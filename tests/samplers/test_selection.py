@@ -1,4 +1,6 @@
-"""Selection among finished samples. Tiers: exact (against NumPy), statistical (5 standard errors)."""
+"""Selection among finished samples. Tiers: exact (against NumPy), statistical (5 standard
+errors).
+"""
 
 import chex
 import jax

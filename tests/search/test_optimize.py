@@ -14,7 +14,7 @@ from tiltjax.search._optimize import _distinct
 
 MODEL = tj.Analytic(tj.GaussianMixture([1.0], jnp.zeros((1, 4)), jnp.eye(4)[None]))
 PEAK = np.array([2.0, -1.5, 1.0, 0.0])
-SETTINGS = {"scale": 10.0, "rounds": 6, "batch": 8, "num": 64, "steps": 15}
+SETTINGS = {"scale": 10.0, "rounds": 6, "queries": 8, "num": 64, "steps": 15}
 
 
 def query(x):
@@ -131,7 +131,7 @@ def test_values_without_noise_on_a_line_in_single_precision_are_no_trouble():
     prior = tj.GaussianMixture(
         single([0.5, 0.5]), single([[-2.0], [2.0]]), single([[[0.3]], [[0.3]]])
     )
-    settings = {"scale": 2.0, "rounds": 3, "batch": 16, "num": 64, "steps": 20}
+    settings = {"scale": 2.0, "rounds": 3, "queries": 16, "num": 64, "steps": 20}
     found = tj.optimize(
         jax.random.key(0), tj.Analytic(prior), lambda x: -np.abs(x[:, 0] - 2), **settings
     )

@@ -297,9 +297,13 @@ def test_what_a_mis_set_damping_costs():
         theory.plug_in_law(prior, reward, tj.Damped(3.0, factor * s)) for factor in (0.5, 2.0)
     )
     np.testing.assert_allclose(
-        [narrow.covs[0, 0, 0], wide.covs[0, 0, 0]], [ode_law(theory.plug_in_field(prior, reward, tj.Damped(3.0, f * s)), 0.5)[1] ** 2 for f in (0.5, 2.0)],
+        [narrow.covs[0, 0, 0], wide.covs[0, 0, 0]],
+        [
+            ode_law(theory.plug_in_field(prior, reward, tj.Damped(3.0, f * s)), 0.5)[1] ** 2
+            for f in (0.5, 2.0)
+        ],
         rtol=1e-5,
-    )  # fmt: skip
+    )
     assert narrow.covs[0, 0, 0] < tilt.covs[0, 0, 0] < wide.covs[0, 0, 0]
 
 

@@ -46,7 +46,15 @@ def weighted_mean(delta, q, k, nodes=1201):
 
 @pytest.mark.parametrize(
     ("q", "p2", "k"),
-    [(0.75, 3.0, 2), (0.75, 3.0, 8), (1e-3, 3.0, 100), (0.01, 300.0, 64), (2.0, 50.0, 10_000), (10.0, 3.0, 8), (20.0, 0.1, 1000)],
+    [
+        (0.75, 3.0, 2),
+        (0.75, 3.0, 8),
+        (1e-3, 3.0, 100),
+        (0.01, 300.0, 64),
+        (2.0, 50.0, 10_000),
+        (10.0, 3.0, 8),
+        (20.0, 0.1, 1000),
+    ],
 )  # fmt: skip
 def test_the_shrinkage_on_the_line_is_the_one_integral_formula(q, p2, k):
     delta = np.sqrt(p2 / q)

@@ -312,7 +312,10 @@ def test_laws_stay_in_single_precision_where_they_are_asked_there():
     np.testing.assert_allclose(law.covs[0], witness("plug-in")[1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("scale", "ratio"), [(3.0, 0.1), (3.0, 0.3), (3.0, 1.0), (3.0, 3.0), (3.0, 10.0), (60.0, 0.1), (0.4, 10.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "ratio"),
+    [(3.0, 0.1), (3.0, 0.3), (3.0, 1.0), (3.0, 3.0), (3.0, 10.0), (60.0, 0.1), (0.4, 10.0)],
+)
 def test_damping_of_any_width_has_the_law_of_its_integrals(scale, ratio):
     s2, width = 0.8, 0.8 * ratio**2
 
@@ -361,7 +364,17 @@ def test_more_than_one_draw_is_refused_with_what_to_do_instead():
         theory.plug_in_law(plane, tj.rewards.Quadratic(TARGET, weight=[1.0, 2.0]), 1.0, k=4)
 
 
-@pytest.mark.parametrize(("k", "error"), [(0, ValueError), (-3, ValueError), (2.5, TypeError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("k", "error"),
+    [
+        (0, ValueError),
+        (-3, ValueError),
+        (2.5, TypeError),
+        (2.0, TypeError),
+        (True, TypeError),
+        ("2", TypeError),
+    ],
+)
 def test_numbers_of_draws_that_are_none(k, error):
     with pytest.raises(error, match=r"k must be (at least 1|a whole number), got"):
         theory.plug_in_law(PRIOR, REWARD, 1.0, k=k)

@@ -247,8 +247,14 @@ def test_a_grid_differentiates_what_it_can_and_refuses_the_rest():
     )
     with pytest.raises(ValueError, match=r"no derivative in the reward.*softmax_of_n"):
         jax.grad(lambda y: law(y).masses()[0])(y)
-    by_weight = jax.grad(lambda w: theory.best_of_n(tj.GaussianMixture(jnp.stack([w, 1 - w]), LINE.means, LINE.covs),
-                                                    tj.rewards.Bump([0.5], 2.0), 4, cells=4000).masses()[0])  # fmt: skip
+    by_weight = jax.grad(
+        lambda w: theory.best_of_n(
+            tj.GaussianMixture(jnp.stack([w, 1 - w]), LINE.means, LINE.covs),
+            tj.rewards.Bump([0.5], 2.0),
+            4,
+            cells=4000,
+        ).masses()[0]
+    )
     assert by_weight(jnp.asarray(0.3)) > 0
 
 

@@ -187,12 +187,23 @@ ROWS = {
     "sum": {"num": 16, "runs": 2000, "potential": potentials.Sum(), **FEW},
     "immediate": {"num": 16, "runs": 2000, "potential": potentials.Immediate(), **FEW},
     "lean": {"num": 8, "runs": 4000, "lean": 0.5, "proposal": proposals.Guided()},
-    "lean, unresampled": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Guided(), "ess_threshold": 0.0},
+    "lean, unresampled": {
+        "num": 8,
+        "runs": 2000,
+        "lean": 0.3,
+        "proposal": proposals.Guided(),
+        "ess_threshold": 0.0,
+    },
     "children": {"num": 8, "runs": 2000, "proposal": proposals.Children(2)},
-    "children of lean": {"num": 8, "runs": 2000, "lean": 0.3, "proposal": proposals.Children(2, proposals.Guided())},
+    "children of lean": {
+        "num": 8,
+        "runs": 2000,
+        "lean": 0.3,
+        "proposal": proposals.Children(2, proposals.Guided()),
+    },
     "tempered": {"num": 8, "runs": 2000, "tempering": tempering.Exponential(1.0)},
     "one particle": {"num": 1, "runs": 8000, "lean": 0.5, "proposal": proposals.Guided()},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -376,8 +387,8 @@ def test_single_precision_in_a_double_world():
 def test_the_other_verbs_take_tokens(tmp_path):
     guidance = tj.tokens.Completions(MODEL, reward, SCALE, proposal_weight=0.5)
     particles = tj.smc(jax.random.key(0), MODEL, guidance, num=200)
-    tj.particles.save(particles, tmp_path / "tokens.npz")
-    again = tj.particles.load(tmp_path / "tokens.npz")
+    particles.save(tmp_path / "tokens.npz")
+    again = tj.Particles.load(tmp_path / "tokens.npz")
     np.testing.assert_array_equal(again.x, particles.x)
     assert again.x.dtype == jnp.int32
     np.testing.assert_allclose(again.log_norm, particles.log_norm)

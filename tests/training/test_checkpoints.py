@@ -15,6 +15,7 @@ from flax import nnx
 from helpers.contracts import same_bits
 
 import tiltjax as tj
+from tiltjax import _progress
 from tiltjax import training
 from tiltjax.training import _loop
 
@@ -42,7 +43,7 @@ def stopping(file, steps, every, at):
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(descent.progress_bar._Bar, "update", update)
+        patch.setattr(_progress._Bar, "update", update)
         with pytest.raises(Stop):
             run(file, steps=steps, every=every, progress=True)
 
@@ -52,7 +53,10 @@ def run(file=None, steps=40, every=None, **settings):
         KEY,
         network(),
         gaussian(50),
-        **({"steps": steps, "batch": 8, "checkpoint": file, "every": every} | settings),
+        **(
+            {"steps": steps, "batch_size": 8, "checkpoint": file, "checkpoint_every": every}
+            | settings
+        ),
     )
 
 
@@ -83,10 +87,13 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
         ("steps is 2 in the file and 3 here", lambda: run(file, steps=3)),
         (
             "times is uniform in the file and late here; batch is 8 in the file and 9 here",
-            lambda: run(file, steps=2, batch=9, times=late),
+            lambda: run(file, steps=2, batch_size=9, time_sampler=late),
         ),
         ("ema is", lambda: run(file, steps=2, ema=0.5)),
-        ("rate is 0.001 in the file and 0.002 here", lambda: run(file, steps=2, rate=0.002)),
+        (
+            "learning_rate is 0.001 in the file and 0.002 here",
+            lambda: run(file, steps=2, learning_rate=0.002),
+        ),
         (
             "target is from_velocity in the file and from_noise",
             lambda: run(file, steps=2, target=tj.from_noise),
@@ -105,7 +112,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
             ),
         ),
         (
-            r"network at the start is .*parameters/layers\.0\.kernel is float64\(17, 16\) in the file and float64\(17, 8\) here",
+            r"parameters/layers\.0\.kernel is float64\(17, 16\) in the file and float64\(17, 8\) here",
             lambda: training.fit(
                 KEY, network(width=8), gaussian(50), steps=2, batch_size=8, checkpoint=file
             ),
@@ -155,10 +162,12 @@ PROGRAM = """
     settings = {"steps": 800, "batched": True, "interpolant": board.interpolant}
 
     def run(**more):
-        got = tj.fit(jax.random.key(0), network, lambda key: board.sample(key, 256), **settings, **more)
-        return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((got.network, got.average, got.curve)))
+        data = lambda key: board.sample(key, 256)
+        got = tj.fit(jax.random.key(0), network, data, **settings, **more)
+        leaves = jax.tree.leaves((got.network, got.average, got.curve))
+        return b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
 
-    continued = run(checkpoint=sys.argv[1], every=50)
+    continued = run(checkpoint=sys.argv[1], checkpoint_every=50)
     assert continued == run(), "other bits"
     print(len(continued), "equal bytes")
 """

@@ -111,7 +111,13 @@ def test_no_chain_beats_the_tilt():
 
 @functools.cache
 def tuned(scale=SCALE, objective=None, steps=200):
-    settings = {"steps": steps, "batch": 64, "rate": 0.03, "ema": 0.9, "times": BASE.grid(80)}
+    settings = {
+        "steps": steps,
+        "batch_size": 64,
+        "learning_rate": 0.03,
+        "ema": 0.9,
+        "times": BASE.grid(80),
+    }
     return tj.finetune(
         KEY, START, BASE, REWARD, scale, model=gaussian, objective=objective, **settings
     )
@@ -138,7 +144,7 @@ def test_networks_adapters_and_batches_are_trained():
     )
     build = lambda network, batched=False: tj.from_velocity(network, shape=(1,), batched=batched)
     base = build(network)
-    settings = {"steps": 2, "batch": 4, "times": base.grid(4), "rate": 1e-2}
+    settings = {"steps": 2, "batch_size": 4, "times": base.grid(4), "learning_rate": 1e-2}
     run = lambda trained, model: tj.finetune(
         KEY, trained, base, REWARD, SCALE, model=model, **settings
     )
@@ -160,7 +166,7 @@ def test_networks_adapters_and_batches_are_trained():
 
 def test_a_reward_of_values_only_is_enough_for_the_policy_gradient():
     values = tj.external.External(lambda x: np.where(x[:, 0] > 1, 1.0, 0.0))
-    settings = {"steps": 60, "batch": 128, "rate": 0.02, "times": BASE.grid(10)}
+    settings = {"steps": 60, "batch_size": 128, "learning_rate": 0.02, "times": BASE.grid(10)}
     fit = tj.finetune(
         KEY,
         START,
@@ -175,13 +181,13 @@ def test_a_reward_of_values_only_is_enough_for_the_policy_gradient():
 
 
 def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
-    settings = {"model": gaussian, "steps": 6, "batch": 8, "times": BASE.grid(4), "ema": 0.5}
+    settings = {"model": gaussian, "steps": 6, "batch_size": 8, "times": BASE.grid(4), "ema": 0.5}
     run = lambda scale=SCALE, **more: tj.finetune(
         KEY, START, BASE, REWARD, scale, **(settings | more)
     )
     whole, file = run(), tmp_path / "run.npz"
-    run(checkpoint=file, every=3)
-    again = run(checkpoint=file, every=3)
+    run(checkpoint=file, checkpoint_every=3)
+    again = run(checkpoint=file, checkpoint_every=3)
     for a, b in zip(jax.tree.leaves(whole.average), jax.tree.leaves(again.average), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"another run: scale is 1\.5 in the file and 2\.0 here"):
@@ -209,7 +215,7 @@ def test_mistakes_are_named():
         base,
         reward,
         scale,
-        **({"model": gaussian, "steps": 2, "batch": 4, "times": BASE.grid(4)} | settings),
+        **({"model": gaussian, "steps": 2, "batch_size": 4, "times": BASE.grid(4)} | settings),
     )
     other = tj.Analytic(BASE.mixture, tj.Linear(2.0))
     step = tj.rewards.StepReward(0.0)
@@ -232,7 +238,7 @@ def test_mistakes_are_named():
         (ValueError, "same path", lambda: run(base=other)),
         (ValueError, "end at 1", lambda: run(times=jnp.asarray([0.001, 0.5, 0.9]))),
         (ValueError, "two steps or more", lambda: run(times=jnp.asarray([0.001, 1.0]))),
-        (ValueError, "at least 2", lambda: run(batch=1, objective=training.policy_gradient)),
+        (ValueError, "at least 2", lambda: run(batch_size=1, objective=training.policy_gradient)),
         (ValueError, "through must", lambda: training.reparametrized(0)),
         (TypeError, "objective", lambda: run(objective="draft")),
         (TypeError, "base", lambda: run(base=START)),

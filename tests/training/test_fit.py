@@ -15,6 +15,7 @@ from helpers import contracts
 from matplotlib.figure import Figure
 
 import tiltjax as tj
+from tiltjax import _progress
 from tiltjax import training
 
 KEY = jax.random.key(0)
@@ -303,8 +304,8 @@ def test_networks_of_every_kind_are_trained(name):
 
 
 def test_the_bar_shows_the_loss(capfd, monkeypatch):
-    monkeypatch.setattr(descent.progress_bar, "_DELAY", 0.0)
-    monkeypatch.setattr(descent.progress_bar, "_INTERVAL", 0.0)
+    monkeypatch.setattr(_progress, "_DELAY", 0.0)
+    monkeypatch.setattr(_progress, "_INTERVAL", 0.0)
     training.fit(KEY, network(), gaussian(50), steps=3)
     assert capfd.readouterr().err == ""
     training.fit(KEY, network(), gaussian(50), steps=3, progress=True)
@@ -355,7 +356,7 @@ def test_mistakes_are_named():
         (ValueError, "rate must be positive", lambda: fit(learning_rate=-1.0)),
         (
             ValueError,
-            "give rate or optimizer",
+            "give learning_rate or optimizer",
             lambda: fit(learning_rate=1.0, optimizer=optax.sgd(1.0)),
         ),
         (TypeError, "optimizer must be", lambda: fit(optimizer=1e-3)),
@@ -413,16 +414,20 @@ def test_over_eight_devices_as_on_one():
         from flax import nnx
         import tiltjax as tj
         assert len(jax.devices()) == 8
-        P, Auto, Explicit = jax.sharding.PartitionSpec, jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+        P, Kind = jax.sharding.PartitionSpec, jax.sharding.AxisType
+        Auto, Explicit = Kind.Auto, Kind.Explicit
         mesh = lambda kind: jax.make_mesh((8,), ("batch",), axis_types=(kind,))
         sharding = jax.sharding.NamedSharding(mesh(Auto), P("batch"))
         rows = []
 
         def watched(net, t, x):
-            jax.debug.inspect_array_sharding(x, callback=lambda s: rows.append(s.shard_shape(x.shape)))
+            record = lambda sharding: rows.append(sharding.shard_shape(x.shape))
+            jax.debug.inspect_array_sharding(x, callback=record)
             return net(t, x)
 
-        network = tj.networks.Velocity((2,), width=16, depth=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        network = tj.training.networks.Velocity(
+            (2,), width=16, depth=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
         data = jax.random.normal(jax.random.key(1), (100, 2))
         partial = jax.tree_util.Partial(watched, network)
         settings = {"steps": 10, "batch": 64, "batched": True}
@@ -430,7 +435,8 @@ def test_over_eight_devices_as_on_one():
         eight = tj.fit(jax.random.key(0), partial, data, sharding=sharding, **settings)
         assert (8, 2) in rows, rows
         for name in ("network", "average", "curve"):
-            for a, b in zip(*(jax.tree.leaves(getattr(fit, name)) for fit in (one, eight)), strict=True):
+            pairs = (jax.tree.leaves(getattr(fit, name)) for fit in (one, eight))
+            for a, b in zip(*pairs, strict=True):
                 assert not hasattr(b, "sharding") or len(b.sharding.device_set) == 8
                 np.testing.assert_allclose(a, b, rtol=1e-6 if name == "curve" else 1e-8, atol=1e-12)
         for bad, batch, words in (
@@ -438,7 +444,7 @@ def test_over_eight_devices_as_on_one():
             (jax.sharding.NamedSharding(mesh(Explicit), P("batch")), 64, "must be Auto"),
         ):
             try:
-                tj.fit(jax.random.key(0), network, data, steps=1, batch=batch, sharding=bad)
+                tj.fit(jax.random.key(0), network, data, steps=1, batch_size=batch, sharding=bad)
             except ValueError as error:
                 assert words in str(error), error
             else:

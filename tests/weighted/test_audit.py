@@ -54,7 +54,7 @@ def test_the_report_is_the_path_law(name, eta):
     weights = np.exp(np.asarray(report.particles.log_weights) - float(law.log_norm))
     influence = 2 * weights - float(law.ess) * weights**2
     error = float(law.ess) * np.std(influence) / np.sqrt(num)
-    assert abs(report.share - float(law.ess)) < 4 * error
+    assert abs(report.ess_fraction - float(law.ess)) < 4 * error
     assert report.pareto_k < 0.5
     assert report.reliable
     tilt = theory.tilt(PRIOR, REWARD, scale)
@@ -85,7 +85,7 @@ def test_verdicts():
     text = str(good)
     for part in (
         "Laplace on Ancestral, 50 steps, 1000 paths",
-        "effective share",
+        "ESS fraction",
         "path KL",
         "evidence bound",
         "log Z",
@@ -96,11 +96,11 @@ def test_verdicts():
 def test_a_guidance_without_log_h_is_audited_too():
     tilted = tj.guidance.toward(MODEL, tj.Tilted(MODEL, REWARD, 1.0), REWARD, 1.0)
     conjugate = tj.Conjugate(
-        MODEL, lambda x: REWARD(x), 1.0, variance=tj.calibrate(MODEL, jax.random.key(0), num=300)
+        MODEL, lambda x: REWARD(x), 1.0, variance=tj.calibrate(jax.random.key(0), MODEL, num=300)
     )
     for guidance in (tilted, conjugate):
         report = tj.audit(jax.random.key(3), MODEL, guidance, num=2000, steps=50)
-        assert report.share > 0.5
+        assert report.ess_fraction > 0.5
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.6, 1.0])

@@ -105,13 +105,45 @@ ROWS = [
     (LAPLACE, proposals.Children(2), P.Difference(), R.multinomial, 1.0, T.Polynomial(1.0), {}),
     (LAPLACE, GUIDED, P.Difference(), R.systematic, 0.0, None, {}),
     (DPS, BASE, P.Difference(), R.multinomial, 1.0, ADAPTIVE, {}),
-    (DPS, BASE, P.Max(), R.multinomial, 1.0, None, {"schedule": tj.weighted.potentials.ResampleSchedule(4, start=3, stop=15)}),
-    (DPS, GUIDED, P.Sum(), R.systematic, 0.9, T.Exponential(), {"schedule": tj.weighted.potentials.ResampleSchedule(5, start=9)}),
+    (
+        DPS,
+        BASE,
+        P.Max(),
+        R.multinomial,
+        1.0,
+        None,
+        {"schedule": tj.weighted.potentials.ResampleSchedule(4, start=3, stop=15)},
+    ),
+    (
+        DPS,
+        GUIDED,
+        P.Sum(),
+        R.systematic,
+        0.9,
+        T.Exponential(),
+        {"schedule": tj.weighted.potentials.ResampleSchedule(5, start=9)},
+    ),
     (DRAWS, GUIDED, P.Difference(), R.systematic, 1.0, None, {"twist": LAPLACE}),
-    (LAPLACE, GUIDED, P.Immediate(), R.stratified, 1.0, T.Polynomial(2.0), {"twist": DRAWS4} | TWICE),
+    (
+        LAPLACE,
+        GUIDED,
+        P.Immediate(),
+        R.stratified,
+        1.0,
+        T.Polynomial(2.0),
+        {"twist": DRAWS4} | TWICE,
+    ),
     (DPS, GUIDED, P.Difference(), R.ssp, 0.7, None, {"solver": tj.Ancestral(0.5)}),
-    (LAPLACE, SHIFTED, P.Difference(), R.stratified, 0.7, T.Exponential(), {"solver": tj.Ancestral(0.5)}),
-]  # fmt: skip
+    (
+        LAPLACE,
+        SHIFTED,
+        P.Difference(),
+        R.stratified,
+        0.7,
+        T.Exponential(),
+        {"solver": tj.Ancestral(0.5)},
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +164,14 @@ def _row(row):
 def test_the_normalizing_constant_is_unbiased(row, truths):
     guidance, proposal, potential, scheme, threshold, temper, extra = row
     values = log_norms(
-        guidance, proposal=proposal, potential=potential, resample=scheme, ess_threshold=threshold, tempering=temper, **extra
-    )  # fmt: skip
+        guidance,
+        proposal=proposal,
+        potential=potential,
+        resample=scheme,
+        ess_threshold=threshold,
+        tempering=temper,
+        **extra,
+    )
     off, error, largest = deviation(values, truths[0.5 if "solver" in extra else 1.0])
     assert error < 0.06
     assert largest < 0.05
@@ -221,7 +259,7 @@ def test_batches_jit_and_the_number_of_particles_change_nothing():
     )
     whole = run()
     assert np.any(whole.trace.resampled)
-    for other in (run(batch=7), jax.jit(run)()):
+    for other in (run(chunk_size=7), jax.jit(run)()):
         np.testing.assert_allclose(other.x, whole.x, atol=1e-9)
         np.testing.assert_allclose(other.log_norm, whole.log_norm, atol=1e-9)
     first = tj.smc(jax.random.key(2), MODEL, DPS, num=10, steps=STEPS, ess_threshold=0.0)
@@ -231,9 +269,16 @@ def test_batches_jit_and_the_number_of_particles_change_nothing():
 
 def test_the_trace_says_what_happened():
     particles = tj.smc(
-        jax.random.key(3), MODEL, DPS, num=200, steps=STEPS, proposal=BASE, tempering=T.Exponential(), ess_threshold=0.8,
+        jax.random.key(3),
+        MODEL,
+        DPS,
+        num=200,
+        steps=STEPS,
+        proposal=BASE,
+        tempering=T.Exponential(),
+        ess_threshold=0.8,
         schedule=tj.weighted.potentials.ResampleSchedule(3, start=2, stop=14),
-    )  # fmt: skip
+    )
     trace = particles.trace
     assert trace.ess.shape == trace.tempering.shape == trace.resampled.shape == (STEPS,)
     assert set(np.flatnonzero(trace.resampled)) <= {2, 5, 8, 11, 14}
@@ -271,7 +316,7 @@ def test_the_genealogys_standard_error_is_that_of_repeated_runs():
 @pytest.mark.parametrize("drift", ["tilted", "conjugate"])
 def test_drifts_that_weigh_nothing_take_any_twist(drift):
     scale = 1.0
-    table = tj.calibrate(MODEL, jax.random.key(0), num=200)
+    table = tj.calibrate(jax.random.key(0), MODEL, num=200)
     guidance = {
         "tilted": tj.guidance.toward(MODEL, tj.Tilted(MODEL, REWARD, scale), REWARD, scale),
         "conjugate": tj.Conjugate(MODEL, lambda x: REWARD(x), scale, variance=table),

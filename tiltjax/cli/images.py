@@ -1,26 +1,26 @@
-r"""Pictures of FLUX.1 by the command line:
-`python -m tiltjax.flux --model FOLDER --prompt "..." --reward blueness --method plug-in`.
+r"""`tiltjax images` makes images of FLUX.1:
+`tiltjax images --model FOLDER --prompt "..." --reward blueness --method plug-in`.
 
-| method | a picture is |
+| method | an image is |
 |---|---|
 | `none` | a sample of the model |
-| `plug-in` | guided as published: `--particles` draws, `--snr-factor`, gradients of `--length`, `--guided` steps from `--first` |
-| `fmrg` | the same without noise added: one look ahead along the flow map |
+| `plug-in` | guided as published: `--particles` draws, gradients of `--length`, `--guided` steps |
+| `fmrg` | the same without noise added: one prediction along the flow map |
 | `damped` | the same as plug-in, damped with `--sigma` |
 | `best-of-n` | the best of `--particles` samples |
-| `conjugate` | guided by variational conjugate tilting at `--scale`: no gradient of the network; its variance is calibrated first |
-| `weighted` | drawn by weight from `--particles` weighted particles (sequential Monte Carlo) at `--scale` |
+| `conjugate` | guided by variational conjugate tilting at `--scale`, without network gradients |
+| `weighted` | drawn by weight from `--particles` particles (sequential Monte Carlo) at `--scale` |
 
-Picture i depends on the seed and i alone. An interrupted batch is continued by the same command;
-see `tiltjax.flux.album`.
+Image i depends on the seed and i alone. The same command continues an interrupted run; see
+`tiltjax.images.folders`. The variance of `conjugate` is calibrated first.
 """
 
-import argparse
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -30,229 +30,132 @@ import numpy as np
 from jaxtyping import Array
 
 import tiltjax as tj
-from tiltjax import _checks
-from tiltjax.images import flux, folders, prompts
-from tiltjax.images import rewards as image_rewards
-from tiltjax.images.flux import FluxModel, Lookahead, published
+from tiltjax.images import flux, folders, prompts, rewards
 from tiltjax.images.networks import clip
 
 REGIONS = {
-    "top-right": image_rewards.top_right_circle,
-    "center": image_rewards.center_circle,
-    "bottom": image_rewards.bottom_half,
+    "top-right": rewards.top_right_circle,
+    "center": rewards.center_circle,
+    "bottom": rewards.bottom_half,
 }
-REWARDS: dict[str, Callable[[argparse.Namespace], Callable]] = {
-    "blueness": lambda options: image_rewards.blueness,
-    "blue-minus-red-green": lambda options: image_rewards.blue_minus_red_green,
-    "blue-minus-half-red-green": lambda options: image_rewards.blue_minus_half_red_green,
-    "brightness": lambda options: image_rewards.MaskedBrightness(
+REWARDS: dict[str, Callable[[SimpleNamespace], Callable]] = {
+    "blueness": lambda options: rewards.blueness,
+    "blue-minus-red-green": lambda options: rewards.blue_minus_red_green,
+    "blue-minus-half-red-green": lambda options: rewards.blue_minus_half_red_green,
+    "brightness": lambda options: rewards.MaskedBrightness(
         REGIONS[options.region](options.height, options.width)
     ),
-    "symmetry": lambda options: image_rewards.symmetry,
-    "antisymmetry": lambda options: image_rewards.antisymmetry,
-    "rotation": lambda options: image_rewards.rotation,
-    "palette": lambda options: image_rewards.Palette(_color(options.palette)),
+    "symmetry": lambda options: rewards.symmetry,
+    "antisymmetry": lambda options: rewards.antisymmetry,
+    "rotation": lambda options: rewards.rotation,
+    "palette": lambda options: rewards.Palette(_color(options.palette)),
     "clip": lambda options: _clip_score(options),
 }
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_ONE_PARTICLE = ("none", "fmrg", "conjugate")
+_GRADIENT = ("plug-in", "fmrg", "damped")
+_WITHOUT_EFFECT = ("output", "images", "quiet", "chunk_size", "size")  # on an image
 _CALIBRATION = {"num": 4, "levels": 12}
+_LESS_MEMORY = (
+    "Options that take less: --dtype bfloat16, --remat, --attention cudnn (on a GPU), fewer "
+    "--particles, --chunk-size 1, a smaller --size"
+)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Make the pictures; the exit status is 0, 2 after a sentence about what was wrong, or 130 when
-    interrupted.
+def run(options: SimpleNamespace) -> None:
+    """Make the images that are missing. `options`: those of the command, by name.
+
+    **Raises:** `MemoryError`, also for that of the device, which names options that take less.
     """
-    options = _parse(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest: print(
-                f"tiltjax: {message}", file=sys.stderr
-            )
-            warnings.simplefilter("always", UserWarning)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: print(f"tiltjax: {message}", file=sys.stderr)
+        warnings.simplefilter("always", UserWarning)
+        try:
             _make(options)
-    except MemoryError as error:
-        print(f"tiltjax: {error}. {_LESS}", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        print(f"tiltjax: {error}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            f"tiltjax: the device is out of memory ({str(error).splitlines()[0]}). {_LESS}",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("tiltjax: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        except MemoryError as error:
+            raise MemoryError(f"{error}. {_LESS_MEMORY}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise MemoryError(f"the device is out of memory ({reason}). {_LESS_MEMORY}") from error
 
 
-_LESS = "Here: --dtype bfloat16, --remat, --attention cudnn (on a GPU), fewer --particles, --batch 1, a smaller --size"
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiltjax.flux",
-        description="Reward-guided pictures of FLUX.1.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="a folder laid out as published, a hub name, or tiny")
-    add("--adapters", help="safetensors of low-rank adapters to merge, such as those of a flow map")
-    add("--prompt", required=True)
-    add("--output", default="pictures", help="folder of the pictures")
-    add("--images", type=int, default=1, help="how many pictures")
-    add("--seed", type=int, default=0)
-    add(
-        "--size",
-        type=_size,
-        default=None,
-        metavar="N or HxW",
-        help="multiples of 16 (None: 512, or what a smaller model was trained on)",
-    )
-    add("--steps", type=int, default=28)
-    add(
-        "--cfg",
-        type=float,
-        default=None,
-        help="the distilled guidance scale (None: 3.5 where there is one)",
-    )
-    add("--reward", choices=sorted(REWARDS), default="blueness")
-    add("--region", choices=sorted(REGIONS), default="center", help="of brightness")
-    add(
-        "--palette",
-        default="ocean",
-        help=f"{', '.join(image_rewards.PALETTES)}, or R,G,B in [0, 1]",
-    )
-    add(
-        "--clip",
-        help="folder of a CLIP of both towers, for the reward clip (None: the one that comes with the model)",
-    )
-    add("--method", choices=sorted(METHODS), default="plug-in")
-    add(
-        "--particles",
-        type=int,
-        default=1,
-        help="draws of plug-in and damped, candidates of best-of-n, particles of weighted",
-    )
-    add("--scale", type=float, default=1.0, help="of the reward: in weights, and of the tilt")
-    add(
-        "--length",
-        type=float,
-        default=10.0,
-        help="of every gradient; 0 leaves it scale times what it is",
-    )
-    add(
-        "--snr-factor", type=float, default=5.0, help="by which the snr falls before the look ahead"
-    )
-    add("--sigma", type=float, default=1.0, help="of the damping, in units of a latent")
-    add("--limit", type=float, default=20.0, help="of the coefficient (1 - t) / t")
-    add("--first", type=int, default=1, help="the first guided step, from 0")
-    add("--guided", type=int, default=5, help="how many steps are guided")
-    add(
-        "--batch",
-        type=int,
-        default=None,
-        help="how many particles are evaluated at once (None: all)",
-    )
-    add(
-        "--dtype",
-        choices=sorted(DTYPES),
-        default="float32" if jax.default_backend() == "cpu" else "bfloat16",
-    )
-    add(
-        "--remat",
-        action="store_true",
-        help="compute blocks again for the gradient: less memory, more time",
-    )
-    add("--attention", choices=("xla", "cudnn"), default="xla")
-    add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(arguments)
-
-
-def _size(value: str) -> tuple[int, int]:
-    try:
-        sides = [int(side) for side in value.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise argparse.ArgumentTypeError(
-            f"expected a number, or HxW such as 512x768, got {value!r}"
-        )
-    return sides[0], sides[-1]
-
-
-def _color(value: str) -> Any:
-    if value in image_rewards.PALETTES:
-        return image_rewards.PALETTES[value]
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
+def _make(options: SimpleNamespace) -> None:
+    if options.particles > 1 and options.method in _ONE_PARTICLE:
         raise ValueError(
-            f"--palette is one of {', '.join(image_rewards.PALETTES)}, or R,G,B, got {value!r}"
-        ) from None
-
-
-def _clip_score(options: argparse.Namespace) -> Callable:
-    folder = words = options.clip
-    if folder is None:
-        folder, words = (flux.located(options.model) / part for part in ("clip", "tokenizer"))
-        if not folder.is_dir():
-            raise ValueError(
-                "the reward clip needs --clip, the folder of a CLIP such as a copy of "
-                "openai/clip-vit-large-patch14"
-            )
-    judge = clip.load(folder)
-    tokenizer = prompts.clip_tokenizer(words, judge.config.text_config.max_position_embeddings)
-    return image_rewards.ClipScore(judge, tokenizer(options.prompt))
-
-
-# What does not decide a picture.
-_ASIDE = ("output", "images", "quiet", "batch", "size")
-
-
-def _make(options: argparse.Namespace) -> None:
-    num, particles = (
-        _checks.count(options.images, "--images"),
-        _checks.count(options.particles, "--particles"),
-    )
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed must lie between 0 and 2^32 - 1, got {options.seed}")
-    if options.particles > 1 and options.method in ("none", "fmrg", "conjugate"):
-        raise ValueError(
-            f"--method {options.method} makes a picture of one particle: leave --particles out"
+            f"--method {options.method} makes an image of one particle: leave --particles out"
         )
-    options.height, options.width = options.size or (flux.usual_size(options.model),) * 2
+    options.height, options.width = _size(options.size) or (flux.usual_size(options.model),) * 2
+    on_cpu = jax.default_backend() == "cpu"
+    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     reward = REWARDS[options.reward](options)
-    settings = {name: value for name, value in sorted(vars(options).items()) if name not in _ASIDE}
+    settings = {
+        name: value for name, value in sorted(vars(options).items()) if name not in _WITHOUT_EFFECT
+    }
     notes = {
         "tiltjax": tj.__version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    book = folders.Album(options.output, settings, notes)
-    missing = book.missing(num)
+    folder = folders.ImageFolder(options.output, settings, notes)
+    num = options.images
+    missing = folder.missing(num)
     if len(missing) < num:
-        print(f"{num - len(missing)} of {num} pictures are there")
+        print(f"{num - len(missing)} of {num} images are there")
     if missing:
-        _fill(book, missing, options, reward, particles)
-    values = np.asarray([book.rewards[number] for number in range(num)])
+        _fill(folder, missing, options, reward)
+    values = np.asarray([folder.rewards[number] for number in range(num)])
     error = f" ± {values.std(ddof=1) / np.sqrt(num):.4f}" if num > 1 else ""
-    print(f"mean {options.reward} of {num}: {values.mean():+.4f}{error}, in {book.folder}")
+    print(f"mean {options.reward} of {num}: {values.mean():+.4f}{error}, in {folder.folder}")
+
+
+def _size(value: str | None) -> tuple[int, int] | None:
+    """Height and width."""
+    if value is None:
+        return None
+    try:
+        sides = [int(side) for side in value.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError(f"--size must be a number, or HxW such as 512x768, got {value!r}")
+    return sides[0], sides[-1]
+
+
+def _color(value: str) -> Any:
+    if value in rewards.PALETTES:
+        return rewards.PALETTES[value]
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--palette must be one of {', '.join(rewards.PALETTES)}, or R,G,B, got {value!r}"
+        ) from None
+
+
+def _clip_score(options: SimpleNamespace) -> Callable:
+    folder = tokenizer_folder = options.clip
+    if folder is None:
+        model = flux.located(options.model)
+        folder, tokenizer_folder = model / "clip", model / "tokenizer"
+        if not folder.is_dir():
+            raise ValueError(
+                "the reward clip needs --clip, the folder of a CLIP such as a copy of "
+                "openai/clip-vit-large-patch14"
+            )
+    network = clip.load(folder)
+    positions = network.config.text_config.max_position_embeddings
+    tokenizer = prompts.clip_tokenizer(tokenizer_folder, positions)
+    return rewards.ClipScore(network, tokenizer(options.prompt))
 
 
 def _fill(
-    book: folders.Album,
-    missing: list[int],
-    options: argparse.Namespace,
-    reward: Callable,
-    particles: int,
+    folder: folders.ImageFolder, missing: list[int], options: SimpleNamespace, reward: Callable
 ) -> None:
-    guides = options.method in ("plug-in", "fmrg", "damped")
-    at_once = particles if options.batch is None or guides else min(options.batch, particles)
+    gradient = options.method in _GRADIENT
+    chunk_size = options.particles
+    if options.chunk_size is not None and not gradient:
+        chunk_size = min(options.chunk_size, chunk_size)
     model = flux.load_model(
         options.model,
         options.prompt,
@@ -260,121 +163,144 @@ def _fill(
         width=options.width,
         guidance=options.cfg,
         adapters=options.adapters,
-        dtype=DTYPES[options.dtype],
+        dtype=jnp.dtype(options.dtype),
         remat=options.remat,
         attention=options.attention,
-        batch=at_once,
-        gradient=guides,
-        available=_host_memory() if jax.default_backend() == "cpu" else None,
+        chunk_size=chunk_size,
+        gradient=gradient,
+        available=_system_memory() if jax.default_backend() == "cpu" else None,
     )
     grid = flux.schedule(options.model, model, options.steps)
-    run = METHODS[options.method](model, reward, grid, options)
-    judge = tj.rewards.as_reward(reward)
+    draw = METHODS[options.method](model, reward, grid, options)
+    scalar = tj.rewards.as_reward(reward)
     for number in missing:
         start = time.perf_counter()
-        latent = run(jax.random.fold_in(jax.random.key(options.seed), number))
-        picture, value = _judged(model, judge, latent)
-        path = book.add(number, np.asarray(picture), float(value))
-        print(
-            f"{path.name}  {options.reward} {float(value):+.4f}  {time.perf_counter() - start:.1f} "
-            "s",
-            flush=True,
-        )
+        latent = draw(jax.random.fold_in(jax.random.key(options.seed), number))
+        image, value = _decoded(model, scalar, latent)
+        file = folder.add(number, np.asarray(image), float(value))
+        seconds = time.perf_counter() - start
+        print(f"{file.name}  {options.reward} {float(value):+.4f}  {seconds:.1f} s", flush=True)
 
 
 @eqx.filter_jit
-def _judged(model: FluxModel, reward: Callable, latent: Array) -> tuple[Array, Array]:
-    picture = model.decode(latent)
-    return picture, reward(jnp.clip(picture, 0, 1))
+def _decoded(model: flux.FluxModel, reward: Callable, latent: Array) -> tuple[Array, Array]:
+    """The image of a latent, and its reward."""
+    image = model.decode(latent)
+    return image, reward(jnp.clip(image, 0, 1))
 
 
-def _host_memory() -> int | None:
-    """Bytes of this machine, where it says."""
+def _system_memory() -> int | None:
+    """Bytes of this machine, where the system tells them."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# Each method: the settings, prepared once; then a latent for a key.
-Run = Callable[[Array], Array]
+# A method makes its settings once, and returns the function that draws a latent for a key.
+Draw = Callable[[Array], Array]
+Prepare = Callable[[flux.FluxModel, Callable, Array, SimpleNamespace], Draw]
 
 
-def _unguided(model: FluxModel, reward: Callable, grid: Array, options: argparse.Namespace) -> Run:
-    plain = _plain(model, grid, options)
-    return lambda key: tj.sample(key, num=1, **plain).x[0]
+def _unguided(
+    model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace
+) -> Draw:
+    settings = _unguided_settings(model, grid, options)
+    return lambda key: tj.sample(key, num=1, **settings).x[0]
 
 
-def _plain(model: FluxModel, grid: Array, options: argparse.Namespace) -> dict[str, Any]:
-    leaping = model.leaping(grid) if model.parts.transformer.config.dual_time else model
+def _unguided_settings(
+    model: flux.FluxModel, grid: Array, options: SimpleNamespace
+) -> dict[str, Any]:
     return {
-        "model": leaping,
+        "model": model.leaping(grid) if model.parts.transformer.config.dual_time else model,
         "times": grid,
         "solver": tj.Euler(),
-        "batch": options.batch,
+        "chunk_size": options.chunk_size,
         "progress": not options.quiet,
     }
 
 
-def _guided(
-    model: FluxModel, reward: Callable, grid: Array, options: argparse.Namespace, **over: Any
-) -> Run:
-    settings = {"k": options.particles, "snr_factor": options.snr_factor, **over}
-    settings |= {"scale": options.scale, "length": options.length or None, "limit": options.limit}
-    run = published(
-        model, reward, first=options.first, guided=options.guided, grid=grid, **settings
-    )
-    return lambda key: tj.sample(key, num=1, **run, progress=not options.quiet).x[0]
+def _published(
+    model: flux.FluxModel,
+    reward: Callable,
+    grid: Array,
+    options: SimpleNamespace,
+    **changes: Any,
+) -> Draw:
+    settings = {
+        "grid": grid,
+        "first": options.first,
+        "guided": options.guided,
+        "k": options.particles,
+        "snr_factor": options.snr_factor,
+        "scale": options.scale,
+        "length": options.length or None,
+        "limit": options.limit,
+        "progress": not options.quiet,
+        **changes,
+    }
+    return lambda key: flux.published(key, model, reward, **settings).x[0]
 
 
-def _best(model: FluxModel, reward: Callable, grid: Array, options: argparse.Namespace) -> Run:
-    plain, judge = _plain(model, grid, options), image_rewards.Decoded(model.decode, reward)
-    n = options.particles
-    return lambda key: tj.best_of_n(tj.sample(key, num=n, **plain), judge, n).x[0]
+def _fmrg(model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace) -> Draw:
+    return _published(model, reward, grid, options, snr_factor=1.0)
 
 
-def _conjugate(model: FluxModel, reward: Callable, grid: Array, options: argparse.Namespace) -> Run:
-    # Calibrated on the model's own samples, from keys that no picture has.
-    first, second = jax.random.split(jax.random.key(2**31))
-    data = tj.sample(first, num=_CALIBRATION["num"], **_plain(model, grid, options)).x
+def _damped(model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace) -> Draw:
+    return _published(model, reward, grid, options, sigma=options.sigma)
+
+
+def _best_of_n(
+    model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace
+) -> Draw:
+    settings, n = _unguided_settings(model, grid, options), options.particles
+    of_latent = rewards.Decoded(model.decode, reward)
+    return lambda key: tj.best_of_n(tj.sample(key, num=n, **settings), of_latent, n).x[0]
+
+
+def _conjugate(
+    model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace
+) -> Draw:
+    # Calibrated on the model's own samples, from keys of no image.
+    key_samples, key_levels = jax.random.split(jax.random.key(2**31))
+    settings = _unguided_settings(model, grid, options)
+    data = tj.sample(key_samples, num=_CALIBRATION["num"], **settings).x
     variance = tj.calibrate(
-        model, second, levels=_CALIBRATION["levels"], data=data, chunk_size=options.batch
+        key_levels, model, levels=_CALIBRATION["levels"], data=data, chunk_size=options.chunk_size
     )
-    guidance = tj.Conjugate(
-        model, image_rewards.Decoded(model.decode, reward), options.scale, variance=variance
-    )
-    run = {"times": grid, "solver": tj.Euler(), "progress": not options.quiet}
-    return lambda key: tj.sample(key, model, guidance, num=1, **run).x[0]
+    of_latent = rewards.Decoded(model.decode, reward)
+    guidance = tj.Conjugate(model, of_latent, options.scale, variance=variance)
+    settings = {"times": grid, "solver": tj.Euler(), "progress": not options.quiet}
+    return lambda key: tj.sample(key, model, guidance, num=1, **settings).x[0]
 
 
-def _weighted(model: FluxModel, reward: Callable, grid: Array, options: argparse.Namespace) -> Run:
+def _weighted(
+    model: flux.FluxModel, reward: Callable, grid: Array, options: SimpleNamespace
+) -> Draw:
     dual = model.parts.transformer.config.dual_time
-    posterior = Lookahead(model, options.snr_factor) if dual else tj.Tweedie(model)
-    twist = tj.PlugIn(posterior, image_rewards.Decoded(model.decode, reward), options.scale)
+    posterior = flux.Lookahead(model, options.snr_factor) if dual else tj.Tweedie(model)
+    twist = tj.PlugIn(posterior, rewards.Decoded(model.decode, reward), options.scale)
     settings = {
         "num": options.particles,
         "times": grid,
         "proposal": tj.weighted.proposals.Base(),
-        "batch": options.batch,
+        "chunk_size": options.chunk_size,
+        "progress": not options.quiet,
     }
 
-    def run(key: Array) -> Array:
+    def draw(key: Array) -> Array:
         key_run, key_draw = jax.random.split(key)
-        found = tj.smc(key_run, model, twist, **settings, progress=not options.quiet)
-        return found.resample(key_draw, 1)[0]
+        return tj.smc(key_run, model, twist, **settings).resample(key_draw, 1)[0]
 
-    return run
+    return draw
 
 
-METHODS: dict[str, Callable[..., Run]] = {
+METHODS: dict[str, Prepare] = {
     "none": _unguided,
-    "plug-in": _guided,
-    "fmrg": lambda *given: _guided(*given, snr_factor=1.0),
-    "damped": lambda model, reward, grid, options: _guided(
-        model, reward, grid, options, sigma=options.sigma
-    ),
-    "best-of-n": _best,
+    "plug-in": _published,
+    "fmrg": _fmrg,
+    "damped": _damped,
+    "best-of-n": _best_of_n,
     "conjugate": _conjugate,
     "weighted": _weighted,
 }
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,15 @@
 r"""Rewards outside of JAX: a NumPy function, a PyTorch network, a service on another machine.
 
-    particles x draws --vmap--> one batch (n, *shape) --host--> fn --> values (n,)                    r(x)
-                                                            value_and_grad --> values, gradients      r(x), ∇r(x), in one call
+    particles x draws --vmap--> one batch (n, *shape) --host--> fn --> values (n,)      r(x)
+                                                            value_and_grad --> values, gradients
+                                                                r(x), ∇r(x), in one call
 
 `External(fn)` is a reward like any other: it adds, scales, and stands inside compiled, batched and
 scanned loops. However deeply it is batched, `fn` sees one flat batch. What a method asks of it:
 
 | asks for | methods |
 |---|---|
-| values alone | `best_of_n`, `softmax_of_n`; `smc` with `ValueOnly` and `proposals.Base()`; `smc(..., ess_threshold=0)` |
+| values alone | selection; `smc` with `ValueOnly` and `proposals.Base()`; `ess_threshold=0` |
 | gradients | `PlugIn`, `dps`, `fmrg`, `Conjugate`: give `value_and_grad`, or use `from_torch` |
 | second derivatives | `Laplace`: not with these rewards |
 

@@ -129,13 +129,19 @@ def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
 
 
 def failures(x: Array, estimate: Estimate) -> Array:
-    """Which of `particles.CULPRITS` an estimate at a state shows, `(5,)`: a state that is not
+    """Which of `particles.FAILURES` an estimate at a state shows, `(5,)`: a state that is not
     finite explains everything after it.
     """
     unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
     finite = lambda value: jnp.all(jnp.isfinite(value))
     # -inf is a value like any other: a constraint that is violated.
     log_h = jnp.ones((), bool) if estimate.log_h is None else estimate.log_h < jnp.inf
-    return jnp.stack([
-        finite(x) & ~finite(unguided), finite(x) & ~log_h, finite(x) & ~finite(estimate.tilted), ~finite(x), jnp.zeros((), bool)
-    ])  # fmt: skip
+    return jnp.stack(
+        [
+            finite(x) & ~finite(unguided),
+            finite(x) & ~log_h,
+            finite(x) & ~finite(estimate.tilted),
+            ~finite(x),
+            jnp.zeros((), bool),
+        ]
+    )

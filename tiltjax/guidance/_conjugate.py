@@ -139,20 +139,21 @@ class Conjugate(Guidance):
     | isotropic draws | `iterations + 1` | `iterations * (draws + 2)` |
     | `anisotropic=True` | `iterations * (1 + draws / 2) + 1` | `iterations * (draws + 2)` |
 
-    and no derivative of the network. Measured against known tilts (`benchmarks/any_reward.py`,
-    `benchmarks/checkerboard.py`): closest of all guidances to the tilt on bumps, kinks, plateaus
-    and wells, in 1 to 100 dimensions, mode masses off by up to a tenth; on a reward that is flat
-    between modes and stiff across them it is wrong, one mode takes nearly all.
+    and no derivative of the network. Measured against known tilts
+    (`benchmarks/rewards/any_reward.py`, `benchmarks/accuracy/checkerboard.py`): closest of all
+    guidances to the tilt on bumps, kinks, plateaus and wells, in 1 to 100 dimensions, mode masses
+    off by up to a tenth; on a reward that is flat between modes and stiff across them it is wrong,
+    one mode takes nearly all.
 
     **Arguments:**
 
     - `model`; `reward`, differentiable almost everywhere and without jumps; `scale >= 0`.
     - `iterations`: refinements of the fit an evaluation, from the previous step's.
     - `draws`: an even number, antithetic pairs.
-    - `smoothing`: the share of the previous curvature kept in each iteration, in [0, 1). It averages the
-      draws' noise over steps: steadier for stiff rewards; for smooth ones 0 has the smaller bias
-      (on the checkerboard 1% of the trace instead of 6%).
-    - `variance`: `v(snr)`, from `calibrate(model, key)`, or any function; calibrated here by
+    - `smoothing`: the share of the previous curvature kept in each iteration, in [0, 1). It
+      averages the draws' noise over steps: steadier for stiff rewards; for smooth ones 0 has the
+      smaller bias (on the checkerboard 1% of the trace instead of 6%).
+    - `variance`: `v(snr)`, from `calibrate(key, model)`, or any function; calibrated here by
       default. Or `Probe()`.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of
       different widths in different directions.

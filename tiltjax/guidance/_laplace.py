@@ -18,7 +18,8 @@ class Laplace(Guidance):
     With `m = D_t(x)`, `J = ∂D/∂x`, `P = (sigma^2 / alpha) J` (Tweedie's second identity;
     symmetrized, as a learned Jacobian is not) and the curvature `H = -∇^2 r(m)`,
 
-        log h = scale r(m) - logdet(I + scale P H) / 2 + scale^2 g^T (I + scale P H)^-1 P g / 2,    g = ∇r(m)
+        log h = scale r(m) - logdet(I + scale P H) / 2 + scale^2 g^T (I + scale P H)^-1 P g / 2,
+            g = ∇r(m)
         score = J^T (I + scale H P)^-1 scale g,
 
     the score with J and H held fixed: differentiating through them is worse. Exact for a Gaussian

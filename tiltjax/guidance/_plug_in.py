@@ -100,7 +100,8 @@ def fmrg(
     end-point.
 
     The gradient is not multiplied by `g_t^2 / 2`, so it is no h-transform; what it samples for one
-    Gaussian is `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `inner_steps` of the inner `FlowMap`.
+    Gaussian is `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `inner_steps` of the inner
+    `FlowMap`.
 
     Source: Dandapanthula and Boffi (arXiv 2606.02884).
     """

@@ -69,7 +69,10 @@ class Tuned(Guidance):
         if callable(weight) and not isinstance(weight, eqx.Module):
             # A reward would do as one: it takes a number, too, and Tuned any finite answer.
             raise TypeError(
-                f"the third argument of Tuned is a weight, got {getattr(weight, '__name__', type(weight).__name__)}: "
+                "the third argument of Tuned is a weight, got "
+                f"{getattr(weight, '__name__', type(weight).__name__)}: "
+                ""
+                ""
                 "a reward goes by name, "
                 "reward=; a weight is a number, power(p), step(f), or a function of t as an "
                 "equinox.Module"

@@ -2,10 +2,10 @@ r"""Guidances made of guidances: when one acts, how strongly, and the mean of se
 
 | wrapper | score | what it is for |
 |---|---|---|
-| `Window(guidance, start, stop)` | as it is for `start <= t < stop`, zero elsewhere | guidance at a few steps; what is outside costs nothing |
-| `Capped(guidance, limit)` | times `min(1, limit / (g_t^2 / 2))` | the factor with which it enters the drift is bounded near the noise |
-| `Shortened(guidance, sigma)` | `s / (1 + 2 abs(s) v_t)` | `Damped`, with the score's own length for the scale |
-| `Averaged(guidance, k)` | `sum_i w_i s_i`, `w` the softmax of `log h_i` | k draws of a guidance that is wrapped by itself |
+| `Window(guidance, start, stop)` | as it is for `start <= t < stop`, else zero | fewer calls |
+| `GainCapped(guidance, limit)` | times `min(1, limit / (g_t^2 / 2))` | a bounded gain |
+| `NormDamped(guidance, sigma)` | `s / (1 + 2 abs(s) v_t)` | `Damped` at its own length |
+| `Averaged(guidance, k)` | `sum_i w_i s_i`, `w` the softmax of `log h_i` | k draws |
 
 `v_t = sigma^2 / (1 + sigma^2 snr_t)` is the variance of a Gaussian of width sigma that is seen at
 time t. Together with `Normalized` these are what published pipelines for text-to-image models are

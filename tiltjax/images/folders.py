@@ -1,11 +1,11 @@
-r"""A folder of pictures that can be continued: each is made once, by its number, whatever was
+r"""A folder of images that can be continued: each is made once, by its number, whatever was
 interrupted.
 
     folder/  settings.json   rewards.json   0000.png   0001.png   ...
 
-`settings.json` holds what decides the pictures, and, apart from it, where they were made. A folder
-takes pictures of one setting only: with others it is refused, with a list of what differs. A
-picture counts as made when its file and its reward are there; files are written whole or not at
+`settings.json` holds what decides the images, and, apart from it, where they were made. A folder
+takes images of one setting only: with others it is refused, with a list of what differs. An
+image counts as made when its file and its reward are there; files are written whole or not at
 all.
 """
 
@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 
 
-def imaging() -> Any:
+def pillow() -> Any:
     """Pillow. **Raises:** `ImportError` that names the extra."""
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("pictures are written by Pillow: pip install 'tiltjax[flux]'") from error
+        raise ImportError("images are written by Pillow: pip install 'tiltjax[images]'") from error
     return Image
 
 
-class Album:
-    """A folder of numbered pictures of one setting.
+class ImageFolder:
+    """A folder of numbered images of one setting.
 
-    **Arguments:** `folder`, made if it is not there; `settings`, what decides the pictures:
+    **Arguments:** `folder`, made if it is not there; `settings`, what decides the images:
     numbers, strings, lists, dictionaries; `notes`, what does not. **Raises:** `ValueError` for a
     folder of other settings, listing what differs; `ImportError` without Pillow.
     """
@@ -40,23 +40,22 @@ class Album:
         self, folder: str | os.PathLike, settings: Mapping[str, Any], notes: Mapping[str, Any]
     ):
         self.folder = Path(folder)
-        imaging()
+        pillow()
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: pictures need a folder")
+            raise ValueError(f"{self.folder} is a file: images need a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))  # as they are read again
-        kept = self._read("settings.json").get("settings")
-        if kept is not None and kept != settings:
-            names = [
-                name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)
-            ]
+        earlier = self._read("settings.json").get("settings")
+        if earlier is not None and earlier != settings:
             differ = ", ".join(
-                f"{name} {kept.get(name)!r}, now {settings.get(name)!r}" for name in names
+                f"{name} {earlier.get(name)!r}, now {settings.get(name)!r}"
+                for name in sorted({*earlier, *settings})
+                if earlier.get(name) != settings.get(name)
             )
             raise ValueError(
-                f"{self.folder} holds pictures of other settings ({differ}): give another folder"
+                f"{self.folder} holds images of other settings ({differ}): give another folder"
             )
-        if kept is None:
+        if earlier is None:
             if strays := sorted(path.name for path in self.folder.glob("[0-9]*.png")):
                 raise ValueError(
                     f"{self.folder} holds {', '.join(strays[:4])} and no settings.json: give "
@@ -66,40 +65,40 @@ class Album:
 
     @property
     def rewards(self) -> dict[int, float]:
-        """The rewards of the pictures that are made, by their numbers."""
+        """The rewards of the images that are made, by their numbers."""
         found = {int(name): value for name, value in self._read("rewards.json").items()}
         return {number: found[number] for number in sorted(found) if self.path(number).is_file()}
 
     def path(self, number: int) -> Path:
-        """Where a picture is, or will be."""
+        """Where an image is, or will be."""
         return self.folder / f"{number:04d}.png"
 
     def missing(self, num: int) -> list[int]:
-        """Which of the first `num` pictures are not made."""
+        """Which of the first `num` images are not made."""
         made = self.rewards
         return [number for number in range(num) if number not in made]
 
-    def add(self, number: int, picture: np.ndarray, reward: float) -> Path:
-        """Write a picture `(height, width, 3)`, clipped to [0, 1], and its reward.
+    def add(self, number: int, image: np.ndarray, reward: float) -> Path:
+        """Write an image `(height, width, 3)`, clipped to [0, 1], and its reward.
 
-        **Raises:** `FloatingPointError` for a picture or a reward that is NaN or infinite.
+        **Raises:** `FloatingPointError` for an image or a reward that is NaN or infinite.
         """
-        picture = np.asarray(picture, np.float64)
-        if bad := int(np.sum(~np.isfinite(picture))):
+        image = np.asarray(image, np.float64)
+        if bad := int(np.sum(~np.isfinite(image))):
             raise FloatingPointError(
-                f"picture {number}: {bad} of {picture.size} values are not finite though its "
+                f"image {number}: {bad} of {image.size} values are not finite though its "
                 "latent is: it is the decoder that overflows"
             )
         if not math.isfinite(reward):
             raise FloatingPointError(
-                f"picture {number} is finite and its reward is {reward}: look at the reward"
+                f"image {number} is finite and its reward is {reward}: check the reward"
             )
-        levels = np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8)
+        levels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
         path, part = self.path(number), self.folder / f".{number:04d}.part"
-        imaging().fromarray(levels).save(part, format="PNG")
+        pillow().fromarray(levels).save(part, format="PNG")
         os.replace(part, path)
-        kept = self._read("rewards.json")
-        self._write("rewards.json", dict(sorted({**kept, f"{number:04d}": reward}.items())))
+        rewards = {**self._read("rewards.json"), f"{number:04d}": reward}
+        self._write("rewards.json", dict(sorted(rewards.items())))
         return path
 
     def _read(self, name: str) -> dict[str, Any]:

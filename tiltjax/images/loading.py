@@ -3,10 +3,10 @@ hub.
 
 | kind | module | published as |
 |---|---|---|
-| `transformer` | `tiltjax.flux.transformer.Transformer` | `FluxTransformer2DModel`, or the single-file form |
-| `autoencoder` | `tiltjax.flux.autoencoder.Autoencoder` | `AutoencoderKL`, or the single-file form |
-| `clip` | `tiltjax.flux.clip.Text` | `CLIPTextModel`, with or without the prefix `text_model.` |
-| `t5` | `tiltjax.flux.t5.T5` | `T5EncoderModel` |
+| `transformer` | `transformer.Transformer` | `FluxTransformer2DModel`, or the single-file form |
+| `autoencoder` | `autoencoder.Autoencoder` | `AutoencoderKL`, or the single-file form |
+| `clip` | `clip.Text` | `CLIPTextModel`, with or without the prefix `text_model.` |
+| `t5` | `t5.T5` | `T5EncoderModel` |
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from tiltjax.pretrained import adapters as low_rank
 from tiltjax.pretrained import files, key_names, state_dicts
 
 _FOLDERS = {
@@ -29,11 +30,11 @@ KINDS = tuple(_FOLDERS)
 class _Kind(NamedTuple):
     network: Any
     config: Any
-    naming: dict[str, Any]
+    key_names: dict[str, Any]
 
 
 def _kind(kind: str) -> _Kind:
-    # Imported when asked for: a transformer needs no text encoder.
+    # Imported when used: a transformer needs no text encoder.
     if kind == "transformer":
         from tiltjax.images.networks import transformer as module
 
@@ -77,7 +78,7 @@ def from_state_dict(
     - `state_dict`: NumPy arrays by published names, read one by one; those of a transformer and of
       an autoencoder also in the single-file form.
     - `config`: the published JSON configuration, as a dictionary; `dual_time: True` for a flow map
-      (`forms.dual`, `forms.merged`).
+      (`key_names.dual`, `adapters.merged`).
     - `sharding`: `sharding(path, array)`, where a parameter belongs, such as
       `transformer.sharded(mesh)`.
     - `options`: of the module: `dtype`, `param_dtype`, `remat`, ...
@@ -85,8 +86,8 @@ def from_state_dict(
     **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape; for
     another kind or configuration.
     """
-    network, reader, naming = _kind(kind)
-    settings = reader.from_json(config)
+    network, settings_of, naming = _kind(kind)
+    settings = settings_of.from_json(config)
     if kind == "transformer":
         state_dict = key_names.diffusers(state_dict)
     if kind == "autoencoder":
@@ -125,9 +126,9 @@ def load(
     if adapters is not None:
         if kind != "transformer":
             raise ValueError(f"adapters are those of a transformer, got kind = {kind!r}")
-        low_rank = files.read(adapters)
+        factors = files.read(adapters)
         state_dict = key_names.diffusers(state_dict)
-        if key_names.is_dual(low_rank):
+        if key_names.is_dual(factors):
             config, state_dict = {**config, "dual_time": True}, key_names.dual(state_dict)
-        state_dict = adapters.merged(state_dict, low_rank, scale)
+        state_dict = low_rank.merged(state_dict, factors, scale)
     return from_state_dict(kind, state_dict, config, sharding=sharding, **options)

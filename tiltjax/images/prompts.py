@@ -3,8 +3,13 @@ r"""Prompts: text to the two things that FLUX.1 knows of it, once per prompt.
     prompt --CLIP tokenizer--> (start, ids, end, pad, ...), 77   --CLIP-->  pooled state (768,)
            --T5 tokenizer-->   (ids, end, pad, ...), 512         --T5-->    states (512, 4096)
 
-    states, pooled = embed("a red bird", clip=clip, clip_tokenizer=clip_tokenizer(folder / "tokenizer"),
-                           t5=t5, t5_tokenizer=t5_tokenizer(folder / "tokenizer_2"))
+    states, pooled = embed(
+        "a red bird",
+        clip=clip,
+        clip_tokenizer=clip_tokenizer(folder / "tokenizer"),
+        t5=t5,
+        t5_tokenizer=t5_tokenizer(folder / "tokenizer_2"),
+    )
 
 The length of the T5 text is 512 for FLUX.1-dev, at most 256 for -schnell. What a prompt has beyond
 its length is cut, with a warning that quotes it. The encoders see a prompt once: without gradient,
@@ -97,7 +102,8 @@ def t5_tokenizer(folder: str | os.PathLike, length: int = T5_LENGTH) -> Tokenize
     (path,) = _files(
         folder,
         "tokenizer.json",
-        instead="spiece.model saved as one, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers",
+        instead="spiece.model saved as one, "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers",
     )
     names = _special(folder)
     core = tokenizers.Tokenizer.from_file(str(path))
@@ -132,7 +138,7 @@ def _tokenizers() -> Any:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "prompts need the package tokenizers: pip install 'tiltjax[flux]'"
+            "prompts need the package tokenizers: pip install 'tiltjax[images]'"
         ) from error
     return tokenizers
 

@@ -1,15 +1,18 @@
 r"""The world of the tiny model: one colored shape on a colored background, its captions, and rules
-that read a picture back.
+that read an image back.
 
-    picture = B + (F - B) clip(1/2 - d, 0, 1)      d the signed distance to the outline in pixels, B and F colors near two of `COLORS`
+    image = B + (F - B) clip(1/2 - d, 0, 1)
 
-    scene   = Scene("circle", "red", "top left", "blue")       caption(scene): a red circle in the top left on a blue background
-    picture = draw(key, *numbered(scene));   read(picture) == scene
+    scene = Scene("circle", "red", "top left", "blue")
+    caption(scene) == "a red circle in the top left on a blue background"
+    image = draw(key, *numbered(scene));   read(image) == scene
+
+d is the signed distance to the outline in pixels; B and F are colors near two of `COLORS`.
 
 A caption may leave anything out, `Scene(shape="circle")` is "a circle", and then anything may be
 there: what a prompt does not say is what a reward can choose.
 
-What `read` goes by: the background is the median of the frame; the shape is where the picture is
+What `read` goes by: the background is the median of the frame; the shape is where the image is
 farther than half of the largest distance from it; its color the median there; its place that of its
 centroid; its kind the one whose silhouette, of the same centroid and area, overlaps it most.
 """
@@ -56,7 +59,7 @@ _VISIBLE = 0.2
 
 
 class Scene(NamedTuple):
-    """What a picture shows, or a caption says; `None` where it does not."""
+    """What an image shows, or a caption says; `None` where it does not."""
 
     shape: str | None = None
     color: str | None = None
@@ -79,9 +82,9 @@ def caption(scene: Scene) -> str:
     """The sentence for a scene, without what it leaves open. **Raises:** `ValueError` for a word
     that is not of this world.
     """
-    for said, known in zip(scene, (SHAPES, COLORS, PLACES, COLORS), strict=True):
-        if said is not None and said not in known:
-            raise ValueError(f"the tiny model knows {', '.join(known)}, got {said!r}")
+    for word, known in zip(scene, (SHAPES, COLORS, PLACES, COLORS), strict=True):
+        if word is not None and word not in known:
+            raise ValueError(f"the tiny model knows {', '.join(known)}, got {word!r}")
     thing = " ".join(word for word in (scene.color, scene.shape or "shape") if word)
     where = f" in the {scene.place}" if scene.place else ""
     return f"{_article(thing)} {thing}{where}" + (
@@ -100,7 +103,7 @@ def numbered(scene: Scene) -> Numbers:
     caption(scene)
     words = [word for word in scene if word is not None]
     if len(words) < len(scene):
-        raise ValueError(f"a picture shows a shape, a color, a place and a background, got {scene}")
+        raise ValueError(f"an image shows a shape, a color, a place and a background, got {scene}")
     found = (known.index(word) for known, word in zip(_words(), words, strict=True))
     return Numbers(*(jnp.asarray(number, jnp.int32) for number in found))
 
@@ -129,7 +132,7 @@ def scenes(key: Array, n: int) -> Numbers:
 
 
 def draw(key: Array, shape: Array, color: Array, place: Array, background: Array) -> Array:
-    """A picture of one scene by numbers, `(SIDE, SIDE, 3)` in [0, 1] float32: radius, exact place
+    """An image of one scene by numbers, `(SIDE, SIDE, 3)` in [0, 1] float32: radius, exact place
     and shades of the colors are random.
     """
     key_radius, key_place, key_shade = jax.random.split(key, 3)
@@ -162,13 +165,13 @@ def _outlines(y, x, radius, numpy):
     return circle, square, numpy.maximum(y, slanted) - side
 
 
-def read(picture: Array) -> Scene | None:
-    """What a picture shows, by the rules above; `None` if nothing stands out from its background.
+def read(image: Array) -> Scene | None:
+    """What an image shows, by the rules above; `None` if nothing stands out from its background.
     **Raises:** `ValueError` for another shape.
     """
-    pixels = np.clip(np.asarray(picture, np.float64), 0, 1)
+    pixels = np.clip(np.asarray(image, np.float64), 0, 1)
     if pixels.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"expected one picture ({SIDE}, {SIDE}, 3), got shape {pixels.shape}")
+        raise ValueError(f"expected one image ({SIDE}, {SIDE}, 3), got shape {pixels.shape}")
     frame = np.ones((SIDE, SIDE), bool)
     frame[2:-2, 2:-2] = False
     back = np.median(pixels[frame], axis=0)

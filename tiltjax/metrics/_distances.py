@@ -1,13 +1,15 @@
 r"""How far two populations are apart, how spread one is, and how sure that number is.
 
-    number                 definition                                                          computed
-    ---------------------  ------------------------------------------------------------------  -----------------------
-    `wasserstein`          `W2 = (min over couplings of E|X - Y|^2)^(1/2)`                     host, float64, exact
-    `sliced_wasserstein`   `(E W2(u.X, u.Y)^2)^(1/2)`, u uniform on the sphere                 JAX, random directions
-    `mmd`                  `E k(X,X') + E k(Y,Y') - 2 E k(X,Y)`, Gaussian k                    JAX, in blocks
+    number      definition      computed
+    ---------------------  ------------------------------------------------------------------
+        -----------------------
+    `wasserstein`      `W2 = (min over couplings of E|X - Y|^2)^(1/2)`      host, float64, exact
+    `sliced_wasserstein`  `(E W2(u.X, u.Y)^2)^(1/2)`, u uniform on the sphere
+        JAX, random directions
+    `mmd`      `E k(X,X') + E k(Y,Y') - 2 E k(X,Y)`, Gaussian k      JAX, in blocks
     `mode_weights`         `E P(component k | X)` under a Gaussian mixture                     JAX
     `standard_error`       of a mean of independent values                                     JAX
-    `bootstrap`            of any statistic                                                    JAX, or a loop on the host
+    `bootstrap`      of any statistic      JAX, or a loop on the host
 
 and `tiltjax.diversity`: how spread a population is, and how much of a base law it reaches. All of
 it is found here, as `metrics.recall`.

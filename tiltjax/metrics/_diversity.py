@@ -5,7 +5,7 @@ r"""Diversity: how spread a population is, and how much of a base law it still r
 | `pairwise_diversity` | `E|X - X'|` | count |
 | `cosine_diversity` | `E[1 - <X, X'> / (|X| |X'|)]` | count |
 | `spectral_diversity` | `exp(-sum p log p)`, p the shares of the covariance's eigenvalues | count |
-| `truncated_entropy` | `K/2 log(2 pi e) + 1/2 sum_{i <= K} log l_i`, l the largest eigenvalues | count |
+| `truncated_entropy` | `K/2 log(2 pi e) + 1/2 sum_{i <= K} log l_i`, of eigenvalues | count |
 | `spectral_distance` | `(sum_i (l_i(x) - l_i(y))^2)^(1/2)`, l in falling order | count |
 | `recall` | the share of the base inside the balls around samples | equal ones only |
 | `coverage` | the share of the balls around the base that hold a sample | equal ones only |

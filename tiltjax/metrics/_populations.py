@@ -74,7 +74,10 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
     if _checks.concrete(x):
         bad = ~np.isfinite(np.asarray(x).reshape(len(x), -1)).all(axis=1)
         if bad.any():
-            where = f"{bad.sum()} of {len(x)} samples hold NaN or infinity, the first at index {bad.argmax()}"
+            where = (
+                f"{bad.sum()} of {len(x)} samples hold NaN or infinity, the first at index "
+                f"{bad.argmax()}"
+            )
             raise ValueError(f"{name} must be finite: {where}")
     return x, log_weights
 

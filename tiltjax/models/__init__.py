@@ -1,18 +1,6 @@
 """Models of the base law: closed forms, networks, tilts and mixtures of models."""
 
-from tiltjax.models._base import Denoiser, Model
 from tiltjax.models._analytic import Analytic
-from tiltjax.models._network import (
-    Net,
-    Network,
-    ask,
-    checked,
-    from_denoiser,
-    from_noise,
-    from_velocity,
-)
-from tiltjax.models._checkerboard import Checkerboard, SCALE
-from tiltjax.models._tilted import Rescheduled, Tilted
 from tiltjax.models._annealed import (
     Annealed,
     Power,
@@ -25,6 +13,18 @@ from tiltjax.models._annealed import (
     weight_at,
     weight_schedule,
 )
+from tiltjax.models._base import Denoiser, Model
+from tiltjax.models._checkerboard import SCALE, Checkerboard
+from tiltjax.models._network import (
+    Net,
+    Network,
+    ask,
+    checked,
+    from_denoiser,
+    from_noise,
+    from_velocity,
+)
+from tiltjax.models._tilted import Rescheduled, Tilted
 
 __all__ = [
     "Denoiser",

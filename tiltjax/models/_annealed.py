@@ -34,7 +34,8 @@ and no further network call:
 is the kernel at D, up to a factor, so that a step weighs
 
     log w_u - log w_t = -g_t (1 - g_t) |m_q - m_p|^2 / (2 s^2) + (g_u - g_t) L_u
-    d log w           = -(g_t^2 / 2) g (1 - g) |∇log q - ∇log p|^2 dt + g' L dt        (small steps; in the first g_t^2 the diffusion),
+    d log w  = -(g_t^2 / 2) g (1 - g) |∇log q - ∇log p|^2 dt + g' L dt
+        (small steps; in the first g_t^2 the diffusion),
 
 and weighted particles are `p_t^(1 - g) q_t^g` at each time, up to its integral, whose log at `g(1)`
 is `log_norm`. For a constant g this is the Feynman-Kac corrector of geometric means (Skreta et al.,

@@ -3,8 +3,8 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 | model | denoiser |
 |---|---|
 | `Analytic(mixture)` | closed form of a Gaussian mixture |
-| `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax NNX or an Equinox module |
-| `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | another model, asked at another time and state: `tiltjax.tilted` |
+| `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax or Equinox module |
+| `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | that of another model |
 
 What is said of a model holds for posterior means. A network under classifier-free guidance, or a
 thresholded one, is none: then `Tilted`, `Rescheduled` and the posteriors sample something else.
@@ -88,7 +88,9 @@ class Denoiser(eqx.Module):
         return grids.time_grid(None, steps)
 
     def check_start(self, t: Array) -> None:
-        """Refuse, with a `ValueError`, to start sampling at t where the law of `X_t` is not known."""
+        """Refuse, with a `ValueError`, to start sampling at t where the law of `X_t` is not
+        known.
+        """
 
     def check_guided_start(self, t: Array) -> None:
         """Refuse, with a `ValueError`, to guide from a time at which no guidance is finite."""
@@ -164,7 +166,8 @@ class Model(Denoiser):
             and seen(self.interpolant, t, self.dtype)[0] == 0
         ):
             raise ValueError(
-                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): try 1e-3"
+                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): "
+                "try 1e-3"
             )
 
     def network_query(self) -> tuple[Interpolant, Array | float]:

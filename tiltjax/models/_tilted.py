@@ -4,7 +4,8 @@ A noisy state says of `X_1` what its natural parameters say,
 `exp(<alpha x / sigma^2, X_1> - snr |X_1|^2 / 2)`, on whichever path. So a model on one path is also
 one on any other (`Rescheduled`):
 
-    D^new_t(x) = D_{t*}(x*),    (t*, x*) = observe(snr_t, alpha_t x / sigma_t^2),    alpha, sigma and snr those of the new path.
+    D^new_t(x) = D_{t*}(x*),  (t*, x*) = observe(snr_t, alpha_t x / sigma_t^2),
+        alpha, sigma and snr those of the new path.
 
 **Conjugate tilts.** If `scale * r(x) = <a, x> - c |x|^2 / 2 + const`, the tilt multiplies that
 likelihood by a factor of the same family. So the tilted posterior of `X_1` is the *untilted* one

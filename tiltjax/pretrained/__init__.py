@@ -1,10 +1,7 @@
-"""Published weights: files, key names, adapters."""
+"""Published weights: safetensors files and the Hugging Face hub, key names, low-rank adapters, and
+PyTorch state dicts as Flax modules.
+"""
 
 from tiltjax.pretrained import adapters, files, key_names, state_dicts
 
-__all__ = [
-    "adapters",
-    "files",
-    "key_names",
-    "state_dicts",
-]
+__all__ = ["files", "state_dicts", "key_names", "adapters"]

@@ -1,13 +1,21 @@
-"""Low-rank adapters (LoRA) in published files, added to the weights of a network."""
+r"""Low-rank adapters (LoRA) in published files, added to the weights of a network:
+
+    W + scale * (alpha / rank) B A
+
+in either form of the names, with or without the second embedder. An array is read and added to when
+it is used; adapters that find no matrix are errors at once. Reference: Hu et al. (arXiv
+2106.09685), LoRA.
+"""
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tiltjax.pretrained.key_names import _BLOCKS, _OUTSIDE, _reader, diffusers
-from tiltjax.pretrained.state_dicts import View, shape_of
+from tiltjax.pretrained.key_names import _BLOCKS, _OUTSIDE, diffusers
+from tiltjax.pretrained.state_dicts import View, reader, shape_of
 
 _PREFIXES = (
     "model.diffusion_model.",
@@ -47,21 +55,20 @@ def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: fl
     ]
     if strange:
         raise ValueError(
-            f"{len(strange)} of {len(shifts)} adapters fit no matrix of this network: {', '.join(strange[:8])}. "
-            "Adapters of a flow map need "
-            "the second embedder, forms.dual(state_dict)"
+            f"{len(strange)} of {len(shifts)} adapters fit no matrix of this network: "
+            f"{', '.join(strange[:8])}. Adapters of a flow map need the second embedder, "
+            "key_names.dual(state_dict)"
         )
 
-    def added(key: str) -> np.ndarray:
+    def added(key: str, *index: slice) -> np.ndarray:
         array = np.asarray(state_dict[key])
-        return (array.astype(np.float32) + np.float32(scale) * shifts[key]).astype(array.dtype)
+        total = array.astype(np.float32) + np.float32(scale) * shifts[key]
+        return total.astype(array.dtype)[index]
 
     parts = {}
     for key in state_dict:
-        parts[key] = (
-            shape_of(state_dict, key),
-            (lambda key=key: added(key)) if key in shifts else _reader(state_dict, key),
-        )
+        read = partial(added, key) if key in shifts else reader(state_dict, key)
+        parts[key] = shape_of(state_dict, key), read
     return View(parts)
 
 
@@ -86,43 +93,34 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
     ]
     if strange:
         raise ValueError(
-            f"{len(strange)} keys are no adapters, or lack their other half: {', '.join(sorted(strange)[:8])}; "
-            "expected pairs lora_A and "
-            "lora_B, or lora_down and lora_up, with or without alpha"
+            f"{len(strange)} keys are no adapters, or lack their other half: "
+            f"{', '.join(sorted(strange)[:8])}; expected pairs lora_A and lora_B, or lora_down and "
+            "lora_up, with or without alpha"
         )
     parts = {}
     for module, factors in found.items():
-        (rank, n), (m, other) = (
-            shape_of(adapters, factors["down"]),
-            shape_of(adapters, factors["up"]),
-        )
+        rank, n = shape_of(adapters, factors["down"])
+        m, other = shape_of(adapters, factors["up"])
         if rank != other:
             raise ValueError(f"the adapters of {module} have ranks {rank} and {other}")
 
-        def shift(factors=factors, rank=rank) -> np.ndarray:
-            down, up = (
-                np.asarray(adapters[factors[each]]).astype(np.float32) for each in ("down", "up")
-            )
-            alpha = (
-                float(np.asarray(adapters[factors["alpha"]]).astype(np.float32))
-                if "alpha" in factors
-                else rank
-            )
-            return alpha / rank * (up @ down)
+        def product(*index: slice, factors=factors, rank=rank) -> np.ndarray:
+            read = lambda factor: np.asarray(adapters[factors[factor]]).astype(np.float32)
+            alpha = float(read("alpha")) if "alpha" in factors else rank
+            return (alpha / rank * (read("up") @ read("down")))[index]
 
-        parts[f"{_dotted(module, flat)}.weight"] = (m, n), shift
+        parts[f"{_dotted(module, flat)}.weight"] = (m, n), product
     return View(parts)
 
 
 def _dotted(module: str, flat: Mapping[str, str]) -> str:
-    """The dotted name of a module from one that may be prefixed, and may have underscores for dots."""
+    """The dotted name of a module: the given one may be prefixed, with underscores for dots."""
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
     if "." in module or module in flat.values():
         return module
-    if (
-        known := flat.get(module) or {name.replace(".", "_"): name for name in _OUTSIDE}.get(module)
-    ) is not None:
+    outside = {name.replace(".", "_"): name for name in _OUTSIDE}
+    if (known := flat.get(module) or outside.get(module)) is not None:
         return known
     if match := re.fullmatch(r"(double_blocks|single_blocks)_(\d+)_(.+)", module):
         kind, i, rest = match.groups()

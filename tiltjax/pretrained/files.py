@@ -1,107 +1,68 @@
-r"""Where published weights are, and how they are read: safetensors files, mapped into memory.
+r"""Where published weights are, and how they are read: safetensors files, by the library of that
+name.
 
-    8 bytes n, little endian | n bytes JSON {name: {"dtype", "shape", "data_offsets"}} | data
+A file is mapped into memory, and an array is copied when it is used: the weights of a model are
+never in memory as a whole beside the model itself. bfloat16 is a NumPy dtype by `ml_dtypes`, which
+JAX brings along; the library has no 8-bit floats in NumPy.
 
-The format is simple enough to be read here: an array is a view of the file, which the operating
-system reads when it is used and forgets when memory is short, so that the weights of a model are
-never in host memory as a whole. bfloat16 is a NumPy dtype by `ml_dtypes`, which JAX brings along.
-
-| folder of FLUX.1 | kind |
-|---|---|
-| `transformer`, `vae`, `text_encoder`, `text_encoder_2` | `transformer`, `autoencoder`, `clip`, `t5`: each a `config.json` and files, with an index where there are several |
+A published model is a folder with one folder for each of its networks: a `config.json` and files,
+with an index where there are several.
 
 Reference: the safetensors format, https://github.com/huggingface/safetensors.
 """
 
 import json
-import math
-import mmap
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from tiltjax.pretrained.state_dicts import View
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def read(file: str | os.PathLike) -> View:
-    """The arrays of one safetensors file, as views of it.
+    """The arrays of one safetensors file; an array is read when it is used.
 
     **Raises:** `FileNotFoundError`; `ValueError` for a file that is cut off or something else, and
-    for a dtype that is not supported.
+    for a dtype that NumPy does not have.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with open(path, "rb") as stream:
-        size = path.stat().st_size
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{path} is no safetensors file, or was cut off: download it again")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {
-                name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"]))
-                for name, e in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no safetensors file: its header cannot be read ({error!r})"
-            ) from error
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or was cut off ({error}): download it again"
+        ) from error
     parts = {}
-    for name, (kind, shape, (start, end)) in entries.items():
-        if kind not in _DTYPES:
+    for name in opened.keys():  # noqa: SIM118  no mapping
+        entry = opened.get_slice(name)
+        if (dtype := entry.get_dtype()) not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} is stored as {kind}, which is not supported; {', '.join(_DTYPES)} "
-                "are"
+                f"{path}: {name} is stored as {dtype}, which is not supported; "
+                f"{', '.join(_DTYPES)} are"
             )
-        dtype, start, end = np.dtype(_DTYPES[kind]), start + 8 + length, end + 8 + length
-        if end > size or start < 8 + length or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{path}: {name} lies outside of the file, which was cut off: download it again"
-            )
-
-        def array(start=start, shape=shape, dtype=dtype) -> np.ndarray:
-            return np.frombuffer(mapped, dtype, math.prod(shape), start).reshape(shape)
-
-        parts[name] = shape, array
+        parts[name] = tuple(entry.get_shape()), partial(_array, opened, name)
     return View(parts)
+
+
+def _array(opened: safe_open, name: str, *index: slice) -> np.ndarray:
+    return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
 
 def write(file: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """A safetensors file of these arrays."""
-    header, place = {}, 0
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": array.shape,
-            "data_offsets": (place, place := place + array.nbytes),
-        }
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # so that arrays start at a multiple of 8 bytes
-    with open(file, "wb") as stream:
-        stream.write(len(head).to_bytes(8, "little") + head)
-        for array in arrays.values():
-            stream.write(np.ascontiguousarray(array).tobytes())
+    # `save_file` writes the memory of an array that is transposed as if it were not.
+    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, file)
 
 
 def read_folder(folder: str | os.PathLike) -> View:
@@ -181,12 +142,12 @@ def located(model: str | os.PathLike) -> Path:
     except ImportError as error:
         raise ImportError(
             f"there is no folder {name}; to look for it on the Hugging Face hub: pip install "
-            "'tiltjax[flux]'"
+            "'tiltjax[images]'"
         ) from error
     try:
         return Path(
             hub.snapshot_download(
-                name, allow_patterns=[f"*/{each}" for each in _WANTED] + ["model_index.json"]
+                name, allow_patterns=[f"*/{each}" for each in _PATTERNS] + ["model_index.json"]
             )
         )
     except errors.GatedRepoError as error:

@@ -3,13 +3,14 @@ module is named after.
 
 | function | |
 |---|---|
-| `diffusers(state_dict)` | the single-file form: queries, keys, values (and the feed-forward layer) in one matrix, the last modulation as (shift, scale) |
-| `dual(state_dict)` | a network of one time as one of two, both embedders the same: where a flow map starts |
-| `merged(state_dict, adapters, scale)` | `W + scale * (alpha / rank) B A` for low-rank adapters (LoRA), in either form, with the second embedder |
+| `diffusers(state_dict)` | from the single-file form |
+| `dual(state_dict)` | from one time to two, with equal embedders: where a flow map starts |
 
-All are views: an array is read, cut and added to when it is asked for. What is not known keeps its
-name, and is an unused key where the module is built. Adapters that find no matrix are errors at
-once. Reference: Hu et al. (arXiv 2106.09685), LoRA.
+The single-file form has queries, keys, values (and the feed-forward layer) in one matrix, and the
+last modulation as (shift, scale).
+
+All are views: an array is read and cut when it is used. What is not known keeps its name, and is an
+unused key where the module is built.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tiltjax.pretrained.state_dicts import View, shape_of
+from tiltjax.pretrained.state_dicts import View, reader, shape_of
 
 _EMBEDDERS = {
     "time_in": "timestep_embedder",
@@ -67,19 +68,19 @@ _LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
 
 def diffusers(state_dict: Mapping[str, Any]) -> View:
-    """The weights under the names of `FluxTransformer2DModel`, whichever of both forms they have."""
+    """The weights, in either form, under the names of `FluxTransformer2DModel`."""
     parts = {}
     for key in state_dict:
         name = key.removeprefix("model.diffusion_model.")
         module, _, leaf = name.rpartition(".")
         targets = _targets(module)
-        read, shape = _reader(state_dict, key), shape_of(state_dict, key)
+        read, shape = reader(state_dict, key), shape_of(state_dict, key)
         if targets is None or leaf not in _LEAVES:
             parts[name] = shape, read
         elif targets == ("norm_out.linear",):
             parts[f"norm_out.linear.{leaf}"] = (
                 shape,
-                lambda read=read: np.concatenate(np.split(read(), 2)[::-1]),
+                lambda *index, read=read: np.concatenate(np.split(read(), 2)[::-1])[index],
             )
         else:
             # Queries, keys and values are of one size; what is left after them is the feed-forward
@@ -90,14 +91,17 @@ def diffusers(state_dict: Mapping[str, Any]) -> View:
                     i * unit, (i + 1) * unit if i < 3 and i + 1 < len(targets) else shape[0]
                 )
                 cut = (len(range(*rows.indices(shape[0]))), *shape[1:])
-                parts[f"{target}.{_LEAVES[leaf]}"] = cut, lambda read=read, rows=rows: read()[rows]
+                parts[f"{target}.{_LEAVES[leaf]}"] = (
+                    cut,
+                    lambda *index, read=read, rows=rows: read(rows)[index],
+                )
     return View(parts)
 
 
 def renamed(state_dict: Mapping[str, Any], rename: Callable[[str], str]) -> View:
     """The arrays under other names."""
     return View(
-        {rename(key): (shape_of(state_dict, key), _reader(state_dict, key)) for key in state_dict}
+        {rename(key): (shape_of(state_dict, key), reader(state_dict, key)) for key in state_dict}
     )
 
 
@@ -111,7 +115,7 @@ def dual(state_dict: Mapping[str, Any]) -> View:
             if key != rest
             else [key]
         )
-        parts |= dict.fromkeys(names, (shape_of(state_dict, key), _reader(state_dict, key)))
+        parts |= dict.fromkeys(names, (shape_of(state_dict, key), reader(state_dict, key)))
     return View(parts)
 
 
@@ -135,7 +139,3 @@ def _targets(module: str) -> tuple[str, ...] | None:
     blocks, table = _BLOCKS[kind]
     targets = table[rest] if isinstance(table[rest], tuple) else (table[rest],)
     return tuple(f"{blocks}.{i}.{target}" for target in targets)
-
-
-def _reader(state_dict: Mapping[str, Any], key: str) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(state_dict[key])

@@ -9,7 +9,7 @@ parameter *is* its name:
 | `kernel`, 4-D `(height, width, in, out)` | `weight`, `(out, in, height, width)` |
 | `scale`, `embedding` | `weight`, as it is |
 | any other name, such as `bias` | the same |
-| a stack of blocks, `blocks.attn.to_q.kernel` with a leading axis | `blocks.0.attn.to_q.weight`, `blocks.1. ...` |
+| `blocks.attn.to_q.kernel`, a stack with a leading axis | `blocks.0.attn.to_q.weight`, ... |
 
 `renames` says where the paths differ all the same (`ff.net.0.proj`: a number is no attribute),
 `stacked` which paths are stacks, `ignored` which keys may be there for nothing. Apart from those, a
@@ -17,8 +17,8 @@ key that is missing, unused or of another shape is an error: nothing is left at 
 and nothing is dropped.
 
 Every parameter is read, transposed and sent to its device or devices by itself, a sharded one shard
-by shard: from files that are mapped into memory (`tiltjax.flux.files`) the weights are never in
-host memory as a whole, and never twice.
+by shard: from files (`tiltjax.pretrained.files`) the weights are never in memory as a whole beside
+the model itself.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,16 +140,16 @@ def to_state_dict(
 
 class View(Mapping):
     """A state dict under other names, or made of another's parts: `{name: (shape, read)}`, where
-    `read()` returns the array.
+    `read()` returns the array, and `read(*slices)` a part of it.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]):
+    def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], Callable[..., np.ndarray]]]):
         self.parts = parts
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.parts[name][1]()
 
-    def __contains__(self, name: object) -> bool:  # without reading, which is how a Mapping looks
+    def __contains__(self, name: object) -> bool:  # a Mapping would read the array
         return name in self.parts
 
     def __iter__(self) -> Iterator[str]:
@@ -165,8 +165,15 @@ class View(Mapping):
 
 def shape_of(state_dict: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """The shape of one array of a state dict, without reading it where that is possible."""
-    ask = getattr(state_dict, "shape", None)
-    return tuple(np.shape(state_dict[name]) if ask is None else ask(name))
+    shape = getattr(state_dict, "shape", None)
+    return tuple(np.shape(state_dict[name]) if shape is None else shape(name))
+
+
+def reader(state_dict: Mapping[str, Any], name: str) -> Callable[..., np.ndarray]:
+    """What reads one array of a state dict, or by slices a part of it, as the parts of a `View`."""
+    if isinstance(state_dict, View):
+        return state_dict.parts[name][1]
+    return lambda *index: np.asarray(state_dict[name])[index]
 
 
 def _renamed(name: str, renames: Mapping[str, str] | None) -> str:
@@ -208,22 +215,25 @@ def _placed(
 ) -> jax.Array:
     shape, dtype = entry.leaf.shape, entry.leaf.dtype
 
-    def read(name: str) -> np.ndarray:
-        array = np.asarray(state_dict[name])
-        axes = _TO_KERNEL.get(array.ndim) if entry.path[-1] == "kernel" else None
-        return array if axes is None else array.transpose(axes)
+    def read(name: str, index: Sequence[slice], shape: Sequence[int]) -> np.ndarray:
+        axes = _TO_KERNEL.get(len(shape)) if entry.path[-1] == "kernel" else None
+        whole = all(one.indices(n) == (0, n, 1) for one, n in zip(index, shape, strict=True))
+        if axes is None:
+            return reader(state_dict, name)(*(() if whole else index))
+        published = [index[axes.index(axis)] for axis in range(len(shape))]
+        return reader(state_dict, name)(*(() if whole else published)).transpose(axes)
 
     def part(index: Any) -> np.ndarray:
         # Only what one device holds, cast on the way.
         sizes = [len(range(*one.indices(n))) for one, n in zip(index, shape, strict=True)]
         buffer = np.empty(sizes, dtype)
         if not entry.is_stack:
-            buffer[...] = read(entry.names[0])[index]
+            buffer[...] = read(entry.names[0], index, shape)
             return buffer
         for row, name in zip(buffer, entry.names[index[0]], strict=True):
-            row[...] = read(name)[index[1:]]
+            row[...] = read(name, index[1:], shape[1:])
         return buffer
 
     if sharding is None:
-        return jax.device_put(part(tuple(slice(None) for _ in shape)))
+        return jax.device_put(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)

@@ -14,7 +14,9 @@ from tiltjax import _checks, _pytree
 
 
 class Reward(eqx.Module):
-    """A reward that can be added to others and scaled. Subclasses define `__call__(x1) -> scalar`."""
+    """A reward that can be added to others and scaled. Subclasses define
+    `__call__(x1) -> scalar`.
+    """
 
     def __call__(self, x: Array) -> Array:
         raise NotImplementedError

@@ -12,7 +12,7 @@ set, and no law as close to rho (by its divergence from it) reaches further alon
 |---|---|
 | a compromise | `weighted([a, b], [0.3, 0.7])`: weights are traced, so a sweep compiles once |
 | `g(x) <= 0`, preferably | `a + Constraint(g, penalty=10.)` |
-| `g(x) <= 0`, always | `a + Constraint(g)` in `smc` with `ValueOnly`, `best_of_n` or `softmax_of_n` |
+| `g(x) <= 0`, always | `a + Constraint(g)` in `smc` with `ValueOnly`, or a selection |
 | who is best | `values([a, b], particles)`, `front(values)`, `hypervolume(values, reference)` |
 
 Pareto fronts and dominated volumes: Zitzler and Thiele, IEEE Trans. Evolutionary Computation 3

@@ -12,8 +12,8 @@ from tiltjax.samplers._sample import sample
 
 
 def calibrate(
-    model: Model,
     key: Array,
+    model: Model,
     *,
     num: int = 4096,
     levels: int = 48,
@@ -29,7 +29,7 @@ def calibrate(
 
     **Raises:** `ValueError` for data of another shape, or fewer than two levels.
     """
-    _checks.instance(model, Model, "model", "calibrate(model, key)")
+    _checks.instance(model, Model, "model", "calibrate(key, model)")
     key_data, key_noise = jax.random.split(_checks.key(key))
     num = _checks.count(num, "num")
     if data is None:

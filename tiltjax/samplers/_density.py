@@ -1,4 +1,4 @@
-r"""`density`: samples of a flow, with the log-density of the law that they come from.
+r"""`sample_with_log_prob`: samples of a flow, with the log-density of the law that they come from.
 
 A deterministic solver maps the noise that a run starts from to its sample, `x_1 = F(x_0)`, and the
 law of the samples has the density
@@ -18,8 +18,6 @@ at every step, and is refused.
 Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
 """
 
-from typing import NamedTuple
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,19 +27,13 @@ from jaxtyping import Array
 from tiltjax import _checks, _pytree, external
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Model
-from tiltjax.samplers._sample import first_time, fitting, run_times, sample
+from tiltjax.particles import Particles, unweighted
+from tiltjax.samplers._sample import first_time, fitting, run_times, sample, start_key
 from tiltjax.solvers import Adaptive, Heun, Solver
 
 
-class Density(NamedTuple):
-    """Samples `(num, *shape)`, and the log-density of their law at each, `(num,)`."""
-
-    x: Array
-    log_prob: Array
-
-
 @external.failures()
-def density(
+def sample_with_log_prob(
     key: Array,
     model: Model,
     guidance: Guidance | None = None,
@@ -51,11 +43,10 @@ def density(
     times: Array | None = None,
     solver: Solver | None = None,
     chunk_size: int | None = None,
-) -> Density:
-    """`num` samples of `model`, tilted as far as `guidance` manages, and the log-density of their
-    law.
+) -> Particles:
+    """The samples that `sample` draws with the same key, and the log-density of their law.
 
-    Arguments as in `sample`.
+    Arguments as in `sample`. **Returns:** `Particles` with `log_prob` `(num,)`.
 
     **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function
     of the start), for `Adaptive` (without forward derivatives) and networks with batched=True
@@ -85,7 +76,7 @@ def density(
                 "path can tell: use audit, or a guidance without draws"
             )
     try:
-        drawn = _density(key, model, guidance, solver, times, num, chunk_size)
+        particles = _density(key, model, guidance, solver, times, num, chunk_size)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -93,13 +84,13 @@ def density(
             "this run has no forward derivatives, which a density is made of: a network needs "
             "batched=False here"
         ) from error
-    if _checks.concrete(drawn) and not np.all(np.isfinite(drawn.log_prob)):
-        bad = ~np.isfinite(np.asarray(drawn.log_prob))
+    if _checks.concrete(particles) and not np.all(np.isfinite(particles.log_prob)):
+        failed = ~np.isfinite(np.asarray(particles.log_prob))
         raise FloatingPointError(
-            f"{bad.sum()} of {num} log-densities are not finite, the first that of sample "
-            f"{bad.argmax()}: the flow is not invertible there, or NaN"
+            f"{failed.sum()} of {num} log-densities are not finite, the first that of sample "
+            f"{failed.argmax()}: the flow is not invertible there, or NaN"
         )
-    return drawn
+    return particles
 
 
 def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
@@ -131,28 +122,26 @@ def _answer(model: Model, guidance: Guidance, key: Array, times: Array) -> Array
 
 
 @eqx.filter_jit
-def _density(key, model, guidance, solver, times, num, chunk_size) -> Density:
+def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
     model, guidance, solver, times = _pytree.cast((model, guidance, solver, times), model.dtype)
+    key_start = start_key(key, len(times) - 1)
 
-    def one(key: Array) -> Density:
-        key_start, key_run = jax.random.split(key)
-        start = model.initial(key_start, times[0])
+    def one(i: Array) -> tuple[Array, Array]:
+        start = model.initial(jax.random.fold_in(key_start, i), times[0])
 
         def run(flat: Array) -> tuple[Array, Array]:
-            x = sample(
-                key_run,
-                model,
-                guidance,
-                num=1,
-                times=times,
-                start=flat.reshape(1, *model.shape),
-                solver=solver,
-            ).x[0]
+            start = flat.reshape(1, *model.shape)
+            # Nothing of the run is random: any key will do.
+            x = sample(key, model, guidance, num=1, times=times, start=start, solver=solver).x[0]
             return x.reshape(-1), x
 
         slope, x = jax.jacfwd(run, has_aux=True)(start.reshape(-1))
-        return Density(x, model.initial_log_prob(times[0], start) - jnp.linalg.slogdet(slope)[1])
+        return x, model.initial_log_prob(times[0], start) - jnp.linalg.slogdet(slope)[1]
 
-    return jax.lax.map(
-        one, jax.random.split(key, num), batch_size=num if chunk_size is None else chunk_size
+    x, log_prob = jax.lax.map(one, jnp.arange(num), batch_size=chunk_size or num)
+    return eqx.tree_at(
+        lambda particles: particles.log_prob,
+        unweighted(x),
+        log_prob,
+        is_leaf=lambda leaf: leaf is None,
     )

@@ -3,7 +3,7 @@ noise.
 
     path = flow(model, x, 1e-3, 1.0)      where noise goes
     path = flow(model, x1, 1.0, 1e-3)     the noise a sample came from: encoding
-    path(t)                               the state at any time between, at no further call of the network
+    path(t)      the state at any time between, at no further call of the network
 
 Solved by `solvers.Adaptive` and interpolated to fourth order. Past the time at which it jumps to t
 = 1, the denoiser is held; backwards from t = 1 the sample stands for its own denoiser until then.

@@ -1,7 +1,8 @@
 r"""`sample`: follow a model, or a guided model, from noise to data.
 
-    key --+-- start, i ---> x_0 = model.initial(key_i, t_0)                           one per particle
-          +-- step, i ----> Streams(guidance, noise, second)                          three per particle and step, those that are used
+    key --+-- start, i ---> x_0 = model.initial(key_i, t_0)      one per particle
+          +-- step, i ----> Streams(guidance, noise, second)
+              three per particle and step, those that are used
     x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
 
 Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more
@@ -19,7 +20,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _progress, _pytree, _sharding, external, grids
 from tiltjax.guidance import Estimate, Guidance, check, failures
 from tiltjax.models import Denoiser
-from tiltjax.particles import CULPRITS, Particles, Trace, unweighted
+from tiltjax.particles import FAILURES, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
 
 
@@ -54,8 +55,8 @@ def sample(
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from
       noise, and has to start where the state is all but noise.
     - `solver`: `Heun()` by default.
-    - `chunk_size`: how many particles are evaluated at once, if memory is short; the numbers stay the
-      same to rounding.
+    - `chunk_size`: how many particles are evaluated at once, if memory is short; the numbers stay
+      the same to rounding.
     - `sharding`: a `jax.sharding.Sharding` of the particle axis, of a mesh whose axes are `Auto`;
       it has to divide `num`.
     - `save_trajectory`: keep the states at all times in `trace.trajectory`.
@@ -117,7 +118,7 @@ def _sample(
         (model, guidance, solver, times, start), model.dtype
     )
     steps = len(times) - 1
-    keys = jax.random.split(key, (steps + 1, 3))  # the first row is the start's
+    keys = _keys(key, steps)
     over_particles = (
         jax.vmap
         if chunk_size is None
@@ -154,7 +155,7 @@ def _sample(
         def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
             keys = Streams(*(jax.random.fold_in(stream, i) for stream in key_step))
             x, (memory, bad) = solver.step(
-                keys, model.corruption, field, t, u, x, (memory, jnp.zeros(len(CULPRITS), bool))
+                keys, model.corruption, field, t, u, x, (memory, jnp.zeros(len(FAILURES), bool))
             )
             return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
 
@@ -166,6 +167,18 @@ def _sample(
     (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
     path = None if path is None else jnp.concatenate([x[None], path])
     return unweighted(end, Trace(times, bad, path))
+
+
+def _keys(key: Array, steps: int) -> Array:
+    """The keys of a run, `(steps + 1, 3)`: the first row is the start's, the others the streams of
+    each step.
+    """
+    return jax.random.split(key, (steps + 1, 3))
+
+
+def start_key(key: Array, steps: int) -> Array:
+    """The key of all starting states; that of particle i is folded in."""
+    return _keys(key, steps)[0, 0]
 
 
 def fitting(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:

@@ -1,8 +1,10 @@
 r"""`optimize`: a reward that may be asked a few hundred times only, by steering with what was
 learned of it so far.
 
-    round 0:        x_1, ..., x_b ~ the model                                       (or wherever the caller starts)
-    round j:        fit an optimistic surrogate to all queries --> smc tilts the model by it --> b of the particles are the next queries
+    round 0:      x_1, ..., x_b ~ the model      (or wherever the caller starts)
+    round j:
+        fit an optimistic surrogate to all queries --> smc tilts the model by it
+            --> b of the particles are the next queries
 
 The model keeps queries where data is plausible, optimism sends them where little is known.
 Reference: Kim et al. (arXiv 2501.05803, online black-box optimization).
@@ -70,8 +72,8 @@ def optimize(
     - `surrogate`: `GaussianProcess()` by default; `Bootstrap()`.
     - `scale`: how strongly the surrogate tilts the model. Large ones exploit; the model holds
       against them.
-    - `num`: particles of each round, of which `queries` are drawn by weight; no state is asked twice
-      in a round if it can be helped.
+    - `num`: particles of each round, of which `queries` are drawn by weight; no state is asked
+      twice in a round if it can be helped.
     - `guide`: makes a guidance of a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
     - `earlier`: a search to go on from: that of another call, or of one that failed.
     - `settings`: of `smc`: `steps`, `proposal`, `tempering` and so on.

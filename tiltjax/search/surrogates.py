@@ -4,8 +4,8 @@ From states `(n, *shape)` and values `(n,)`, of which `known` are to be believed
 
 | surrogate | reward |
 |---|---|
-| `GaussianProcess(bonus)` | `mean + bonus * deviation` of the posterior of a Gaussian process with a squared-exponential kernel |
-| `Bootstrap(heads)` | the largest answer of small networks, each trained on a resample of the queries |
+| `GaussianProcess(bonus)` | `mean + bonus * deviation` of a Gaussian process |
+| `Bootstrap(heads)` | the largest of small networks, each fitted to a resample |
 
 Both standardize the values, and work on a fixed number of rows with a mask, so that a loop that
 adds queries compiles once. References: Srinivas et al. (arXiv 0912.3995, GP-UCB); Osband et al.

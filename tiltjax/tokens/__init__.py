@@ -1,8 +1,8 @@
 """Masked diffusion of token sequences."""
 
-from tiltjax.tokens._unmask import Masking, Reveal, Unmask
-from tiltjax.tokens._models import Logits, MarkovChain, Masked, as_tokens, from_logits
 from tiltjax.tokens._completions import Completions
+from tiltjax.tokens._models import Logits, MarkovChain, Masked, as_tokens, from_logits
+from tiltjax.tokens._unmask import Masking, Reveal, Unmask
 
 __all__ = [
     "Masking",

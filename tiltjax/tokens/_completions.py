@@ -19,15 +19,15 @@ class Completions(Guidance):
     """`log h` as the mean of `exp(scale r)` over `k` completions, each position drawn by itself;
     gradient-free.
 
-    With `proposal_weight` > 0 it also proposes (`Guided()`): the tilted denoiser is the mixture, in shares
-    `1 - lean` and `proposal_weight`, of the model's and of the completions weighed by `exp(scale r)`, which is
-    the posterior mean of the tilt as far as k draws know it.
+    With `proposal_weight` > 0 it also proposes (`Guided()`): the tilted denoiser is the mixture, in
+    shares `1 - lean` and `proposal_weight`, of the model's and of the completions weighed by
+    `exp(scale r)`, which is the posterior mean of the tilt as far as k draws know it.
 
     **Arguments:** `model`, of tokens; `reward(x1) -> scalar` of integers `(length,)`; `scale`; `k`;
     `proposal_weight` in [0, 1): at 1 tokens that no completion has could never be proposed.
 
-    **Raises:** `ValueError` for a `proposal_weight` outside [0, 1); `TypeError` for what is no model of
-    tokens.
+    **Raises:** `ValueError` for a `proposal_weight` outside [0, 1); `TypeError` for what is no
+    model of tokens.
     """
 
     model: Masked

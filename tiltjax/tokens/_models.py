@@ -13,7 +13,7 @@ follows it; a guidance tilts it.
 |---|---|
 | `MarkovChain(initial, transition, length)` | the exact denoiser of a Markov chain |
 | `from_logits(fn, length=, vocab=)` | a network |
-| `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions, drawn position by position; no gradients |
+| `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions |
 
 Feynman-Kac steering of a token model is
 `smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(schedule=Every(1)))` (the

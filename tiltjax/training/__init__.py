@@ -3,8 +3,6 @@
 import importlib
 from typing import Any
 
-from tiltjax.training._loop import Curve, Fit, adamw, minimize, schedule
-from tiltjax.training._fit import fit, loss, uniform
 from tiltjax.training._finetune import (
     Chain,
     Objective,
@@ -14,6 +12,8 @@ from tiltjax.training._finetune import (
     policy_gradient,
     reparametrized,
 )
+from tiltjax.training._fit import fit, loss, uniform
+from tiltjax.training._loop import Curve, Fit, adamw, minimize, schedule
 
 
 def __getattr__(name: str) -> Any:

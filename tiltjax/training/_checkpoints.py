@@ -1,7 +1,7 @@
 r"""Checkpoints: a pytree of arrays in one file, to the last bit, with the settings it belongs to.
 
     write(file, settings, tree, step)                     all of the file or nothing of it
-    tree, step = read(file, settings, like)               `like` says what is expected: names, shapes, dtypes
+    tree, step = read(file, settings, like)      `like` says what is expected: names, shapes, dtypes
 
 The file is a NumPy archive (`.npz`, no pickle): one array of bytes for each leaf, under the name of
 its place in the tree, and a header in JSON,

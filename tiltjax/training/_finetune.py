@@ -4,7 +4,8 @@ A tuned model D' runs the base model's chain, the same kernels `N(keep x + gain 
 in the place of D (see `tiltjax.solvers`), and the base model's last jump. Its paths Q are trained
 to be rewarded, and to stay close to those of the base chain, P:
 
-    maximize  E_Q[r(x_1)] - KL(Q | P) / scale,        KL(Q | P) = E_Q sum over steps of |gain (D' - D)|^2 / (2 std^2).
+    maximize  E_Q[r(x_1)] - KL(Q | P) / scale,
+        KL(Q | P) = E_Q sum over steps of |gain (D' - D)|^2 / (2 std^2).
 
 The maximum is `log Z / scale`, reached by `dP exp(scale r) / Z` alone; at eta = 1 the noise that a
 path starts from is forgotten at its end, and the ends have the law `rho exp(scale r) / Z`. What the
@@ -20,8 +21,8 @@ belongs to the divergence; without it, as in published code, what is reached is 
 
 | objective | gradient | needs |
 |---|---|---|
-| `reparametrized(through)` | of the path as a function of its noise, through the last so many steps | a reward with a gradient |
-| `policy_gradient` | `sum A ∇ log K(x_u \| x_t)`, A what a step still earns, less that of other paths | values of the reward only |
+| `reparametrized(through)` | of the path as a function of its noise | a reward with a gradient |
+| `policy_gradient` | `sum A ∇ log K(x_u \| x_t)`, A the advantage | values of the reward only |
 
 Both have the mean `∇ objective`, `reparametrized` if it goes through all steps. Through the last K
 only it is DRaFT-K (K = 1 by default there): divergence and reward are then felt in these steps
@@ -77,7 +78,9 @@ class Chain(eqx.Module):
     def step(
         self, model: Model, t: Array, u: Array, x: Array, noise: Array
     ) -> tuple[Array, Array, Kernel, Array]:
-        """All paths from t to u: states, divergences `(num,)`, the kernel, and the tuned denoiser."""
+        """All paths from t to u: states, divergences `(num,)`, the kernel, and the tuned
+        denoiser.
+        """
         kernel = Ancestral().kernel(self.base.interpolant, t, u)
         tuned = model.denoise_batch(t, x)
         cost = jnp.zeros(self.num, x.dtype)
@@ -229,7 +232,8 @@ def finetune(
     ```
     build = lambda network: tj.from_velocity(network, shape=(2,))
     fit = tj.finetune(key, network, build(network), reward, scale=3.0, model=build, steps=500)
-    tj.audit(key, base, tj.Tuned(base, build(fit.average), reward=reward, scale=3.0), num=1000)      how far it came
+    tj.audit(key, base, tj.Tuned(base, build(fit.average), reward=reward, scale=3.0), num=1000)
+        how far it came
     ```
 
     **Arguments:**
@@ -237,7 +241,8 @@ def finetune(
     - `key`: decides paths.
     - `network`: what is trained, from where it is: the base model's own network, or any pytree of
       parameters, such as adapters of it with
-      `model=jax.tree_util.Partial(lambda network, adapters: from_velocity(lora.merge(network, adapters), shape=...), network)`.
+      `model=jax.tree_util.Partial(build, network)`, where `build(network, adapters)` returns
+      `from_velocity(lora.merge(network, adapters), shape=...)`.
     - `base`: the model to stay close to, left as it is. `reward`: any function of one sample,
       finite at all of them.
     - `scale`: of the tilt; a higher one allows more divergence, `math.inf` any: then nothing but
@@ -248,8 +253,8 @@ def finetune(
     - `batch_size`: paths in a step.
     - `times`: of the chain, increasing to 1, by default `base.grid(50)`. The fewer, the cheaper,
       and the less like the base model.
-    - `learning_rate`, by default 1e-4, `optimizer`, `ema`, `checkpoint`, `checkpoint_every`, `progress`: as in `fit`.
-      Rewards and models of one name are told apart by their arrays.
+    - `learning_rate`, by default 1e-4, `optimizer`, `ema`, `checkpoint`, `checkpoint_every`,
+      `progress`: as in `fit`. Rewards and models of one name are told apart by their arrays.
 
     **Returns:** `Fit(network, average, curve)`; the curve's loss is minus the objective, and never
     below `-log Z / scale` but for the batch's noise.

@@ -1,10 +1,11 @@
 r"""Training: from data, or a sampler of data, to a network that a model is made of.
 
-    X_t = alpha_t X_1 + sigma_t X_0,     L = E |network(t, X_t) - Y|^2 / d,     t ~ times,  X_0 ~ N(0, I),  X_1 ~ data
+    X_t = alpha_t X_1 + sigma_t X_0,  L = E |network(t, X_t) - Y|^2 / d,  t ~ times,  X_0 ~ N(0, I),
+        X_1 ~ data
 
 | `target` | Y | the minimizer | for |
 |---|---|---|---|
-| `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | paths with bounded derivatives, such as `Linear` |
+| `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | `Linear` and its like |
 | `from_noise` | `X_0` | `E[X_0 \| X_t = x]` | variance-preserving paths |
 | `from_denoiser` | `X_1` | `E[X_1 \| X_t = x]` | any path |
 
@@ -162,17 +163,17 @@ def fit(
     - `data`: `(n, *shape)`, finite, from which batches are drawn with replacement on the device; or
       a sampler, `key -> (batch, *shape)`.
     - `batch_size`: rows of a step, 256 by default for an array; a sampler says it itself.
-    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another `optimizer`, from
-      Optax, in its place.
+    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another
+      `optimizer`, from Optax, in its place.
     - `ema`: d of the average.
-    - `target`, `interpolant`, `time_sampler`, `batched`: as in `loss`. Models are then built with the same
-      ones.
+    - `target`, `interpolant`, `time_sampler`, `batched`: as in `loss`. Models are then built with
+      the same ones.
     - `sharding`: a `NamedSharding` of the batch axis over devices, each of which holds the
       parameters and the data; it has to divide the batch.
-    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after every so many
-      steps (1000 by default) and at the end. It is replaced at once or not at all, and refused if
-      it is of another run: other settings, data, weights to start from or shapes. Functions, and an
-      `optimizer`, are told apart by name only.
+    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after
+      every so many steps (1000 by default) and at the end. It is replaced at once or not at all,
+      and refused if it is of another run: other settings, data, weights to start from or shapes.
+      Functions, and an `optimizer`, are told apart by name only.
     - `progress`: show a bar with the loss.
 
     **Returns:** `Fit(network, average, curve)`: `tj.from_velocity(fit.average, shape=...)`.

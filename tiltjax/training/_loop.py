@@ -42,8 +42,8 @@ _DISPATCH = 0.25  # seconds it should take
 
 
 def schedule(learning_rate: float, steps: int, warmup: int) -> Callable:
-    """The learning rate of step k: up to `learning_rate` in `warmup` equal steps, the first of them not
-    zero, then a half cosine to 0 at `steps`.
+    """The learning rate of step k: up to `learning_rate` in `warmup` equal steps, the first of them
+    not zero, then a half cosine to 0 at `steps`.
     """
 
     def value(k: Array) -> Array:
@@ -181,15 +181,16 @@ def minimize(
       the `nnx.Param`s of Flax modules, and all floating arrays of everything else.
     - `loss`: `loss(network, key)`, a scalar. The arrays of an Equinox module are arguments of the
       program, those in a closure constants.
-    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another `optimizer`, from
-      Optax, in its place.
+    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another
+      `optimizer`, from Optax, in its place.
     - `ema`: d of the average.
     - `sharding`: a `NamedSharding`, on whose mesh the parameters and the loss's arrays are
       replicated. The loss divides its batch itself.
-    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after every so many
-      steps (1000 by default) and at the end. It is replaced at once or not at all, and refused if
-      it is of another run: of other weights to start from, key, steps or `settings`, a dictionary
-      of whatever else tells runs apart. Functions, and an `optimizer`, are told apart by name only.
+    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after
+      every so many steps (1000 by default) and at the end. It is replaced at once or not at all,
+      and refused if it is of another run: of other weights to start from, key, steps or `settings`,
+      a dictionary of whatever else tells runs apart. Functions, and an `optimizer`, are told apart
+      by name only.
     - `progress`: show a bar with the loss.
 
     **Returns:** `Fit(network, average, curve)`.

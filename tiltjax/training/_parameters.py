@@ -1,7 +1,7 @@
 r"""What a network is to its training: arrays that are trained, by name, and the rest.
 
-    parameters, frame = taken_apart(network)           `{"layers.0.kernel": ...}`, and a frame without them
-    frame.network(parameters)                          the network again, with other arrays if need be
+    parameters, frame = taken_apart(network)    `{"layers.0.kernel": ...}`, and a frame without them
+    frame.network(parameters)      the network again, with other arrays if need be
 
 Of Flax modules, of Equinox modules, and of any other pytree alike. Flax is not imported here: only
 who has done so can have an object of it.

@@ -1,6 +1,7 @@
 r"""Low-rank adapters (LoRA) for any Flax NNX network, as a transformation of its weights.
 
-    adapters = lora.init(key, network, rank)            A: (..., n, rank), B: (..., rank, m) for every kernel W: (..., n, m)
+    adapters = lora.init(key, network, rank)
+        A: (..., n, rank), B: (..., rank, m) for every kernel W: (..., n, m)
     tuned    = lora.merge(network, adapters, scale)     W + scale * A B
 
 B starts at zero, so that `merge` starts at the network itself. Everything is a pure function: train

@@ -2,7 +2,8 @@ r"""A network small enough to train in minutes, for data of few dimensions.
 
 `Velocity` is
 
-    b(t, x) = W_d h_d + b_d,     h_0 = (x, cos(pi t), sin(pi t), ..., cos(K pi t), sin(K pi t)),     h_{i+1} = silu(W_i h_i + b_i)
+    b(t, x) = W_d h_d + b_d,  h_0 = (x, cos(pi t), sin(pi t), ..., cos(K pi t), sin(K pi t)),
+        h_{i+1} = silu(W_i h_i + b_i)
 
 Of t the network sees `frequencies = K` cosines and sines: `cos(pi t)` alone tells all times in [0,
 1] apart, the faster ones let the answer change quickly near the data, where the posterior does.

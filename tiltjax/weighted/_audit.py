@@ -81,7 +81,7 @@ class Audit(eqx.Module):
     sampler: str = eqx.field(static=True)
 
     @property
-    def share(self) -> float:
+    def ess_fraction(self) -> float:
         """The share of the samples that counts."""
         return self.ess / len(self.particles)
 
@@ -102,13 +102,17 @@ class Audit(eqx.Module):
             )
         # Log-normal weights have a share of exp(-2 KL). Where the divergence says less, most
         # samples carry hardly any weight.
-        good = min(self.share, math.exp(-2 * max(kl, 0.0)))
+        good = min(self.ess_fraction, math.exp(-2 * max(kl, 0.0)))
         if good > 0.9:
-            return f"Tilting: {self.share:.0%} of the samples count, path KL {kl:.2g} nats."
+            return f"Tilting: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats."
         if good > 0.2:
-            return f"Nearly: {self.share:.0%} of the samples count, path KL {kl:.2g} nats. Weighted, as smc does, they are the tilt as far as they reach."
+            return (
+                f"Nearly: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats. "
+                "Weighted, as smc does, they are the tilt as far as they reach."
+            )
         return (
-            f"Not tilting: {self.share:.1%} of the samples count, path KL {kl:.2g} nats (an upper "
+            f"Not tilting: {self.ess_fraction:.1%} of the samples count, path KL {kl:.2g} nats (an "
+            "upper "
             "bound for the samples themselves). Damp, use "
             "Tilted, Conjugate or Laplace, or weigh by smc."
         )
@@ -116,7 +120,7 @@ class Audit(eqx.Module):
     def __str__(self) -> str:
         rows = {
             "judged": self.sampler,
-            "effective share": f"{self.share:.3g} ({self.ess:.4g} of {len(self.particles)} paths)",
+            "ESS fraction": f"{self.ess_fraction:.3g} ({self.ess:.4g} of {len(self.particles)})",
             "Pareto k of the tail": f"{self.pareto_k:.2f} (" + _tail(self.pareto_k) + ")",
             "log Z": str(self.log_norm),
             "evidence bound": str(self.evidence_bound),
@@ -168,7 +172,13 @@ def audit(
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
     rewards = _sharding.home(_rewards(guidance, particles.x, chunk_size or num)).astype(np.float64)
     assert particles.trace is not None
-    name = f"{type(guidance).__name__} on {type(solver).__name__ if solver is not None else 'Ancestral'}, "
+    name = (
+        f"{type(guidance).__name__} on "
+        f"{type(solver).__name__ if solver is not None else 'Ancestral'}, "
+        ""
+        ""
+        ""
+    )
     return report(particles, rewards, name + f"{len(particles.trace.times) - 1} steps, {num} paths")
 
 

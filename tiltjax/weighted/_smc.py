@@ -1,13 +1,14 @@
 r"""`smc`: the guided sampler with weights, asymptotically exact for any guidance.
 
-    x_t, estimate --> proposal --> x_u, log p/q --> twist V_u(x_u) --> log w += log p/q + A_u - A_t --> resample, if uneven
-                                   (the estimate at x_u is the next step's; ancestors gather everything)
+    x_t, estimate --> proposal --> x_u, log p/q --> twist V_u(x_u)
+        --> log w += log p/q + A_u - A_t --> resample, if the weights are uneven
 
 The base chain takes the steps of `Ancestral(eta)` and ends with the jump to the denoiser, which is
 not guided: it has no noise to weigh. With `Z_N = E[exp(scale * r(x_N))]` of this chain, and N the
 number of steps,
 
-    E[exp(log_norm)] = Z_N      for any number of particles, guidance, twist, potential, tempering and resampling,
+    E[exp(log_norm)] = Z_N
+        for any number of particles, guidance, twist, potential, tempering and resampling,
 
 and weighted means tend to those of the chain's tilt as particles are added. A guidance is thus
 judged by how even its weights are (`ess`), not trusted. What a run is made of: `tiltjax.proposals`,
@@ -15,7 +16,7 @@ judged by how even its weights are (`ess`), not trusted. What a run is made of: 
 
 | published method | here |
 |---|---|
-| Feynman-Kac steering (arXiv 2501.06848) | `smc(key, model, dps(model, reward, scale), num=n, **fk_steering())` |
+| FK (arXiv 2501.06848) | `smc(key, model, dps(model, reward, scale), num=n, **fk_steering())` |
 | DAS (arXiv 2501.05803) | `smc(key, model, dps(model, reward, scale), num=n, **das())` |
 | TDS (arXiv 2306.17775) | `smc(key, model, dps(model, reward, scale), num=n, **tds())` |
 """
@@ -33,7 +34,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
 from tiltjax.guidance import Estimate, Guidance, check, failures
 from tiltjax.models import Denoiser
-from tiltjax.particles import CULPRITS, Particles, Trace, effective, weight_dtype
+from tiltjax.particles import FAILURES, Particles, Trace, effective, weight_dtype
 from tiltjax.samplers import first_time, fitting, run_times
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
@@ -68,8 +69,8 @@ def smc(
 
     **Arguments:**
 
-    - `key`, `model`, `num`, `steps` or `times`, `chunk_size`, `sharding`, `progress`: as in `sample`;
-      the run has to end at t = 1.
+    - `key`, `model`, `num`, `steps` or `times`, `chunk_size`, `sharding`, `progress`: as in
+      `sample`; the run has to end at t = 1.
     - `guidance`: proposes by its pull, and weighs by its `log_h` unless `twist`, another guidance
       of the same model, does.
     - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
@@ -446,7 +447,7 @@ def _smc(
     log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
     last = effective(seen)
     failed = (
-        jnp.zeros(len(CULPRITS), bool)
+        jnp.zeros(len(FAILURES), bool)
         .at[1]
         .set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     )

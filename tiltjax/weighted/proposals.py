@@ -9,7 +9,7 @@ where xi is the noise it drew: no difference of two log-densities. With the pull
 | proposal | delta | |
 |---|---|---|
 | `Base()` | 0 | gradient-free: Feynman-Kac steering |
-| `Guided()` | that of the mean, `(alpha_u - sqrt(sigma_u^2 - S2) alpha_t / sigma_t) (D~ - D)` | the kernel at D~: TDS |
+| `Guided()` | of the mean, `(alpha_u - sqrt(sigma_u^2 - S2) alpha_t / sigma_t) (D~ - D)` | TDS |
 | `Shifted()` | `(1 + eta^-2) / 2 S2 ∇ log h` | the score's own: DAS (at eta = 1) |
 | `Children(m, proposal)` | as `proposal` | m tries, one kept by weight: SVDD |
 

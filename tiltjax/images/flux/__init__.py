@@ -1,4 +1,8 @@
-"""FLUX.1: the model, its pipeline, the published guided run."""
+"""FLUX.1: the model, its pipeline, the published guided run.
+
+`load_model` reads a model for one prompt; `FluxModel` is put together from parts that
+`tiltjax.images.loading` reads; `published` samples with guidance as published.
+"""
 
 from tiltjax.images.flux._model import (
     FACTOR,
@@ -23,7 +27,7 @@ from tiltjax.images.flux._pipeline import (
     schedule,
     usual_size,
 )
-from tiltjax.images.flux._published import published
+from tiltjax.images.flux._published import published, published_guidance
 
 __all__ = [
     "FACTOR",
@@ -46,4 +50,5 @@ __all__ = [
     "encoded",
     "schedule",
     "published",
+    "published_guidance",
 ]

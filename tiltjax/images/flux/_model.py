@@ -1,18 +1,21 @@
-r"""FLUX.1 as a model: latents of pictures, given a text.
+r"""FLUX.1 as a model: latents of images, given a text.
 
-    X_t = t X_1 + (1 - t) X_0,  X_1 a latent (rows, columns, channels), X_0 noise;   sigma = 1 - t is the network's time
-    v_sigma = E[X_0 - X_1 | X_t] is the network's answer;   D_t(x) = x - sigma v_sigma(x)
-    flow map: X_{t,s}(x) = x - (sigma_t - sigma_s) v_{sigma_t, sigma_s}(x), one call of a network with two times;   D from equal times
+    X_t = t X_1 + (1 - t) X_0,  X_1 a latent (rows, columns, channels), X_0 noise
+    v_sigma = E[X_0 - X_1 | X_t], the network's output at its time sigma = 1 - t
+    D_t(x) = x - sigma v_sigma(x)
+    flow map: X_{t,s}(x) = x - (sigma_t - sigma_s) v_{sigma_t, sigma_s}(x)
 
-sigma, and its sign, live in this file and nowhere else. A state is a latent as the autoencoder has
-it, channels last; the network sees 2 x 2 of its places as one token (`packed`). The text is in the
-model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
+A flow map is one call of a network with two times; equal times give D.
+
+sigma, and its sign, appear in this file and nowhere else. A state is a latent as the autoencoder
+has it, channels last; the network reads 2 x 2 of its pixels as one token (`packed`). The text is in
+the model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
 
 Particles and the draws of a guidance are one batch of the network: with `attention="xla"` by
-`vmap`, with any other as rows, which kernels that know no `vmap` need (`tiltjax.nets`); with those
-a gradient computes the forward pass once more.
+`vmap`, with any other as rows, which kernels that know no `vmap` need; with those a gradient
+computes the forward pass once more.
 
-| `Lookahead(model, snr_factor)` | where a flow map takes x in one call, after noise is added until the snr is `snr_factor` lower |
+| `snr_factor` of `Lookahead` | x in one call of a flow map, after noise lowers the snr by it |
 |---|---|
 | 1 | flow-map reward guidance |
 | 5, 1.1 | weighted diamond maps |
@@ -45,8 +48,8 @@ FACTOR = 8  # of the published autoencoder, in whose sizes `times` and `memory` 
 _PATCH = 2
 # Of the published scheduler: the shift mu at so many tokens, linear between.
 _SHIFTS = (256, 0.5), (4096, 1.15)
-# What a block keeps for its gradient, in numbers the width of a token; its input alone with remat.
-_KEPT = 34
+# What a block saves for its gradient, in numbers the width of a token; its input alone with remat.
+_SAVED = 34
 
 
 class Parts(_pytree.Foreign):
@@ -67,7 +70,7 @@ class FluxModel(models.Model):
     - `transformer`: a `Transformer`, with two times for a flow map.
     - `text`, `pooled`: the T5 states `(length, joint_attention_dim)` and the pooled CLIP state
       `(pooled_projection_dim,)` of a prompt.
-    - `height`, `width`: of the picture; multiples of 16, twice the factor of the autoencoder.
+    - `height`, `width`: of the image; multiples of 16, twice the factor of the autoencoder.
     - `guidance`: the guidance scale that is distilled into FLUX.1-dev, 3.5 by default; `None` where
       there is none, as in FLUX.1-schnell.
     - `autoencoder`: for `decode` and `encode`.
@@ -96,7 +99,7 @@ class FluxModel(models.Model):
         dtype: Any = jnp.float32,
     ):
         _checks.instance(
-            transformer, Transformer, "transformer", "flux.load('transformer', folder)"
+            transformer, Transformer, "transformer", "loading.load('transformer', folder)"
         )
         config = transformer.config
         text, pooled = _checks.finite(text, "text", 2), _checks.finite(pooled, "pooled", 1)
@@ -157,20 +160,20 @@ class FluxModel(models.Model):
         return self._moved(t, s, s, x)
 
     def decode(self, x: Array) -> Array:
-        """The picture of a latent, `(height, width, 3)` in [0, 1] but for overshoots; for any
+        """The image of a latent, `(height, width, 3)` in [0, 1] but for overshoots; for any
         leading axes.
         """
         return self._autoencoder().decode(x)
 
-    def encode(self, pictures: Array, key: Array | None = None) -> Array:
-        """The latent of a picture in [0, 1]: its mean, or a draw; for any leading axes."""
-        return self._autoencoder().encode(pictures, key)
+    def encode(self, images: Array, key: Array | None = None) -> Array:
+        """The latent of an image in [0, 1]: its mean, or a draw; for any leading axes."""
+        return self._autoencoder().encode(images, key)
 
     def _autoencoder(self) -> Autoencoder:
         if self.parts.autoencoder is None:
             raise ValueError(
                 "this model has no autoencoder: FluxModel(..., "
-                "autoencoder=flux.load('autoencoder', folder))"
+                "autoencoder=loading.load('autoencoder', folder))"
             )
         return self.parts.autoencoder
 
@@ -178,23 +181,22 @@ class FluxModel(models.Model):
         if not self.parts.transformer.config.dual_time:
             raise ValueError(
                 "this network has one time, and knows velocities alone: load the adapters of a "
-                "flow map, flux.load(..., adapters=), or "
-                "integrate, tiltjax.FlowMap(model)"
+                "flow map, loading.load(..., adapters=), or integrate, tiltjax.FlowMap(model)"
             )
 
     def _moved(self, t: Array, target: float | Array, end: float | Array, x: Array) -> Array:
-        """`x - (sigma_t - sigma_end) v`, with v the network's velocity at t, or from t to `target`."""
+        """`x - (sigma_t - sigma_end) v`, v the network's velocity at t, or from t to `target`."""
         as_time = lambda time: jnp.asarray(time, x.dtype)
         t, target, end = as_time(t), as_time(target), as_time(end)
         times = jnp.stack([t, target]) if self.parts.transformer.config.dual_time else t
         parts = self.parts
-        given = (parts.transformer, parts.text, parts.pooled, parts.guidance)
+        arguments = (parts.transformer, parts.text, parts.pooled, parts.guidance)
         # Kernels that know no `vmap` get rows of a batch, whose pullback computes the forward pass
         # again. What is made of JAX's own operations is left to `vmap`: there the forward pass of a
         # guided step serves its gradient too.
-        whole = parts.transformer.attention == "xla"
-        net = models.Net(_velocity_of_one if whole else _velocity, given)
-        return x + (t - end) * models.ask(net, times, x, x.shape, batched=not whole)
+        batched = parts.transformer.attention != "xla"
+        net = models.Net(_velocity if batched else _velocity_of_one, arguments)
+        return x + (t - end) * models.ask(net, times, x, x.shape, batched=batched)
 
 
 class Lookahead(Posterior):
@@ -220,34 +222,26 @@ class Lookahead(Posterior):
                 "tiltjax.Renoise"
             )
         self.model = model
-        self.snr_factor = _checks.positive(snr_factor, "snr_factor")
-        if _checks.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
-            raise ValueError(
-                f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be "
-                "added"
-            )
+        self.snr_factor = _checks.in_range(snr_factor, "snr_factor", 1, closed="left")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        path = self.model.interpolant
-        s = path.time(path.snr(t) / self.snr_factor)
-        noise = (
-            path.sigma(s)
-            * jnp.sqrt(1 - 1 / self.snr_factor)
-            * jax.random.normal(key, x.shape, x.dtype)
-        )
-        return self.model.flow_map(s, path.alpha(s) / path.alpha(t) * x + noise)
+        interpolant = self.model.interpolant
+        s = interpolant.time(interpolant.snr(t) / self.snr_factor)
+        spread = interpolant.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
+        noise = spread * jax.random.normal(key, x.shape, x.dtype)
+        return self.model.flow_map(s, interpolant.alpha(s) / interpolant.alpha(t) * x + noise)
 
 
 def times(
     steps: int, height: int, width: int, *, start: float = 1e-3, mu: float | None = None
 ) -> Array:
     """The grid of the published scheduler, for `sample(..., times=)`: more steps near the noise,
-    the more the larger the picture.
+    the more the larger the image.
 
     `sigma = e^mu / (e^mu + 1 / u - 1)` for `steps` equal steps of u from 1, and 0; mu is linear in
     the number of tokens.
 
-    **Arguments:** `steps`; `height` and `width` of the picture; `start`, the first time, which
+    **Arguments:** `steps`; `height` and `width` of the image; `start`, the first time, which
     would be 0: there a guidance knows nothing of x, and what divides by t is infinite; `mu`, 0 for
     FLUX.1-schnell, which is not shifted. **Returns:** `(steps + 1,)`, increasing to 1.
 
@@ -318,7 +312,7 @@ def memory(
     height: int,
     width: int,
     *,
-    batch: int = 1,
+    chunk_size: int = 1,
     length: int = 512,
     itemsize: int = 2,
     gradient: bool = True,
@@ -327,29 +321,28 @@ def memory(
 ) -> Memory:
     """About what a transformer needs, on one device or on all of them together.
 
-    An estimate: a block keeps 34 numbers of the width of a token for its gradient, its input alone
+    An estimate: a block saves 34 numbers of the width of a token for its gradient, its input alone
     with `remat`; without fused attention also its scores, of every pair of tokens, in float32 and
     once more. Of a forward pass one block at a time.
 
-    **Arguments:** `config`; `height` and `width` of the picture; `batch`, particles times draws at
-    once; `length` of the text; `itemsize`, 2 bytes for bfloat16; `gradient`, whether one is taken;
-    `remat`, `fused`, as the options of the network.
+    **Arguments:** `config`; `height` and `width` of the image; `chunk_size`, particles times draws
+    at once; `length` of the text; `itemsize`, 2 bytes for bfloat16; `gradient`, whether one is
+    taken; `remat`, `fused`, as the options of the network.
     """
     rows, columns, _ = latent_shape(config, height, width)
-    tokens = batch * (rows * columns // _PATCH**2 + length)
+    tokens = chunk_size * (rows * columns // _PATCH**2 + length)
     abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     parameters = sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))
     )
     n = config.width
-    block = _KEPT * n * tokens * itemsize
+    block = _SAVED * n * tokens * itemsize
     if not fused:
-        block += config.num_attention_heads * tokens**2 // batch * (4 + itemsize)
+        block += config.num_attention_heads * tokens**2 // chunk_size * (4 + itemsize)
     depth = config.num_layers + config.num_single_layers
-    kept = (
-        block if not gradient else block + depth * n * tokens * itemsize if remat else depth * block
-    )
-    return Memory(parameters * itemsize, kept)
+    if gradient:
+        block = block + depth * n * tokens * itemsize if remat else depth * block
+    return Memory(parameters * itemsize, block)
 
 
 def check_memory(needed: Memory, available: int | None = None) -> None:
@@ -371,12 +364,10 @@ def check_memory(needed: Memory, available: int | None = None) -> None:
     gib = lambda n: f"{n / 2**30:.1f} GiB"
     raise MemoryError(
         f"about {gib(needed.total)} are needed, {gib(needed.parameters)} for parameters and "
-        f"{gib(needed.activations)} for what is computed, "
-        f"and {gib(available)} are there. What reduces it: param_dtype=jnp.bfloat16; remat=True "
-        "and attention='cudnn' (or a fused kernel of your "
-        "own), for gradients; a smaller picture; fewer particles at a time, sample(..., batch=); "
-        "more devices, "
-        "load(..., sharding=transformer.sharded(mesh))"
+        f"{gib(needed.activations)} for what is computed, and {gib(available)} are there. What "
+        "reduces it: param_dtype=jnp.bfloat16; remat=True and attention='cudnn' (or a fused kernel "
+        "of your own), for gradients; a smaller image; fewer particles at a time, "
+        "sample(..., chunk_size=); more devices, load(..., sharding=transformer.sharded(mesh))"
     )
 
 

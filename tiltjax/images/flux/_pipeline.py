@@ -1,11 +1,12 @@
 r"""A model for one prompt from a folder as FLUX.1 is published: the text is encoded, its encoders
 are forgotten, the network is loaded.
 
-    folder/  model_index.json   transformer/   vae/   text_encoder/   text_encoder_2/   tokenizer/   tokenizer_2/   scheduler/
+    folder/  model_index.json  transformer/  vae/  text_encoder/  text_encoder_2/
+             tokenizer/  tokenizer_2/  scheduler/
 
     model  = load_model("black-forest-labs/FLUX.1-dev", "a red bird", height=512, width=512)
     grid   = schedule("black-forest-labs/FLUX.1-dev", model, 28)
-    points = tiltjax.sample(key, model, num=1, times=grid, solver=tiltjax.Euler())
+    particles = tiltjax.sample(key, model, num=1, times=grid, solver=tiltjax.Euler())
 
 A name is a local folder, one of the Hugging Face hub, or `TINY`: the small trained model that the
 package brings along, in the same layout. Everything that can be refused is refused before weights
@@ -21,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks
@@ -40,7 +40,7 @@ from tiltjax.pretrained import files, key_names, state_dicts
 
 TINY = "tiny"
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-_WITH = Path(__file__).parents[1] / TINY
+_BUNDLED = Path(__file__).parents[1] / TINY
 
 
 def located(name: str | os.PathLike) -> Path:
@@ -48,11 +48,11 @@ def located(name: str | os.PathLike) -> Path:
     is missing, and as `files.located`.
     """
     if os.fspath(name) == TINY:
-        if not _WITH.is_dir():
+        if not _BUNDLED.is_dir():
             raise FileNotFoundError(
-                f"this copy of tiltjax has no {TINY} model ({_WITH}): give a folder or a hub name"
+                f"this copy of tiltjax has no {TINY} model ({_BUNDLED}): name a folder or a model"
             )
-        return _WITH
+        return _BUNDLED
     folder = files.located(name)
     if missing := [part for part in PARTS if not (folder / part).is_dir()]:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -64,18 +64,18 @@ def located(name: str | os.PathLike) -> Path:
 
 
 def usual_size(name: str | os.PathLike) -> int:
-    """The side of a picture where none is given: 512, or less where the autoencoder was trained on
+    """The side of an image where none is given: 512, or less where the autoencoder was trained on
     less.
     """
     return min(512, files.configuration(located(name) / "vae").get("sample_size", 512))
 
 
 def needed_memory(
-    config: transformer.Config, height: int, width: int, factor: int, **how: Any
+    config: transformer.Config, height: int, width: int, factor: int, **settings: Any
 ) -> Memory:
-    """`memory` of a picture, for an autoencoder of any factor."""
+    """`memory` of an image, for an autoencoder of any factor."""
     rows, columns, _ = latent_shape(config, height, width, factor)
-    return memory(config, rows * FACTOR, columns * FACTOR, **how)
+    return memory(config, rows * FACTOR, columns * FACTOR, **settings)
 
 
 def load_model(
@@ -89,7 +89,7 @@ def load_model(
     dtype: Any = jnp.bfloat16,
     remat: bool = False,
     attention: Any = "xla",
-    batch: int = 1,
+    chunk_size: int = 1,
     gradient: bool = True,
     sharding: state_dicts.Placement | None = None,
     available: int | None = None,
@@ -98,31 +98,34 @@ def load_model(
     was.
 
     **Arguments:** `name`, a folder, a name of the hub, or `TINY`; `prompt`; `height` and `width` of
-    the picture; `guidance`, the distilled scale, and `adapters`, of a flow map, as in `FluxModel`
-    and `flux.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of the
-    transformer; `batch`, how many states are asked at once, and `gradient`, whether one is taken:
-    for the memory that is asked for; `available`, bytes, where JAX does not say.
+    the image; `guidance`, the distilled scale, and `adapters`, of a flow map, as in `FluxModel`
+    and `loading.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of
+    the transformer; `chunk_size`, how many states are evaluated at once, and `gradient`, whether
+    one is taken: for the memory that is needed; `available`, bytes, where JAX does not say.
 
     **Raises:** `ValueError` for sizes; `FileNotFoundError`, `PermissionError` and `ImportError` of
     `located`; `MemoryError` that says how much is needed and what reduces it.
     """
     folder = located(name)
     published = files.configuration(folder / "transformer")
-    low_rank = None if adapters is None else files.read(adapters)
     dual = bool(published.get("dual_time")) or (
-        low_rank is not None and key_names.is_dual(low_rank)
+        adapters is not None and key_names.is_dual(files.read(adapters))
     )
     config = transformer.Config.from_json({**published, "dual_time": dual})
     factor = autoencoder.Config.from_json(files.configuration(folder / "vae")).factor
     length = _text_length(folder, config)
-    how = {
-        "batch": batch,
-        "length": length,
-        "itemsize": jnp.dtype(dtype).itemsize,
-        "gradient": gradient,
-        "remat": remat,
-    }
-    needed = needed_memory(config, height, width, factor, **how, fused=attention != "xla")
+    needed = needed_memory(
+        config,
+        height,
+        width,
+        factor,
+        chunk_size=chunk_size,
+        length=length,
+        itemsize=jnp.dtype(dtype).itemsize,
+        gradient=gradient,
+        remat=remat,
+        fused=attention != "xla",
+    )
     check_memory(needed, available)
     states, pooled = encoded(folder, prompt, length, dtype)
     options = {"dtype": dtype, "param_dtype": dtype, "remat": remat, "attention": attention}
@@ -134,7 +137,7 @@ def load_model(
 
 
 def encoded(folder: Path, prompt: str, length: int, dtype: Any) -> tuple[Array, Array]:
-    """The T5 states and the pooled CLIP state of a prompt; the encoders are gone when this returns."""
+    """The T5 states and the pooled CLIP state of a prompt; the encoders are freed afterwards."""
     positions = clip.TextConfig.from_json(
         files.configuration(folder / "text_encoder")
     ).max_position_embeddings
@@ -169,12 +172,12 @@ def schedule(
 
 
 def _text_length(folder: Path, config: transformer.Config) -> int:
-    """How many tokens T5 gives: what its tokenizer says, or what the networks were trained with."""
+    """How many tokens T5 gives: its tokenizer's limit, or what the networks were trained with."""
     usual = prompts.T5_LENGTH if config.guidance_embeds else prompts.T5_LENGTH // 2
     file = folder / "tokenizer_2" / "tokenizer_config.json"
-    said = json.loads(file.read_text()).get("model_max_length", usual) if file.is_file() else usual
-    return (
-        _checks.count(int(min(said, np.iinfo(np.int32).max)), "model_max_length")
-        if said <= prompts.T5_LENGTH
-        else usual
-    )
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    longest = settings.get("model_max_length", usual)
+    # A tokenizer without a limit says a number such as 1e30.
+    if longest > prompts.T5_LENGTH:
+        return usual
+    return _checks.count(int(longest), "model_max_length")

@@ -1,13 +1,15 @@
-r"""The autoencoder of FLUX.1: pictures to latents of an eighth of the side, and back,
+r"""The autoencoder of FLUX.1: images to latents of an eighth of the side, and back,
 differentiable both ways.
 
-    picture x in [0, 1], (H, W, 3)  --2x - 1-->  encoder  -->  mean m, log-variance s,  (H/f, W/f, c)  each
-    latent                 z = (m + exp(s / 2) xi - shift) * scaling,      xi = 0 without a key
-    decoded                x = (decoder(z / scaling + shift) + 1) / 2
+    image      x in [0, 1], (H, W, 3)
+    encoder    mean m and log-variance s of 2x - 1, (H/f, W/f, c) each
+    latent     z = (m + exp(s / 2) xi - shift) * scaling,      xi = 0 without a key
+    decoded    x = (decoder(z / scaling + shift) + 1) / 2
 
     encoder   conv_in - [resnets - downsampler] * levels - mid - norm, silu, conv_out
     decoder   conv_in - mid - [resnets - upsampler] * levels - norm, silu, conv_out
-    resnet    x + conv(silu(norm(conv(silu(norm(x))))));    mid: resnet - attention of all places - resnet
+    resnet    x + conv(silu(norm(conv(silu(norm(x))))))
+    mid       resnet - attention of all pixels - resnet
 
 with c = 16 channels, f = 8, scaling .3611, shift .1159 for FLUX.1; the levels multiply the side by
 2 by nearest neighbors before a convolution, or halve it by a convolution of stride 2 padded below
@@ -15,16 +17,16 @@ and to the right alone. Norms are group norms with epsilon 1e-6.
 
 | option | what it does |
 |---|---|
-| `remat` | keep the picture between resnets alone for the gradient: a small part of the memory for one more forward pass |
-| `chunk` | queries of the attention in portions of so many: `n chunk` instead of n^2 scores for n = (H W / f^2) places |
+| `remat` | save only what passes between resnets: less memory for one more forward pass |
+| `chunk_size` | queries of the attention at once: so many times n scores, n = H W / f^2 |
 | `param_dtype` | of the parameters and all that is computed |
 
-`remat` is for accelerators: XLA undoes it on a CPU. A decoded picture is not clipped:
-`tiltjax.flux.rewards.Decoded` does that, and says so. There is no forward mode through convolutions
-(`tiltjax.flux.layers.convolved`).
+`remat` is for accelerators: XLA undoes it on a CPU. A decoded image is not clipped:
+`tiltjax.images.rewards.Decoded` does that. There is no forward mode through convolutions
+(`layers.convolved`).
 
-Attributes are named as the published parameters (`tiltjax.flux.weights`). Reference: Rombach et
-al., arXiv 2112.10752; FLUX.1 by Black Forest Labs.
+Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Rombach et al., arXiv 2112.10752; FLUX.1 by Black Forest Labs.
 """
 
 import dataclasses
@@ -35,7 +37,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -53,7 +54,7 @@ _IMPLIED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of an autoencoder; those of FLUX.1 by default. `factor` is the side of a picture by
+    """The sizes of an autoencoder; those of FLUX.1 by default. `factor` is the side of an image by
     that of its latent.
     """
 
@@ -99,10 +100,10 @@ class Config:
 
 
 class Autoencoder(nnx.Module):
-    """Pictures to latents and back; for one picture, or with any leading axes.
+    """Images to latents and back; for one image, or with any leading axes.
 
-    **Arguments:** `config`; `remat`, `chunk`, `param_dtype`, as in the module's docstring; `rngs`,
-    for the initial weights.
+    **Arguments:** `config`; `remat`, `chunk_size`, `param_dtype`, as in the module's docstring;
+    `rngs`, for the initial weights.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Autoencoder(nnx.Module):
         config: Config,
         *,
         remat: bool = False,
-        chunk: int | None = None,
+        chunk_size: int | None = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -118,46 +119,44 @@ class Autoencoder(nnx.Module):
         make = _Make(
             config.norm_num_groups,
             bool(remat),
-            None if chunk is None else _checks.count(chunk, "chunk"),
+            None if chunk_size is None else _checks.count(chunk_size, "chunk_size"),
             param_dtype,
             rngs,
         )
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
-    def moments(self, pictures: Array) -> tuple[Array, Array]:
+    def moments(self, images: Array) -> tuple[Array, Array]:
         """The mean and the log-variance of the encoder's Gaussian, before scaling. **Raises:**
         `ValueError` for another shape.
         """
         config = self.config
-        *lead, height, width, channels = _places(pictures, "pictures", config.in_channels)
+        *lead, height, width, channels = _places(images, "images", config.in_channels)
         if height % config.factor or width % config.factor:
             raise ValueError(
-                f"sides must be multiples of {config.factor}, got a picture of {height} x {width}: "
+                f"sides must be multiples of {config.factor}, got an image of {height} x {width}: "
                 "crop or resize it"
             )
-        batch = _inner(self.encoder, 2 * pictures.reshape(-1, height, width, channels) - 1)
+        batch = _inner(self.encoder, 2 * images.reshape(-1, height, width, channels) - 1)
         mean, log_variance = jnp.split(self.encoder(batch), 2, axis=-1)
         shape = (*lead, *mean.shape[1:])
         # The limits belong to the model: a variance outside of them is not what its decoder was
         # trained on.
         limited = jnp.clip(log_variance, -30, 20)
-        return mean.astype(pictures.dtype).reshape(shape), limited.astype(pictures.dtype).reshape(
-            shape
-        )
+        return mean.astype(images.dtype).reshape(shape), limited.astype(images.dtype).reshape(shape)
 
-    def encode(self, pictures: Array, key: Array | None = None) -> Array:
-        """Latents of pictures in [0, 1]: the mean, or with a key a draw. **Raises:** `ValueError`
+    def encode(self, images: Array, key: Array | None = None) -> Array:
+        """Latents of images in [0, 1]: the mean, or with a key a draw. **Raises:** `ValueError`
         for another shape.
         """
-        latents, log_variance = self.moments(pictures)
+        latents, log_variance = self.moments(images)
         if key is not None:
             noise = jax.random.normal(_checks.key(key), latents.shape, latents.dtype)
             latents += jnp.exp(log_variance / 2) * noise
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Array) -> Array:
-        """Pictures of latents, in [0, 1] but for overshoots, which are not clipped. **Raises:**
+        """Images of latents, in [0, 1] but for overshoots, which are not clipped. **Raises:**
         `ValueError` for another shape.
         """
         config = self.config
@@ -194,7 +193,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents without scaling, `(batch, h, w, c)`, to pictures in [-1, 1], `(batch, f h, f w, 3)`."""
+    """Latents without scaling, `(batch, h, w, c)`, to images in [-1, 1], `(batch, fh, fw, 3)`."""
 
     def __init__(self, config: Config, make: "_Make"):
         widths = config.block_out_channels[::-1]
@@ -296,13 +295,13 @@ class Upsample(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """`x + attention(norm(x))` with one head over all places of a picture."""
+    """`x + attention(norm(x))` with one head over all places of an image."""
 
     def __init__(self, n: int, make: "_Make"):
         self.group_norm = make.norm(n)
         self.to_q, self.to_k, self.to_v = (make.linear(n) for _ in range(3))
         self.to_out = nnx.List([make.linear(n)])
-        self.chunk = make.chunk
+        self.chunk_size = make.chunk_size
 
     def __call__(self, x: Array) -> Array:
         b, height, width, n = x.shape
@@ -310,15 +309,15 @@ class Attention(nnx.Module):
         q, k, v = (project(h) for project in (self.to_q, self.to_k, self.to_v))
         # One head is the axis before the last.
         attend = lambda q: layers.attention(q, k[:, :, None], v[:, :, None], scale=1 / math.sqrt(n))
-        if self.chunk is None:
+        if self.chunk_size is None:
             h = attend(q[:, :, None])
         else:
             # The scores of a portion are computed again for the gradient: they are what is too
-            # large to keep.
+            # large to save.
             rows = jax.lax.map(
                 jax.checkpoint(lambda q: attend(q[:, None, None])),
                 q.swapaxes(0, 1),
-                batch_size=self.chunk,
+                batch_size=self.chunk_size,
             )
             h = rows[:, :, 0].swapaxes(0, 1)
         return x + self.to_out[0](h.reshape(b, height, width, n))
@@ -330,7 +329,7 @@ class _Make:
 
     groups: int
     remat: bool
-    chunk: int | None
+    chunk_size: int | None
     dtype: Any
     rngs: nnx.Rngs
 
@@ -399,11 +398,8 @@ def published(state_dict: Mapping[str, Any]) -> state_dicts.View:
         )
         for pattern, replacement in _ORIGINAL:
             name = re.sub(pattern, replacement, name)
-        shape, read = (
-            state_dicts.shape_of(state_dict, key),
-            lambda key=key: np.asarray(state_dict[key]),
-        )
+        shape, read = state_dicts.shape_of(state_dict, key), state_dicts.reader(state_dict, key)
         if ".attentions." in name and len(shape) == 4:  # 1 x 1 convolutions
-            shape, read = shape[:2], lambda read=read: read()[:, :, 0, 0]
+            shape, read = shape[:2], lambda *index, read=read: read()[:, :, 0, 0][index]
         parts[name] = shape, read
     return state_dicts.View(parts)

@@ -1,18 +1,18 @@
-r"""CLIP: the text tower whose pooled state FLUX.1 is modulated by, and the picture tower that
+r"""CLIP: the text tower whose pooled state FLUX.1 is modulated by, and the vision tower that
 rewards are made of.
 
-    text       h_0 = E[ids] + P;   L layers, each token seeing itself and those before it;   norm;   the state at the end of the text
-    picture    h_0 = norm((class, patches) + P);   L layers;   the norm of the state at `class`
+    text       h_0 = E[ids] + P;   L causal layers;   norm;   the state at the end of the text
+    image      h_0 = norm((class, patches) + P);   L layers;   the norm of the state at `class`
     layer      h <- h + attention(norm(h)),   h <- h + W_2 act(W_1 norm(h))
-    similarity cos(V picture, T text), V and T linear
+    similarity cos(V image, T text), V and T linear
 
 | | activation | `eos_token_id` |
 |---|---|---|
-| CLIP-L of OpenAI, which FLUX.1 has | `quick_gelu`, x sigmoid(1.702 x) | 2 in its configuration, which stands for: the largest id, wherever it comes first |
+| CLIP-L of OpenAI, in FLUX.1 | `quick_gelu`, x sigmoid(1.702 x) | 2, read as the largest id |
 | CLIP-H of LAION, under PickScore and HPS | `gelu`, exact | as above, or the id |
 
-Attributes are named as the published parameters (`tiltjax.flux.weights`). Reference: Radford et
-al., arXiv 2103.00020.
+Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Radford et al., arXiv 2103.00020.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
     "gelu": lambda x: nnx.gelu(x, approximate=False),
 }
-# Where the pictures that CLIP was trained on are centered, and how wide they are spread, by
-# channel.
+# Mean and standard deviation of the images that CLIP was trained on, by channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-SPREAD = (0.26862954, 0.26130258, 0.27577711)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _check(config: Any) -> None:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
-            f"hidden_act = {config.hidden_act!r} is not implemented: it may be {' or '.join(_ACTIVATIONS)}"
+            f"hidden_act = {config.hidden_act!r} is not implemented: it may be "
+            f"{' or '.join(_ACTIVATIONS)}"
         )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
@@ -85,8 +85,8 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureConfig:
-    """The sizes of a picture tower; those of CLIP-L by default."""
+class VisionConfig:
+    """The sizes of a vision tower; those of CLIP-L by default."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -101,7 +101,7 @@ class PictureConfig:
         _check(self)
 
     @classmethod
-    def from_json(cls, published: Mapping[str, Any]) -> "PictureConfig":
+    def from_json(cls, published: Mapping[str, Any]) -> "VisionConfig":
         """From the published JSON of a `CLIPVisionModel`. **Raises:** `ValueError` for a setting
         that is not implemented.
         """
@@ -119,7 +119,7 @@ class Config:
     """Both towers and the dimension in which they meet; CLIP-L by default."""
 
     text_config: TextConfig = TextConfig()
-    vision_config: PictureConfig = PictureConfig()
+    vision_config: VisionConfig = VisionConfig()
     projection_dim: int = 768
 
     @classmethod
@@ -128,15 +128,15 @@ class Config:
         that is not implemented.
         """
         text = TextConfig.from_json(published.get("text_config") or {})
-        picture = PictureConfig.from_json(published.get("vision_config") or {})
-        return cls(text, picture, published.get("projection_dim", 512))
+        vision = VisionConfig.from_json(published.get("vision_config") or {})
+        return cls(text, vision, published.get("projection_dim", 512))
 
 
 class Text(nnx.Module):
     """The text tower, `CLIPTextModel`: token ids `(*lead, n)` to states `(*lead, n, d)`, or by
     `pooled` to one of them, `(*lead, d)`.
 
-    **Arguments:** `config`; `remat`, to keep the states between layers alone for a gradient;
+    **Arguments:** `config`; `remat`, to save the states between layers alone for a gradient;
     `param_dtype`, of the parameters and of what is computed; `rngs`, for the initial weights.
     """
 
@@ -163,7 +163,7 @@ class Text(nnx.Module):
         return self.final_layer_norm(self.encoder(hidden, layers.causal(n, hidden.dtype)))
 
     def pooled(self, ids: Array) -> Array:
-        """The state at the first end-of-text token, `(*lead, d)`, which has seen the whole text;
+        """The state at the first end-of-text token, `(*lead, d)`, which depends on the whole text;
         padding comes after it.
 
         **Raises:** `ValueError` for a text without an end, where the ids can be read.
@@ -185,8 +185,8 @@ class Text(nnx.Module):
         return jnp.take_along_axis(states, place[..., None, None], axis=-2)[..., 0, :]
 
 
-class Picture(nnx.Module):
-    """The picture tower, `CLIPVisionModel`: pictures prepared by `prepared`, `(*lead, s, s, 3)`, to
+class Vision(nnx.Module):
+    """The vision tower, `CLIPVisionModel`: images prepared by `preprocess`, `(*lead, s, s, 3)`, to
     states `(*lead, d)`.
 
     **Arguments:** as of `Text`.
@@ -194,26 +194,26 @@ class Picture(nnx.Module):
 
     def __init__(
         self,
-        config: PictureConfig,
+        config: VisionConfig,
         *,
         remat: bool = False,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.embeddings = _PictureEmbeddings(config, param_dtype, rngs)
+        self.embeddings = _VisionEmbeddings(config, param_dtype, rngs)
         self.pre_layrnorm = _norm(config, param_dtype)
         self.encoder = Encoder(config, bool(remat), param_dtype, rngs)
         self.post_layernorm = _norm(config, param_dtype)
 
-    def __call__(self, pictures: Array) -> Array:
+    def __call__(self, images: Array) -> Array:
         size = self.config.image_size
-        if pictures.shape[-3:] != (size, size, 3):
+        if images.shape[-3:] != (size, size, 3):
             raise ValueError(
-                f"this tower takes pictures (..., {size}, {size}, 3), got {pictures.shape}: use "
-                f"prepared(pictures, {size})"
+                f"this tower takes images (..., {size}, {size}, 3), got {images.shape}: use "
+                f"preprocess(images, {size})"
             )
-        hidden = self.encoder(self.pre_layrnorm(self.embeddings(pictures)))
+        hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(hidden[..., 0, :])
 
 
@@ -228,7 +228,7 @@ class CLIP(nnx.Module):
         self.config = config
         options = {"remat": remat, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = Text(config.text_config, **options)
-        self.vision_model = Picture(config.vision_config, **options)
+        self.vision_model = Vision(config.vision_config, **options)
         linear = {"use_bias": False, "dtype": param_dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_projection = nnx.Linear(
             config.text_config.hidden_size, config.projection_dim, **linear
@@ -242,10 +242,10 @@ class CLIP(nnx.Module):
         """Texts as unit vectors."""
         return _unit(self.text_projection(self.text_model.pooled(ids)))
 
-    def picture(self, pictures: Array) -> Array:
-        """Pictures in [0, 1], of any size, as unit vectors, in the dtype of the parameters."""
-        pictures = prepared(pictures, self.config.vision_config.image_size)
-        return _unit(self.visual_projection(self.vision_model(pictures)))
+    def image(self, images: Array) -> Array:
+        """Images in [0, 1], of any size, as unit vectors, in the dtype of the parameters."""
+        images = preprocess(images, self.config.vision_config.image_size)
+        return _unit(self.visual_projection(self.vision_model(images)))
 
     def temperature(self) -> Array:
         """The factor of the cosine in the trained similarity, `exp(logit_scale)`."""
@@ -256,7 +256,7 @@ def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any], **options: Any
 ) -> CLIP:
     """Both towers with published weights: for rewards. (The text tower of FLUX.1 alone:
-    `tiltjax.flux.from_state_dict("clip", ...)`.)
+    `loading.from_state_dict("clip", ...)`.)
 
     **Arguments:** `state_dict`, NumPy arrays by the names of `CLIPModel`; `config`, its published
     JSON; `options` of `CLIP`. **Raises:** `ValueError` for keys that are missing, unused or of
@@ -276,34 +276,33 @@ def load(folder: str | os.PathLike, **options: Any) -> CLIP:
     return from_state_dict(files.read_folder(folder), files.configuration(folder), **options)
 
 
-def prepared(pictures: Array, size: int) -> Array:
-    """Pictures in [0, 1] as CLIP was trained on them: the shorter side made `size`, the middle cut
+def preprocess(images: Array, size: int) -> Array:
+    """Images in [0, 1] as CLIP was trained on them: the shorter side made `size`, the middle cut
     out, channels standardized.
 
     Cubic interpolation with antialiasing, as the published preparation, which besides rounds the
     result to 256 levels: that has no gradient.
     """
-    *lead, height, width, channels = pictures.shape
+    *lead, height, width, channels = images.shape
     if channels != 3:
         raise ValueError(
-            f"pictures must be (..., height, width, 3), channels last, got {pictures.shape}"
+            f"images must be (..., height, width, 3), channels last, got {images.shape}"
         )
     shape = tuple(max(size, size * side // min(height, width)) for side in (height, width))
     if shape != (height, width):
-        pictures = jax.image.resize(pictures, (*lead, *shape, 3), "cubic")
+        images = jax.image.resize(images, (*lead, *shape, 3), "cubic")
     top, left = ((side - size) // 2 for side in shape)
-    pictures = pictures[..., top : top + size, left : left + size, :]
-    mean, spread = (
-        jnp.broadcast_to(jnp.asarray(each, pictures.dtype), pictures.shape)
-        for each in (MEAN, SPREAD)
+    images = images[..., top : top + size, left : left + size, :]
+    mean, std = (
+        jnp.broadcast_to(jnp.asarray(each, images.dtype), images.shape) for each in (MEAN, STD)
     )
-    return (pictures - mean) / spread
+    return (images - mean) / std
 
 
 class Encoder(nnx.Module):
     """The layers of a tower."""
 
-    def __init__(self, config: TextConfig | PictureConfig, remat: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig | VisionConfig, remat: bool, dtype: Any, rngs: nnx.Rngs):
         self.remat = remat
         self.layers = layers.stacked(
             lambda rngs: Layer(config, dtype, rngs), config.num_hidden_layers, rngs
@@ -316,9 +315,9 @@ class Encoder(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then two linear maps with an activation between them; both added to what comes in."""
+    """Attention, then two linear maps with an activation between them; both added to the input."""
 
-    def __init__(self, config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig | VisionConfig, dtype: Any, rngs: nnx.Rngs):
         self.layer_norm1, self.self_attn = _norm(config, dtype), _Heads(config, dtype, rngs)
         self.layer_norm2, self.mlp = _norm(config, dtype), _Perceptron(config, dtype, rngs)
 
@@ -328,7 +327,7 @@ class Layer(nnx.Module):
 
 
 class _Heads(nnx.Module):
-    def __init__(self, config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig | VisionConfig, dtype: Any, rngs: nnx.Rngs):
         n = config.hidden_size
         self.heads = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
@@ -344,7 +343,7 @@ class _Heads(nnx.Module):
 
 
 class _Perceptron(nnx.Module):
-    def __init__(self, config: TextConfig | PictureConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig | VisionConfig, dtype: Any, rngs: nnx.Rngs):
         self.act = _ACTIVATIONS[config.hidden_act]
         self.fc1 = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.fc2 = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
@@ -367,8 +366,8 @@ class _TextEmbeddings(nnx.Module):
         return tokens + jnp.broadcast_to(places, tokens.shape)
 
 
-class _PictureEmbeddings(nnx.Module):
-    def __init__(self, config: PictureConfig, dtype: Any, rngs: nnx.Rngs):
+class _VisionEmbeddings(nnx.Module):
+    def __init__(self, config: VisionConfig, dtype: Any, rngs: nnx.Rngs):
         n, patch = config.hidden_size, (config.patch_size,) * 2
         embed = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.class_embedding = nnx.Param(
@@ -381,9 +380,9 @@ class _PictureEmbeddings(nnx.Module):
             (config.image_size // config.patch_size) ** 2 + 1, n, **embed
         )
 
-    def __call__(self, pictures: Array) -> Array:
+    def __call__(self, images: Array) -> Array:
         first = self.class_embedding.get_value()
-        patches = self.patch_embedding(pictures.astype(first.dtype))
+        patches = self.patch_embedding(images.astype(first.dtype))
         *lead, _, _, n = patches.shape
         tokens = jnp.concatenate(
             [jnp.broadcast_to(first, (*lead, 1, n)), patches.reshape(*lead, -1, n)], axis=-2
@@ -401,5 +400,5 @@ def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(n, m, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def _norm(config: TextConfig | PictureConfig, dtype: Any) -> layers.Norm:
+def _norm(config: TextConfig | VisionConfig, dtype: Any) -> layers.Norm:
     return layers.Norm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype)

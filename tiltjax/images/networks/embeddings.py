@@ -1,10 +1,13 @@
 r"""Times and positions as waves.
 
-    time        (cos(w_i t), sin(w_i t)),  w_i = 10000^(-i / 128),  i < 128;  t is 1000 sigma, or 1000 times a guidance scale
-    position    the pair (2i, 2i + 1) of a head is rotated by p w_i,  w_i = 10000^(-2i / d),  for the d entries that belong to one axis of the position
+    time        (cos(w_i t), sin(w_i t)),  w_i = 10000^(-i / 128),  i < 128
+    position    the pair (2i, 2i + 1) of a head is rotated by p w_i,  w_i = 10000^(-2i / d)
 
-A position is (0, row, column) for a place of a picture and (0, 0, 0) for a token of a text. Angles
-are float64 on the host, and waves float32 at least.
+t is 1000 sigma, or 1000 times a guidance scale; d entries of a head belong to one axis of the
+position.
+
+A position is (0, row, column) for a place of an image and (0, 0, 0) for a token of a text. Angles
+are float64 in NumPy, and waves float32 at least.
 
 Reference: Vaswani et al. (arXiv 1706.03762); Su et al. (arXiv 2104.09864), rotations.
 """
@@ -25,8 +28,8 @@ _LONGEST = 10_000.0  # wavelength, over 2 pi
 def of_time(value: Array) -> Array:
     """Cosines and sines of `(batch,)` numbers, `(batch, 256)`."""
     dtype = wide(value.dtype)
-    # Rounded where single precision rounds: of 1000 times a time, the last digits of a frequency
-    # are seen.
+    # Rounded where the published code rounds in single precision: 1000 times a time makes the last
+    # digits of a frequency matter.
     exponents = (
         np.float32(-np.log(_LONGEST))
         * np.arange(FREQUENCIES, dtype=np.float32)

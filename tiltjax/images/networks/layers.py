@@ -1,9 +1,10 @@
 r"""What the networks of this package share: stacks of equal blocks, norms, attention, and how a
 published configuration is read.
 
-    h_{i+1} = block_i(h_i),  i < n:     `stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them
+    h_{i+1} = block_i(h_i),  i < n
 
-A scanned stack is compiled once whatever its depth. With `remat` only the h_i are kept for the
+`stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them. A
+stack is compiled once whatever its depth. With `remat` only the h_i are saved for the
 gradient, and each block is computed again.
 
     attention(q, k, v) = softmax(scale * q k^T + bias) v
@@ -66,7 +67,7 @@ def standardized(
 
 class Norm(nnx.Module):
     """`scale * (x - mean) / sqrt(var + epsilon) + bias` over the last axis, or over each of
-    `groups` parts of it and all places of a picture.
+    `groups` parts of it and all places of an image.
 
     With `center=False` without mean and bias: the RMS norm. Statistics are taken in float32 at
     least.
@@ -87,7 +88,7 @@ class Norm(nnx.Module):
         if self.groups is None:
             h = standardized(h, self.epsilon, center=self.center)
         else:
-            # Places first, then the channels of a group: sums over both at once, of a picture cut
+            # Places first, then the channels of a group: sums over both at once, of an image cut
             # into groups, are slow on a CPU.
             h -= _over_groups(jnp.mean(h, axis=(1, 2)), self.groups)
             power = jnp.mean(jnp.square(h), axis=(1, 2))
@@ -111,7 +112,7 @@ def convolved(x: Array, kernel: Array, strides: Any, padding: Any, **options: An
 
     Of odd sides and stride 1 padded to the same size, the gradient is the convolution with the
     kernel turned over. Written out, which is all that is done here, XLA runs it ten times as fast
-    within `lax.scan` on a CPU. There is no forward mode. Whatever else is asked for, other strides,
+    within `lax.scan` on a CPU. There is no forward mode. All else, other strides,
     paddings and numbers of axes, even sides, groups, dilation, precision, is left to JAX.
 
     **Arguments:** `x` `(batch, H, W, n)`, `kernel` `(h, w, n, m)`; the rest as in
@@ -140,7 +141,7 @@ def _plainly(
     feature_group_count=1,
     **rest: Any,
 ) -> bool:
-    """Whether these options ask for what `_plain` does."""
+    """Whether these options mean what `_plain` does."""
     dilated = {*(lhs_dilation or (1,)), *(rhs_dilation or (1,))} != {1}
     ours = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _AXES)
     numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
@@ -218,7 +219,8 @@ def configuration(
         value = tuple(value) if isinstance(value, list) else value
         if value not in values:
             raise ValueError(
-                f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for {' or '.join(map(repr, values))}"
+                f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for "
+                f"{' or '.join(map(repr, values))}"
             )
     fields = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     found = {

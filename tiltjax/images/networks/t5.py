@@ -1,14 +1,15 @@
 r"""The T5 encoder: token ids to the states that the text stream of FLUX.1 starts from.
 
-    h_0 = E[ids];    h <- h + O softmax(q k^T + b_{j - i}) v,   h <- h + W_o (gelu(W_0 n) * W_1 n),    n = rmsnorm(h)
+    h_0 = E[ids],    n = rmsnorm(h)
+    h <- h + O softmax(q k^T + b_{j - i}) v,    h <- h + W_o (gelu(W_0 n) * W_1 n)
 
-q, k, v are linear in the norm of h, all layers share the bias b of the first, and nothing is
-divided by sqrt(d). b_{j - i} depends on a distance through its bucket alone: the near half of the
-buckets are distances one by one, the others grow geometrically up to `max_distance`, before and
-after apart. Padding is not masked: the states were trained with it.
+q, k, v are linear in n, all layers have the bias b of the first, and nothing is divided by sqrt(d).
+b_{j - i} depends on a distance through its bucket alone: the near half of the buckets are distances
+one by one, the others grow geometrically up to `max_distance`, before and after apart. Padding is
+not masked: the states were trained with it.
 
-Attributes are named as the published parameters (`tiltjax.flux.weights`). Reference: Raffel et al.,
-arXiv 1910.10683; gated gelu: Shazeer, arXiv 2002.05202.
+Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Raffel et al., arXiv 1910.10683; gated gelu: Shazeer, arXiv 2002.05202.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ from jaxtyping import Array
 from tiltjax.images.networks import layers
 
 RENAMES = {
-    "encoder.relative_attention_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    "encoder.relative_attention_bias": (
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    )
 }
 STACKED = ("encoder.block",)
 TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, where a file has both
@@ -62,7 +65,7 @@ class Config:
 class T5(nnx.Module):
     """Token ids `(*lead, n)` to states `(*lead, n, d_model)`.
 
-    **Arguments:** `config`; `remat`, to keep the states between layers alone for a gradient;
+    **Arguments:** `config`; `remat`, to save the states between layers alone for a gradient;
     `param_dtype`, of the parameters and of what is computed; `rngs`, for the initial weights.
     """
 
@@ -167,7 +170,7 @@ class _Gated(nnx.Module):
 
 def buckets(n: int, num: int, farthest: int) -> np.ndarray:
     """The bucket of every pair of places `(from, to)`, `(n, n)` int32, of `num` in all; distances
-    from `farthest` on share the last.
+    from `farthest` on have the last.
     """
     places = np.arange(n, dtype=np.int32)
     offset = places[None, :] - places[:, None]

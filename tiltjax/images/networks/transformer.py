@@ -1,13 +1,16 @@
-r"""The FLUX.1 transformer: a velocity for latent pictures, given a text.
+r"""The FLUX.1 transformer: a velocity for latent images, given a text.
 
     temb = MLP_t(1000 sigma) [+ MLP_g(1000 guidance)] + MLP_p(pooled text)
-    tokens = [text, image];   double blocks: own weights for text and image, one attention over both;   single blocks: one stream
-    block:   x + gate * f(shift + (1 + scale) * norm(x)),     (shift, scale, gate) = linear(silu(temb))
+    tokens = [text, image]
+    block:   x + gate * f(shift + (1 + scale) * norm(x)),  (shift, scale, gate) = linear(silu(temb))
     velocity = linear(shift + (1 + scale) * norm(image tokens))
+
+Double blocks have weights for text and image apart and one attention over both; single blocks are
+of one stream.
 
 Attention normalizes queries and keys by their root mean square, for text and image apart, and then
 rotates the pairs `(2i, 2i + 1)` of each head by `position / 10000^(2i / d)`, on one axis that is
-zero, one for rows and one for columns; text stands at zero. Angles are float64 on the host.
+zero, one for rows and one for columns; text stands at zero. Angles are float64 in NumPy.
 
 A *flow map* is the same network with two times, from sigma to a later one: every embedder twice,
 `temb` their mean. Equal times give the velocity.
@@ -17,10 +20,14 @@ blocks as for 2.
 
 | option | |
 |---|---|
-| `dtype`, `param_dtype` | of the computation and of the parameters; statistics, rotations and times are float32 at least |
-| `remat` | recompute the inside of a block in the backward pass: memory for one third more time; or a checkpoint policy of JAX |
-| `attention` | `"xla"`, `"cudnn"` (GPU, 16 bit, no forward mode), or any `(query, key, value) -> values` on `(batch, tokens, heads, dim)` |
-| `timestep_dtype` | what sigma and the guidance are rounded to before they are multiplied by 1000: float32 at least; bfloat16 reproduces the published pipeline |
+| `dtype`, `param_dtype` | of the computation and of the parameters |
+| `remat` | recompute blocks in the backward pass; or a checkpoint policy of JAX |
+| `attention` | `"xla"`, `"cudnn"` (GPU, 16 bit, no forward mode), or `(q, k, v) -> values` |
+| `timestep_dtype` | to which sigma and the guidance are rounded, float32 at least |
+
+Queries, keys and values are `(batch, tokens, heads, dim)`. Statistics, rotations and times are
+float32 at least. `timestep_dtype=bfloat16` reproduces the published pipeline, which rounds before
+it multiplies by 1000.
 
 Reference: Black Forest Labs, FLUX.1; Esser et al. (arXiv 2403.03206), the architecture; Su et al.
 (arXiv 2104.09864), rotations.
@@ -95,15 +102,15 @@ class Config:
 
         **Raises:** `ValueError` for entries this architecture does not have.
         """
-        given = {name: value for name, value in config.items() if not name.startswith("_")}
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(given.keys() - known):
+        if unknown := sorted(settings.keys() - known):
             raise ValueError(
                 f"not a configuration of the FLUX.1 transformer: unknown {', '.join(unknown)}; it "
                 f"has {', '.join(sorted(known))}"
             )
         # Left out of the published file where it is off.
-        return cls(**{"guidance_embeds": False, **given})
+        return cls(**{"guidance_embeds": False, **settings})
 
     @property
     def width(self) -> int:
@@ -396,12 +403,13 @@ class Transformer(nnx.Module):
             if got != want
         ]
         if wrong:
-            raise ValueError(f"a {grid[0]} x {grid[1]} picture of {n} samples: {'; '.join(wrong)}")
+            raise ValueError(f"a {grid[0]} x {grid[1]} image of {n} samples: {'; '.join(wrong)}")
         if (guidance is None) == config.guidance_embeds:
             raise ValueError(
                 "this network was trained with a guidance scale: pass guidance, 3.5 is usual"
                 if config.guidance_embeds
-                else "this network has no guidance embedding (guidance_embeds is false): pass guidance=None"
+                else "this network has no guidance embedding (guidance_embeds is false): pass "
+                "guidance=None"
             )
 
 
@@ -412,7 +420,7 @@ def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
     Layers that widen are divided by their output on the axis `model` and those that narrow by their
     input, as tensor parallelism has it, and on the other side on the axis `data` (FSDP). An axis of
     the mesh of one device, or one that does not divide, divides nothing. For
-    `weights.from_state_dict(..., sharding=sharded(mesh))`.
+    `state_dicts.from_state_dict(..., sharding=sharded(mesh))`.
     """
 
     def placement(path: tuple, leaf: Any) -> NamedSharding:

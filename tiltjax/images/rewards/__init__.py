@@ -1,9 +1,10 @@
 """Rewards of images."""
 
+from tiltjax.images.rewards._clip import Aesthetic, ClipScore
 from tiltjax.images.rewards._pixels import (
+    PALETTES,
     Decoded,
     MaskedBrightness,
-    PALETTES,
     Palette,
     antisymmetry,
     blue_minus_half_red_green,
@@ -15,8 +16,7 @@ from tiltjax.images.rewards._pixels import (
     symmetry,
     top_right_circle,
 )
-from tiltjax.images.rewards._clip import Aesthetic, ClipScore
-from tiltjax.images.rewards._judges import image_reward, yes_or_no
+from tiltjax.images.rewards._torch import image_reward, yes_or_no
 
 __all__ = [
     "PALETTES",

@@ -7,42 +7,45 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, rewards
-from tiltjax.images.networks import clip, layers
-from tiltjax.images.rewards._pixels import _composed, _picture
+from tiltjax.images.networks import layers
+from tiltjax.images.networks.clip import CLIP
+from tiltjax.images.rewards._pixels import _composed, _one_image
 
 
 class ClipScore(rewards.Reward):
-    """How well a picture fits a prompt: the cosine of CLIP's vectors, in [-1, 1].
+    """How well an image fits a prompt: the cosine of CLIP's vectors, in [-1, 1].
 
     With `scaled=True` times the factor that the similarity was trained with: the score of CLIPs
     trained on people's choices, PickScore and HPS.
 
-    **Arguments:** `clip`, a `tiltjax.flux.clip.CLIP`; `ids`, the prompt's `(n,)`, from its
-    tokenizer; `scaled`.
+    **Arguments:** `clip`, a `networks.clip.CLIP`; `ids`, the prompt's `(n,)`, from its tokenizer;
+    `scaled`.
     """
 
-    look: _pytree.Function
+    embed_image: _pytree.Function
     text: Array
     factor: Array
 
-    def __init__(self, clip: clip.CLIP, ids: Any, *, scaled: bool = False):
-        _checks.instance(clip, clip.CLIP, "clip", "a text tower alone sees no pictures")
+    def __init__(self, clip: CLIP, ids: Any, *, scaled: bool = False):
+        _checks.instance(clip, CLIP, "clip", "a text tower alone sees no images")
         ids = jnp.asarray(ids)
         if ids.ndim != 1:
             raise ValueError(f"ids must be those of one prompt, (n,), got shape {ids.shape}")
-        self.look, self.text = _pytree.Function(clip.picture), clip.text(ids)
+        self.embed_image, self.text = _pytree.Function(clip.image), clip.text(ids)
         self.factor = clip.temperature() if scaled else jnp.ones((), self.text.dtype)
 
     def __call__(self, x: Array) -> Array:
-        cosine = jnp.sum(self.look(_picture(x)).astype(x.dtype) * self.text.astype(x.dtype))
+        cosine = jnp.sum(
+            self.embed_image(_one_image(x)).astype(x.dtype) * self.text.astype(x.dtype)
+        )
         return self.factor.astype(x.dtype) * cosine
 
 
 class Aesthetic(rewards.Reward):
-    """A rating `<w, f> + b` of the picture's unit vector f: what people gave pictures, on a scale
+    """A rating `<w, f> + b` of the image's unit vector f: the ratings that people gave, on a scale
     of about 1 to 10.
 
-    **Arguments:** `clip`, a `tiltjax.flux.clip.CLIP` of the kind that the head was trained on
+    **Arguments:** `clip`, a `networks.clip.CLIP` of the kind that the head was trained on
     (CLIP-L); `weights`, the head's published state dict: linear layers by their numbers
     (`layers.0.weight`, `layers.0.bias`, ...) or one alone (`weight`, `bias`). There is nothing
     between the layers of these heads but dropout, so that they are one linear function.
@@ -50,17 +53,17 @@ class Aesthetic(rewards.Reward):
     **Raises:** `ValueError` for layers that do not fit one another, CLIP, or one number.
     """
 
-    look: _pytree.Function
+    embed_image: _pytree.Function
     weight: Array
     bias: Array
 
-    def __init__(self, clip: clip.CLIP, weights: Mapping[str, Any]):
-        _checks.instance(clip, clip.CLIP, "clip", "a head needs a CLIP of both towers")
+    def __init__(self, clip: CLIP, weights: Mapping[str, Any]):
+        _checks.instance(clip, CLIP, "clip", "a head needs a CLIP of both towers")
         weight, bias = _composed(weights, clip.config.projection_dim)
         dtype = layers.dtype_of(clip)
-        self.look = _pytree.Function(clip.picture)
+        self.embed_image = _pytree.Function(clip.image)
         self.weight, self.bias = jnp.asarray(weight, dtype), jnp.asarray(bias, dtype)
 
     def __call__(self, x: Array) -> Array:
-        features = self.look(_picture(x)).astype(x.dtype)
+        features = self.embed_image(_one_image(x)).astype(x.dtype)
         return jnp.sum(features * self.weight.astype(x.dtype)) + self.bias.astype(x.dtype)

@@ -1,4 +1,4 @@
-r"""Rewards on pictures: functions of one picture `(H, W, 3)` in [0, 1], and the way from a latent
+r"""Rewards on images: functions of one image `(H, W, 3)` in [0, 1], and the way from a latent
 to it.
 
 | reward | r(x) |
@@ -9,13 +9,13 @@ to it.
 | `symmetry`, `antisymmetry` | minus, plus the mean of (x - its mirror image)^2 |
 | `rotation` | minus the mean of (x - x turned by half a turn)^2 |
 | `Palette(color)` | minus the squared distance of the mean color from a color |
-| `ClipScore(clip, ids)` | cosine of picture and prompt; with `scaled=True` times CLIP's factor: PickScore, HPS |
-| `Aesthetic(clip, weights)` | a linear function of the picture's unit vector |
+| `ClipScore(clip, ids)` | cosine of image and prompt; `scaled=True`: PickScore, HPS |
+| `Aesthetic(clip, weights)` | a linear function of the image's unit vector |
 | `Decoded(decode, reward)` | any of these, of what a latent decodes to |
 
     reward = Decoded(autoencoder.decode, 2 * MaskedBrightness(bottom_half(512, 512)) + blueness)
 
-Rewards that live in PyTorch are in `tiltjax.flux.judges`. References: Kirstain et al., arXiv
+`image_reward` and `yes_or_no` are rewards in PyTorch. References: Kirstain et al., arXiv
 2305.01569 (PickScore); Wu et al., arXiv 2306.09341 (HPS); Hessel et al., arXiv 2104.08718 (CLIP
 score); Schuhmann et al., arXiv 2210.08402 (the aesthetic predictor of LAION).
 """
@@ -40,36 +40,36 @@ PALETTES = {
 }
 
 
-def blueness(picture: Array) -> Array:
+def blueness(image: Array) -> Array:
     """The mean of the blue channel; white is as blue as blue. In [0, 1]."""
-    return jnp.mean(_picture(picture)[..., 2])
+    return jnp.mean(_one_image(image)[..., 2])
 
 
-def blue_minus_red_green(picture: Array) -> Array:
+def blue_minus_red_green(image: Array) -> Array:
     """The mean of `B - R - G`: blue, and nothing bright. In [-2, 1]."""
-    red, green, blue = _channels(picture)
+    red, green, blue = _channels(image)
     return jnp.mean(blue - red - green)
 
 
-def blue_minus_half_red_green(picture: Array) -> Array:
+def blue_minus_half_red_green(image: Array) -> Array:
     """The mean of `B - (R + G) / 2`: zero for every gray. In [-1, 1]."""
-    red, green, blue = _channels(picture)
+    red, green, blue = _channels(image)
     return jnp.mean(blue - (red + green) / 2)
 
 
-def symmetry(picture: Array) -> Array:
+def symmetry(image: Array) -> Array:
     """Minus the mean squared difference from the mirror image, left for right: 0 at most."""
-    return -antisymmetry(picture)
+    return -antisymmetry(image)
 
 
-def antisymmetry(picture: Array) -> Array:
+def antisymmetry(image: Array) -> Array:
     """The mean squared difference from the mirror image, left for right. In [0, 1]."""
-    return jnp.mean((_picture(picture) - picture[:, ::-1]) ** 2)
+    return jnp.mean((_one_image(image) - image[:, ::-1]) ** 2)
 
 
-def rotation(picture: Array) -> Array:
-    """Minus the mean squared difference from the picture turned by half a turn: 0 at most."""
-    return -jnp.mean((_picture(picture) - picture[::-1, ::-1]) ** 2)
+def rotation(image: Array) -> Array:
+    """Minus the mean squared difference from the image turned by half a turn: 0 at most."""
+    return -jnp.mean((_one_image(image) - image[::-1, ::-1]) ** 2)
 
 
 class MaskedBrightness(rewards.Reward):
@@ -77,7 +77,7 @@ class MaskedBrightness(rewards.Reward):
 
     **Arguments:** `mask`, `(H, W)`, true (or a weight up to 1) inside: `top_right_circle`,
     `center_circle`, `bottom_half`, or any other. **Raises:** `ValueError` for a mask without an
-    inside or an outside, and for a picture of another size.
+    inside or an outside, and for an image of another size.
     """
 
     mask: Array
@@ -88,16 +88,15 @@ class MaskedBrightness(rewards.Reward):
             values = np.asarray(self.mask)
             if values.min() < 0 or values.max() > 1 or not 0 < values.mean() < 1:
                 raise ValueError(
-                    "a mask must lie in [0, 1], with some of the picture inside and some outside, "
-                    "got values in "
-                    f"[{values.min():g}, {values.max():g}] of mean {values.mean():g}"
+                    "a mask must lie in [0, 1], with some of the image inside and some outside, "
+                    f"got values in [{values.min():g}, {values.max():g}] of mean {values.mean():g}"
                 )
 
     def __call__(self, x: Array) -> Array:
-        brightness = jnp.mean(_picture(x), axis=-1)
+        brightness = jnp.mean(_one_image(x), axis=-1)
         if brightness.shape != self.mask.shape:
             raise ValueError(
-                f"a picture of {brightness.shape} met a mask of {self.mask.shape}: make the mask "
+                f"an image of {brightness.shape} met a mask of {self.mask.shape}: make the mask "
                 "for its size"
             )
         inside = self.mask.astype(x.dtype)
@@ -129,7 +128,7 @@ def _disc(height: int, width: int, down: float, right: float, radius: float) -> 
 
 
 class Palette(rewards.Reward):
-    """Minus the squared distance of the picture's mean color from `color`, `(3,)` in [0, 1], such
+    """Minus the squared distance of the image's mean color from `color`, `(3,)` in [0, 1], such
     as `PALETTES["ocean"]`: 0 at most.
     """
 
@@ -137,22 +136,21 @@ class Palette(rewards.Reward):
 
     def __init__(self, color: _checks.Numbers):
         self.color = _checks.finite(color, "color", 1)
-        if self.color.shape != (3,):
-            raise ValueError(f"a color is (red, green, blue), got shape {self.color.shape}")
+        _checks.shape(self.color, (3,), "color (red, green, blue)")
 
     def __call__(self, x: Array) -> Array:
-        return -jnp.sum((jnp.mean(_picture(x), axis=(0, 1)) - self.color.astype(x.dtype)) ** 2)
+        return -jnp.sum((jnp.mean(_one_image(x), axis=(0, 1)) - self.color.astype(x.dtype)) ** 2)
 
 
 class Decoded(rewards.Reward):
-    """A reward on pictures as a reward on latents, `r(decode(z))`, differentiable in z.
+    """A reward on images as a reward on latents, `r(decode(z))`, differentiable in z.
 
-    The picture is the one that a file would hold: clipped to [0, 1], where a decoder overshoots.
+    The image is the one that a file would hold: clipped to [0, 1], where a decoder overshoots.
     There a gradient ends: what is as bright as can be, is not made brighter. `clip=False` rewards
     overshoots as well, and its gradient never ends.
 
     **Arguments:** `decode(z) -> x`, `(h, w, c)` to `(H, W, 3)`, such as the method
-    `autoencoder.decode`; `reward`, of a picture; `clip`.
+    `autoencoder.decode`; `reward`, of an image; `clip`.
     """
 
     decode: _pytree.Function
@@ -160,19 +158,16 @@ class Decoded(rewards.Reward):
     clip: bool = eqx.field(static=True)
 
     def __init__(self, decode: Callable, reward: Callable, *, clip: bool = True):
-        self.decode, self.reward, self.clip = (
-            _pytree.Function(decode),
-            rewards.as_reward(reward),
-            bool(clip),
-        )
+        self.decode, self.reward = _pytree.Function(decode), rewards.as_reward(reward)
+        self.clip = _checks.flag(clip, "clip")
 
-    def picture(self, z: Array) -> Array:
+    def image(self, z: Array) -> Array:
         """What is rewarded."""
-        picture = self.decode(z)
-        return jnp.clip(picture, 0, 1) if self.clip else picture
+        image = self.decode(z)
+        return jnp.clip(image, 0, 1) if self.clip else image
 
     def __call__(self, x: Array) -> Array:
-        return rewards.value(self.reward, self.picture(x)).astype(x.dtype)
+        return rewards.value(self.reward, self.image(x)).astype(x.dtype)
 
 
 def _composed(state_dict: Mapping[str, Any], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,15 +197,15 @@ def _composed(state_dict: Mapping[str, Any], width: int) -> tuple[np.ndarray, np
     return total[0], offset[0]
 
 
-def _picture(x: Array) -> Array:
+def _one_image(x: Array) -> Array:
     if x.ndim != 3 or x.shape[-1] != 3:
         raise ValueError(
-            f"expected one picture (height, width, 3), got shape {x.shape}: for a reward on "
+            f"expected one image (height, width, 3), got shape {x.shape}: for a reward on "
             "latents, Decoded(decode, reward)"
         )
     return x
 
 
 def _channels(x: Array) -> tuple[Array, Array, Array]:
-    x = _picture(x)
+    x = _one_image(x)
     return x[..., 0], x[..., 1], x[..., 2]

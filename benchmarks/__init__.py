@@ -1,0 +1,1 @@
+"""Each benchmark answers one question: `python -m benchmarks.accuracy.gaussian_tilt`."""

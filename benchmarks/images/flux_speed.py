@@ -1,0 +1,231 @@
+"""How fast is FLUX.1-dev, guided and not, beside what the device can do at all?
+
+    python -m benchmarks.images.flux_speed [--sizes 512 1024] [--attention cudnn] [--remat]
+        [--peer] [--quick]
+
+Weights are random and bfloat16, of a network of two times; nothing is downloaded. The ceiling is a
+product of two bfloat16 matrices of side 8192, timed in the same run. Arithmetic is counted from
+shapes: two operations for each weight and token, and four n^2 d for the scores and values of n
+tokens of width d in every block; with a gradient to the latents, forward pass included, weights
+count twice and attention three times. An image is 28 steps, decoded; a guided one as published,
+with one draw for 5 of them. `--peer` times the forward pass of `diffusers` in the same run, where
+it and PyTorch with a device are installed. `--quick` is a small network at 64 x 64 pixels, to see
+that it runs; its numbers are not kept.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import tiltjax as tj
+from benchmarks import common
+from tiltjax.images import flux, rewards
+from tiltjax.images.networks import autoencoder, transformer
+
+LENGTH = 512
+STEPS, REPEATS = 28, 5
+SMALL = transformer.Config(
+    in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=4,
+    joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12), dual_time=True,
+)  # fmt: skip
+SMALL_CODER = autoencoder.Config(
+    block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8
+)
+
+
+def seconds(call, repeats=REPEATS):
+    """The first call, mostly compilation, and the median of later ones, on the wall."""
+    walls = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(call(jax.random.key(seed)))
+        walls.append(time.perf_counter() - start)
+    return walls[0], statistics.median(walls[1:])
+
+
+def ceiling(side):
+    """Operations per second of a large product in bfloat16."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * side**3 / seconds(lambda key: product(a, b), 20)[1]
+
+
+def operations(config, tokens):
+    """Of a forward pass over so many tokens of text and image together, and with a gradient to its
+    input.
+    """
+    d = config.width
+    double, single = config.num_layers, config.num_single_layers
+    weights, attention = (
+        2 * tokens * 12 * d * d * (double + single),
+        4 * tokens**2 * d * (double + single),
+    )
+    return weights + attention, 2 * weights + 3 * attention
+
+
+def networks(config, coder, settings):
+    """Random weights on the device, as a model of a prompt that means nothing."""
+    options = {
+        "dtype": jnp.bfloat16,
+        "param_dtype": jnp.bfloat16,
+        "remat": settings.remat,
+        "attention": settings.attention,
+    }
+    # One program, so that no second copy of a parameter is left behind.
+    network = jax.jit(lambda: transformer.Transformer(config, **options, rngs=nnx.Rngs(0)))()
+    decoder = jax.jit(
+        lambda: autoencoder.Autoencoder(coder, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    )()
+    text = jax.random.normal(jax.random.key(2), (LENGTH, config.joint_attention_dim), jnp.bfloat16)
+    pooled = jax.random.normal(jax.random.key(3), (config.pooled_projection_dim,), jnp.bfloat16)
+    return lambda size: flux.FluxModel(
+        network, text, pooled, height=size, width=size, autoencoder=decoder
+    )
+
+
+def measured(given, size, top):
+    """A row of the table."""
+    config, batch = given.parts.transformer.config, jax.vmap
+    tokens = int(np.prod(given.shape[:2])) // 4 + LENGTH
+    x = jax.random.normal(jax.random.key(4), (1, *given.shape))
+    t = jnp.asarray(0.4)
+    forward = jax.jit(lambda given, x: batch(given.denoise, (None, 0))(t, x))
+    # As a guidance takes it: the gradient of a sum of squares, forward pass included.
+    pulled = jax.jit(
+        lambda given, x: jax.grad(lambda x: jnp.sum(batch(given.denoise, (None, 0))(t, x) ** 2))(x)
+    )
+    decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
+    grid = flux.times(STEPS, size, size)
+    plain = {"model": given.leaping(grid), "times": grid, "solver": tj.Euler()}
+    guided = flux.published(given, rewards.blueness, grid=grid)
+    work, with_gradient = operations(config, tokens)
+    rows = {
+        "forward": (lambda key: forward(given, x), work),
+        "gradient": (lambda key: pulled(given, x), with_gradient),
+        "decode": (lambda key: decode(given, x), None),
+        "image": (lambda key: decode(given, tj.sample(key, num=1, **plain).x), STEPS * work),
+        "guided_image": (
+            lambda key: decode(given, tj.sample(key, num=1, **guided).x),
+            STEPS * work + 5 * with_gradient,
+        ),
+    }
+    found = {}
+    for name, (call, count) in rows.items():
+        first, later = seconds(call)
+        found[name] = {"first_s": first, "s": later}
+        if count is not None:
+            found[name] |= {"tflops": count / later / 1e12, "share_of_ceiling": count / later / top}
+        print(
+            f"{size:>5} {name:>14} {later:9.4f} s   first {first:6.1f} s   "
+            f"{found[name].get('share_of_ceiling', float('nan')):6.1%} of the ceiling",
+            flush=True,
+        )
+    return {
+        "size": size,
+        "tokens": tokens,
+        "tflop_forward": work / 1e12,
+        **found,
+        "peak_gb": peak_gb(),
+    }
+
+
+def peak_gb():
+    """Of the device, since the process began; of the process where the device does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else common.peak_gb()
+
+
+def peer(config, sizes):
+    """Seconds of a forward pass of the published class in bfloat16, random weights."""
+    try:
+        import torch
+        from diffusers import FluxTransformer2DModel
+    except ImportError as error:
+        return {"absent": str(error)}
+    if not torch.cuda.is_available():
+        return {"absent": "PyTorch sees no device"}
+    names = (
+        "num_layers",
+        "num_single_layers",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+    )
+    with torch.device("cuda"):
+        network = (
+            FluxTransformer2DModel(**{name: getattr(config, name) for name in names})
+            .to(torch.bfloat16)
+            .eval()
+        )
+    found = {}
+    for size in sizes:
+        n = (size // 16) ** 2
+        make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        given = {
+            "hidden_states": make(1, n, config.in_channels),
+            "encoder_hidden_states": make(1, LENGTH, config.joint_attention_dim),
+            "pooled_projections": make(1, config.pooled_projection_dim),
+            "timestep": make(1).abs(),
+            "guidance": make(1).abs(),
+            "img_ids": torch.zeros(n, 3, device="cuda"),
+            "txt_ids": torch.zeros(LENGTH, 3, device="cuda"),
+        }
+        walls = []
+        with torch.no_grad():
+            for _ in range(REPEATS + 1):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                network(**given)
+                torch.cuda.synchronize()
+                walls.append(time.perf_counter() - start)
+        found[str(size)] = statistics.median(walls[1:])
+    return found
+
+
+def main():
+    """Print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument(
+        "--attention",
+        choices=("xla", "cudnn"),
+        default="cudnn" if jax.default_backend() == "gpu" else "xla",
+    )
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    settings = parser.parse_args()
+    if jax.default_backend() == "cpu" and not settings.quick:
+        print("this needs an accelerator: nothing is measured here (--quick runs a small network)")
+        return
+    config = SMALL if settings.quick else transformer.Config(dual_time=True)
+    coder = SMALL_CODER if settings.quick else autoencoder.Config()
+    sizes = [64] if settings.quick else settings.sizes
+    if not settings.quick:
+        largest = max(sizes)
+        flux.check_memory(
+            flux.memory(
+                config, largest, largest, remat=settings.remat, fused=settings.attention != "xla"
+            )
+        )
+    top = ceiling(512 if settings.quick else 8192)
+    print(f"a large product: {top / 1e12:.2f} TFLOP/s on {jax.devices()[0].device_kind}")
+    at = networks(config, coder, settings)
+    rows = [measured(at(size), size, top) for size in sizes]
+    results = {"settings": vars(settings), "ceiling_tflops": top / 1e12, "rows": rows}
+    if settings.peer:
+        results["diffusers_forward_s"] = peer(config, sizes)
+        print("diffusers, forward:", results["diffusers_forward_s"])
+    if not settings.quick:
+        common.write("flux_speed", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m tiltjax` is the command `tiltjax`."""
+
+import sys
+
+from tiltjax.cli import main
+
+sys.exit(main())
