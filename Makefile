@@ -83,7 +83,7 @@ test-oldest test-newest: test-%:
 # The wheel in an environment that has its dependencies from ours and itself from nowhere else; nothing is downloaded.
 smoke: $(READY)
 	rm -rf build/smoke && mkdir -p build/smoke
-	$(BIN)/python -W error -c "import tiltjax, theory, tiltjax.flux"
+	$(BIN)/python -W error -c "import tiltjax, theory, tiltjax.images"
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/smoke .
 	$(BIN)/python -m venv --without-pip build/smoke/venv
 	$(BIN)/python -c 'import sysconfig, pathlib; here = sysconfig.get_path("purelib"); \

@@ -76,11 +76,11 @@ def test_batches_that_the_devices_do_not_divide_are_refused():
 
 
 def test_what_divides_is_left_alone():
-    _sharding.spread_over(None, (7,), "num")
-    _sharding.spread_over(spread((8,)), (7,), "num")  # the same on all of them, as was asked for
-    _sharding.spread_over(spread((2, 4), "a"), (6,), "num")
-    _sharding.spread_over(spread((2, 4), "a", "b"), (6, 8), "num")
-    _sharding.spread_over(jax.sharding.SingleDeviceSharding(jax.devices()[0]), (7,), "num")
+    _sharding.check_divides(None, (7,), "num")
+    _sharding.check_divides(spread((8,)), (7,), "num")  # the same on all of them, as was asked for
+    _sharding.check_divides(spread((2, 4), "a"), (6,), "num")
+    _sharding.check_divides(spread((2, 4), "a", "b"), (6, 8), "num")
+    _sharding.check_divides(jax.sharding.SingleDeviceSharding(jax.devices()[0]), (7,), "num")
 
 
 def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
@@ -97,8 +97,8 @@ def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
 
 def test_an_array_of_one_host_is_all_held_and_at_home():
     array = jnp.arange(6.0).reshape(2, 3)
-    np.testing.assert_array_equal(_sharding.held(array), np.arange(6.0))
-    np.testing.assert_array_equal(_sharding.home(array), array)
+    np.testing.assert_array_equal(_sharding.addressable(array), np.arange(6.0))
+    np.testing.assert_array_equal(_sharding.gathered(array), array)
 
 
 def test_two_hosts_compute_what_one_does(tmp_path):
@@ -126,7 +126,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
                     assert rows == {{len(array) // 4}}
             arrays = [leaf for leaf in jax.tree.leaves(spread) if isinstance(leaf, jax.Array)]
             assert any(not array.is_fully_addressable for array in arrays)
-            spread = jax.tree.map(_sharding.home, spread)
+            spread = jax.tree.map(_sharding.gathered, spread)
             if HOST == host:
                 for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone()), strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
@@ -135,7 +135,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         drawn = draw(progress=True, **four)
         same(drawn, draw, 0)
         everything = process_allgather(drawn.x, tiled=True)
-        np.testing.assert_array_equal(everything, _sharding.home(drawn.x))
+        np.testing.assert_array_equal(everything, _sharding.gathered(drawn.x))
 
         weighted = settings | {{"ess_threshold": 1., "proposal": tj.weighted.proposals.Children(2)}}
         weigh = lambda **given: tj.smc(key, model, guidance, **weighted, **given)

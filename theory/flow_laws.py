@@ -13,7 +13,7 @@ maximizer, and for `alpha_0 = 0`:
 | FMRG | `(1 - exp(-q)) y`, `q = 2 a ∫ dt / (sigma_t^2 + alpha_t^2 s^2)` | `s exp(-q)` |
 
 Where S and H do not commute there is no closed form but a linear equation, solved in
-`theory.moments`; the functions here choose. These are the laws in the limit of small steps, where
+`theory._moments`; the functions here choose. These are the laws in the limit of small steps, where
 fresh draws average out; `discrete_law` is the law at any number of steps.
 
 **Derivation.** With `u = x / sqrt(Var X_t)` and the posterior variance v as clock, running from
@@ -105,7 +105,7 @@ def plug_in_law(
     apart).
 
     Where S and H commute the result is right to rounding, elsewhere to 1e-10 of the prior's spread
-    (`theory.moments`).
+    (`theory._moments`).
 
     **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is
     convex along a direction; `TypeError` for a k that is no whole number.

@@ -31,7 +31,7 @@ scale of u; of u only where kappa is not negligible. phi is a smooth function of
 polynomials in `log(1 + 2 q)`, `log(1 + p^2)`. By axial symmetry the state has two coordinates in
 any dimension: along y, and the radius of the rest.
 
-At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.bias`, whose
+At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.flow_laws`, whose
 reference is that of the flow.
 """
 

@@ -17,7 +17,7 @@ with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
 |---|---|
 | `plug_in_drift`: `scale ∇ E[r(X_1) \| x]` | `E[X_1 \| x] + scale Cov(r(X_1), X_1 \| x)` |
 | `dps_drift`: guidance `scale ∇ r(D(x))`, `D = E[X_1 \| x]` | `D + scale r'(D) Var(X_1 \| x)` |
-| `doob_drift`: `∇ log E[e^(scale r) \| x]`, the tilt | `E[X_1 e^(scale r) \| x] / E[e^(scale r) \| x]` |
+| `doob_drift`: `∇ log E[e^(scale r) \| x]` | `E[X_1 e^(scale r) \| x] / E[e^(scale r) \| x]` |
 
 For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second part moves
 mass between modes: it lives where the posterior weights `p_k` are undecided, a narrow strip, in

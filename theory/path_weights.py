@@ -28,10 +28,10 @@ is the exponential of a quadratic function at every j, as long as it is finite: 
 `I + s^2 K`, K the curvature of `-log V`, or its like for z, is not positive definite.
 
 **Small steps** (`path_limit`): the mean control of the memoryless diffusion, in the
-eigen-directions of `theory.bias`, with the clock `tau = s^2 - Var(X_1 | X_t)` and m the denoiser,
-`dm = -2 scale h (m - y) dtau + dW`. So `log w = -scale h y^2 - a + 2 (scale h)^2 ∫ (m - y)^2 dtau`,
-the Laplace transform of a Gaussian process squared (Cameron and Martin), which is infinite for
-`a >= 3 pi / 8`.
+eigen-directions of `theory.flow_laws`, with the clock `tau = s^2 - Var(X_1 | X_t)` and m the
+denoiser, `dm = -2 scale h (m - y) dtau + dW`. So `log w = -scale h y^2 - a + 2 (scale h)^2 ∫ (m -
+y)^2 dtau`, the Laplace transform of a Gaussian process squared (Cameron and Martin), which is
+infinite for `a >= 3 pi / 8`.
 """
 
 import equinox as eqx

@@ -7,8 +7,8 @@ Three rules, for three kinds of integrand:
 - `log_norm`: the trapezoidal rule in each component's own standard coordinates on [-8, 8]^d, for
   `log E[exp(scale * r(X))]` of a mixture whose components may be arbitrarily narrow. Spectrally
   accurate while `exp(scale * r)` is resolved by the nodes.
-- `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.bias`, whose integrands
-  have scales of all sizes at the ends.
+- `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.flow_laws`, whose
+  integrands have scales of all sizes at the ends.
 
 Reference: Takahasi and Mori (1974), double exponential formulas.
 """

@@ -7,11 +7,11 @@ With p the law of one draw and F that of its reward, the winner has the density 
 | best of n | `n F(r)^(n-1)`; at an atom of the reward's law `(F(r)^n - F(r-)^n) / (F(r) - F(r-))` |
 | softmax of n | `n w ∫_0^∞ e^(-u w) E[e^(-u w(X))]^(n-1) du`, `w = e^(scale r)` |
 
-so that all is known from the law of the reward (`theory.reward_laws`): selection moves mass between
-modes only as far as their rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du` for the
-softmax's denominator T; in `log u` it is the chance that the reward, perturbed by Gumbel noise, is
-the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large scales to
-the best of n.
+so that all is known from the law of the reward (`theory._reward_laws`): selection moves mass
+between modes only as far as their rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du`
+for the softmax's denominator T; in `log u` it is the chance that the reward, perturbed by Gumbel
+noise, is the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large
+scales to the best of n.
 
 The divergence of best-of-n from p is `log n - (n - 1) / n` where the reward has no atoms, whatever
 p and r, and less with atoms; from the tilt, always,
@@ -161,7 +161,7 @@ def best_of_n(
     """The law of the best of n independent draws of `prior`.
 
     `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`,
-    `theory.discrete_law`). Closed forms and quadrature as in `theory.reward_laws`: any dimension
+    `theory.discrete_law`). Closed forms and quadrature as in `theory._reward_laws`: any dimension
     for `Linear`, `Step`, and concave isotropic quadratic rewards of isotropic components, else one
     or two, with `cells` a dimension.
 

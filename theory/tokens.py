@@ -12,7 +12,7 @@ them at once, each drawn by itself: the product of their marginals (`independent
 length, `pair_log_norm` has Z by transfer matrices.
 
 A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
-such as `tiltjax.MarkovChain`; a hidden token is the integer `vocab`. Its prompt is ignored:
+such as `tiltjax.tokens.MarkovChain`; a hidden token is the integer `vocab`. Its prompt is ignored:
 condition by `posterior`.
 """
 
@@ -64,7 +64,8 @@ class TokenLaw(NamedTuple):
 def _check_chain(chain: Any) -> None:
     if not all(hasattr(chain, name) for name in ("length", "log_initial", "log_transition")):
         raise TypeError(
-            f"chain must be a Markov chain, such as tiltjax.MarkovChain, got {type(chain).__name__}"
+            "chain must be a Markov chain, such as tiltjax.tokens.MarkovChain, got "
+            f"{type(chain).__name__}"
         )
 
 

@@ -48,7 +48,7 @@ def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-def spread_over(sharding: Any, shape: tuple[int, ...], name: str) -> None:
+def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     """Refuse what is neither a sharding nor `None`, and one that does not divide `shape`, the first
     entry of which is called `name`: the partitioner would leave the whole on every device.
     """
@@ -110,7 +110,7 @@ def _indivisible(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Val
     return None
 
 
-def held(array: Any) -> np.ndarray:
+def addressable(array: Any) -> np.ndarray:
     """The entries of an array that this process holds, in one row: all of them, unless they are
     spread over several hosts.
     """
@@ -119,7 +119,7 @@ def held(array: Any) -> np.ndarray:
     return np.ravel(np.asarray(array))
 
 
-def home(array: Any) -> np.ndarray:
+def gathered(array: Any) -> np.ndarray:
     """The whole of an array, on every host that asks; if several hold it, all of them have to."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated

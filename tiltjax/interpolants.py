@@ -348,15 +348,15 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
     return interpolant
 
 
-def seen(path: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
+def data_fraction(path: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
     """How much of the data a state at time t shows: `alpha_t`, and the share `snr_t sigma_0^2`;
     read now, also inside of someone's jit.
     """
     with jax.ensure_compile_time_eval():
-        alpha, share = _seen(*_pytree.cast((path, _checks.floating(t, "t", 0)), dtype))
+        alpha, share = _data_fraction(*_pytree.cast((path, _checks.floating(t, "t", 0)), dtype))
     return float(alpha), float(share)
 
 
 @eqx.filter_jit
-def _seen(path: Interpolant, t: Array) -> tuple[Array, Array]:
+def _data_fraction(path: Interpolant, t: Array) -> tuple[Array, Array]:
     return path.alpha(t), path.snr(t) * path.sigma(jnp.zeros_like(t)) ** 2

@@ -23,21 +23,18 @@ from tiltjax import _checks, _sharding, resampling
 
 # What can fail in a step, in the order of cause and consequence.
 FAILURES = (
-    "the model's denoiser is not finite at a state of the run or of the guidance (for a fitted "
-    + "reward: look at its gradient, too)",
+    "the model's denoiser is not finite (for a fitted reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's shift of the denoiser is not finite: look at the reward's gradient",
-    "the state left the finite numbers in the solver's step: look at the times, the scale, and "
-    + "Adaptive's tolerance and max_steps",
-    "no particle has any weight left, or a weight is not finite: the twist excludes all states "
-    + "that are reached",
+    "the state is not finite after the solver's step: look at times, scale, Adaptive's tolerance",
+    "no particle has a weight: the twist excludes all states that are reached, or is not finite",
 )
 
 
 class Trace(eqx.Module):
     """What happened on the way.
 
-    `times`: `(steps + 1,)`. `bad`: `(steps, 5)`, whether in a step any particle met each of
+    `times`: `(steps + 1,)`. `failed`: `(steps, 5)`, whether in a step any particle met each of
     `FAILURES`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they
     were not kept.
 
@@ -47,7 +44,7 @@ class Trace(eqx.Module):
     """
 
     times: Array
-    bad: Array
+    failed: Array
     trajectory: Array | None = None
     ess: Array | None = None
     tempering: Array | None = None
@@ -55,14 +52,14 @@ class Trace(eqx.Module):
     roots: Array | None = None
 
     def check(self) -> None:
-        """Raise `FloatingPointError` naming the first bad step and its culprit, if there is one."""
-        if not _checks.concrete(self.bad) or not np.any(np.asarray(self.bad)):
+        """Raise `FloatingPointError` naming the first failed step and the cause."""
+        if not _checks.concrete(self.failed) or not np.any(np.asarray(self.failed)):
             return
-        bad = np.asarray(self.bad)
-        step = int(np.argmax(bad.any(axis=1)))
-        what = FAILURES[int(np.argmax(bad[step]))]
+        failed = np.asarray(self.failed)
+        step = int(np.argmax(failed.any(axis=1)))
+        what = FAILURES[int(np.argmax(failed[step]))]
         raise FloatingPointError(
-            f"sampling failed in step {step} of {len(bad)}, from t = "
+            f"sampling failed in step {step} of {len(failed)}, from t = "
             f"{float(self.times[step]):.4g}: {what}"
         )
 
@@ -153,7 +150,9 @@ class Particles(eqx.Module):
         shared = not all(
             array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array)
         )
-        found = {name: _sharding.home(array) for name, array in arrays.items() if array is not None}
+        found = {
+            name: _sharding.gathered(array) for name, array in arrays.items() if array is not None
+        }
         # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and
         # named.
         narrow = [name for name, array in found.items() if array.dtype.name == "bfloat16"]

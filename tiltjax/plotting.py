@@ -569,8 +569,8 @@ def _paths(value: ArrayLike, dim: int) -> np.ndarray:
     paths = np.asarray(value, np.float64)
     if paths.ndim != 3 or len(paths) < 2 or paths.shape[2] != dim:
         raise ValueError(
-            f"path must have shape (steps + 1, n, {dim}), as sample(..., save_path=True) keeps it, "
-            f"got {paths.shape}"
+            f"path must have shape (steps + 1, n, {dim}), as sample(..., save_trajectory=True) "
+            f"keeps it, got {paths.shape}"
         )
     return paths[:, :_LINES]
 

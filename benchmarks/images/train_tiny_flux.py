@@ -4,15 +4,15 @@ what it is told?
     python -m benchmarks.images.train_tiny_flux [--output FOLDER] [--quick]
 
 Trains the model that the package brings along, the same classes on images of
-`tiltjax.flux.shapes`, in four stages, and measures each of them before the next begins. A folder
+`tiltjax.images.shapes`, in four stages, and measures each of them before the next begins. A folder
 that holds a stage already is continued from there.
 
 | stage | minimized | judged by |
 |---|---|---|
-| `autoencoder` | squared error (shape x 4) + 1e-4 of the latents' divergence from noise | what `read` finds in images that went through it |
+| `autoencoder` | squared error + 1e-4 of the latents' divergence from noise | `read` of images |
 | `clip` | contrast of images and captions that fit | the most similar of 64 captions |
-| `velocity` | flow matching at two equal times, with the T5 | `read` of samples by 28 steps of Euler |
-| `flow_map` | half of a batch as before, half: one step is two steps | the same by 4 steps, and by 1 |
+| `velocity` | flow matching at equal times, with T5 | `read` of samples by 28 steps of Euler |
+| `flow_map` | half as before; half: one step is two steps | the same by 4 steps, and by 1 |
 
 Network and encoders are written in the layout that FLUX.1 is published in, as 16-bit numbers. Steps
 of a stage share one schedule: a tenth up, a cosine down. References: Jordan et al. (2024), Muon;
@@ -39,7 +39,7 @@ from tiltjax import training
 from tiltjax.images import flux, loading, prompts, shapes
 from tiltjax.images.networks import autoencoder, clip, t5, transformer
 from tiltjax.pretrained import files, state_dicts
-from tiltjax.training import taken_apart
+from tiltjax.training import split_parameters
 
 PLACE = Path(flux.__file__).parent / flux.TINY
 LENGTH = 16  # tokens of a caption, for both encoders
@@ -242,7 +242,7 @@ def train_autoencoder(steps, folder):
     """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA
     on a CPU is slow at convolutions in loops.
     """
-    start, frame = taken_apart(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
+    start, frame = split_parameters(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
     rule = muon("autoencoder", steps)
 
     def loss(arrays, key):

@@ -201,7 +201,7 @@ def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int
             guidance = tj.PlugIn(
                 tj.Glass(model, inner_steps=22), problem.reward, scale, k=DRAWS[row.method]
             )
-        guidance = tj.Clipped(guidance, 100.0)
+        guidance = tj.guidance.Clipped(guidance, 100.0)
 
         def in_plane(seed: int, steps: int) -> np.ndarray:
             times = jnp.linspace(0.001, 0.999, steps + 1)
@@ -340,7 +340,7 @@ def train(steps: int, folder: Path) -> Path:
         key = jax.random.fold_in(jax.random.key(0), i)
         params[f"net.{2 * i}.weight"] = jax.random.normal(key, (n, m)) * n**-0.5
         params[f"net.{2 * i}.bias"] = jnp.zeros(m)
-    board = tj.Checkerboard()
+    board = tj.models.Checkerboard()
     network = jax.tree_util.Partial(gelu_network, params)
     data, settings = (
         lambda key: board.sample(key, 2048),
@@ -364,7 +364,7 @@ def truths(row: Row, number: int) -> list[np.ndarray]:
         found = []
         for seed in range(number):
             key, key_keep = jax.random.split(jax.random.key(1000 + seed))
-            drawn = tj.Checkerboard().sample(key, 60 * row.num)
+            drawn = tj.models.Checkerboard().sample(key, 60 * row.num)
             reward = jax.vmap(tj.rewards.Bump([0.5, 0.5], 1.5))(drawn)
             # by rejection
             keep = jax.random.uniform(key_keep, (len(drawn),)) < jnp.exp(10 * (reward - 1))

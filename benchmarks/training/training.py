@@ -48,7 +48,7 @@ RECORDED = {
 OURS = """
 import sys, jax, tiltjax as tj
 from flax import nnx
-board = tj.Checkerboard()
+board = tj.models.Checkerboard()
 network = tj.training.networks.Velocity(board.shape, depth=5, rngs=nnx.Rngs(0))
 data = lambda key: board.sample(key, 4096)
 tj.fit(jax.random.key(0), network, data, steps=int(sys.argv[1]),

@@ -5,8 +5,6 @@ of single precision.
 """
 
 import argparse
-import ast
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,41 +15,24 @@ import numpy as np
 import pytest
 
 import tiltjax as tj
+from benchmarks import run
+from benchmarks.speed import limits
+from benchmarks.speed import vs_reference as versus
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 RESULTS = FOLDER / "results"
 
 
-def load(name):
-    """A benchmark as a module, with its neighbors to import from."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-run, versus, limits, peers = (load(name) for name in ("run", "vs_reference", "limits", "vs_peers"))
-
-
 def test_the_table_of_the_results_is_theirs():
-    assert (RESULTS / "README.md").read_text() == run.table(), "python benchmarks/run.py --table"
+    assert (RESULTS / "README.md").read_text() == run.table(), "python -m benchmarks.run --table"
 
 
-def test_the_runner_knows_every_benchmark_and_each_has_a_small_scale():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "measures", "run"}
+def test_the_runner_knows_every_benchmark():
+    scripts = {path.stem for path in FOLDER.glob("*/*.py")}
     assert set(run.names()) == scripts
     assert set(run.HEADLINES) == scripts | set(run.SCRIPTS)
     for name in scripts:
-        strings = {
-            n.value
-            for n in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text()))
-            if isinstance(n, ast.Constant)
-        }
-        assert "--quick" in strings, name
+        assert "--quick" in run.script(name).read_text(), name
         assert len(run.question(name)) > 20
 
 
@@ -83,11 +64,11 @@ def test_a_table_says_what_the_files_say(tmp_path):
 def test_the_runner_passes_on_what_each_needs():
     plain = argparse.Namespace(quick=True, reference=None, python="other")
     assert run.command("vs_reference", plain) is None
-    assert run.command("training", plain)[1:] == [str(FOLDER / "training.py"), "--quick"]
+    assert run.command("training", plain)[1:] == ["-m", "benchmarks.training.training", "--quick"]
     beside = argparse.Namespace(quick=False, reference=Path("there"), python="other")
     for name in ("vs_reference", "training"):
-        assert run.command(name, beside)[2:] == ["--reference", "there", "--python", "other"]
-    assert run.command("text", beside)[2:] == []
+        assert run.command(name, beside)[3:] == ["--reference", "there", "--python", "other"]
+    assert run.command("text", beside)[3:] == []
 
 
 @pytest.mark.parametrize("problem", ["quadratic", "bump", "checkerboard"])

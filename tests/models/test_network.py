@@ -115,7 +115,7 @@ class Mixed(nnx.Module):
 def test_parameters_have_names_and_the_network_comes_back():
     network = Mixed()
     network.eval()
-    parameters, frame = training.taken_apart(network)
+    parameters, frame = training.split_parameters(network)
     assert set(parameters) == {
         f"{a}.{b}" for a in ("layer", "again") for b in ("kernel", "bias")
     } | {
@@ -132,24 +132,24 @@ def test_parameters_have_names_and_the_network_comes_back():
 def test_equinox_modules_and_functions():
     mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     for network in (mlp, jax.tree_util.Partial(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp)):
-        parameters, frame = training.taken_apart(network)
+        parameters, frame = training.split_parameters(network)
         assert sorted(leaf.shape for leaf in parameters.values()) == [(2,), (2, 4), (4,), (4, 3)]
         assert jax.tree.structure(frame.network(parameters)) == jax.tree.structure(network)
 
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match=r"(?s)training mode.*\.eval\(\)"):
-        training.taken_apart(Mixed())
+        training.split_parameters(Mixed())
     with pytest.raises(ValueError, match="training mode"):
-        training.taken_apart(jax.tree_util.Partial(lambda net, t, x: net(t, x), Mixed()))
+        training.split_parameters(jax.tree_util.Partial(lambda net, t, x: net(t, x), Mixed()))
     shared = Mixed(twice=True)
     shared.eval()
     with pytest.raises(ValueError, match="one array"):
-        training.taken_apart(shared)
+        training.split_parameters(shared)
     with pytest.raises(ValueError, match="no parameters"):
-        training.taken_apart(lambda t, x: x)
+        training.split_parameters(lambda t, x: x)
     with pytest.raises(ValueError, match=r"at least 32 bits, got bfloat16 in last.bias"):
-        training.taken_apart(velocity(param_dtype=jnp.bfloat16))
+        training.split_parameters(velocity(param_dtype=jnp.bfloat16))
 
 
 def test_guided_runs_of_a_network_come_out_alike_to_the_last_bit():

@@ -247,7 +247,7 @@ def test_a_network_of_levels_is_asked_at_whole_levels_only(dtype):
 
 def test_untilted_the_levels_are_the_grid():
     levels = DISCRETE.clock(np.arange(LEVELS)[::-1])
-    times = network().times(levels)
+    times = network().grid_at(levels)
     assert_close(times, np.append(np.arange(LEVELS) / LEVELS, 1.0))
     exact = lambda t, x: denoise(DISCRETE.alpha(t), DISCRETE.sigma(t), x)
     model = tj.from_denoiser(exact, shape=(2,), interpolant=DISCRETE)
@@ -258,11 +258,11 @@ def test_untilted_the_levels_are_the_grid():
 def test_levels_at_which_a_tilt_never_asks_are_refused():
     tilted = tj.Tilted(tj.models.Rescheduled(network()), REWARD, SCALE)
     with pytest.raises(
-        ValueError, match=r"inner_times must lie in \[0\.4\d*, 1\).*got \[0\.46\]: leave"
+        ValueError, match=r"network_times must lie in \[0\.4\d*, 1\).*got \[0\.46\]: leave"
     ):
         tilted.times(DISCRETE.clock(np.array([26, 25, 3])))
     with pytest.raises(ValueError, match=r"got \[1\.\]: leave"):
-        tilted.times([0.6, 1.0])
+        tilted.grid_at([0.6, 1.0])
     # On its own path the tilt starts with some data in the state, and so asks even later.
     assert len(tj.Tilted(network(), REWARD, SCALE).times(DISCRETE.clock(np.array([24, 3])))) == 3
     with pytest.raises(ValueError, match=r"got \[0\.48\]: leave"):

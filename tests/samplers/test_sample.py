@@ -160,7 +160,7 @@ def test_the_dtype_is_the_models_in_every_leaf(solver, dtype):
     particles = tj.sample(KEY, model, guidance, num=2, steps=2, solver=solver, save_trajectory=True)
     floating = {leaf.dtype for leaf in jax.tree.leaves(particles) if eqx.is_inexact_array(leaf)}
     assert floating == {jnp.dtype(dtype)}
-    assert particles.trace.bad.dtype == bool
+    assert particles.trace.failed.dtype == bool
 
 
 @pytest.mark.parametrize("name", ["doob", "plug-in, exact, k=3"])
@@ -480,7 +480,7 @@ def test_a_nan_is_reported_with_its_first_step_and_culprit(case):
     ):
         run(KEY)
     bad = np.asarray(
-        jax.jit(lambda key, times: run(key, times).trace.bad)(KEY, GRID)
+        jax.jit(lambda key, times: run(key, times).trace.failed)(KEY, GRID)
     )  # inside jit nothing is raised
     assert int(np.argmax(bad.any(axis=1))) == step
     assert int(np.argmax(bad[step])) == culprit
@@ -505,7 +505,7 @@ def test_minus_infinity_is_a_reward():
     """A hard constraint has `log h = -inf` where it is violated; only NaN is an error there."""
     reward = lambda x: jnp.where(x[0] > 1e6, 0.0, -jnp.inf)
     particles = tj.sample(KEY, ONE, tj.dps(ONE, reward), num=3, steps=2, solver=tj.Euler())
-    assert not np.any(particles.trace.bad[:, 1])
+    assert not np.any(particles.trace.failed[:, 1])
 
 
 # Starts.

@@ -134,7 +134,7 @@ def test_times_follow_their_law():
 
 def test_a_gradient_flows_to_every_parameter():
     net = network()
-    parameters, frame = training.taken_apart(net)
+    parameters, frame = training.split_parameters(net)
     slope = jax.grad(lambda p: training.loss(frame.network(p), KEY, gaussian(32)))(parameters)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in slope.values())
 
@@ -182,7 +182,7 @@ def test_a_step_is_clipped_adam_with_decay_of_matrices():
 def by_hand(rule, steps, ema, key=KEY):
     """The same run, step by step, in NumPy's order of things."""
     data, net = gaussian(50), network()
-    parameters, frame = training.taken_apart(net)
+    parameters, frame = training.split_parameters(net)
     average, memory, losses, norms = parameters, rule.init(parameters), [], []
     gradient = jax.jit(
         jax.value_and_grad(lambda p, key, x1: training.loss(frame.network(p), key, x1))

@@ -204,9 +204,9 @@ def anew():
 
 
 def test_a_twist_that_is_not_gathered_is_found(monkeypatch, truths):
-    honest = loop.descend
+    honest = loop.inherit
     monkeypatch.setattr(
-        loop, "descend", lambda moved, a: honest(moved, a)._replace(applied=moved.applied)
+        loop, "inherit", lambda moved, a: honest(moved, a)._replace(applied=moved.applied)
     )
     assert fails(log_norms(anew(), proposal=BASE, ess_threshold=1.0), truths[1.0])
 

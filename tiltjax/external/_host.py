@@ -116,7 +116,8 @@ class External(rewards.Reward):
         reply = requests.post(url, json=batch.tolist(), timeout=10)
         return np.asarray(reply.json())
 
-    reward = tj.External(score, timeout=30, retries=2, record=tj.Record("queries.npz"))
+    record = tj.external.Record("queries.npz")
+    reward = tj.external.External(score, timeout=30, retries=2, record=record)
     best = tj.best_of_n(particles, reward, n=8)
     ```
 

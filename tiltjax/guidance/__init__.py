@@ -1,11 +1,24 @@
-"""Guidances: estimates of `log h` and of its gradient."""
+r"""Guidances: estimates of `log h_t(x) = log E[exp(scale r(X_1)) | X_t = x]` and of its gradient.
 
+| guidance | log h from |
+|---|---|
+| `Doob(model, log_h)` | its closed form |
+| `PlugIn(posterior, reward, scale, k=)` | k draws of the posterior (`dps`, `fmrg`) |
+| `Laplace(model, reward, scale)` | a Gaussian posterior and a quadratic reward |
+| `Conjugate(model, reward, scale)` | the conjugate reward that fits at each state |
+| `Tuned(base, tuned, weight)` | a fine-tuned model |
+| `toward(model, tilted, reward, scale)` | a model that is tilted already |
+
+`guidance.wrappers` changes any of them: clipping, normalizing, windows, averages.
+"""
+
+from tiltjax.guidance import wrappers
 from tiltjax.guidance._base import Estimate, Guidance, check, failures
 from tiltjax.guidance._conjugate import Conjugate, Fit, Probe, Toward, Variance, toward
 from tiltjax.guidance._doob import Doob
 from tiltjax.guidance._laplace import Laplace
 from tiltjax.guidance._plug_in import PlugIn, dps, fmrg
-from tiltjax.guidance._tuned import Seen, Tuned
+from tiltjax.guidance._tuned import Tuned, TunedState
 from tiltjax.guidance.wrappers import (
     Averaged,
     Clipped,
@@ -14,33 +27,28 @@ from tiltjax.guidance.wrappers import (
     NormDamped,
     Unscaled,
     Window,
-    Wrapper,
 )
 
 __all__ = [
-    "Estimate",
     "Guidance",
-    "check",
-    "failures",
+    "Estimate",
     "Doob",
     "PlugIn",
     "dps",
     "fmrg",
     "Laplace",
-    "Variance",
-    "Probe",
-    "Fit",
     "Conjugate",
-    "Toward",
-    "toward",
-    "Seen",
+    "Probe",
+    "Variance",
     "Tuned",
-    "Wrapper",
+    "toward",
+    "Toward",
     "Clipped",
     "Normalized",
     "Unscaled",
-    "Window",
     "GainCapped",
     "NormDamped",
     "Averaged",
+    "Window",
+    "wrappers",
 ]

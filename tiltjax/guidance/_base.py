@@ -10,11 +10,12 @@ Adding `∇ log h` to the score turns a sampler of `rho` into one of the tilt `r
 | `dps(model, reward, scale)` | `Tweedie` | 1 | any law | 1 |
 | `fmrg(model, reward, scale)` | `FlowMap` | 1 | any law | `2 / g_t^2` |
 | `Laplace(model, reward, scale)` | a Gaussian at the denoiser | | constant | 1 |
-| `Conjugate(model, reward, scale)` | see `tiltjax.conjugate` | | constant | 1 |
-| `Tuned(base, tuned, weight)` | a model that was fine-tuned: see `tiltjax.annealed` | | | 1 |
+| `Conjugate(model, reward, scale)` | see its docstring | | constant | 1 |
+| `Tuned(base, tuned, weight)` | a model that was fine-tuned: see its docstring | | | 1 |
 
-and `Clipped`, `Normalized` and `Unscaled` wrap any of them, as do those of `tiltjax.wrappers`. What
-they sample is not the tilt, in general: `theory` says by how much.
+and `Clipped`, `Normalized` and `Unscaled` wrap any of them, as do those of
+`tiltjax.guidance.wrappers`. What they sample is not the tilt, in general: `theory` says by how
+much.
 
 A guidance is called as `guidance(key, t, x, state) -> (Estimate, state)` for one sample. One call
 returns everything that shares network evaluations and draws; what moves a sampler is the tilted
@@ -105,7 +106,7 @@ class Guidance(eqx.Module):
         """`scale * r(x1)`, exactly: what `log h` is at t = 1."""
         raise NotImplementedError
 
-    def final(self, x1: Array, state: Any) -> Array:
+    def final_log_potential(self, x1: Array, state: Any) -> Array:
         """What all log-potentials of a path add up to that ends at `x1`, `state` being the memory
         of its last look: `log_tilt(x1)`.
         """

@@ -16,7 +16,7 @@ from tiltjax.models import Model, Weight, check_pair, mixed, weight_at, weight_s
 from tiltjax.solvers import Ancestral, Solver
 
 
-class Seen(NamedTuple):
+class TunedState(NamedTuple):
     """What `Tuned` remembers of a path: its last time `t` and state `x`, both denoisers there,
     `base` and `tuned`, of the shape of `x`, and the scalar `log_ratio`, L, the log-density of Q
     against P so far.
@@ -116,19 +116,21 @@ class Tuned(Guidance):
                 f"memoryless noise alone: use Ancestral(1), got {got}"
             )
 
-    def init(self, x: Array) -> Seen:
+    def init(self, x: Array) -> TunedState:
         """Nothing is seen yet: no state comes after t = 1."""
         zero = jnp.zeros((), x.dtype)
-        return Seen(
+        return TunedState(
             jnp.ones((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros_like(x), zero
         )
 
-    def __call__(self, key: Array, t: Array, x: Array, state: Seen) -> tuple[Estimate, Seen]:
+    def __call__(
+        self, key: Array, t: Array, x: Array, state: TunedState
+    ) -> tuple[Estimate, TunedState]:
         t = jnp.asarray(t, x.dtype)
         base, tuned = self.base.denoise(t, x), self.tuned.denoise(t, x)
         log_ratio = state.log_ratio + self._gained(state, t, x)
         share = weight_at(self.weight, t)
-        return Estimate(mixed(share, base, tuned), base, share * log_ratio), Seen(
+        return Estimate(mixed(share, base, tuned), base, share * log_ratio), TunedState(
             t, x, base, tuned, log_ratio
         )
 
@@ -140,12 +142,12 @@ class Tuned(Guidance):
             )
         return self.scale * rewards.value(self.reward, x1)
 
-    def final(self, x1: Array, state: Seen) -> Array:
+    def final_log_potential(self, x1: Array, state: TunedState) -> Array:
         if self.reward is not None:
             return self.log_tilt(x1)
         return weight_at(self.weight, jnp.ones_like(state.t)) * state.log_ratio
 
-    def _gained(self, seen: Seen, t: Array, x: Array) -> Array:
+    def _gained(self, seen: TunedState, t: Array, x: Array) -> Array:
         """`log K_q / K_p` of the step from what was seen to `(t, x)`; 0 where that is no step
         forward, as in stages of a flow's solver.
         """

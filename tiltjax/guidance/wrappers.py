@@ -9,9 +9,9 @@ r"""Guidances made of guidances: when one acts, how strongly, and the mean of se
 
 `v_t = sigma^2 / (1 + sigma^2 snr_t)` is the variance of a Gaussian of width sigma that is seen at
 time t. Together with `Normalized` these are what published pipelines for text-to-image models are
-made of (`tiltjax.flux.published`); all but `Averaged` are deviations from the mathematics, which is
-why each has a name. They compose from the inside out: a gradient is first brought to a length, then
-averaged, then capped.
+made of (`tiltjax.images.flux.published`); all but `Averaged` are deviations from the mathematics,
+which is why each has a name. They compose from the inside out: a gradient is first brought to a
+length, then averaged, then capped.
 """
 
 from typing import Any
@@ -52,8 +52,8 @@ class Wrapper(Guidance):
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
 
-    def final(self, x1: Array, state: Any) -> Array:
-        return self.guidance.final(x1, state)
+    def final_log_potential(self, x1: Array, state: Any) -> Array:
+        return self.guidance.final_log_potential(x1, state)
 
     def check_run(self, times: Array, weighs: Solver | None = None) -> None:
         self.guidance.check_run(times, weighs)

@@ -1,4 +1,9 @@
-"""Distances between samples, and diversity."""
+r"""Distances between samples, and diversity.
+
+`wasserstein`, `sliced_wasserstein`, `mmd`; `mode_weights`; `pairwise_diversity`,
+`cosine_diversity`, `spectral_diversity`, `truncated_entropy`; `spectral_distance`, `recall`,
+`coverage`; `standard_error`, `bootstrap`.
+"""
 
 from tiltjax.metrics._distances import (
     bootstrap,
@@ -23,13 +28,13 @@ __all__ = [
     "sliced_wasserstein",
     "mmd",
     "mode_weights",
-    "standard_error",
-    "bootstrap",
     "pairwise_diversity",
-    "spectral_diversity",
     "cosine_diversity",
+    "spectral_diversity",
     "truncated_entropy",
     "spectral_distance",
     "recall",
     "coverage",
+    "standard_error",
+    "bootstrap",
 ]

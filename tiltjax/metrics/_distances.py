@@ -11,8 +11,8 @@ r"""How far two populations are apart, how spread one is, and how sure that numb
     `standard_error`       of a mean of independent values                                     JAX
     `bootstrap`      of any statistic      JAX, or a loop on the host
 
-and `tiltjax.diversity`: how spread a population is, and how much of a base law it reaches. All of
-it is found here, as `metrics.recall`.
+and the measures of diversity: how spread a population is, and how much of a base law it reaches.
+All of it is found here, as `metrics.recall`.
 
 Populations are `(num, d)`, or `(num, *shape)` with the trailing axes flattened, or `Particles`,
 whose weights then count. Distances are in the units of the samples, `mmd` (a squared distance

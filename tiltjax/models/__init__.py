@@ -1,4 +1,15 @@
-"""Models of the base law: closed forms, networks, tilts and mixtures of models."""
+r"""Models of the base law: anything that knows the denoiser `D_t(x) = E[X_1 | X_t = x]`.
+
+| model | |
+|---|---|
+| `Analytic(mixture)`, `Checkerboard()` | in closed form |
+| `from_velocity`, `from_noise`, `from_denoiser` | networks |
+| `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
+| `Rescheduled(model, interpolant)` | the same law on another interpolant |
+| `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
+
+`Denoiser` is what samplers ask of any model; `Model` is that of states that are numbers.
+"""
 
 from tiltjax.models._analytic import Analytic
 from tiltjax.models._annealed import (
@@ -30,25 +41,14 @@ __all__ = [
     "Denoiser",
     "Model",
     "Analytic",
-    "Net",
-    "ask",
-    "checked",
+    "Checkerboard",
     "Network",
     "from_velocity",
     "from_noise",
     "from_denoiser",
-    "SCALE",
-    "Checkerboard",
-    "Rescheduled",
     "Tilted",
-    "Power",
-    "Step",
+    "Rescheduled",
+    "Annealed",
     "power",
     "step",
-    "Weight",
-    "Annealed",
-    "check_pair",
-    "mixed",
-    "weight_at",
-    "weight_schedule",
 ]

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _sharding, grids
-from tiltjax.interpolants import Interpolant, seen
+from tiltjax.interpolants import Interpolant, data_fraction
 from tiltjax.solvers import Solver
 
 _ROUNDING = 1e-5  # of an snr, relatively
@@ -75,7 +75,7 @@ class Denoiser(eqx.Module):
         shape, or values that are no states.
         """
         states = _checks.floating(value, name)
-        if _checks.concrete(states) and not np.all(np.isfinite(_sharding.held(states))):
+        if _checks.concrete(states) and not np.all(np.isfinite(_sharding.addressable(states))):
             raise ValueError(f"{name} must be finite, got states with NaN or infinity")
         if states.shape != (*leading, *self.shape):
             raise ValueError(
@@ -149,10 +149,11 @@ class Model(Denoiser):
         """
         if not _checks.concrete((t, self.interpolant)):
             return
-        share = seen(self.interpolant, t, self.dtype)[1]
-        if share > 0.02:
+        fraction = data_fraction(self.interpolant, t, self.dtype)[1]
+        if fraction > 0.02:
             raise ValueError(
-                f"a run from noise cannot start at t = {float(t):g}, where a share of {share:.2g} "
+                f"a run from noise cannot start at t = {float(t):g}, where a fraction of "
+                f"{fraction:.2g} "
                 "of the state is data: start "
                 "earlier, at 1e-3 say, or pass the states at that time as start="
             )
@@ -163,7 +164,7 @@ class Model(Denoiser):
         """
         if (
             _checks.concrete((t, self.interpolant))
-            and seen(self.interpolant, t, self.dtype)[0] == 0
+            and data_fraction(self.interpolant, t, self.dtype)[0] == 0
         ):
             raise ValueError(
                 "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): "
@@ -232,28 +233,29 @@ class Model(Denoiser):
             usable = (early or late) and (steps == 1 or start < end)
             return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times
 
-    def times(self, inner_times: _checks.Numbers) -> Array:
+    def grid_at(self, network_times: _checks.Numbers) -> Array:
         """The grid, for `sample(..., times=)`, on which the network is asked at the given times of
         its own path, and at no others.
 
-        For networks that know certain noise levels only: `model.times(path.clock(levels))` with a
-        `DiscreteVP`. They are the times at which `snr_t + ahead` is the network's snr, and 1 at the
-        end, the jump to the denoiser.
+        For networks that know certain noise levels only: `model.grid_at(interpolant.clock(levels))`
+        with a `DiscreteVP`. They are the times at which `snr_t + ahead` is the network's snr, and 1
+        at the end, the jump to the denoiser.
 
-        **Arguments:** `inner_times`, increasing, below 1. **Raises:** `ValueError` for those at
+        **Arguments:** `network_times`, increasing, below 1. **Raises:** `ValueError` for those at
         which this model never asks.
         """
-        inner_times = _checks.finite(inner_times, "inner_times", 1)
-        times, snr, lowest, earliest = _outer_times(self, inner_times)
+        network_times = _checks.finite(network_times, "network_times", 1)
+        times, snr, lowest, earliest = _outer_times(self, network_times)
         if _checks.concrete(times):
             never = (np.asarray(snr) < (1 - _ROUNDING) * np.asarray(lowest)) | (
-                np.asarray(inner_times) >= 1
+                np.asarray(network_times) >= 1
             )
             if np.any(never):
                 raise ValueError(
-                    f"inner_times must lie in [{float(earliest):.6g}, 1), where the network's snr "
+                    f"network_times must lie in [{float(earliest):.6g}, 1), where the network's "
+                    "snr "
                     f"is at least {float(lowest):.4g} "
-                    f"(the final 1 is added here), got {np.asarray(inner_times)[never]}: leave "
+                    f"(the final 1 is added here), got {np.asarray(network_times)[never]}: leave "
                     "those out"
                 )
         return jnp.append(times, jnp.ones((), times.dtype))

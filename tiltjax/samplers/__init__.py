@@ -1,4 +1,14 @@
-"""Samplers without weights."""
+r"""Samplers without weights.
+
+| sampler | |
+|---|---|
+| `sample` | follow a model, guided or not, from noise to data |
+| `sample_with_log_prob` | the same, with the log-density of the law that the samples come from |
+| `flow` | the probability flow of one state, as a function of time |
+| `gibbs` | the exact tilt by a concave quadratic reward |
+| `best_of_n`, `softmax_of_n` | selection among finished samples |
+| `calibrate` | the mean squared error of a denoiser, which `Conjugate` needs |
+"""
 
 from tiltjax.samplers._calibrate import calibrate
 from tiltjax.samplers._density import sample_with_log_prob
@@ -9,14 +19,11 @@ from tiltjax.samplers._selection import best_of_n, softmax_of_n
 
 __all__ = [
     "sample",
-    "fitting",
-    "run_times",
-    "first_time",
-    "Flow",
-    "flow",
     "sample_with_log_prob",
-    "Mixing",
+    "flow",
+    "Flow",
     "gibbs",
+    "Mixing",
     "best_of_n",
     "softmax_of_n",
     "calibrate",

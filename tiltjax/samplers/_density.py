@@ -1,4 +1,4 @@
-r"""`sample_with_log_prob`: samples of a flow, with the log-density of the law that they come from.
+r"""Samples of a flow, with the log-density of the law that they come from.
 
 A deterministic solver maps the noise that a run starts from to its sample, `x_1 = F(x_0)`, and the
 law of the samples has the density
@@ -12,7 +12,7 @@ are needed, which an `audit` is made of. The d columns of `F'` are pushed throug
 this is for small d.
 
 F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of
-which one term is seen: the mean of `base / q` above 1 tells. A guidance that draws at random folds
+which one term is known: a mean of `base / q` above 1 shows it. A guidance that draws at random folds
 at every step, and is refused.
 
 Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
@@ -25,10 +25,10 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, external
-from tiltjax.guidance import Guidance, check
+from tiltjax.guidance import Guidance
 from tiltjax.models import Model
 from tiltjax.particles import Particles, unweighted
-from tiltjax.samplers._sample import first_time, fitting, run_times, sample, start_key
+from tiltjax.samplers._sample import check_run, sample, start_key
 from tiltjax.solvers import Adaptive, Heun, Solver
 
 
@@ -57,26 +57,22 @@ def sample_with_log_prob(
     _checks.instance(
         model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
     )
-    solver = fitting(model, solver, Heun())
-    if solver.stochastic or isinstance(solver, Adaptive):
+    run = check_run(
+        model, guidance, num=num, steps=steps, times=times, solver=solver, usual_solver=Heun(),
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    if run.solver.stochastic or isinstance(run.solver, Adaptive):
         raise ValueError(
-            f"{type(solver).__name__} has no density to follow: use Heun() or Euler(); noise is "
-            "weighed by audit"
+            f"{type(run.solver).__name__} has no density to follow: use Heun() or Euler(); noise "
+            "is weighed by audit"
         )
-    num = _checks.count(num, "num")
-    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
-    times = run_times(model, solver, steps, times)
-    if guidance is not None:
-        check(guidance, model)
-        model.check_guided_start(first_time(times))
-        guidance.check_run(times)
-        if _draws(model, guidance, times):
-            raise ValueError(
-                f"{type(guidance).__name__} draws at random, and its flow has no density that one "
-                "path can tell: use audit, or a guidance without draws"
-            )
+    if guidance is not None and _draws(model, guidance, run.times):
+        raise ValueError(
+            f"{type(guidance).__name__} draws at random, and one trajectory does not determine "
+            "the density of its flow: use audit, or a guidance without draws"
+        )
     try:
-        particles = _density(key, model, guidance, solver, times, num, chunk_size)
+        particles = _density(key, model, guidance, *run)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -87,24 +83,24 @@ def sample_with_log_prob(
     if _checks.concrete(particles) and not np.all(np.isfinite(particles.log_prob)):
         failed = ~np.isfinite(np.asarray(particles.log_prob))
         raise FloatingPointError(
-            f"{failed.sum()} of {num} log-densities are not finite, the first that of sample "
+            f"{failed.sum()} of {run.num} log-densities are not finite, the first that of sample "
             f"{failed.argmax()}: the flow is not invertible there, or NaN"
         )
     return particles
 
 
 def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
-    """Whether two keys get two answers; where values are being traced, whether an answer is
+    """Whether two keys give two estimates; where values are being traced, whether an estimate is
     computed from the key.
     """
     keys = jax.random.split(jax.random.key(0), 2)
     if _checks.concrete((model, guidance, times)):
         with jax.ensure_compile_time_eval():
-            first, second = (np.asarray(_answer(model, guidance, key, times)) for key in keys)
+            first, second = (np.asarray(_estimate(model, guidance, key, times)) for key in keys)
         return not np.array_equal(first, second, equal_nan=True)
     try:  # what no key touches has no axis of keys
         jax.eval_shape(
-            jax.vmap(lambda key: _answer(model, guidance, key, times), out_axes=None), keys
+            jax.vmap(lambda key: _estimate(model, guidance, key, times), out_axes=None), keys
         )
     except ValueError as error:
         if "out_axes" not in str(error):
@@ -114,8 +110,8 @@ def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
 
 
 @eqx.filter_jit
-def _answer(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
-    """What the guidance says of one state in the middle of a run."""
+def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
+    """The tilted denoiser of one state in the middle of a run."""
     model, guidance, times = _pytree.cast((model, guidance, times), model.dtype)
     x = model.initial(jax.random.key(0), times[0])
     return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted

@@ -1,4 +1,4 @@
-r"""`flow`: the continuous path of one state under the probability flow, towards data or back to
+r"""`flow`: the continuous trajectory of one state under the probability flow, towards data or back to
 noise.
 
     path = flow(model, x, 1e-3, 1.0)      where noise goes
@@ -109,7 +109,7 @@ def flow(
             raise ValueError(
                 f"{type(guidance).__name__} remembers its last step, so that no field of (t, x) "
                 "describes it: use "
-                "sample(..., solver=Adaptive(), save_path=True)"
+                "sample(..., solver=Adaptive(), save_trajectory=True)"
             )
         if key is None:
             raise ValueError(

@@ -9,7 +9,8 @@ Scan outside, vmap inside. A particle's randomness depends on its index and the 
 particles, other batches or devices leave the first ones as they were.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -51,7 +52,7 @@ def sample(
     - `steps` or `times`: equal steps on [1e-3, 1] (`model.grid`), by default as many as the solver
       names (100), or the increasing times themselves. A run that ends at t = 1 ends with a jump to
       the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
-      For a network that knows certain noise levels only, `model.times` makes the grid.
+      For a network that knows certain noise levels only, `model.grid_at` makes the grid.
     - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from
       noise, and has to start where the state is all but noise.
     - `solver`: `Heun()` by default.
@@ -65,46 +66,22 @@ def sample(
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
     **Raises:** `ValueError` for times at which the network would be asked where it was not trained;
-    `FloatingPointError` naming the first step with a NaN and its culprit (outside of `jit` only;
-    inside, `particles.trace.bad` holds it).
+    `FloatingPointError` naming the first step with a NaN and its cause (outside of `jit` only;
+    inside, `particles.trace.failed` holds it).
     """
     key = _checks.key(key)
-    _checks.instance(
-        model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
-    )
-    if guidance is not None:
-        check(guidance, model)
-    solver = fitting(model, solver, Heun())
-    num, save_trajectory = (
-        _checks.count(num, "num"),
-        _checks.flag(save_trajectory, "save_trajectory"),
-    )
-    _sharding.spread_over(sharding, (num, *model.shape), "num")
-    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
-    if start is not None:
-        if isinstance(start, Particles):
-            raise TypeError("start takes states, an array, got Particles: pass particles.x")
-        if times is None:
-            raise ValueError("start needs times=, the first of which says when these states are")
-        start = model.as_states(start, "start", (num,))
-    times = run_times(model, solver, steps, times, fresh=start is None)
-    if guidance is not None:
-        model.check_guided_start(first_time(times))
-        guidance.check_run(times)
-    with _progress.bar("sampling", len(times) - 1, enabled=progress) as bar:
+    save_trajectory = _checks.flag(save_trajectory, "save_trajectory")
+    run = check_run(
+        model, guidance, num=num, steps=steps, times=times, solver=solver, usual_solver=Heun(),
+        chunk_size=chunk_size, from_noise=start is None,
+    )  # fmt: skip
+    _sharding.check_divides(sharding, (run.num, *model.shape), "num")
+    start = None if start is None else _check_start(start, model, run.num, times)
+    with _progress.bar("sampling", len(run.times) - 1, enabled=progress) as bar:
         particles = _sample(
-            key,
-            model,
-            guidance,
-            solver,
-            times,
-            start,
-            bar,
-            num,
-            chunk_size,
-            sharding,
-            save_trajectory,
-        )
+            key, model, guidance, run.solver, run.times, start, bar, run.num, run.chunk_size,
+            sharding, save_trajectory,
+        )  # fmt: skip
         if particles.trace is not None and _checks.concrete(particles):
             particles.trace.check()
     return particles
@@ -119,34 +96,28 @@ def _sample(
     )
     steps = len(times) - 1
     keys = _keys(key, steps)
-    over_particles = (
-        jax.vmap
-        if chunk_size is None
-        else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=chunk_size)
-    )
     indices = jnp.arange(num)
 
-    initial = over_particles(lambda i: model.initial(jax.random.fold_in(keys[0, 0], i), times[0]))
-    x = initial(indices) if start is None else start
+    initial = lambda i: model.initial(jax.random.fold_in(keys[0, 0], i), times[0])
+    x = map_particles(initial, chunk_size)(indices) if start is None else start
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
     memory = jax.vmap(guidance.init)(x) if guidance is not None else ()
 
     def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
-        memory, bad = state
+        memory, failed = state
         if guidance is None:
             estimate = Estimate(tilted=model.denoise(t, x))
         else:
             estimate, memory = guidance(key, t, x, memory)
         if estimate.tilted.shape != model.denoised_shape:
             raise ValueError(
-                f"the guidance answers with shape {estimate.tilted.shape} for a state of shape "
-                f"{x.shape}: it must be built on "
-                "the model that is sampled"
+                f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
+                f"shape {x.shape}: build it on the model that is sampled"
             )
         estimate = _pytree.cast(estimate, model.dtype)
         # What follows a first failure in the same step is its consequence.
-        return estimate.tilted, (memory, bad | (failures(x, estimate) & ~jnp.any(bad)))
+        return estimate.tilted, (memory, failed | (failures(x, estimate) & ~jnp.any(failed)))
 
     def advance(carry, scanned):
         x, memory = carry
@@ -154,19 +125,27 @@ def _sample(
 
         def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
             keys = Streams(*(jax.random.fold_in(stream, i) for stream in key_step))
-            x, (memory, bad) = solver.step(
+            x, (memory, failed) = solver.step(
                 keys, model.corruption, field, t, u, x, (memory, jnp.zeros(len(FAILURES), bool))
             )
-            return x, memory, bad.at[3].set(~jnp.all(jnp.isfinite(x)))
+            return x, memory, failed.at[3].set(~jnp.all(jnp.isfinite(x)))
 
-        x, memory, bad = over_particles(one)(indices, x, memory)
+        x, memory, failed = map_particles(one, chunk_size)(indices, x, memory)
         bar.tick(step)
-        return (x, memory), (jnp.any(bad, axis=0), x if save_trajectory else None)
+        return (x, memory), (jnp.any(failed, axis=0), x if save_trajectory else None)
 
     scanned = (jnp.arange(steps), keys[1:], times[:-1], times[1:])
-    (end, _), (bad, path) = jax.lax.scan(advance, (x, memory), scanned)
-    path = None if path is None else jnp.concatenate([x[None], path])
-    return unweighted(end, Trace(times, bad, path))
+    (end, _), (failed, trajectory) = jax.lax.scan(advance, (x, memory), scanned)
+    if trajectory is not None:
+        trajectory = jnp.concatenate([x[None], trajectory])
+    return unweighted(end, Trace(times, failed, trajectory))
+
+
+def map_particles(fn: Callable, chunk_size: int | None) -> Callable:
+    """`fn` of one particle as a function of all: at once, or `chunk_size` at a time."""
+    if chunk_size is None:
+        return jax.vmap(fn)
+    return lambda *args: jax.lax.map(lambda one: fn(*one), args, batch_size=chunk_size)
 
 
 def _keys(key: Array, steps: int) -> Array:
@@ -181,7 +160,53 @@ def start_key(key: Array, steps: int) -> Array:
     return _keys(key, steps)[0, 0]
 
 
-def fitting(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:
+class Run(NamedTuple):
+    """The settings that all runs have in common, checked and complete."""
+
+    solver: Solver
+    times: Array
+    num: int
+    chunk_size: int | None
+
+
+def check_run(
+    model: Denoiser,
+    guidance: Guidance | None,
+    *,
+    num: int,
+    steps: int | None,
+    times: Any,
+    solver: Solver | None,
+    usual_solver: Solver,
+    chunk_size: int | None,
+    from_noise: bool = True,
+    weighted: bool = False,
+    twist: Guidance | None = None,
+) -> Run:
+    """The `Run` of a verb's arguments; `weighted` says that the noise of its steps is weighed.
+
+    **Raises:** `TypeError`, `ValueError` for arguments that do not fit together.
+    """
+    _checks.instance(
+        model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
+    )
+    guidances = {"guidance": guidance, "twist": twist}
+    guidances = {name: one for name, one in guidances.items() if one is not None}
+    for name, one in guidances.items():
+        check(one, model, name)
+    solver = _resolve_solver(model, solver, usual_solver)
+    num = _checks.count(num, "num")
+    if chunk_size is not None:
+        chunk_size = min(_checks.count(chunk_size, "chunk_size"), num)
+    times = resolve_times(model, solver, steps, times, from_noise=from_noise)
+    if guidances:
+        model.check_guided_start(_first(times))
+    for one in guidances.values():
+        one.check_run(times, solver if weighted else None)
+    return Run(solver, times, num, chunk_size)
+
+
+def _resolve_solver(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:
     """The solver of a run, by default that of the model's states. **Raises:** `ValueError` for one
     that reverses another corruption.
     """
@@ -191,35 +216,43 @@ def fitting(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:
     _checks.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     if not isinstance(model.corruption, solver.corruption):
         raise ValueError(
-            f"{type(solver).__name__} reverses {solver.corruption.__name__}, "
-            f"{type(model).__name__} has the corruption "
-            f"{type(model.corruption).__name__}: use {type(default).__name__}()"
+            f"{type(solver).__name__} is a solver for {solver.corruption.__name__}, and "
+            f"{type(model).__name__} has {type(model.corruption).__name__}: use "
+            f"{type(default).__name__}()"
         )
     return solver
 
 
-def run_times(
-    model: Denoiser, solver: Solver, steps: int | None, times: Any, *, fresh: bool = True
+def resolve_times(
+    model: Denoiser, solver: Solver, steps: int | None, times: Any, *, from_noise: bool = True
 ) -> Array:
-    """The times of a run: those given, or the model's grid of so many steps, by default its own
-    number of them or the solver's.
+    """The times of a run: `times`, or the model's grid of so many steps, by default the number of
+    steps of the model or of the solver.
 
-    **Raises:** `ValueError` where the network was not trained, and where a `fresh` run, one from
-    noise, cannot start.
+    **Raises:** `ValueError` where the network was not trained, and where a run `from_noise` cannot
+    start.
     """
     if times is None:
         usual = solver.steps if model.steps is None else model.steps
         times = model.grid(usual if steps is None else steps)
     else:
         times = grids.time_grid(times, steps)
-    if fresh:
-        model.check_start(first_time(times))
+    if from_noise:
+        model.check_start(_first(times))
     model.check_times(times)
     return times
 
 
-def first_time(times: Array) -> Array:
-    """The first time of a run, read where it can be: inside of someone's `jit` an operation of JAX
-    would be traced.
+def _first(times: Array) -> Array:
+    """The first time of a run, as a NumPy number where possible: inside of someone's `jit` an
+    operation of JAX would be traced.
     """
     return np.asarray(times)[0] if _checks.concrete(times) else times[0]
+
+
+def _check_start(start: Any, model: Denoiser, num: int, times: Any) -> Array:
+    if isinstance(start, Particles):
+        raise TypeError("start takes states, an array, got Particles: pass particles.x")
+    if times is None:
+        raise ValueError("start needs times=, the first of which is the time of these states")
+    return model.as_states(start, "start", (num,))

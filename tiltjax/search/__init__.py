@@ -1,10 +1,12 @@
-"""Online search for the best sample of an expensive reward."""
+r"""Online search for the best samples of an expensive reward: `optimize`, and its
+`search.surrogates`.
+"""
 
 from tiltjax.search import surrogates
 from tiltjax.search._optimize import Search, optimize
 
 __all__ = [
-    "Search",
     "optimize",
+    "Search",
     "surrogates",
 ]

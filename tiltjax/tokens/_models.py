@@ -280,7 +280,7 @@ def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Arra
             "token is hidden, got shape "
             f"{value.shape} of {value.dtype}"
         )
-    seen = _sharding.held(value) if _checks.concrete(value) else np.zeros(0)
+    seen = _sharding.addressable(value) if _checks.concrete(value) else np.zeros(0)
     if np.any(seen < 0) or np.any(seen > vocab):
         raise ValueError(
             f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {seen.min()} to "

@@ -1,44 +1,45 @@
-"""Training and fine-tuning of networks."""
+r"""Training and fine-tuning.
+
+| function | |
+|---|---|
+| `fit` | train a velocity, noise or denoising network on data |
+| `finetune` | tilt a model by a reward, with and without a gradient |
+| `minimize` | the loop under both: any random loss; `adamw` is its optimizer |
+| `training.lora` | low-rank adapters |
+| `training.networks` | a small velocity network |
+"""
 
 import importlib
 from typing import Any
 
-from tiltjax.training._finetune import (
-    Chain,
-    Objective,
-    PolicyGradient,
-    Reparametrized,
-    finetune,
-    policy_gradient,
-    reparametrized,
-)
+from tiltjax.training._finetune import Chain, Objective, finetune, policy_gradient, reparametrized
 from tiltjax.training._fit import fit, loss, uniform
 from tiltjax.training._loop import Curve, Fit, adamw, minimize, schedule
+from tiltjax.training._parameters import split_parameters
 
 
 def __getattr__(name: str) -> Any:
-    # Flax takes as long to import as JAX: only the user of these modules waits for it.
+    # Both are made of Flax, which takes as long to import as JAX: only their users wait for it.
     if name in ("lora", "networks"):
         return importlib.import_module(f"tiltjax.training.{name}")
     raise AttributeError(f"module 'tiltjax.training' has no attribute {name!r}")
 
 
 __all__ = [
-    "schedule",
-    "adamw",
-    "Curve",
-    "Fit",
-    "minimize",
-    "uniform",
-    "loss",
     "fit",
-    "Chain",
+    "loss",
+    "uniform",
+    "finetune",
     "Objective",
-    "Reparametrized",
-    "PolicyGradient",
+    "Chain",
     "reparametrized",
     "policy_gradient",
-    "finetune",
+    "minimize",
+    "Fit",
+    "Curve",
+    "adamw",
+    "schedule",
+    "split_parameters",
     "lora",
     "networks",
 ]

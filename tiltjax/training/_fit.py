@@ -14,7 +14,7 @@ the mean conditional variance of Y: for Gaussian data of standard deviation s an
 `pi s c / 2` by coordinate. So the loss is read against its last value, never against zero, and
 samples judge.
 
-How it is minimized: `tiltjax.descent`.
+How it is minimized: `tiltjax.training.minimize`.
 
 References: Lipman et al. (arXiv 2210.02747), flow matching.
 """
@@ -89,7 +89,7 @@ def loss(
     key_time, key_noise = jax.random.split(key)
     t = jax.vmap(time_sampler)(jax.random.split(key_time, len(x1)))
     if t.shape != (len(x1),):
-        raise ValueError(f"times must return a scalar for a key, got shape {t.shape[1:]}")
+        raise ValueError(f"time_sampler must return a scalar for a key, got shape {t.shape[1:]}")
     t, x0 = t.astype(x1.dtype), jax.random.normal(key_noise, x1.shape, x1.dtype)
     x = jax.vmap(lambda t, x0, x1: path.alpha(t) * x1 + path.sigma(t) * x0)(t, x0, x1)
     y = jax.vmap(lambda t, x0, x1: wanted(path, t, x0, x1))(t, x0, x1)
@@ -128,7 +128,7 @@ class _Loss(eqx.Module):
         settings: dict[str, Any] = {
             "target": self.target,
             "interpolant": self.interpolant,
-            "times": self.times,
+            "time_sampler": self.times,
         }
         return loss(network, key_loss, x1, batched=self.batched, **settings)
 
@@ -189,7 +189,7 @@ def fit(
     models.Net(network)  # refuses another signature, and modules hidden in a closure
     source, example = _source(key, data, batch_size)
     check_sharding(sharding)
-    _sharding.spread_over(sharding, example.shape, "batch_size")
+    _sharding.check_divides(sharding, example.shape, "batch_size")
     of_data = _Loss(
         source,
         path,
@@ -283,6 +283,6 @@ def _path(interpolant: Interpolant | None, target: Callable, times: Callable) ->
             raise ValueError(
                 f"the velocity of {type(path).__name__} is unbounded at t = 1, where its loss has "
                 "no mean: train the noise, "
-                "target=from_noise, or the denoiser, or give times= that end earlier"
+                "target=from_noise, or the denoiser, or give a time_sampler= that ends earlier"
             )
     return path

@@ -10,7 +10,7 @@ is a function of the key and of k alone, and all steps are one compiled program:
 them the host asks for at once nor a run that was killed and taken up again from its checkpoint
 changes a bit, on one device and with one version of the compiler.
 
-`tiltjax.training` gives it the loss of a network on data, `tiltjax.finetuning` that of a model on a
+`fit` gives it the loss of a network on data, `finetune` that of a model on a
 reward; `minimize` takes any other. References: Loshchilov and Hutter (arXiv 1608.03983,
 1711.05101), cosine schedules and AdamW; Polyak and Juditsky (1992), averages of weights.
 """
@@ -33,7 +33,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _progress, _pytree, _sharding
 from tiltjax._sharding import check_sharding, placed
 from tiltjax.training._checkpoints import callable_name, digest, read_checkpoint, write_checkpoint
-from tiltjax.training._parameters import Frame, taken_apart
+from tiltjax.training._parameters import Frame, split_parameters
 
 if TYPE_CHECKING:
     import optax
@@ -230,7 +230,7 @@ def minimize(
         )
         rule, law = optimizer, callable_name(optimizer.update)
     check_sharding(sharding)
-    parameters, frame = taken_apart(network)
+    parameters, frame = split_parameters(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else _pytree.Function(loss, "loss")
     everywhere = lambda tree: (
         tree if sharding is None else placed(tree, _sharding.replicated(sharding))

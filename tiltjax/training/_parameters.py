@@ -1,6 +1,6 @@
 r"""What a network is to its training: arrays that are trained, by name, and the rest.
 
-    parameters, frame = taken_apart(network)    `{"layers.0.kernel": ...}`, and a frame without them
+    parameters, frame = split_parameters(network)    `{"layers.0.kernel": ...}`, and the rest
     frame.network(parameters)      the network again, with other arrays if need be
 
 Of Flax modules, of Equinox modules, and of any other pytree alike. Flax is not imported here: only
@@ -20,7 +20,7 @@ from tiltjax._pytree import in_training_mode
 
 
 class Frame(_pytree.Foreign):
-    """A network without the arrays that are trained; built by `taken_apart`."""
+    """A network without the arrays that are trained; built by `split_parameters`."""
 
     rest: list
     static: tuple = eqx.field(static=True)
@@ -37,7 +37,7 @@ class Frame(_pytree.Foreign):
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def taken_apart(network: PyTree) -> tuple[dict[str, Array], Frame]:
+def split_parameters(network: PyTree) -> tuple[dict[str, Array], Frame]:
     """The trained arrays of a network by the names of their places, and what is left.
 
     Trained are the `nnx.Param`s of Flax modules, and all floating arrays of everything else:

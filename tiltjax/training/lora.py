@@ -6,7 +6,7 @@ r"""Low-rank adapters (LoRA) for any Flax NNX network, as a transformation of it
 
 B starts at zero, so that `merge` starts at the network itself. Everything is a pure function: train
 `adapters` through `merge`; scale 0 is the base network, 1 the tuned one, anything between is LoRA
-scaling, the usual way from one to the other (`tiltjax.annealed` is the better one), and what
+scaling, the usual way from one to the other (`tiltjax.Annealed` is the better one), and what
 `merge` returns is an ordinary network without overhead. Reference: Hu et al. (arXiv 2106.09685).
 """
 

@@ -1,25 +1,23 @@
-"""Weighted particles: sequential Monte Carlo, published methods, audits."""
+r"""Weighted particles: sequential Monte Carlo, its published settings, and audits.
+
+`smc` samples with weights; `fk_steering`, `das` and `tds` are published settings of it; `audit`
+measures how far a guidance is from the tilt. What a run is made of: `weighted.proposals`,
+`weighted.potentials`, `weighted.tempering`, and `tiltjax.resampling`.
+"""
 
 from tiltjax.weighted import potentials, proposals, tempering
-from tiltjax.weighted._audit import RELIABLE, USABLE, Audit, Estimated, audit, pareto_shape, report
+from tiltjax.weighted._audit import Audit, Estimated, audit, pareto_shape, report
 from tiltjax.weighted._methods import das, fk_steering, tds
-from tiltjax.weighted._smc import descend, everywhere, less, own_key, smc
+from tiltjax.weighted._smc import smc
 
 __all__ = [
     "smc",
-    "descend",
-    "everywhere",
-    "own_key",
-    "less",
     "fk_steering",
     "das",
     "tds",
-    "RELIABLE",
-    "USABLE",
-    "Estimated",
-    "Audit",
     "audit",
-    "report",
+    "Audit",
+    "Estimated",
     "pareto_shape",
     "proposals",
     "potentials",

@@ -170,7 +170,9 @@ def audit(
     )  # fmt: skip
     if not _checks.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
-    rewards = _sharding.home(_rewards(guidance, particles.x, chunk_size or num)).astype(np.float64)
+    rewards = _sharding.gathered(_rewards(guidance, particles.x, chunk_size or num)).astype(
+        np.float64
+    )
     assert particles.trace is not None
     name = (
         f"{type(guidance).__name__} on "
@@ -189,7 +191,7 @@ def _rewards(guidance: Guidance, x: Array, chunk_size: int) -> Array:
 
 def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     """The audit of weighted paths with the rewards `scale * r` of their ends, `(n,)`."""
-    log_weights = _sharding.home(particles.log_weights).astype(np.float64)
+    log_weights = _sharding.gathered(particles.log_weights).astype(np.float64)
     n = len(log_weights)
     top = log_weights.max()
     weights = np.exp(log_weights - top)

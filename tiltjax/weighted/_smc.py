@@ -11,8 +11,9 @@ number of steps,
         for any number of particles, guidance, twist, potential, tempering and resampling,
 
 and weighted means tend to those of the chain's tilt as particles are added. A guidance is thus
-judged by how even its weights are (`ess`), not trusted. What a run is made of: `tiltjax.proposals`,
-`tiltjax.potentials`, `tiltjax.tempering`, `tiltjax.resampling`.
+judged by how even its weights are (`ess`), not trusted. What a run is made of:
+`tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`, `tiltjax.weighted.tempering`,
+`tiltjax.resampling`.
 
 | published method | here |
 |---|---|
@@ -110,7 +111,7 @@ def smc(
     solver = fitting(model, solver, Ancestral())
     _check_noise(solver)
     num = _checks.count(num, "num")
-    _sharding.spread_over(
+    _sharding.check_divides(
         sharding, (num,), "num"
     )  # weights are divided, too: the particle axis alone
     chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
@@ -146,7 +147,7 @@ def smc(
                 f"{threshold:g}: particles that keep their "
                 "uneven weights leave it no room"
             )
-    weighs = (
+    weighs_at = (
         schedule.steps(len(times) - 1)
         if threshold > 0 or proposal.num_children > 1
         else np.zeros(len(times) - 1, bool)
@@ -165,7 +166,7 @@ def smc(
             solver,
             times,
             factors,
-            tuple(weighs.tolist()),
+            tuple(weighs_at.tolist()),
             bar,
             num,
             chunk_size,
@@ -192,7 +193,7 @@ class _Particle(NamedTuple):
 
     x: Array
     denoised: Array
-    pull: Array
+    guidance_shift: Array
     applied: Array
     history: Any
     memory: Any
@@ -238,7 +239,7 @@ def _smc(
     solver,
     times,
     factors,
-    weighs,
+    weighs_at,
     bar,
     num,
     chunk_size,
@@ -258,12 +259,15 @@ def _smc(
     )
     factors = factors.astype(log_dtype)
     # A proposal that is not guided asks its guidance at no state, unless that has to see them all.
-    asked = proposal.guided or guidance.needs_every_state
-    twisting, separate = guidance if twist is None else twist, twist is not None or not asked
+    uses_guidance = proposal.guided or guidance.needs_every_state
+    twisting, separate = (
+        guidance if twist is None else twist,
+        twist is not None or not uses_guidance,
+    )
 
     unguided = lambda t, x: model.denoise(t, x).astype(dtype)
 
-    def read(
+    def estimated(
         guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
     ) -> tuple[Array, ...]:
         """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
@@ -285,65 +289,67 @@ def _smc(
         log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
         return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
 
-    def look(
+    def evaluate(
         key_guidance: Array, key_twist: Array, t: Array, x: Array, memory: Any, weigh: Array
     ) -> tuple[Array, Array, Array, Any, Array]:
         """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed),
         memories, failures.
         """
         of_guidance, of_twist = memory
-        if asked:
-            weighing = not separate and any(weighs[:-1])
-            denoised, pull, log_h, of_guidance = read(
+        if uses_guidance:
+            weighing = not separate and any(weighs_at[:-1])
+            denoised, guidance_shift, log_h, of_guidance = estimated(
                 guidance, key_guidance, t, x, of_guidance, weighing
             )
             base = lambda: denoised
         else:
             base = lambda: unguided(t, x)
-            pull, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
+            guidance_shift, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
         if (
             separate
         ):  # a twist of its own is asked only where it counts, unless it has to see every state
 
-            def ask(of_twist: Any) -> tuple[Array, Array, Any]:
-                denoised, _, log_h, of_twist = read(twisting, key_twist, t, x, of_twist, True)
-                return (base() if asked else denoised), log_h, of_twist
+            def with_twist(of_twist: Any) -> tuple[Array, Array, Any]:
+                denoised, _, log_h, of_twist = estimated(twisting, key_twist, t, x, of_twist, True)
+                return (base() if uses_guidance else denoised), log_h, of_twist
 
-            pass_by = lambda of_twist: (base(), log_h, of_twist)
+            without_twist = lambda of_twist: (base(), log_h, of_twist)
             denoised, log_h, of_twist = jax.lax.cond(
-                weigh | twisting.needs_every_state, ask, pass_by, of_twist
+                weigh | twisting.needs_every_state, with_twist, without_twist, of_twist
             )
         else:
             denoised = base()
-        bad = failures(x, Estimate(denoised + pull, denoised, log_h))
-        return denoised, pull, log_h, (of_guidance, of_twist), bad
+        failed = failures(x, Estimate(denoised + guidance_shift, denoised, log_h))
+        return denoised, guidance_shift, log_h, (of_guidance, of_twist), failed
 
-    def begin(i: Array) -> _Particle:
-        x = model.initial(own_key(keys[0, 1], i), times[0])
+    def start(i: Array) -> _Particle:
+        x = model.initial(particle_key(keys[0, 1], i), times[0])
         memory = guidance.init(x), twisting.init(x) if separate else ()
         unknown = jnp.zeros(model.denoised_shape, dtype)
         return _Particle(x, unknown, unknown, jnp.zeros((), log_dtype), potential.init(), memory, i)
 
     def advance(carry, scanned):
         particles, log_weights, log_norm, factor = carry
-        step, (key_step, key_resample), t, u, weigh, given = scanned
+        step, (key_step, key_resample), t, u, weigh, tempering_factor = scanned
 
         def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
             key_noise, key_guidance, key_twist = jax.random.split(key, 3)
 
             def move() -> tuple[Array, Array]:
                 kernel = solver.kernel(model.corruption, t, u)
-                shift = proposal.shift(kernel, factor.astype(dtype) * particle.pull)
+                shift = proposal.shift(kernel, factor.astype(dtype) * particle.guidance_shift)
                 x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
                 return x, log_ratio.astype(log_dtype)
 
             stay = lambda: (particle.x, jnp.zeros((), log_dtype))
             x, log_ratio = jax.lax.cond(step < 0, stay, move)
-            denoised, pull, value, memory, bad = look(
+            denoised, guidance_shift, value, memory, failed = evaluate(
                 key_guidance, key_twist, u, x, particle.memory, weigh
             )
-            moved = particle._replace(x=x, denoised=denoised, pull=pull, memory=memory)
-            return moved, value, log_ratio, bad
+            moved = particle._replace(
+                x=x, denoised=denoised, guidance_shift=guidance_shift, memory=memory
+            )
+            return moved, value, log_ratio, failed
 
         def apply(particle: _Particle, value: Array, factor: Array) -> tuple[Array, Any]:
             # A twist of -inf is not believed before the end: what it excludes too early may yet be
@@ -354,16 +360,18 @@ def _smc(
             keep = lambda new, old: jnp.where(counts, new, old)
             return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
 
-        def family(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
-            key = own_key(key_step, i)
+        def propagate(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
+            key = particle_key(key_step, i)
             if proposal.num_children == 1:
                 return child(key, particle)
             key_choice, *keys = jax.random.split(key, proposal.num_children + 1)
-            moved, value, log_ratio, bad = jax.vmap(lambda key: child(key, particle))(
+            moved, value, log_ratio, failed = jax.vmap(lambda key: child(key, particle))(
                 jnp.stack(keys)
             )
             gain = log_ratio + jax.vmap(
-                lambda value: less(apply(particle, value, given)[0], particle.applied)
+                lambda value: increment(
+                    apply(particle, value, tempering_factor)[0], particle.applied
+                )
             )(value)
             chosen = jax.random.categorical(key_choice, gain)
             # The chosen one's own gain is added below: what is carried is the mean of all.
@@ -374,50 +382,57 @@ def _smc(
                 - gain[chosen]
             )
             moved, value = jax.tree.map(lambda leaf: leaf[chosen], (moved, value))
-            return moved, value, log_ratio, jnp.any(bad, axis=0)
+            return moved, value, log_ratio, jnp.any(failed, axis=0)
 
-        moved, value, log_ratio, bad = over_particles(family)(jnp.arange(num), particles)
+        moved, value, log_ratio, failed = over_particles(propagate)(jnp.arange(num), particles)
         log_weights = log_weights + log_ratio
         if isinstance(tempering, AdaptiveTempering):
             # Many sums of the weights, one of which is chosen: exchanged once, too.
             known = moved.applied, moved.history, value, log_weights
             applied, history, values, sums = jax.tree.map(
-                lambda array: everywhere(array, sharding), known
+                lambda array: replicate(array, sharding), known
             )
-            shown = moved._replace(applied=applied, history=history)
+            candidates = moved._replace(applied=applied, history=history)
             gain = lambda one, value, factor: apply(one, value, factor)[0] - one.applied
             weigh_by = lambda factor: (
-                sums + jax.vmap(gain, in_axes=(0, 0, None))(shown, values, factor)
+                sums + jax.vmap(gain, in_axes=(0, 0, None))(candidates, values, factor)
             )
-            given = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
-        applied, history = jax.vmap(lambda one, value: apply(one, value, given))(moved, value)
-        log_weights = log_weights + less(applied, moved.applied)
+            tempering_factor = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
+        applied, history = jax.vmap(lambda one, value: apply(one, value, tempering_factor))(
+            moved, value
+        )
+        log_weights = log_weights + increment(applied, moved.applied)
         moved = moved._replace(applied=applied, history=history)
         # One exchange of the weights instead of one for each sum of them, and sums that are the
         # same on any number of devices.
-        seen = everywhere(log_weights, sharding)
-        ess = effective(seen)
+        all_log_weights = replicate(log_weights, sharding)
+        ess = effective(all_log_weights)
         uneven = weigh & (ess < threshold * num) if threshold > 0 else jnp.zeros((), bool)
 
         def renew(moved, log_weights, log_norm):
-            ancestors = everywhere(resample(key_resample, seen), sharding)
-            log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
-            return descend(moved, ancestors), jnp.zeros_like(log_weights), log_norm
+            ancestors = replicate(resample(key_resample, all_log_weights), sharding)
+            log_norm = log_norm + jax.nn.logsumexp(all_log_weights) - math.log(num)
+            return inherit(moved, ancestors), jnp.zeros_like(log_weights), log_norm
 
         keep = lambda *state: state
         # Particles whose weights say nothing keep them, for the report.
         moved, log_weights_next, log_norm = jax.lax.cond(
             uneven & jnp.isfinite(ess), renew, keep, moved, log_weights, log_norm
         )
-        bad = jnp.any(bad, axis=0)
-        bad = bad.at[4].set(~jnp.any(bad) & ~jnp.isfinite(ess))
+        failed = jnp.any(failed, axis=0)
+        failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(ess))
         bar.tick(step)
-        return (moved, log_weights_next, log_norm, given), (bad, ess, given, uneven)
+        return (moved, log_weights_next, log_norm, tempering_factor), (
+            failed,
+            ess,
+            tempering_factor,
+            uneven,
+        )
 
     inner, indices = steps - 1, jnp.arange(num)
     # Of particles and of resampling, at each step; the first two look at the start, and draw it.
     keys = jax.random.split(key, (steps + 1, 2))
-    particles = over_particles(begin)(indices)
+    particles = over_particles(start)(indices)
     if sharding is not None:
         particles = jax.tree.map(
             lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles
@@ -428,37 +443,39 @@ def _smc(
     carry = particles, jnp.zeros(num, log_dtype), jnp.zeros((), log_dtype), before
     scanned = (
         jnp.arange(-1, inner), keys[:steps], jnp.concatenate([times[:1], times[:-2]]), times[:-1],
-        jnp.asarray((False, *weighs[:inner])), jnp.concatenate([before[None], factors[:inner]]),
+        jnp.asarray((False, *weighs_at[:inner])), jnp.concatenate([before[None], factors[:inner]]),
     )  # fmt: skip
-    (particles, log_weights, log_norm, _), (bad, *seen_on_way) = jax.lax.scan(
+    (particles, log_weights, log_norm, _), (failed, *per_step) = jax.lax.scan(
         advance, carry, scanned
     )
-    ess, tempered, resampled = (leaf[1:] for leaf in seen_on_way)
+    ess, tempered, resampled = (leaf[1:] for leaf in per_step)
 
     # The last step jumps to the denoiser, and completes the reward (or what a guidance has of its
     # own to complete).
     finish = lambda i, particle: solver.finish(
-        own_key(keys[steps, 0], i), particle.x, particle.denoised
+        particle_key(keys[steps, 0], i), particle.x, particle.denoised
     )
     x = over_particles(finish)(indices, particles)
-    log_tilt = over_particles(guidance.final)(x, particles.memory[0]).astype(log_dtype)
-    log_weights = log_weights + less(log_tilt, particles.applied)
-    seen = everywhere(log_weights, sharding)
-    log_norm = log_norm + jax.nn.logsumexp(seen) - math.log(num)
-    last = effective(seen)
-    failed = (
+    log_tilt = over_particles(guidance.final_log_potential)(x, particles.memory[0]).astype(
+        log_dtype
+    )
+    log_weights = log_weights + increment(log_tilt, particles.applied)
+    all_log_weights = replicate(log_weights, sharding)
+    log_norm = log_norm + jax.nn.logsumexp(all_log_weights) - math.log(num)
+    last = effective(all_log_weights)
+    failed_at_end = (
         jnp.zeros(len(FAILURES), bool)
         .at[1]
         .set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     )
-    failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(last))
+    failed_at_end = failed_at_end.at[4].set(~jnp.any(failed_at_end) & ~jnp.isfinite(last))
     # What fails at the start counts as the first step's.
-    bad = jnp.concatenate([bad, failed[None]])
-    bad = bad[1:].at[0].set(bad[0] | bad[1])
+    failed = jnp.concatenate([failed, failed_at_end[None]])
+    failed = failed[1:].at[0].set(failed[0] | failed[1])
     bar.tick(steps - 1)
     trace = Trace(
         times,
-        bad,
+        failed,
         ess=jnp.append(ess, last),
         tempering=jnp.append(tempered, 1),
         resampled=jnp.append(resampled, False),
@@ -467,34 +484,35 @@ def _smc(
     return Particles(x, log_weights, log_norm, trace)
 
 
-def descend(particles: _Particle, ancestors: Array) -> _Particle:
+def inherit(particles: _Particle, ancestors: Array) -> _Particle:
     """The next generation: everything that a particle carries is its ancestor's."""
     return jax.tree.map(lambda leaf: leaf[ancestors], particles)
 
 
-def everywhere(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
+def replicate(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
     """The whole of an array on every device of a mesh."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return array
     return jax.lax.with_sharding_constraint(array, _sharding.replicated(sharding))
 
 
-def own_key(key_step: Array, i: Array) -> Array:
+def particle_key(key_step: Array, i: Array) -> Array:
     """The key of particle i in one step."""
     return jax.random.fold_in(key_step, i)
 
 
-def less(new: Array, old: Array) -> Array:
+def increment(new: Array, old: Array) -> Array:
     """`new - old` of log-weights: what was zero stays zero."""
-    gone = old == -jnp.inf
-    return jnp.where(gone, -jnp.inf, new - jnp.where(gone, 0.0, old))
+    excluded = old == -jnp.inf
+    return jnp.where(excluded, -jnp.inf, new - jnp.where(excluded, 0.0, old))
 
 
 def _warn(particles: Particles) -> None:
-    share = float(particles.ess) / len(particles)
-    if share < _SCARCE:
+    fraction = float(particles.ess) / len(particles)
+    if fraction < _SCARCE:
         warnings.warn(
-            f"the effective share of {len(particles)} particles is {share:.2g}: estimates rest on "
+            f"the effective sample size of {len(particles)} particles is a fraction of "
+            f"{fraction:.2g}: estimates rest on "
             "few of them. A twist closer to log h helps "
             "most: Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) "
             "where it is known; then more steps, more particles, tempering, a smaller scale",

@@ -201,7 +201,7 @@ class FluxModel(models.Model):
 
 class Lookahead(Posterior):
     """Where a flow map takes x, in one call of the network, after some of what is known of x is
-    forgotten: `tiltjax.Renoise` with a learned map.
+    forgotten: `tiltjax.posteriors.Renoise` with a learned map.
 
     **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, by which
     the snr falls first; at 1 no noise is added.
@@ -214,7 +214,10 @@ class Lookahead(Posterior):
 
     def __init__(self, model: FluxModel, snr_factor: float | Array = 1.0):
         _checks.instance(
-            model, FluxModel, "model", "Lookahead(FluxModel(...)); for any other, tiltjax.Renoise"
+            model,
+            FluxModel,
+            "model",
+            "Lookahead(FluxModel(...)); for any other, tiltjax.posteriors.Renoise",
         )
         if not model.parts.transformer.config.dual_time:
             raise ValueError(
