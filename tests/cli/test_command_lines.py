@@ -1,17 +1,23 @@
-"""Nonsense on the command lines: exit status 2 and one sentence, never a traceback, and nothing is
+"""Nonsense on the command lines: exit status 2 and a message, never a traceback, and nothing is
 left behind. Tier: exact.
 
 Both commands are called in this process with arguments put together at random; runs that would be
 right are not started.
 """
 
-import argparse
 import random
+import subprocess
+import sys
 import warnings
+from typing import get_args
 
 import pytest
+import typer
+from helpers import environment
 
-from tiltjax.cli import demo, images
+import tiltjax as tj
+from tiltjax.cli import _commands, demo, images, main
+from tiltjax.pretrained import files
 
 SEEDS = range(60)
 WORDS = [
@@ -19,6 +25,7 @@ WORDS = [
     "true", "quadratic", "gaussian", "banana", "../..", "/", "/dev/null", "/nowhere/at.png", "tilt.png", "a.png/b.png", "\x00", "π", "👍", "%s",
     "{}", "a b", "a=b", "512x", "x512", "16x16x16", "-16", "0x0", "7", "16x8", "none", "weighted", "clip", "0.1,0.2", "1,2,3,4", "tiny",
 ]  # fmt: skip
+REQUIRED = ["--model", "someone/model", "--prompt", "a fox"]
 
 
 class Started(Exception):
@@ -29,22 +36,16 @@ def start(*arguments, **settings):
     raise Started
 
 
-def options(parse, monkeypatch):
+def option_names(command, without=()):
     """The names of all options of a command."""
-    seen = []
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "parse_args", lambda parser, arguments: start(seen.append(parser))
-    )
-    with pytest.raises(Started):
-        parse([])
-    monkeypatch.undo()
-    return sorted(name for name in seen[0]._option_string_actions if name not in ("-h", "--help"))
+    params = typer.main.get_command(_commands.app).commands[command].params
+    return sorted({name for param in params for name in param.opts} - set(without))
 
 
-def nonsense(dice, names, most=5):
+def nonsense(dice, names, maximum=5):
     """A few options, mostly with a value."""
     arguments = []
-    for _ in range(dice.randint(1, most)):
+    for _ in range(dice.randint(1, maximum)):
         if dice.random() < 0.85:
             arguments.append(dice.choice(names))
         if dice.random() < 0.85:
@@ -52,68 +53,124 @@ def nonsense(dice, names, most=5):
     return arguments
 
 
-def refused(main, arguments, capsys):
+def refused(arguments, capsys):
     """Whether a command refused its arguments, in the way it should."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             status = main(arguments)
-    except SystemExit as stop:  # the parser's own refusal: its usage and a sentence
-        status, said = stop.code, capsys.readouterr().err
-        assert status == 2, (arguments, status)
-        assert said.splitlines()[-1].startswith("python -m tiltjax"), (arguments, said)
-        return True
     except Started:
         return False
-    said = capsys.readouterr().err
-    assert status == 2, (arguments, status, said)
-    assert said.startswith("tiltjax: "), (arguments, said)
-    assert said.rstrip("\n").count("\n") == 0, (arguments, said)
+    message = capsys.readouterr().err
+    assert status == 2, (arguments, status, message)
+    if "Usage: tiltjax" in message:  # the parser's own refusal
+        assert "Error" in message, (arguments, message)
+    else:
+        assert message.startswith("tiltjax: "), (arguments, message)
+        assert message.rstrip("\n").count("\n") == 0, (arguments, message)
     return True
 
 
 def test_the_demonstration_refuses_nonsense(capsys, tmp_path, monkeypatch):
-    names = [name for name in options(demo._parse, monkeypatch) if name != "--list"]
+    names = option_names("demo", without=["--list"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "_truth", start)
-    said_no = [refused(demo.main, nonsense(random.Random(seed), names), capsys) for seed in SEEDS]
-    assert sum(said_no) > len(SEEDS) / 2
+    refusals = [refused(["demo", *nonsense(random.Random(seed), names)], capsys) for seed in SEEDS]
+    assert sum(refusals) > len(SEEDS) / 2
     assert list(tmp_path.iterdir()) == []
     # Each value for each option, with nothing else wrong.
     for name in names:
         for word in WORDS:
-            refused(demo.main, [name, word], capsys)
-    assert not refused(demo.main, [], capsys)
+            refused(["demo", name, word], capsys)
+    assert not refused(["demo"], capsys)
 
 
-def test_pictures_refuse_nonsense(capsys, tmp_path, monkeypatch):
-    names = options(images._parse, monkeypatch)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--num", "many"],
+        ["--num", "9"],
+        ["--steps", "0"],
+        ["--seed", "-1"],
+        ["--seed", "4294967296"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(arguments, capsys):
+    assert refused(["demo", *arguments], capsys)
+
+
+def test_images_refuse_nonsense(capsys, tmp_path, monkeypatch):
+    names = option_names("images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(images, "_make", start)
-    said_no = [refused(images.main, nonsense(random.Random(seed), names), capsys) for seed in SEEDS]
-    assert sum(said_no) > len(SEEDS) / 2
-    required = ["--model", "nowhere", "--prompt", "a fox"]
-    assert not refused(images.main, required, capsys)
+    refusals = [
+        refused(["images", *nonsense(random.Random(seed), names)], capsys) for seed in SEEDS
+    ]
+    assert sum(refusals) > len(SEEDS) / 2
+    assert not refused(["images", *REQUIRED], capsys)
     for name in names:
         for word in WORDS:
-            refused(images.main, [*required, name, word], capsys)
+            refused(["images", *REQUIRED, name, word], capsys)
 
 
-def test_pictures_are_refused_before_weights_are_read(capsys, tmp_path, monkeypatch):
+def test_images_are_refused_before_weights_are_read(capsys, tmp_path, monkeypatch):
     """Past the parser: a few values for every option of a model that is not there."""
-    names = [
-        name for name in options(images._parse, monkeypatch) if name not in ("--model", "--quiet")
-    ]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pictures.pipeline.files, "located", start)
-    for i, name in enumerate(names):
+    monkeypatch.setattr(files, "located", start)
+    for i, name in enumerate(option_names("images", without=["--model", "--quiet"])):
         for j, word in enumerate(random.Random(i).sample(WORDS, 6)):
             # Each in a folder of its own, as settings that change are refused; not in one outside
             # of this test's.
             folder = ["--output", word.lstrip("./") if name == "--output" else f"{i} {j}"]
             value = [] if name == "--output" else [name, word]
-            refused(
-                images.main,
-                ["--model", "someone/model", "--prompt", "a fox", *folder, *value],
-                capsys,
-            )
+            refused(["images", *REQUIRED, *folder, *value], capsys)
+
+
+def test_memory_that_lacks_and_interruptions_are_messages(capsys, monkeypatch):
+    def lacking(options):
+        raise MemoryError("8 GiB are needed")
+
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(images, "_make", lacking)
+    assert refused(["images", *REQUIRED], capsys)
+    monkeypatch.setattr(images, "_make", interrupted)
+    assert main(["images", *REQUIRED]) == 130
+    assert "the same command continues from here" in capsys.readouterr().err
+
+
+def test_the_names_on_offer_are_those_that_run():
+    assert sorted(get_args(_commands._Method)) == sorted(images.METHODS)
+    assert sorted(get_args(_commands._Reward)) == sorted(images.REWARDS)
+
+
+def test_help_and_version(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    main([])
+    assert {"demo", "images"} <= set(capsys.readouterr().out.split())
+    for command in ("demo", "images"):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in option_names(command))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tiltjax {tj.__version__}\n"
+
+
+def test_a_command_imports_what_it_uses():
+    code = """
+import sys
+from tiltjax.cli import main
+early = {"typer", "rich", "tqdm", "flax", "optax", "matplotlib", "theory"} & set(sys.modules)
+assert not early, early
+assert main(["demo", "--list"]) == 0
+assert "flax" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment.quick(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr

@@ -80,8 +80,9 @@ def sample_with_log_prob(
             "this run has no forward derivatives, which a density is made of: a network needs "
             "batched=False here"
         ) from error
-    if _checks.concrete(particles) and not np.all(np.isfinite(particles.log_prob)):
-        failed = ~np.isfinite(np.asarray(particles.log_prob))
+    if _checks.concrete(particles) and np.any(
+        failed := ~np.isfinite(np.asarray(particles.log_prob))
+    ):
         raise FloatingPointError(
             f"{failed.sum()} of {run.num} log-densities are not finite, the first that of sample "
             f"{failed.argmax()}: the flow is not invertible there, or NaN"

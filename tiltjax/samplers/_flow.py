@@ -1,4 +1,4 @@
-r"""`flow`: the continuous trajectory of one state under the probability flow, towards data or back to
+r"""`flow`: the trajectory of one state under the probability flow, towards data or back to
 noise.
 
     path = flow(model, x, 1e-3, 1.0)      where noise goes

@@ -10,12 +10,15 @@ r"""Training and fine-tuning.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiltjax.training._finetune import Chain, Objective, finetune, policy_gradient, reparametrized
 from tiltjax.training._fit import fit, loss, uniform
 from tiltjax.training._loop import Curve, Fit, adamw, minimize, schedule
 from tiltjax.training._parameters import split_parameters
+
+if TYPE_CHECKING:
+    from tiltjax.training import lora, networks
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, external, rewards
 from tiltjax.models import Model, check_pair
-from tiltjax.samplers import run_times
+from tiltjax.samplers import resolve_times
 from tiltjax.solvers import Ancestral, Kernel
 from tiltjax.training._checkpoints import callable_name, digest
 from tiltjax.training._loop import Fit, minimize
@@ -293,7 +293,7 @@ def finetune(
     batch_size = _checks.count(batch_size, "batch_size")
     if isinstance(objective, PolicyGradient) and batch_size < 2:
         raise ValueError("policy_gradient compares paths with each other: batch must be at least 2")
-    times = run_times(base, Ancestral(), 50 if times is None else None, times)
+    times = resolve_times(base, Ancestral(), 50 if times is None else None, times)
     if len(times) < 3 or float(np.asarray(times)[-1]) != 1:
         raise ValueError(
             f"times must make two steps or more, and end at 1, got {np.asarray(times)}"

@@ -33,10 +33,10 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
-from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.models import Denoiser
 from tiltjax.particles import FAILURES, Particles, Trace, effective, weight_dtype
-from tiltjax.samplers import first_time, fitting, run_times
+from tiltjax.samplers import check_run, map_particles
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
 from tiltjax.weighted.proposals import Guided, Proposal
@@ -91,87 +91,39 @@ def smc(
     estimates rest on few particles then.
     """
     key = _checks.key(key)
-    _checks.instance(
-        model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
-    )
-    check(guidance, model)
-    if twist is not None:
-        check(twist, model, "twist")
     proposal = Guided() if proposal is None else proposal
-    _checks.instance(
-        proposal, Proposal, "proposal", "use Base(), Guided(), Shifted() or Children(m)"
-    )
     potential = Difference() if potential is None else potential
-    _checks.instance(
-        potential, Potential, "potential", "use Difference(), Max(), Sum() or Immediate()"
-    )
     schedule = ResampleSchedule() if schedule is None else schedule
-    _checks.instance(schedule, ResampleSchedule, "schedule", "use Every(n, start, stop)")
+    _checks.instance(proposal, Proposal, "proposal", "such as proposals.Guided()")
+    _checks.instance(potential, Potential, "potential", "such as potentials.Difference()")
+    _checks.instance(schedule, ResampleSchedule, "schedule", "use ResampleSchedule(n, start, stop)")
     _checks.function(resample, "resample")
-    solver = fitting(model, solver, Ancestral())
+    threshold = _checks.number(ess_threshold, "ess_threshold", 0, 1)
     _check_noise(solver)
-    num = _checks.count(num, "num")
-    _sharding.check_divides(
-        sharding, (num,), "num"
-    )  # weights are divided, too: the particle axis alone
-    chunk_size = None if chunk_size is None else min(_checks.count(chunk_size, "chunk_size"), num)
-    threshold = _threshold(ess_threshold)
-    times = run_times(model, solver, steps, times)
-    if _checks.concrete(times) and float(np.asarray(times)[-1]) != 1:
+    run = check_run(
+        model, guidance, num=num, steps=steps, times=times, solver=solver,
+        usual_solver=Ancestral(), chunk_size=chunk_size, weighted=True, twist=twist,
+    )  # fmt: skip
+    _sharding.check_divides(sharding, (run.num,), "num")  # weights have the particle axis alone
+    if _checks.concrete(run.times) and float(np.asarray(run.times)[-1]) != 1:
         raise ValueError(
             "weights are complete at t = 1 only: times must end there, got "
-            f"{float(np.asarray(times)[-1]):g}"
+            f"{float(np.asarray(run.times)[-1]):g}"
         )
-    model.check_guided_start(first_time(times))
-    for guide in (guidance, twist):
-        if guide is not None:
-            guide.check_run(times, solver)
     if tempering is not None:
-        _checks.instance(
-            tempering, Tempering, "tempering", "use Exponential(), Polynomial() or Adaptive()"
-        )
-        if isinstance(tempering, AdaptiveTempering) and (
-            proposal.num_children > 1 or not isinstance(potential, Difference)
-        ):
-            raise ValueError(
-                "Adaptive tempering is for Difference() and proposals without Children: use a "
-                "schedule"
-            )
-        if (
-            isinstance(tempering, AdaptiveTempering)
-            and _checks.concrete(tempering.ess)
-            and threshold <= float(tempering.ess)
-        ):
-            raise ValueError(
-                f"Adaptive({float(tempering.ess):g}) needs ess_threshold above it, such as 1, got "
-                f"{threshold:g}: particles that keep their "
-                "uneven weights leave it no room"
-            )
-    weighs_at = (
-        schedule.steps(len(times) - 1)
-        if threshold > 0 or proposal.num_children > 1
-        else np.zeros(len(times) - 1, bool)
-    )
-    factors = jnp.ones(len(times) - 1)
+        _check_tempering(tempering, proposal, potential, threshold)
+    steps = len(run.times) - 1
+    weighs = threshold > 0 or proposal.num_children > 1
+    weighs_at = schedule.steps(steps) if weighs else np.zeros(steps, bool)
+    factors = jnp.ones(steps)
     if tempering is not None and not isinstance(tempering, AdaptiveTempering):
-        factors = tempering.factors(len(times) - 1)
+        factors = tempering.factors(steps)
     settings = _Settings(proposal, potential, tempering, resample, threshold)
-    with _progress.bar("weighing", len(times) - 1, enabled=progress) as bar:
+    with _progress.bar("weighing", steps, enabled=progress) as bar:
         particles = _smc(
-            key,
-            model,
-            guidance,
-            twist,
-            settings,
-            solver,
-            times,
-            factors,
-            tuple(weighs_at.tolist()),
-            bar,
-            num,
-            chunk_size,
-            sharding,
-        )
+            key, model, guidance, twist, settings, run.solver, run.times, factors,
+            tuple(weighs_at.tolist()), bar, run.num, run.chunk_size, sharding,
+        )  # fmt: skip
         if _checks.concrete(particles):
             assert particles.trace is not None
             particles.trace.check()
@@ -200,33 +152,36 @@ class _Particle(NamedTuple):
     root: Array
 
 
-def _check_noise(solver: Solver) -> None:
+def _check_noise(solver: Solver | None) -> None:
+    if solver is None or not isinstance(solver, Solver):
+        return
     if not solver.stochastic:
         raise ValueError(
             f"only the noise of a step can be weighed, {type(solver).__name__} has none: use "
             "Ancestral(eta) with eta > 0"
         )
-    if (
-        isinstance(solver, Ancestral)
-        and _checks.concrete(solver.eta)
-        and np.asarray(solver.eta) == 0
-    ):
+    if isinstance(solver, Ancestral) and _checks.concrete(solver.eta) and not np.any(solver.eta):
         raise ValueError(
-            "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) with "
-            "eta > 0"
+            "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) "
+            "with eta > 0"
         )
 
 
-def _threshold(value: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.number)
-        or not 0 <= value <= 1
-    ):
+def _check_tempering(
+    tempering: Tempering, proposal: Proposal, potential: Potential, threshold: float
+) -> None:
+    _checks.instance(tempering, Tempering, "tempering", "such as tempering.Exponential()")
+    if not isinstance(tempering, AdaptiveTempering):
+        return
+    if proposal.num_children > 1 or not isinstance(potential, Difference):
         raise ValueError(
-            f"ess_threshold is a share of the particles, a number in [0, 1], got {value!r}"
+            "AdaptiveTempering is for Difference() and proposals without Children: use a schedule"
         )
-    return float(value)
+    if _checks.concrete(tempering.ess) and threshold <= float(tempering.ess):
+        raise ValueError(
+            f"AdaptiveTempering({float(tempering.ess):g}) needs ess_threshold above it, such as 1, "
+            f"got {threshold:g}: particles that keep uneven weights leave no room"
+        )
 
 
 @eqx.filter_jit
@@ -252,11 +207,7 @@ def _smc(
     dtype = model.dtype
     log_dtype = weight_dtype(dtype)
     steps = len(times) - 1
-    over_particles = (
-        jax.vmap
-        if chunk_size is None
-        else lambda fn: lambda *args: jax.lax.map(lambda a: fn(*a), args, batch_size=chunk_size)
-    )
+    over_particles = lambda fn: map_particles(fn, chunk_size)
     factors = factors.astype(log_dtype)
     # A proposal that is not guided asks its guidance at no state, unless that has to see them all.
     uses_guidance = proposal.guided or guidance.needs_every_state
