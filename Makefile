@@ -31,7 +31,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m tiltjax $(ARGS)
+	$(BIN)/tiltjax demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
@@ -89,7 +89,7 @@ smoke: $(READY)
 	$(BIN)/python -c 'import sysconfig, pathlib; here = sysconfig.get_path("purelib"); \
 	  there, = pathlib.Path("build/smoke/venv").glob("lib/python*/site-packages"); (there / "dependencies.pth").write_text(here)'
 	$(BIN)/python -m pip --python build/smoke/venv/bin/python install --quiet --no-deps --no-index build/smoke/*.whl
-	cd build/smoke && venv/bin/python -I -W error ../../tests/smoke.py
+	cd build/smoke && venv/bin/python -I -W error ../../tests/smoke.py && venv/bin/tiltjax --version
 
 nightly: soak test-oldest test-newest smoke
 

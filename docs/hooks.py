@@ -60,9 +60,8 @@ def converted(notebook, stem):
                 parts.append(f"```text\n{output.text.rstrip()}\n```")
             else:
                 raise ValueError(
-                    f"{stem}: In [{cell.execution_count}] left {sorted(data) or output.output_type}, "
-                    ""
-                    ""
+                    f"{stem}: In [{cell.execution_count}] left "
+                    f"{sorted(data) or output.output_type}, "
                     "which is neither text nor PNG"
                 )
     return "\n\n".join(parts) + "\n", figures

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import theory
 import tiltjax as tj
-from tiltjax.cli.demo import main
+from tiltjax.cli import main
 
 jax.config.update("jax_disable_most_optimizations", True)  # it compiles for longer than it runs
 HERE = Path(sys.prefix).resolve()
@@ -44,6 +44,6 @@ assert jnp.all(
 
 with tempfile.TemporaryDirectory() as folder:
     figure = Path(folder) / "tilt.png"
-    assert main(["--num", "20", "--steps", "3", "--output", str(figure)]) == 0
+    assert main(["demo", "--num", "20", "--steps", "3", "--output", str(figure)]) == 0
     assert figure.stat().st_size > 10_000
 print(f"tiltjax {installed.version} works from {HERE.name}")

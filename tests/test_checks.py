@@ -1,5 +1,5 @@
-"""Bad input: one table of calls, the exception each raises, and what its message must say (what was
-got, how to fix it).
+"""Bad input: calls, the exception that each raises, and what its message must say (what it got,
+how to fix it). Good input passes, also where its values cannot be read.
 
 Tier: exact.
 """
@@ -8,473 +8,183 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import contracts
 
 import tiltjax as tj
-from tiltjax import _checks, _pytree, posteriors, problems, rewards, scales
+from tiltjax import _checks, _pytree, posteriors, rewards, scales
 from tiltjax.particles import Particles, unweighted
 
 KEY = jax.random.key(0)
 EYE = np.eye(2)
 MIXTURE = contracts.planar()
 MODEL = tj.Analytic(MIXTURE)
+LINE = tj.Analytic(contracts.gaussian([0.0], [[1.0]]))
 NETWORK = tj.from_denoiser(lambda t, x: 0.5 * x, shape=(2,))
 REWARD = rewards.Quadratic(contracts.TARGET)
 GUIDED = tj.dps(MODEL, REWARD, 1.0)
 TARGET, WEIGHT = jnp.zeros(2), jnp.eye(2)
 POINTS = unweighted(jnp.ones((6, 2)))
 WEIGHED = Particles(jnp.ones((6, 2)), jnp.zeros(6), jnp.asarray(0.0))
-NAN, INF = float("nan"), float("inf")
 
 
-class Vector(rewards.Reward):
-    """A user's subclass that forgot to reduce."""
-
-    def __call__(self, x):
-        return x
-
-
-LINE = tj.Analytic(contracts.gaussian([0.0], [[1.0]]))
-
-
-def mixture(weights=(1.0,), means=((0.0, 0.0),), covs=(EYE,)):
-    return lambda: tj.GaussianMixture(np.asarray(weights), np.asarray(means), np.asarray(covs))
+def mixture(cov):
+    return tj.GaussianMixture([1.0], [[0.0, 0.0]], [cov])
 
 
 def run(*args, **options):
     grid = {} if "times" in options else {"steps": 2}
-    return lambda: tj.sample(*args, **({"num": 3} | grid | options))
+    return tj.sample(*args, **({"num": 3} | grid | options))
 
 
-def guided(reward):
-    return run(KEY, MODEL, tj.dps(MODEL, reward, 1.0))
+def captured():
+    network = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    return tj.from_velocity(lambda t, x: network(x), shape=(2,))
 
 
-TABLE = {
-    # mixtures
-    "cov not symmetric": (
-        mixture(covs=[[[1.0, 0.5], [0.0, 1.0]]]),
-        ValueError,
-        r"covs\[0\].*symmetric.*0\.5.*\(S \+ S\.T\)",
+def in_training():
+    network = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    return run(KEY, tj.from_velocity(lambda module, t, x: module(x), network, shape=(2,)))
+
+
+WRONG_VALUES = {
+    "covariance not symmetric": (
+        lambda: mixture([[1, 0.5], [0, 1]]),
+        r"covs\[0\].*symmetric.*0\.5",
     ),
-    "cov not psd": (
-        mixture(covs=[[[1.0, 2.0], [2.0, 1.0]]]),
-        ValueError,
-        r"covs\[0\].*semi-definite.*eigenvalue -1",
-    ),
-    "cov nan": (mixture(covs=[[[NAN, 0.0], [0.0, 1.0]]]), ValueError, r"covs must be finite.*nan"),
-    "weight negative": (
-        mixture([-0.5, 1.5], np.zeros((2, 2)), [EYE, EYE]),
-        ValueError,
-        r"negative.*-0\.5",
-    ),
-    "weights without mass": (mixture([0.0]), ValueError, r"positive mass.*0"),
-    "weights missing one": (
-        mixture([1.0], np.zeros((2, 2)), [EYE, EYE]),
-        ValueError,
-        r"shapes disagree.*\(2,\).*got \(1,\)",
-    ),
-    "covs of another dimension": (
-        mixture(covs=[np.eye(3)]),
-        ValueError,
+    "covariance not psd": (lambda: mixture([[1, 2], [2, 1]]), r"covs\[0\].*semi-definite.*-1"),
+    "shapes of a mixture": (
+        lambda: mixture(np.eye(3)),
         r"shapes disagree.*\(1, 2, 2\).*\(1, 3, 3\)",
     ),
-    "one mean as a vector": (
-        mixture(means=[0.0, 0.0]),
-        ValueError,
-        r"means must be 2-dimensional.*\(2,\)",
-    ),
-    "one cov as a matrix": (mixture(covs=EYE), ValueError, r"covs must be 3-dimensional.*\(2, 2\)"),
-    "weights as text": (
-        lambda: tj.GaussianMixture("half", [[0.0]], [[[1.0]]]),
-        TypeError,
-        r"weights must be numbers.*str",
-    ),
-    "complex means": (mixture(means=[[1j, 0.0]]), TypeError, r"means must be real.*complex"),
-    "ragged means": (
-        lambda: tj.GaussianMixture([1, 1], [[0.0], [0.0, 1.0]], [EYE]),
-        TypeError,
-        r"means must be numbers",
-    ),
-    # rewards
-    "reward returns a vector": (guided(lambda x: x), ValueError, r"one scalar.*\(2,\).*Reduce it"),
-    "reward of one entry": (guided(lambda x: x[:1]), ValueError, r"one scalar.*\(1,\)"),
-    "reward class returns a vector": (guided(Vector()), ValueError, r"one scalar.*\(2,\)"),
-    "reward NaN": (
-        guided(lambda x: NAN * x[0]),
-        FloatingPointError,
-        r"step 0.*log_h is NaN.*reward",
-    ),
-    "reward not callable": (
-        lambda: tj.dps(MODEL, 3.0),
-        TypeError,
-        r"expected a callable, got float",
-    ),
-    "reward of another shape": (
-        guided(rewards.Quadratic([0.0, 0.0, 0.0])),
-        ValueError,
-        r"\(2,\).*\(3,\)",
-    ),
-    "step of another shape": (
-        guided(rewards.StepReward(1.0)),
-        ValueError,
-        r"\(2,\).*normal.*\(1,\)",
-    ),
-    "double well off the plane": (
-        lambda: rewards.DoubleWell()(jnp.zeros(3)),
-        ValueError,
-        r"\(2,\), got \(3,\)",
-    ),
-    "weight not symmetric": (
-        lambda: rewards.Quadratic([0.0, 0.0], [[1.0, 1.0], [0.0, 1.0]]),
-        ValueError,
-        r"symmetric.*\(H \+ H\.T\)",
-    ),
-    "weight of another shape": (
-        lambda: rewards.Quadratic([0.0, 0.0], [1.0, 1.0, 1.0]),
-        ValueError,
-        r"\(2,\).*got \(3,\)",
-    ),
-    "width zero": (lambda: rewards.Bump([0.0], 0.0), ValueError, r"width must be positive, got 0"),
-    "target nan": (
-        lambda: rewards.Quadratic([NAN, 0.0]),
-        ValueError,
-        r"target must be finite.*nan",
-    ),
-    "factor as text": (lambda: "two" * REWARD, TypeError, r"factor must be numbers.*str"),
-    "sum with a number": (lambda: REWARD + 1.0, TypeError, r"callable, got float"),
-    # scales
     "scale negative": (
-        lambda: tj.dps(MODEL, REWARD, -1.0),
-        ValueError,
-        r"scale must not be negative, got -1",
-    ),
-    "scale nan": (lambda: tj.dps(MODEL, REWARD, NAN), ValueError, r"scale must be finite, got nan"),
-    "scale inf": (
-        lambda: tj.Laplace(MODEL, REWARD, INF),
-        ValueError,
-        r"scale must be finite, got inf",
-    ),
-    "scale negative, laplace": (
         lambda: tj.Laplace(MODEL, REWARD, -2),
-        ValueError,
         r"scale must not be negative, got -2",
     ),
-    "scale negative, tilted": (
-        lambda: tj.Tilted(MODEL, REWARD, -2.0),
-        ValueError,
-        r"scale must not be negative, got -2",
-    ),
-    "scale negative, softmax": (
-        lambda: tj.softmax_of_n(KEY, POINTS, REWARD, 2, -1.0),
-        ValueError,
-        r"scale.*negative",
-    ),
+    "scale infinite": (lambda: tj.Damped(np.inf, 1.0), r"scale must be finite, got inf"),
     "scale of a vector": (
         lambda: tj.dps(MODEL, REWARD, [1.0, 2.0]),
-        ValueError,
-        r"scale must be 0-dimensional.*\(2,\)",
+        r"scale must be 0-dimens.*\(2,\)",
     ),
-    "sigma negative": (
-        lambda: tj.Damped(1.0, -0.5),
-        ValueError,
-        r"sigma must not be negative, got -0\.5",
-    ),
-    "base scale zero": (lambda: tj.Linear(0.0), ValueError, r"base_scale must be positive, got 0"),
-    "limit zero": (
-        lambda: tj.guidance.wrappers.Clipped(GUIDED, 0.0),
-        ValueError,
-        r"limit must be positive",
-    ),
-    "eta above one": (lambda: tj.Ancestral(1.5), ValueError, r"eta must lie in \[0, 1\], got 1\.5"),
-    "eta negative": (
-        lambda: tj.Ancestral(-0.1),
-        ValueError,
-        r"eta must not be negative, got -0\.1",
-    ),
-    # counts
-    "k zero": (
-        lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=0),
-        ValueError,
-        r"k must be at least 1, got 0",
-    ),
-    "k fractional": (
-        lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=1.5),
-        TypeError,
-        r"k must be a whole number, got 1\.5",
-    ),
-    "k true": (
-        lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=True),
-        TypeError,
-        r"k must be a whole number, got True",
-    ),
-    "inner steps zero": (
-        lambda: tj.Glass(MODEL, 0),
-        ValueError,
-        r"steps must be at least 1, got 0",
-    ),
-    "flow steps zero": (
-        lambda: tj.FlowMap(MODEL, 0),
-        ValueError,
-        r"steps must be at least 1, got 0",
-    ),
-    "steps zero": (run(KEY, MODEL, steps=0), ValueError, r"steps must be at least 1, got 0"),
-    "steps fractional": (
-        run(KEY, MODEL, steps=2.0),
-        TypeError,
-        r"steps must be a whole number, got 2\.0",
-    ),
-    "num zero": (run(KEY, MODEL, num=0), ValueError, r"num must be at least 1, got 0"),
-    "num fractional": (
-        run(KEY, MODEL, num=1e3),
-        TypeError,
-        r"num must be a whole number, got 1000\.0",
-    ),
-    "batch zero": (run(KEY, MODEL, batch=0), ValueError, r"batch must be at least 1, got 0"),
-    "n zero": (lambda: tj.best_of_n(POINTS, REWARD, 0), ValueError, r"n must be at least 1, got 0"),
-    "n that does not divide": (
-        lambda: tj.best_of_n(POINTS, REWARD, 4),
-        ValueError,
-        r"n = 4 must divide the 6.*4 or 8",
-    ),
-    "n above the number": (
-        lambda: tj.best_of_n(POINTS, REWARD, 7),
-        ValueError,
-        r"n = 7 must divide the 6 particles: sample 7 of them$",
-    ),
-    "draws of a mixture zero": (
-        lambda: MIXTURE.sample(KEY, 0),
-        ValueError,
-        r"num must be at least 1, got 0",
-    ),
-    "resample to zero": (
-        lambda: POINTS.resample(KEY, 0),
-        ValueError,
-        r"num must be at least 1, got 0",
-    ),
-    # times
+    "eta above one": (lambda: tj.Ancestral(1.5), r"eta must lie in \[0, 1\], got 1\.5"),
+    "no draws": (lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=0), r"k must be at least 1, got 0"),
+    "n that does not divide": (lambda: tj.best_of_n(POINTS, REWARD, 4), r"n = 4.*the 6.*4 or 8"),
+    "weighted particles": (lambda: tj.best_of_n(WEIGHED, REWARD, 2), r"unweighted.*resample\(key"),
     "times decreasing": (
-        run(KEY, MODEL, times=[0.1, 0.5, 0.4]),
-        ValueError,
-        r"increase strictly from noise \(0\) to data",
-    ),
-    "times repeated": (run(KEY, MODEL, times=[0.1, 0.5, 0.5]), ValueError, r"increase strictly"),
-    "times beyond one": (
-        run(KEY, MODEL, times=[0.1, 1.5]),
-        ValueError,
-        r"lie in \[0, 1\], got \[0\.1, 1\.5\]",
-    ),
-    "times negative": (
-        run(KEY, MODEL, times=[-0.1, 1.0]),
-        ValueError,
-        r"lie in \[0, 1\], got \[-0\.1, 1\]",
+        lambda: run(KEY, MODEL, times=[0.1, 0.5, 0.4]),
+        r"increase strictly from noise",
     ),
     "times of diffusers": (
-        run(KEY, MODEL, times=[999, 500, 0]),
-        ValueError,
-        r"noise \(0\) to data \(1\)|lie in \[0, 1\]",
+        lambda: run(KEY, MODEL, times=[999, 500, 0]),
+        r"noise \(0\) to|\[0, 1\]",
     ),
-    "one time": (run(KEY, MODEL, times=[0.5]), ValueError, r"start and an end, got 1"),
-    "times as a number": (run(KEY, MODEL, times=0.5), ValueError, r"times must be 1-dimensional"),
+    "one time": (lambda: run(KEY, MODEL, times=[0.5]), r"start and an end, got 1"),
     "guided from zero": (
-        run(KEY, MODEL, GUIDED, times=[0.0, 1.0]),
-        ValueError,
-        r"must start at t > 0.*1e-3",
+        lambda: run(KEY, MODEL, GUIDED, times=[0.0, 1.0]),
+        r"start at t > 0.*1e-3",
     ),
-    # keys
-    "old-style key": (
-        run(np.zeros(2, np.uint32), MODEL),
-        TypeError,
-        r"old-style uint32 key.*jax\.random\.key",
+    "many keys": (lambda: run(jax.random.split(KEY, 3), MODEL), r"one key, got an array.*\(3,\)"),
+    "reward of a vector": (
+        lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: x)),
+        r"one scalar.*\(2,\)",
     ),
-    "a seed for a key": (
-        run(0, MODEL),
-        TypeError,
-        r"typed PRNG key, got int.*jax\.random\.key\(seed\)",
-    ),
-    "no key": (
-        lambda: tj.sample(MODEL, GUIDED, num=3),
-        TypeError,
-        r"typed PRNG key, got Analytic.*first argument",
-    ),
-    "no key, unguided": (lambda: tj.sample(MODEL, num=3), TypeError, r"model|typed PRNG key"),
-    "many keys": (
-        run(jax.random.split(KEY, 3), MODEL),
-        ValueError,
-        r"one key, got an array of keys of shape \(3,\)",
-    ),
-    "no key, softmax": (
-        lambda: tj.softmax_of_n(POINTS, REWARD, 2, 1.0, 1.0),
-        TypeError,
-        r"typed PRNG key, got Particles",
-    ),
-    "no key, mixture": (lambda: MIXTURE.sample(3, 5), TypeError, r"typed PRNG key, got int"),
-    # selection
-    "weighted particles": (
-        lambda: tj.best_of_n(WEIGHED, REWARD, 2),
-        ValueError,
-        r"unweighted.*resample\(key, num\)",
-    ),
-    "weighted, softmax": (
-        lambda: tj.softmax_of_n(KEY, WEIGHED, REWARD, 2, 1.0),
-        ValueError,
-        r"unweighted.*resample",
-    ),
-    "an array of points": (
-        lambda: tj.best_of_n(POINTS.x, REWARD, 2),
-        TypeError,
-        r"expected Particles.*got .*Array",
-    ),
-    "reward NaN, selected": (
-        lambda: tj.best_of_n(POINTS, lambda x: NAN * x[0], 2),
-        FloatingPointError,
-        r"reward is NaN for 6 of 6",
-    ),
-    # tilts
-    "tilted bump": (
+    "reward not conjugate": (
         lambda: tj.Tilted(MODEL, rewards.Bump([0.0, 0.0])),
-        ValueError,
-        r"Bump is not conjugate.*Conjugate",
+        r"Bump is not conjugate",
     ),
-    "tilted matrix": (
-        lambda: tj.Tilted(MODEL, rewards.Quadratic([0.0, 0.0], EYE)),
-        ValueError,
-        r"\(2, 2\) is not conjugate",
-    ),
-    "tilted function": (
-        lambda: tj.Tilted(MODEL, lambda x: x[0]),
-        ValueError,
-        r"not conjugate.*Linear, Quadratic",
-    ),
-    "tilted by another shape": (
+    "reward of another shape": (
         lambda: tj.Tilted(MODEL, rewards.LinearReward([1.0])),
-        ValueError,
         r"\(1,\).*\(2,\)",
     ),
-    # wrong types
-    "mixture for a model": (
-        run(KEY, MIXTURE),
-        TypeError,
-        r"model must be a Model, got GaussianMixture.*Analytic",
+    "guidance of another model": (
+        lambda: run(KEY, MODEL, tj.dps(LINE, rewards.Quadratic([0.0]))),
+        r"built on another model.*same model object",
     ),
-    "function for a model": (
-        run(KEY, lambda t, x: x),
-        TypeError,
-        r"model must be a Model, got function.*from_velocity",
+    "network of another shape": (
+        lambda: run(KEY, tj.from_velocity(lambda t, x: x[:1], shape=(2,))),
+        r"expected \(2,\).*got \(1,\).*batched=True",
     ),
+    "module in training mode": (in_training, r"training mode.*\.eval\(\)"),
+    "dtype of integers": (
+        lambda: tj.from_velocity(lambda t, x: x, shape=(2,), dtype=int),
+        r"floating dtype of at least 32 bits, got int",
+    ),
+    "deterministic solver": (
+        lambda: tj.smc(KEY, MODEL, GUIDED, num=3, steps=2, solver=tj.Heun()),
+        r"deterministic|Ancestral",
+    ),
+    "network without a variance": (
+        lambda: tj.Conjugate(NETWORK, lambda x: x[0], 1.0),
+        r"variance.*calibrate\(key, model\).*Probe\(\)",
+    ),
+}
+WRONG_TYPES = {
+    "draws fractional": (
+        lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=1.5),
+        r"k must be a whole.*1\.5",
+    ),
+    "number as text": (lambda: run(KEY, MODEL, num="3"), r"num must be a whole number, got '3'"),
+    "module in a closure": (captured, r"Flax module 'network'.*from_velocity"),
+    "old-style key": (lambda: run(np.zeros(2, np.uint32), MODEL), r"old-style.*jax\.random\.key"),
+    "a seed for a key": (
+        lambda: run(0, MODEL),
+        r"typed PRNG key, got int.*jax\.random\.key\(seed\)",
+    ),
+    "no key": (lambda: tj.sample(MODEL, GUIDED, num=3), r"typed PRNG key, got Analytic.*first arg"),
+    "mixture for a model": (lambda: run(KEY, MIXTURE), r"got GaussianMixture.*Analytic"),
+    "function for a model": (lambda: run(KEY, lambda t, x: x), r"got function.*from_velocity"),
     "reward for a guidance": (
-        run(KEY, MODEL, REWARD),
-        TypeError,
-        r"guidance must be a Guidance, got Quadratic.*PlugIn",
-    ),
-    "posterior for a guidance": (
-        run(KEY, MODEL, tj.Exact(MODEL)),
-        TypeError,
-        r"guidance must be a Guidance, got Exact",
+        lambda: run(KEY, MODEL, REWARD),
+        r"a Guidance, got Quadratic.*PlugIn",
     ),
     "model for a posterior": (
         lambda: tj.PlugIn(MODEL, REWARD),
-        TypeError,
-        r"posterior must be a Posterior, got Analytic.*Glass",
+        r"a Posterior, got Analytic.*Glass",
     ),
-    "network for exact": (
-        lambda: tj.Exact(NETWORK),
-        TypeError,
-        r"model must be an Analytic, got Network.*Glass",
+    "network for exact": (lambda: tj.Exact(NETWORK), r"an Analytic, got Network.*Glass"),
+    "text for a solver": (lambda: run(KEY, MODEL, solver="heun"), r"Solver, got str"),
+    "class for a solver": (lambda: run(KEY, MODEL, solver=tj.Heun), r"Solver, got.*class"),
+    "array of points": (lambda: tj.best_of_n(POINTS.x, REWARD, 2), r"expected Particles.*Array"),
+    "reward not callable": (lambda: tj.dps(MODEL, 3.0), r"expected a callable, got float"),
+    "weights as text": (
+        lambda: tj.GaussianMixture("half", [[0.0]], [EYE]),
+        r"weights.*numbers.*str",
     ),
-    "array for a mixture": (
-        lambda: tj.Analytic(EYE),
-        TypeError,
-        r"mixture must be a GaussianMixture, got ndarray",
+    "flag as a number": (lambda: run(KEY, MODEL, save_trajectory=1), r"True or False, got 1"),
+}
+NOT_FINITE = {
+    "reward NaN": (
+        lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: np.nan * x[0])),
+        r"step 0.*log_h is NaN.*reward",
     ),
-    "mixture for glass": (lambda: tj.Glass(MIXTURE), TypeError, r"Model, got GaussianMixture"),
-    "mixture for flow map": (lambda: tj.FlowMap(MIXTURE), TypeError, r"Model, got GaussianMixture"),
-    "mixture for tweedie": (lambda: tj.Tweedie(MIXTURE), TypeError, r"Model, got GaussianMixture"),
-    "mixture for tilted": (
-        lambda: tj.Tilted(MIXTURE, REWARD),
-        TypeError,
-        r"Model, got GaussianMixture",
-    ),
-    "mixture for laplace": (
-        lambda: tj.Laplace(MIXTURE, REWARD),
-        TypeError,
-        r"Model, got GaussianMixture",
-    ),
-    "mixture for dps": (lambda: tj.dps(MIXTURE, REWARD), TypeError, r"Model, got GaussianMixture"),
-    "mixture for fmrg": (
-        lambda: tj.fmrg(MIXTURE, REWARD),
-        TypeError,
-        r"Model, got GaussianMixture",
-    ),
-    "mixture for doob": (
-        lambda: tj.Doob(MIXTURE, lambda t, x: x[0]),
-        TypeError,
-        r"Model, got GaussianMixture",
-    ),
-    "reward for clipped": (
-        lambda: tj.guidance.wrappers.Clipped(REWARD, 1.0),
-        TypeError,
-        r"Guidance, got Quadratic",
-    ),
-    "text for a solver": (run(KEY, MODEL, solver="heun"), TypeError, r"Solver, got str"),
-    "guidance of another shape": (
-        run(KEY, MODEL, tj.dps(LINE, rewards.Quadratic([0.0]))),
-        ValueError,
-        r"built on another model.*same model object",
-    ),
-    "state of another shape": (
-        lambda: LINE.denoise(0.5, jnp.zeros(2)),
-        ValueError,
-        r"\(1,\).*\(2,\)|\(2,\).*\(1,\)",
-    ),
-    "class for a solver": (run(KEY, MODEL, solver=tj.Heun), TypeError, r"Solver, got"),
-    "text for an interpolant": (
-        lambda: tj.Analytic(MIXTURE, "linear"),
-        TypeError,
-        r"Interpolant, got str",
-    ),
-    "class for an interpolant": (
-        lambda: tj.Analytic(MIXTURE, tj.Linear),
-        TypeError,
-        r"Interpolant, got",
-    ),
-    # networks
-    "network of another shape": (
-        run(KEY, tj.from_velocity(lambda t, x: x[:1], shape=(2,))),
-        ValueError,
-        r"expected \(2,\).*got \(1,\).*batched=True",
-    ),
-    "network not callable": (
-        lambda: tj.from_velocity(3.0, shape=(2,)),
-        TypeError,
-        r"expected a callable, got float",
-    ),
-    "shape as a number": (lambda: tj.from_velocity(lambda t, x: x, shape=2), TypeError, r"shape"),
-    "shape with a zero": (
-        lambda: tj.from_velocity(lambda t, x: x, shape=(0,)),
-        ValueError,
-        r"shape must be at least 1",
-    ),
-    "dtype of integers": (
-        lambda: tj.from_velocity(lambda t, x: x, shape=(2,), dtype=int),
-        ValueError,
-        r"floating dtype of at least 32 bits, got int",
-    ),
-    # the rest
-    "unknown problem": (
-        lambda: problems.get("banana"),
-        ValueError,
-        r"unknown problem 'banana'.*gaussian, quadratic",
+    "reward NaN, selected": (
+        lambda: tj.best_of_n(POINTS, lambda x: np.nan * x[0], 2),
+        r"reward is NaN for 6 of 6",
     ),
 }
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_bad_input_says_what_was_got_and_how_to_fix_it(name):
-    call, exception, message = TABLE[name]
-    with pytest.raises(exception, match=f"(?s){message}") as error:
+def cases(table):
+    return pytest.mark.parametrize(("call", "message"), table.values(), ids=table.keys())
+
+
+@cases(WRONG_VALUES)
+def test_a_wrong_value_says_what_was_got_and_how_to_fix_it(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
-    assert not isinstance(error.value, jax.errors.JAXTypeError), "a JAX error is not one of ours"
+
+
+@cases(WRONG_TYPES)
+def test_a_wrong_type_says_what_was_got_and_how_to_fix_it(call, message):
+    with pytest.raises(TypeError, match=f"(?s){message}") as error:
+        call()
+    assert not isinstance(error.value, jax.errors.JAXTypeError)
+
+
+@cases(NOT_FINITE)
+def test_a_value_that_is_not_finite_names_its_source(call, message):
+    with pytest.raises(FloatingPointError, match=f"(?s){message}"):
+        call()
 
 
 # What is right passes, also where nothing can be read.

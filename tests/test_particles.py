@@ -84,14 +84,14 @@ def test_resampling_keeps_single_precision():
     ).shape == (7, 2)
 
 
-@pytest.mark.parametrize("culprit", range(4))
-def test_a_trace_names_the_first_bad_step_and_its_culprit(culprit):
-    bad = jnp.zeros((5, 4), bool).at[2, culprit].set(True).at[3].set(True)
-    trace = Trace(jnp.linspace(0.0, 1.0, 6), bad)
+@pytest.mark.parametrize("cause", range(4))
+def test_a_trace_names_the_first_failed_step_and_its_cause(cause):
+    failed = jnp.zeros((5, 4), bool).at[2, cause].set(True).at[3].set(True)
+    trace = Trace(jnp.linspace(0.0, 1.0, 6), failed)
     with pytest.raises(FloatingPointError) as error:
         trace.check()
     assert "step 2 of 5, from t = 0.4" in str(error.value)
-    assert FAILURES[culprit] in str(error.value)
+    assert FAILURES[cause] in str(error.value)
     Trace(trace.times, jnp.zeros((5, 4), bool)).check()
 
 

@@ -83,7 +83,7 @@ def test_panel_in_the_plane_shows_samples_weights_and_paths():
     plotting.panel(
         ax,
         Particles(jnp.asarray(x), jnp.log(weights)),
-        path=path,
+        trajectory=path,
         bounds=PLANE,
         title="T",
         note="N",
@@ -106,7 +106,7 @@ def test_panel_on_the_line_is_a_density_histogram(with_path):
     x, path = drawn(1)
     x[0] = 100.0  # outside: not seen, but still one of the fifty
     ax = axes()
-    options = {"path": path, "log_density": MIXTURES[1].log_prob} if with_path else {}
+    options = {"trajectory": path, "log_density": MIXTURES[1].log_prob} if with_path else {}
     plotting.panel(ax, x, bounds=LINE, title="", **options)
     heights, edges, _ = ax.patches[0].get_data()
     assert np.sum(heights * np.diff(edges)) == pytest.approx(np.mean(np.abs(x) < 5), abs=1e-12)
@@ -297,11 +297,11 @@ BAD = {
         lambda: plotting.panel(axes(), np.array([[0.0], [np.nan]]), bounds=LINE, title=""),
         "1 of 2 are not",
     ),
-    "path": (
+    "trajectory": (
         lambda: plotting.panel(
-            axes(), np.zeros((2, 2)), path=np.zeros((3, 2)), bounds=PLANE, title=""
+            axes(), np.zeros((2, 2)), trajectory=np.zeros((3, 2)), bounds=PLANE, title=""
         ),
-        r"path must have shape \(steps \+ 1, n, 2\)",
+        r"trajectory must have shape \(steps \+ 1, n, 2\)",
     ),
     "levels": (
         lambda: plotting.density_contours(axes(), quadratic, PLANE, levels=(0.5, 1.0)),

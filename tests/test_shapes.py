@@ -173,9 +173,7 @@ def test_gibbs_samples_an_anisotropic_tilt_of_images():
     weight, num, steps = jnp.linspace(0.5, 1.5, SIZE).reshape(SHAPE), 500, 25
     y = Y.reshape(SHAPE)
     anisotropic = lambda x: -jnp.sum(weight.astype(x.dtype) * (x - y.astype(x.dtype)) ** 2)
-    particles, _ = tj.gibbs(
-        KEY, model(SHAPE, jnp.float32), anisotropic, SCALE, num=num, steps=steps
-    )
+    particles = tj.gibbs(KEY, model(SHAPE, jnp.float32), anisotropic, SCALE, num=num, steps=steps)
     assert particles.x.shape == (num, *SHAPE)
     assert particles.x.dtype == jnp.float32
     x = np.asarray(particles.x, np.float64)

@@ -201,9 +201,9 @@ PROGRAM = (
 
 ENTRY %main (p: f32[2,3]) -> f32[] {
   %loop = (s32[], f32[2,3]) while(%t), condition=%cond, body=%body, """
-     """\
+    """\
 backend_config={"known_trip_count":{"n":"5"}}"""
-     """
+    """
   ROOT %last = bf16[4]{0} collective-permute(%w), channel_id=3, source_target_pairs={{0,1}}
 }
 """

@@ -12,7 +12,7 @@ that of a mean drift (`MeanDriftLaw`).
 """
 
 from theory import quadrature, tokens
-from theory.distances import W2Bounds, overlap, w2_bounds
+from theory.distances import W2Bounds, bures, overlap, w2_bounds
 from theory.finite_steps import (
     AffineField,
     discrete_law,
@@ -30,7 +30,6 @@ from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import (
     LogNorm,
     Tilt,
-    bures,
     expected_reward,
     is_quadratic,
     log_h,
@@ -43,20 +42,19 @@ from theory.tilts import (
 from theory.tokens import TokenLaw, pair_log_norm, token_log_h, token_tilt
 
 __all__ = [
+    # What a sampler should produce.
     "tilt",
     "Tilt",
-    "bures",
+    "log_h",
+    "marginal",
     "expected_reward",
     "is_quadratic",
     "quadratic_form",
-    "w2_bounds",
-    "W2Bounds",
-    "overlap",
+    # log Z from mean rewards.
     "thermodynamic_integral",
     "thermodynamic_bracket",
     "LogNorm",
-    "log_h",
-    "marginal",
+    # Guided flows and diffusions, in the limit of small steps.
     "plug_in_law",
     "DrawsLaw",
     "fmrg_law",
@@ -66,27 +64,38 @@ __all__ = [
     "plug_in_drift",
     "dps_drift",
     "doob_drift",
+    # Guided samplers at any number of steps.
     "discrete_law",
     "AffineField",
     "plug_in_field",
     "dps_field",
     "doob_field",
     "fmrg_field",
+    # Selection.
     "best_of_n",
     "softmax_of_n",
     "matching_n",
     "Selected",
+    # Importance weights of a guided diffusion.
     "path_law",
     "path_limit",
     "PathLaw",
+    # Distances.
+    "w2_bounds",
+    "W2Bounds",
+    "bures",
+    "overlap",
+    # Which method within a budget.
     "recommend",
     "Plan",
     "Option",
     "matching_k",
+    # Sequences of tokens.
     "token_tilt",
     "TokenLaw",
     "token_log_h",
     "pair_log_norm",
-    "tokens",
+    # Namespaces.
     "quadrature",
+    "tokens",
 ]

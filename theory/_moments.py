@@ -113,16 +113,17 @@ def _components(
         # negative, so that S (I + kappa^2 S)^-1 has no pole at any kappa, and nothing is lost of
         # its derivatives.
         axes = jnp.linalg.eigh(jax.lax.stop_gradient(cov))[1]
-        turned = axes.T @ cov @ axes
-        moving = turned - jax.lax.stop_gradient(turned)
-        variances = jax.lax.stop_gradient(jnp.diagonal(turned))
+        rotated = axes.T @ cov @ axes
+        differentiable = rotated - jax.lax.stop_gradient(rotated)
+        variances = jax.lax.stop_gradient(jnp.diagonal(rotated))
         # The clock ends before it tells a direction without spread from one whose spread is
-        # rounding, and their derivatives differ: such a direction is given `floor` of the widest
+        # rounding, and their derivatives differ: such a direction gets `floor` of the widest
         # variance, which the guidance does not change and which is taken away again.
         raised = jnp.maximum(variances, floor * jnp.max(variances))
-        s = jnp.diag(raised) + moving
-        pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
-        shift, spread = method(axes.T @ mean, s, axes.T @ form.matrix @ axes, pull, guidance)
+        s = jnp.diag(raised) + differentiable
+        half_gradient = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
+        h = axes.T @ form.matrix @ axes
+        shift, spread = method(axes.T @ mean, s, h, half_gradient, guidance)
         spread = axes @ (spread - jnp.diag(raised - jnp.maximum(variances, 0))) @ axes.T
         return mean + axes @ shift, (spread + spread.T) / 2
 
@@ -130,51 +131,54 @@ def _components(
     return prior.replace(prior.log_weights, means, covs)
 
 
-def _plug_in(mean, s, h, pull, law):
+def _plug_in(mean, s, h, half_gradient, law):
     # The state is xi / sqrt(1 + kappa^2 / c^2), of unit size at both ends, in c = 1 / (a typical
     # standard deviation).
     c, kappa = _kappa(s)
-    share = (kappa / c) ** 2 / (1 + (kappa / c) ** 2)
+    weight = (kappa / c) ** 2 / (1 + (kappa / c) ** 2)
     posterior = _ratio(s, kappa**2, jnp.ones_like(kappa))
     strength = 2 * _strength(law, kappa)
-    view = kappa[:, None, None] ** 2 * posterior
-    slope = view - share[:, None, None] * jnp.eye(len(s), dtype=s.dtype)[None]
-    slope -= strength[:, None, None] * posterior @ h @ view
-    force = (strength * kappa / jnp.sqrt(1 + (kappa / c) ** 2))[:, None] * (posterior @ pull)
-    start, carried = _propagator(slope)
-    return _integral(carried @ force[..., None])[:, 0] / c, start @ start.T / c**2
+    snr_posterior = kappa[:, None, None] ** 2 * posterior
+    slope = snr_posterior - weight[:, None, None] * jnp.eye(len(s), dtype=s.dtype)[None]
+    slope -= strength[:, None, None] * posterior @ h @ snr_posterior
+    size = strength * kappa / jnp.sqrt(1 + (kappa / c) ** 2)
+    force = size[:, None] * (posterior @ half_gradient)
+    start, to_end = _propagator(slope)
+    return _integral(to_end @ force[..., None])[:, 0] / c, start @ start.T / c**2
 
 
-def _sde(mean, s, h, pull, law):
+def _sde(mean, s, h, half_gradient, law):
     _, kappa = _kappa(s)
     posterior = _ratio(s, kappa**2, jnp.ones_like(kappa))
     strength = (4 * _strength(law, kappa) * kappa**2)[:, None, None]
     square = posterior @ posterior
-    _, carried = _propagator(-strength * square @ h)
-    noise = jnp.sqrt(2 * kappa**2)[:, None, None] * carried @ posterior
-    return _integral(strength * carried @ square @ pull[:, None])[:, 0], _integral(noise @ noise.mT)
+    _, to_end = _propagator(-strength * square @ h)
+    noise = jnp.sqrt(2 * kappa**2)[:, None, None] * to_end @ posterior
+    mean = _integral(strength * to_end @ square @ half_gradient[:, None])[:, 0]
+    return mean, _integral(noise @ noise.mT)
 
 
-def _fmrg(mean, s, h, pull, guidance):
-    scale, path = guidance
+def _fmrg(mean, s, h, half_gradient, guidance):
+    scale, interpolant = guidance
     clock = jnp.asarray(_CLOCK.reshape(-1), s.dtype)
     rate = 2 * scale * jax.nn.sigmoid(clock) * jax.nn.sigmoid(-clock)
     # Not t = 1, where a direction without spread would be 0 / 0; the rate is that of the clock,
     # nothing is left there.
     times = jnp.minimum(jax.nn.sigmoid(clock), 1 - jnp.finfo(s.dtype).eps)
-    alpha, sigma = jax.vmap(path.alpha)(times), jax.vmap(path.sigma)(times)
+    alpha, sigma = jax.vmap(interpolant.alpha)(times), jax.vmap(interpolant.sigma)(times)
     gain = rate[:, None, None] * _ratio(s, alpha**2, sigma**2)
-    start, carried = _propagator(-gain @ h)
-    moved, first = start_of_flow_map(mean, s, path)
-    return start @ moved + _integral(carried @ gain @ pull[:, None])[:, 0], start @ first @ start.T
+    start, to_end = _propagator(-gain @ h)
+    start_mean, start_cov = start_of_flow_map(mean, s, interpolant)
+    shift = _integral(to_end @ gain @ half_gradient[:, None])[:, 0]
+    return start @ start_mean + shift, start @ start_cov @ start.T
 
 
-def start_of_flow_map(mean: Array, cov: Array, path: Interpolant) -> tuple[Array, Array]:
+def start_of_flow_map(mean: Array, cov: Array, interpolant: Interpolant) -> tuple[Array, Array]:
     """Mean and covariance of `X_{0,1}(x) - mu` for `x ~ N(0, sigma_0^2 I)`: zero and S where
     `alpha_0 = 0`.
     """
     zero = jnp.zeros((), cov.dtype)
-    alpha, sigma = path.alpha(zero), path.sigma(zero)
+    alpha, sigma = interpolant.alpha(zero), interpolant.sigma(zero)
     ratio = _ratio(cov, (alpha**2)[None], (sigma**2)[None])[0]
     ratio = (ratio + ratio.T) / 2
     root = lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
@@ -183,8 +187,8 @@ def start_of_flow_map(mean: Array, cov: Array, path: Interpolant) -> tuple[Array
 
 def _kappa(s: Array) -> tuple[Array, Array]:
     """`c = 1 / (a typical standard deviation)`, held constant, and `kappa` on the nodes."""
-    size = jax.lax.stop_gradient(jnp.max(jnp.diagonal(s)))
-    c = jax.lax.rsqrt(jnp.where(size > 0, size, 1.0))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.diagonal(s)))
+    c = jax.lax.rsqrt(jnp.where(largest > 0, largest, 1.0))
     return c, c * jnp.exp(jnp.asarray(_CLOCK.reshape(-1), s.dtype))
 
 
@@ -226,17 +230,17 @@ def _propagator(slope: Array) -> tuple[Array, Array]:
         _PANELS, _STAGES * d, _STAGES * d
     )
     system += jnp.eye(_STAGES * d, dtype=slope.dtype)[None]
-    same = jnp.tile(jnp.eye(d, dtype=slope.dtype), (_STAGES, 1))
-    stages = jax.vmap(lambda matrix: jnp.linalg.solve(matrix, same))(system).reshape(
+    identity = jnp.tile(jnp.eye(d, dtype=slope.dtype), (_STAGES, 1))
+    stages = jax.vmap(lambda matrix: jnp.linalg.solve(matrix, identity))(system).reshape(
         _PANELS, _STAGES, d, d
     )
 
     def panel(end: Array, stages: Array) -> tuple[Array, Array]:
-        carried = stages @ end
-        return carried[-1], carried
+        to_end = stages @ end
+        return to_end[-1], to_end
 
-    first, carried = jax.lax.scan(panel, jnp.eye(d, dtype=slope.dtype), stages)
-    return first.T, carried.reshape(-1, d, d).mT
+    first, to_end = jax.lax.scan(panel, jnp.eye(d, dtype=slope.dtype), stages)
+    return first.T, to_end.reshape(-1, d, d).mT
 
 
 def _integral(values: Array) -> Array:

@@ -2,8 +2,8 @@ r"""The law of `r(X)` for a mixture: what selection acts on.
 
 | reward | prior | law of `r(X)` |
 |---|---|---|
-| `Linear`, sums of it | any, any dimension | a mixture of normals |
-| `Step` | any, any dimension | two atoms |
+| `LinearReward`, sums of it | any, any dimension | a mixture of normals |
+| `StepReward` | any, any dimension | two atoms |
 | quadratic, `H = h I`, h > 0 | isotropic components | `c - h s^2 Q`, noncentral chi-square |
 | any other | one or two dimensions | by quadrature on a grid of cells |
 
@@ -60,9 +60,9 @@ class RewardLaw(eqx.Module):
             "reward_cdf"
         )
 
-    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+    def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
         """Means `(K, d)` and covariances `(K, d, d)` of X in each component, if its reward's nodes
-        had these log-masses, `(K, m)`.
+        had these log-probabilities, `(K, m)`.
         """
         raise ValueError(
             "no moments in closed form where the reward has finitely many values "
@@ -70,7 +70,7 @@ class RewardLaw(eqx.Module):
         )
 
     def flat(self, masses: Array) -> tuple[Array, Array]:
-        """`(m',)` values, and the `(K, m)` masses given summed to one for each of them."""
+        """`(m',)` values, and the `(K, m)` masses, summed to one for each of them."""
         if len(self.values) == 1:
             return self.values[0], jnp.sum(masses, axis=0)
         return self.values.reshape(-1), masses.reshape(-1)
@@ -107,12 +107,12 @@ class NormalReward(RewardLaw):
         z = (r - self.means) / self.stds
         return jax.nn.logsumexp(self.log_weights - z**2 / 2 - _HALF_LOG_2PI - jnp.log(self.stds))
 
-    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+    def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
         # X = mu + S slope / std z + a rest that is independent of z, the reward in standard units.
         z = (self.values - self.means[:, None]) / self.stds[:, None]
-        shares = jax.nn.softmax(log_shares, axis=1)
-        first = jnp.sum(shares * z, axis=1)
-        second = jnp.sum(shares * (z - first[:, None]) ** 2, axis=1)
+        probs = jax.nn.softmax(log_probs, axis=1)
+        first = jnp.sum(probs * z, axis=1)
+        second = jnp.sum(probs * (z - first[:, None]) ** 2, axis=1)
         along = prior.covs @ self.slope / self.stds[:, None]
         covs = prior.covs + (second - 1)[:, None, None] * along[:, :, None] * along[:, None]
         return prior.means + first[:, None] * along, covs
@@ -183,22 +183,22 @@ class ChiReward(RewardLaw):
         inside = jax.nn.logsumexp(self.log_weights + log_density - jnp.log(2 * rho * self.units))
         return jnp.where(r < self.top, inside, -jnp.inf)
 
-    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
+    def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
         # At a distance rho from the center, in standard units, X has the coordinate c towards the
         # component's mean, and around that axis no direction is preferred.
-        shares = jax.nn.softmax(log_shares, axis=1)
+        probs = jax.nn.softmax(log_probs, axis=1)
         rho = jnp.sqrt((self.top - self.values) / self.units[:, None])
         first, second = jax.vmap(lambda rho, delta: _coordinate(rho, delta, self.degrees))(
             rho, self.offsets
         )
-        mean = jnp.sum(shares * first, axis=1)
-        along = jnp.sum(shares * second, axis=1) - mean**2
-        across = jnp.sum(shares * (rho**2 - second), axis=1) / max(self.degrees - 1, 1)
+        mean = jnp.sum(probs * first, axis=1)
+        along = jnp.sum(probs * second, axis=1) - mean**2
+        across = jnp.sum(probs * (rho**2 - second), axis=1) / max(self.degrees - 1, 1)
         s2 = prior.covs[:, 0, 0]
         offset = prior.means - self.center[None]
-        apart = self.offsets > 0
-        axis = offset / jnp.where(apart, self.offsets * jnp.sqrt(s2), 1.0)[:, None]
-        axis = jnp.where(apart[:, None], axis, jnp.zeros_like(axis).at[:, 0].set(1))
+        is_off_center = self.offsets > 0
+        axis = offset / jnp.where(is_off_center, self.offsets * jnp.sqrt(s2), 1.0)[:, None]
+        axis = jnp.where(is_off_center[:, None], axis, jnp.zeros_like(axis).at[:, 0].set(1))
         outer = axis[:, :, None] * axis[:, None]
         eye = jnp.eye(prior.dim, dtype=outer.dtype)[None]
         covs = along[:, None, None] * outer + across[:, None, None] * (eye - outer)
@@ -239,10 +239,10 @@ class GridReward(RewardLaw):
         below = jax.nn.logsumexp(jnp.where(self.values[0] <= r, total, -jnp.inf))
         return below, jax.nn.logsumexp(jnp.where(self.values[0] > r, total, -jnp.inf))
 
-    def moments(self, prior: GaussianMixture, log_shares: Array) -> tuple[Array, Array]:
-        shares = jax.nn.softmax(log_shares, axis=1)
-        means = shares @ self.centers
-        second = jnp.einsum("km,mi,mj->kij", shares, self.centers, self.centers)
+    def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
+        probs = jax.nn.softmax(log_probs, axis=1)
+        means = probs @ self.centers
+        second = jnp.einsum("km,mi,mj->kij", probs, self.centers, self.centers)
         return means, second - means[:, :, None] * means[:, None]
 
 
@@ -276,10 +276,9 @@ def reward_law(
     if d > 2:
         raise ValueError(
             f"the law of {type(reward).__name__} under this prior has no closed form, and "
-            "quadrature covers one or two dimensions, not "
-            f"{d}. Closed forms: Linear, Step, and Quadratic with a scalar weight > 0 where every "
-            "component is isotropic. Otherwise "
-            "estimate it: tiltjax.best_of_n on samples, tiltjax.metrics."
+            f"quadrature covers one or two dimensions, not {d}. Closed forms: LinearReward, "
+            "StepReward, and Quadratic with a scalar weight > 0 where every component is "
+            "isotropic. Otherwise estimate it: tiltjax.best_of_n on samples, tiltjax.metrics."
         )
     law = _grid_law(prior, reward, quadrature.tilt(prior, reward, 0.0, cells=cells))
     if _checks.concrete(law.values) and not np.all(np.isfinite(law.values)):
@@ -327,8 +326,8 @@ def _step(prior: GaussianMixture, reward: rewards.StepReward) -> AtomReward:
     log_masses = prior.log_weights[:, None] + jnp.stack([log_ndtr(-z), log_ndtr(z)], axis=1)
     if _checks.concrete(reward.height) and np.asarray(reward.height) <= 0:
         raise ValueError(
-            f"selection by Step needs a height > 0, got {float(reward.height):g}: turn the normal "
-            "around"
+            f"selection by StepReward needs a height > 0, got {float(reward.height):g}: turn the "
+            "normal around"
         )
     return AtomReward(sides[None], log_masses)
 
@@ -464,6 +463,5 @@ def _check_spread(spread: Array) -> None:
         k = int(np.argmin(np.asarray(spread)))
         raise ValueError(
             f"the reward does not vary over component {k}: there is nothing to select by there. "
-            "Give the component a covariance along "
-            "the reward, or the reward a slope."
+            "Give the component a covariance along the reward, or the reward a slope."
         )

@@ -30,8 +30,47 @@ import numpy as np
 import scipy.optimize
 from jaxtyping import Array
 
-from theory.tilts import bures
+from tiltjax import _checks, _linalg
 from tiltjax.mixtures import GaussianMixture, check_mixture
+
+
+def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
+    """`W2^2` between `N(m, S)` and `N(n, T)`:
+    `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
+
+    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by
+    triangular roots: singular covariances are as good as any. Its derivative is taken without that
+    of the singular vectors, and is right where singular values coincide; where one is zero, W2^2
+    itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+
+    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:**
+    `ValueError` for other shapes.
+    """
+    mean, cov = _checks.floating(mean, "mean", 1), _checks.floating(cov, "cov", 2)
+    other_mean = _checks.floating(other_mean, "other_mean", 1)
+    other_cov = _checks.floating(other_cov, "other_cov", 2)
+    d = mean.shape
+    _checks.shape(other_mean, d, "other_mean")
+    _checks.shape(cov, d + d, "cov")
+    _checks.shape(other_cov, d + d, "other_cov")
+    return _bures(mean, cov, other_mean, other_cov)
+
+
+@jax.jit
+def _bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
+    cross = _nuclear_norm(_linalg.square_root(cov).T @ _linalg.square_root(other_cov))
+    return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * cross
+
+
+@jax.custom_jvp
+def _nuclear_norm(matrix: Array) -> Array:
+    return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False))
+
+
+@_nuclear_norm.defjvp
+def _nuclear_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    left, values, right = jnp.linalg.svd(primals[0], full_matrices=False)
+    return jnp.sum(values), jnp.sum((left @ right) * tangents[0])
 
 
 class W2Bounds(NamedTuple):
@@ -48,7 +87,7 @@ def w2_bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
     """Gelbrich's lower bound and MW2, an upper bound of W2 between two mixtures of K and L
     components in one dimension d.
 
-    Compiles, maps and differentiates: only the plan is found on the host, by an exact linear
+    Compiles, maps and differentiates: only the plan is found outside of JAX, by an exact linear
     program. Where a distance is zero it has no derivative, and zero is returned.
 
     **Raises:** `ValueError` for mixtures of different dimensions.
@@ -70,22 +109,22 @@ def _bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
         )
     )(one.means, one.covs)
     dtype = costs.dtype
-    held = jax.lax.stop_gradient((one.weights, other.weights, costs))
+    fixed = jax.lax.stop_gradient((one.weights, other.weights, costs))
     shapes = tuple(
         jax.ShapeDtypeStruct(shape, dtype)
         for shape in (costs.shape, costs.shape[:1], costs.shape[1:])
     )
-    plan, source, sink = jax.pure_callback(_plan, shapes, *held, vmap_method="sequential")
+    plan, source, sink = jax.pure_callback(_plan, shapes, *fixed, vmap_method="sequential")
     square = jnp.sum(plan * costs)
     # Zero in value: the dual potentials are the derivatives by the weights.
-    square += source @ (one.weights - held[0]) + sink @ (other.weights - held[1])
+    square += source @ (one.weights - fixed[0]) + sink @ (other.weights - fixed[1])
     lower = bures(one.mean(), one.cov(), other.mean(), other.cov())
     return W2Bounds(_root(lower), _root(square), plan)
 
 
 def overlap(mixture: GaussianMixture) -> float:
     """The largest Bhattacharyya coefficient between two components, in [0, 1]; 0 for one component.
-    On the host.
+    Computed outside of JAX.
 
     Components of one singular shape may overlap; different point masses do not.
     """
@@ -96,8 +135,8 @@ def overlap(mixture: GaussianMixture) -> float:
         return 0.0
     gap = means[first] - means[second]
     # Singular covariances by a vanishing widening, in each pair's own units.
-    size = np.sum(gap**2, axis=1) + np.trace(covs[first] + covs[second], axis1=1, axis2=2)
-    widening = (1e-12 * size + np.finfo(float).tiny)[:, None, None] * np.eye(mixture.dim)
+    square_size = np.sum(gap**2, axis=1) + np.trace(covs[first] + covs[second], axis1=1, axis2=2)
+    widening = (1e-12 * square_size + np.finfo(float).tiny)[:, None, None] * np.eye(mixture.dim)
     p, q = covs[first] + widening, covs[second] + widening
     middle = (p + q) / 2
     logdet = lambda matrix: np.linalg.slogdet(matrix)[1]
@@ -119,16 +158,16 @@ def _plan(
     weights, others = weights / weights.sum(), others / others.sum()
     k, n = costs.shape
     rows, columns = np.kron(np.eye(k), np.ones((1, n))), np.kron(np.ones((1, k)), np.eye(n))
-    size = max(np.abs(costs).max(), np.finfo(float).tiny)  # the solver's tolerances are absolute
+    largest = max(np.abs(costs).max(), np.finfo(float).tiny)  # the solver's tolerances are absolute
     # One condition follows from the others, and is left out.
     conditions, masses = (
         np.concatenate([rows, columns])[:-1],
         np.concatenate([weights, others])[:-1],
     )
-    found = scipy.optimize.linprog(
-        costs.reshape(-1) / size, A_eq=conditions, b_eq=masses, method="highs-ds"
+    solution = scipy.optimize.linprog(
+        costs.reshape(-1) / largest, A_eq=conditions, b_eq=masses, method="highs-ds"
     )
-    if found.status != 0:
-        raise RuntimeError(f"the transport plan was not found: {found.message}")
-    duals = np.append(found.eqlin.marginals, 0.0) * size
-    return found.x.reshape(k, n).astype(dtype), duals[:k].astype(dtype), duals[k:].astype(dtype)
+    if solution.status != 0:
+        raise RuntimeError(f"the transport plan was not found: {solution.message}")
+    duals = np.append(solution.eqlin.marginals, 0.0) * largest
+    return solution.x.reshape(k, n).astype(dtype), duals[:k].astype(dtype), duals[k:].astype(dtype)

@@ -36,23 +36,25 @@ class AffineField(eqx.Module):
     form: QuadraticForm
     law: scales.Scale
     interpolant: Interpolant
-    pull: Callable = eqx.field(static=True)
+    shift: Callable = eqx.field(static=True)
 
     def at(self, t: Array) -> tuple[Array, Array, Array]:
         """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
-        path, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
-        alpha, sigma = path.alpha(t), path.sigma(t)
+        interpolant, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
+        alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
         eye = jnp.eye(len(mean), dtype=mean.dtype)
         gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
         # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise,
-        # corrected for what the view shows.
+        # corrected by what x says of X_1.
         draw = jnp.concatenate(
             [(eye - alpha * gain) @ _linalg.square_root(cov), -sigma * gain], axis=1
         )
         offset = mean - alpha * gain @ mean
-        strength = self.law(jax.random.key(0), path.snr(t), t, mean)
-        matrix, move, noise = self.pull(path, t, self.form, strength, mean, cov, gain, offset, draw)
-        return gain + matrix, offset + move, noise
+        strength = self.law(jax.random.key(0), interpolant.snr(t), t, mean)
+        matrix, constant, noise = self.shift(
+            interpolant, t, self.form, strength, mean, cov, gain, offset, draw
+        )
+        return gain + matrix, offset + constant, noise
 
 
 def plug_in_field(
@@ -67,7 +69,7 @@ def plug_in_field(
     **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that is
     not one of time alone.
     """
-    return _affine(prior, reward, scale, interpolant, _pull_at_draw)
+    return _affine(prior, reward, scale, interpolant, shift_at_draw)
 
 
 def dps_field(
@@ -77,7 +79,7 @@ def dps_field(
     interpolant: Interpolant | None = None,
 ) -> AffineField:
     """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`. **Raises:** as `plug_in_field`."""
-    return _affine(prior, reward, scale, interpolant, _pull_at_mean)
+    return _affine(prior, reward, scale, interpolant, shift_at_mean)
 
 
 def doob_field(
@@ -89,7 +91,7 @@ def doob_field(
     """The exact guidance, which is also Laplace's for concave rewards:
     `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`. **Raises:** as `plug_in_field`.
     """
-    return _affine(prior, reward, _checks.nonnegative(scale, "scale"), interpolant, _pull_exactly)
+    return _affine(prior, reward, _checks.nonnegative(scale, "scale"), interpolant, exact_shift)
 
 
 def fmrg_field(
@@ -101,10 +103,10 @@ def fmrg_field(
     """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`.
     **Raises:** as `plug_in_field`.
     """
-    return _affine(prior, reward, scale, interpolant, _pull_at_end)
+    return _affine(prior, reward, scale, interpolant, shift_at_end)
 
 
-def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
+def _affine(prior, reward, scale, interpolant, shift) -> AffineField:
     check_mixture(prior, "prior")
     if len(prior.log_weights) != 1:
         raise ValueError(
@@ -119,7 +121,7 @@ def _affine(prior, reward, scale, interpolant, pull) -> AffineField:
         )
     interpolant = or_linear(interpolant)
     form = quadratic_form(rewards.as_reward(reward), prior.dim)
-    return _pytree.cast(AffineField(prior, form, law, interpolant, pull), prior.means.dtype)
+    return _pytree.cast(AffineField(prior, form, law, interpolant, shift), prior.means.dtype)
 
 
 def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array, Array]:
@@ -127,40 +129,63 @@ def _gradient(form: QuadraticForm, matrix: Array, offset: Array) -> tuple[Array,
     return -2 * form.matrix @ matrix, form.gradient - 2 * form.matrix @ (offset - form.center)
 
 
-def _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw):
+def shift_at_mean(interpolant, t, form, strength, mean, cov, gain, offset, draw):
+    """The shift of the denoiser by `lambda_t P ∇r(D)`, as its `(matrix, constant, noise)`."""
     slope, constant = _gradient(form, gain, offset)
     posterior = draw @ draw.T
     return strength * posterior @ slope, strength * posterior @ constant, jnp.zeros_like(draw)
 
 
-def _pull_at_draw(path, t, form, strength, mean, cov, gain, offset, draw):
-    matrix, move, _ = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
-    return matrix, move, -2 * strength * (draw @ draw.T) @ form.matrix @ draw
+def shift_at_draw(interpolant, t, form, strength, mean, cov, gain, offset, draw):
+    """The same with the gradient at one posterior draw, `lambda_t P ∇r(X_1)`."""
+    matrix, constant, _ = shift_at_mean(
+        interpolant, t, form, strength, mean, cov, gain, offset, draw
+    )
+    return matrix, constant, -2 * strength * (draw @ draw.T) @ form.matrix @ draw
 
 
-def _pull_exactly(path, t, form, strength, mean, cov, gain, offset, draw):
-    matrix, move, noise = _pull_at_mean(path, t, form, strength, mean, cov, gain, offset, draw)
-    damp = jnp.linalg.inv(
+def exact_shift(interpolant, t, form, strength, mean, cov, gain, offset, draw):
+    """The shift to the tilted posterior's mean."""
+    matrix, constant, noise = shift_at_mean(
+        interpolant, t, form, strength, mean, cov, gain, offset, draw
+    )
+    damping = jnp.linalg.inv(
         jnp.eye(len(mean), dtype=mean.dtype) + 2 * strength * draw @ draw.T @ form.matrix
     )
-    return damp @ matrix, damp @ move, noise
+    return damping @ matrix, damping @ constant, noise
 
 
-def _pull_at_end(path, t, form, strength, mean, cov, gain, offset, draw):
-    alpha, sigma = path.alpha(t), path.sigma(t)
+def shift_at_end(interpolant, t, form, strength, mean, cov, gain, offset, draw):
+    """The shift by the reward's gradient at the end of the flow map."""
+    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
     # S C^-1 first, by a solve; its root is then a function of one matrix alone, differentiable
     # where eigenvalues coincide.
     ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(mean), dtype=mean.dtype), cov)
     flow = _linalg.spectral(_root, (ratio + ratio.T) / 2)
     slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
-    # The drift is b + strength * flow^T ∇r: as a move of the denoiser, that is tweedie * 2 / g^2.
-    factor = strength * path.tweedie(t) * 2 / path.diffusion(t)
+    # The drift is b + strength * flow^T ∇r: as a shift of the denoiser, that is tweedie * 2 / g^2.
+    factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
     return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
 
 
 def _root(values: Array) -> Array:
-    """The square root, with derivative 0 where there is nothing."""
+    """The square root, with derivative 0 at zero."""
     return jnp.where(values > 0, jnp.sqrt(jnp.where(values > 0, values, 1.0)), 0.0)
+
+
+def ancestral_step(
+    interpolant: Interpolant, t: Array, u: Array, eta: Array
+) -> tuple[Array, Array, Array]:
+    """Coefficients of x and of the denoiser in the mean of a step of `Ancestral(eta)`, and its
+    variance.
+    """
+    alpha, sigma = interpolant.alpha, interpolant.sigma
+    rho = alpha(t) * sigma(u) / (alpha(u) * sigma(t))
+    variance = eta**2 * sigma(u) ** 2 * (1 - rho**2)
+    # sigma_u^2 - variance without the difference, which at t = 0 is zero, or by a compiler's
+    # rounding less.
+    decay = sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / sigma(t)
+    return decay, alpha(u) - decay * alpha(t), variance
 
 
 def discrete_law(
@@ -190,81 +215,80 @@ def discrete_law(
 
 
 def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:
-    path, d = field.interpolant, field.prior.dim
+    interpolant, d = field.interpolant, field.prior.dim
     eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
 
-    def velocity(t: Array, matrix: Array, move: Array, noise: Array) -> tuple[Array, Array, Array]:
+    def velocity(
+        t: Array, matrix: Array, constant: Array, noise: Array
+    ) -> tuple[Array, Array, Array]:
         return (
-            path.velocity(t, eye, matrix),
-            path.velocity(t, zero, move),
-            path.velocity(t, jnp.zeros_like(noise), noise),
+            interpolant.velocity(t, eye, matrix),
+            interpolant.velocity(t, zero, constant),
+            interpolant.velocity(t, jnp.zeros_like(noise), noise),
         )
 
-    def euler(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
-        slope, move, noise = velocity(t, *here)
-        return eye + (u - t) * slope, (u - t) * move, (u - t) * noise
+    def euler(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
+        slope, constant, noise = velocity(t, *at_t)
+        return eye + (u - t) * slope, (u - t) * constant, (u - t) * noise
 
-    def heun(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
+    def heun(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
         dt = u - t
-        first, move, noise = velocity(t, *here)
-        second, move_u, noise_u = velocity(u, *there)
-        carried = noise + dt * second @ noise
-        together = [carried + noise_u, jnp.zeros_like(noise)] if share_draw else [carried, noise_u]
+        first, constant, noise = velocity(t, *at_t)
+        second, constant_u, noise_u = velocity(u, *at_u)
+        noise_t = noise + dt * second @ noise
+        draws = [noise_t + noise_u, jnp.zeros_like(noise)] if share_draw else [noise_t, noise_u]
         matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
         return (
             matrix,
-            dt / 2 * (move + move_u + dt * second @ move),
-            dt / 2 * jnp.concatenate(together, axis=1),
+            dt / 2 * (constant + constant_u + dt * second @ constant),
+            dt / 2 * jnp.concatenate(draws, axis=1),
         )
 
-    def ancestral(t: Array, u: Array, here: tuple, there: tuple) -> tuple[Array, Array, Array]:
-        matrix, move, noise = here
-        rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
-        variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
-        keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
-        gain = path.alpha(u) - keep * path.alpha(t)
+    def ancestral(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
+        matrix, constant, noise = at_t
+        decay, gain, variance = ancestral_step(interpolant, t, u, eta)
         return (
-            keep * eye + gain * matrix,
-            gain * move,
+            decay * eye + gain * matrix,
+            gain * constant,
             jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
         )
 
     match solver:
         case solvers.Euler():
-            regular = euler
+            inner = euler
         case solvers.Heun(share_draw=share_draw):
-            regular = heun
+            inner = heun
         case solvers.Ancestral():
-            regular, eta = ancestral, solver.eta.astype(times.dtype)
+            inner, eta = ancestral, solver.eta.astype(times.dtype)
         case _:
             raise ValueError(
                 f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one"
             )
 
-    def moved(
+    def applied(
         moments: tuple[Array, Array], transition: tuple[Array, Array, Array]
     ) -> tuple[Array, Array]:
-        (mean, cov), (matrix, move, spread) = moments, transition
-        return matrix @ mean + move, matrix @ cov @ matrix.T + spread @ spread.T
+        (mean, cov), (matrix, constant, spread) = moments, transition
+        return matrix @ mean + constant, matrix @ cov @ matrix.T + spread @ spread.T
 
     def advance(moments: tuple[Array, Array], interval: tuple) -> tuple[tuple[Array, Array], None]:
-        t, u, here, there = interval
+        t, u, at_t, at_u = interval
         # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any
         # more.
-        step = lambda: moved(moments, regular(t, u, here, there))
+        step = lambda: applied(moments, inner(t, u, at_t, at_u))
         # At t = 1 a further step changes nothing: where times are traced, ones may make grids
         # equally long.
-        jump = lambda: jax.tree.map(
-            lambda new, old: jnp.where(t < 1, new, old), moved(moments, here), moments
+        last = lambda: jax.tree.map(
+            lambda new, old: jnp.where(t < 1, new, old), applied(moments, at_t), moments
         )
-        return jax.lax.cond(u < 1, step, jump), None
+        return jax.lax.cond(u < 1, step, last), None
 
-    moments = zero, path.sigma(times[0]) ** 2 * eye
+    moments = zero, interpolant.sigma(times[0]) ** 2 * eye
     # Once for every time: an end of one step is the start of the next. Nothing reads what stands
     # for t = 1.
-    known = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
-    here, there = jax.tree.map(lambda x: x[:-1], known), jax.tree.map(lambda x: x[1:], known)
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], here, there))
+    fields = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
+    at_t, at_u = jax.tree.map(lambda x: x[:-1], fields), jax.tree.map(lambda x: x[1:], fields)
+    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], at_t, at_u))
     return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
 
 

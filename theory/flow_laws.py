@@ -38,13 +38,13 @@ from jaxtyping import Array
 from theory import _moments, quadrature
 from theory.distances import overlap
 from theory.many_draws import DrawsLaw, check_strength, draws_law
-from theory.tilts import QuadraticForm, common_axes, quadratic_form
+from theory.tilts import QuadraticForm, quadratic_form
 from tiltjax import _checks, _pytree, rewards, scales
 from tiltjax.interpolants import Interpolant, Linear, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
-_NEAR = 0.05  # an overlap of components above which their laws are no longer told apart
+_MAX_OVERLAP = 0.05  # an overlap of components above which their laws are no longer told apart
 
 
 @overload
@@ -76,7 +76,7 @@ def plug_in_law(
     `alpha_0 = 0`.
 
     With k = 1 it is Gaussian, and comes back as a `GaussianMixture`. `scale` is then a number or
-    the law that the guidance was given: `Damped(scale, sigma)` with any sigma, right or wrong. For
+    the scale law of the guidance: `Damped(scale, sigma)` with any sigma, right or wrong. For
     one Gaussian and a quadratic reward this is also the law of DPS.
 
     What a wrong sigma costs, for `tiltjax.problems.gaussian` (s^2 = 1/2, scale 3, maximizer at 2.5;
@@ -97,11 +97,11 @@ def plug_in_law(
     `scale h s^2 <= 1e4`. The cost does not depend on k.
 
     For a mixture (k = 1) this assumes the coupling of a **frozen component**: the draws of `X_1`
-    stay in one component as x moves. Then each component's law is exact and the prior's weights are
-    kept; so it is, too, in the limit of far modes at a fixed number of steps. Fresh draws through
-    the flow are also pushed between modes, by rare kicks that few steps miss and many steps meet:
-    on the line, `mean_drift_law` is what they tend to. Where components overlap, "the law of a
-    component" means nothing: `UserWarning` above an `overlap` of .05 (4.9 standard deviations
+    stay in one component as x moves. Then each component's law is exact and the prior's weights do
+    not change; so it is, too, in the limit of far modes at a fixed number of steps. Fresh draws
+    through the flow are also pushed between modes, by rare kicks that few steps miss and many steps
+    meet: on the line, `mean_drift_law` is what they tend to. Where components overlap, "the law of
+    a component" means nothing: `UserWarning` above an `overlap` of .05 (4.9 standard deviations
     apart).
 
     Where S and H commute the result is right to rounding, elsewhere to 1e-10 of the prior's spread
@@ -113,7 +113,7 @@ def plug_in_law(
     check_mixture(prior, "prior")
     law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
     if _checks.count(k, "k") > 1:
-        return draws_law(*_draws(prior, reward, law, k), k)
+        return draws_law(*draws_parameters(prior, reward, law, k), k)
 
     direction = Partial(_plug_in_direction, law)
     return _law(
@@ -122,8 +122,8 @@ def plug_in_law(
 
 
 def _plug_in_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
-    local, spent, total = _clock(law, s2)
-    response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * local * jnp.exp(-h * spent))
+    strength, integral, total = _clock(law, s2)
+    response = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS, s2.dtype) * strength * jnp.exp(-h * integral))
     return response, s2 * jnp.exp(-2 * h * total), jnp.zeros_like(s2)
 
 
@@ -148,9 +148,9 @@ def sde_law(
 
 
 def _sde_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array, Array]:
-    _, spent, total = _clock(law, s2)
+    _, integral, total = _clock(law, s2)
     # dv = 2 s^2 w dw.
-    variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * spent))
+    variance = 2 * s2 * jnp.sum(jnp.asarray(_WEIGHTS * _W, s2.dtype) * jnp.exp(-4 * h * integral))
     return 2 * total * _relative(2 * h * total), variance, jnp.zeros_like(s2)
 
 
@@ -172,10 +172,10 @@ def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
     # + z)) / z^2 at z = gamma v.
     width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
     beta_v = (s2 / width - 1) * fraction
-    local = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
-    spent = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
+    strength = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
+    integral = final * (v - 2 * final * v**2 * _log_remainder(beta_v + 2 * final * v))
     total = final * (s2 - 2 * final * s2**2 * _log_remainder(s2 / width - 1 + 2 * final * s2))
-    return local, spent, total
+    return strength, integral, total
 
 
 def fmrg_law(
@@ -248,16 +248,14 @@ def _law(
     and costs milliseconds.
     """
     form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
-    _check_domain(prior, form, final)
+    check_domain(prior, form, final)
     _warn_of_overlap(prior)
-    return (
-        _per_direction(prior, form, direction)
-        if _commute(prior.covs, form.matrix)
-        else general(form)
-    )
+    if commute(prior.covs, form.matrix):
+        return _per_direction(prior, form, direction)
+    return general(form)
 
 
-def _commute(covs: Array, matrix: Array) -> bool:
+def commute(covs: Array, matrix: Array) -> bool:
     """Whether every covariance is known to commute with the matrix, for all values that what is
     traced of them may take.
     """
@@ -305,21 +303,30 @@ def _per_direction(
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         axes = common_axes(jax.lax.stop_gradient(cov), jax.lax.stop_gradient(form.matrix))
-        turned = axes.T @ cov @ axes, axes.T @ form.matrix @ axes
-        s2, h = jnp.maximum(jnp.diagonal(turned[0]), 0), jnp.diagonal(turned[1])
+        rotated = axes.T @ cov @ axes, axes.T @ form.matrix @ axes
+        s2, h = jnp.maximum(jnp.diagonal(rotated[0]), 0), jnp.diagonal(rotated[1])
         values = law(s2, h)
-        rates = jax.lax.stop_gradient(_divided_differences(law, s2, h))
+        slopes = jax.lax.stop_gradient(_divided_differences(law, s2, h))
         response, spread, lost = (
             jnp.diag(value)
-            + by_cov * _off_diagonal(turned[0])
-            + by_matrix * _off_diagonal(turned[1])
-            for value, by_cov, by_matrix in zip(values, *rates, strict=True)
+            + by_cov * _off_diagonal(rotated[0])
+            + by_matrix * _off_diagonal(rotated[1])
+            for value, by_cov, by_matrix in zip(values, *slopes, strict=True)
         )
-        pull = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
-        return mean + axes @ (response @ pull - lost @ (axes.T @ mean)), axes @ spread @ axes.T
+        half_gradient = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
+        shift = response @ half_gradient - lost @ (axes.T @ mean)
+        return mean + axes @ shift, axes @ spread @ axes.T
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
     return prior.replace(prior.log_weights, means, covs)
+
+
+def common_axes(cov: Array, matrix: Array) -> Array:
+    """A basis, in columns, that diagonalizes two commuting matrices: eigenvectors of a generic
+    combination of them.
+    """
+    norm = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+    return jnp.linalg.eigh(cov / norm(cov) + matrix / norm(matrix) / jnp.pi)[1]
 
 
 def _divided_differences(
@@ -358,7 +365,8 @@ def _off_diagonal(matrix: Array) -> Array:
     )
 
 
-def _check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
+def check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
+    """Refuse, with a `ValueError`, convex rewards and scales beyond the quadrature."""
     if not _checks.concrete((prior, form, final)):
         return
     covs, matrix = np.asarray(prior.covs, np.float64), np.asarray(form.matrix, np.float64)
@@ -380,12 +388,11 @@ def _warn_of_overlap(prior: GaussianMixture) -> None:
     if not _checks.concrete(prior):
         return
     coefficient = overlap(prior)
-    if coefficient > _NEAR:
+    if coefficient > _MAX_OVERLAP:
         warnings.warn(
             "this law treats each component alone and keeps the prior's weights, but components "
-            f"overlap by {coefficient:.3f} (theory.overlap; "
-            f"far apart is {_NEAR:g} or less): use theory.mean_drift_law on the line, else "
-            "simulate",
+            f"overlap by {coefficient:.3f} (theory.overlap; far apart is {_MAX_OVERLAP:g} or "
+            "less): use theory.mean_drift_law on the line, else simulate",
             stacklevel=4,
         )
 
@@ -405,23 +412,23 @@ def _log_remainder(z: Array) -> Array:
     return jnp.where(small, series, (safe - jnp.log1p(safe)) / safe**2)
 
 
-def _draws(
+def draws_parameters(
     prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int
 ) -> tuple[Array, Array, Array, Array]:
-    """What `draws_law` asks for, `(center, variance, target, strength)`, where it has the law of k
-    > 1 draws.
+    """The arguments `(center, variance, target, strength)` of `draws_law`. **Raises:** `ValueError`
+    where the law of k > 1 draws is not known.
     """
     if not isinstance(law, scales.Constant):
         raise ValueError(
             f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: "
-            "pass a number, or k=1, where any Damped "
-            f"has a law; else run it, tiltjax.sample with PlugIn(..., k={k})"
+            "pass a number, or k=1, where any Damped has a law; else run it, tiltjax.sample with "
+            f"PlugIn(..., k={k})"
         )
     if len(prior.log_weights) != 1:
         raise ValueError(
             f"the law of k = {k} draws is known for one Gaussian, got a mixture of "
-            f"{len(prior.log_weights)}: ask for one component, "
-            "GaussianMixture([1.0], means[i][None], covs[i][None]), or for k=1, or run it, "
+            f"{len(prior.log_weights)}: take one component, "
+            "GaussianMixture([1.0], means[i][None], covs[i][None]), or k=1, or run it, "
             f"tiltjax.sample with PlugIn(..., k={k})"
         )
     form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
@@ -433,8 +440,8 @@ def _draws(
             if excess > 1e-6 * np.abs(matrix).max():
                 raise ValueError(
                     f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}: "
-                    "draws compete by their length, "
-                    "which couples the directions. Ask for k=1, which takes any, or run it, "
+                    "draws compete by their length, which couples the directions. Use k=1, which "
+                    "takes any, or run it, "
                     f"tiltjax.sample with PlugIn(..., k={k})"
                 )
     variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim

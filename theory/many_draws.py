@@ -24,7 +24,7 @@ identity, which turns `E[(X - y) f(|X - y|)]` into `(m - y) E f` under d + 2 deg
     phi = k ∫ f_{d+2}(tau) (1 - ∫_{-∞}^tau f_d)^{k-1} dtau,  f_n(tau) = E_n[kappa(tau - u)],
         kappa(x) = exp(x - e^x):
 
-f_d is the density of u plus Gumbel noise, the draws' race that a softmax is. Both integrals are
+f_d is the density of u plus Gumbel noise, of which a softmax draws the least. Both integrals are
 Gauss-Legendre on panels: of tau, graded from the left tail through the unit scale of kappa to the
 scale of u; of u only where kappa is not negligible. phi is a smooth function of q and
 `p = sqrt(q) |m - y| / sqrt(v)` alone (for each k and d) and is interpolated by Chebyshev
@@ -51,7 +51,7 @@ from tiltjax import _checks
 
 _REACH = 9.5  # standard deviations of a normal vector's length, on either side of its typical value
 # scale * h * s^2: beyond, the explicit solver of the flow would need more than a few thousand steps
-_STRONGEST = 1.001e4
+_MAX_STRENGTH = 1.001e4
 # Nodes of (the interpolant in q, in p, panels of tau, nodes of a panel, nodes of u), and of a
 # coarser rule for the error.
 _FINE, _COARSE = (36, 56, 30, 14, 52), (28, 42, 24, 12, 44)
@@ -129,7 +129,7 @@ class DrawsLaw(eqx.Module):
         start = jax.random.normal(
             _checks.key(key), (_checks.count(num, "num"), self.dim), self.std.dtype
         )
-        return self.center[None] + self.std * self._carried(start)
+        return self.center[None] + self.std * self._transport_rows(start)
 
     def quantile(self, level: Array) -> Array:
         """The point below which the law has mass `level`, on the line: where the flow carries the
@@ -178,7 +178,7 @@ class DrawsLaw(eqx.Module):
         # Run backwards, `volume` is minus the log-determinant of the flow.
         return normal + volume - self.dim * jnp.log(self.std)
 
-    def _carried(self, start: Array) -> Array:
+    def _transport_rows(self, start: Array) -> Array:
         along = start @ self.axis
         rest = start - along[:, None] * self.axis[None]
         end, factor = self._flow(self.table, along, jnp.sum(rest**2, axis=1))
@@ -187,22 +187,22 @@ class DrawsLaw(eqx.Module):
     def _moments(self, table: Array) -> tuple[Array, Array, Array]:
         """Mean along the axis, and variances along and across, of `(x - mu) / s`."""
         line = np.linspace(-8.5, 8.5, 57)
-        weight = np.exp(-(line**2) / 2)
+        line_weight = np.exp(-(line**2) / 2)
         if self.dim == 1:
-            radius, share = np.zeros(1), np.ones(1)
+            radius, radius_weight = np.zeros(1), np.ones(1)
         else:
             middle = np.sqrt(self.dim - 1)
             low = max(0.0, middle - 8.5)
-            node, share = np.polynomial.legendre.leggauss(32)
+            node, radius_weight = np.polynomial.legendre.leggauss(32)
             radius = low + (node + 1) / 2 * (middle + 8.5 - low)
-            log_share = (self.dim - 2) * np.log(radius) - radius**2 / 2
-            share = share * np.exp(log_share - log_share.max())
-        weight, share = weight / weight.sum(), share / share.sum()
+            log_radius_weight = (self.dim - 2) * np.log(radius) - radius**2 / 2
+            radius_weight = radius_weight * np.exp(log_radius_weight - log_radius_weight.max())
+        weight = np.outer(line_weight / line_weight.sum(), radius_weight / radius_weight.sum())
         grid = [
             jnp.asarray(part.reshape(-1), self.std.dtype)
             for part in np.meshgrid(line, radius**2, indexing="ij")
         ]
-        mass = jnp.asarray(np.outer(weight, share).reshape(-1), self.std.dtype)
+        mass = jnp.asarray(weight.reshape(-1), self.std.dtype)
         end, factor = self._flow(table, *grid)
         mean = mass @ end
         return mean, mass @ (end - mean) ** 2, mass @ (factor**2 * grid[1]) / max(self.dim - 1, 1)
@@ -221,7 +221,7 @@ def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
     """Refuse, with a `ValueError`, what `draws_law` has no law for."""
     if _checks.concrete((strength, variance)):
         a, s2 = float(np.asarray(strength)), float(np.asarray(variance))
-        if not a <= _STRONGEST:
+        if not a <= _MAX_STRENGTH:
             raise ValueError(
                 f"the law of k = {k} draws is computed for scale * h * s^2 up to 1e4, got {a:.3g}: "
                 "lower the scale"
@@ -229,8 +229,8 @@ def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
         if not (a > 0 and s2 > 0):
             raise ValueError(
                 f"the law of k = {k} draws needs a positive scale, curvature h and variance, got "
-                f"scale * h * s^2 = {a:g}: a linear "
-                "reward has none, and its plug-in is exact only at k = 1"
+                f"scale * h * s^2 = {a:g}: a linear reward has none, and its plug-in is exact only "
+                "at k = 1"
             )
 
 
@@ -274,33 +274,37 @@ def _flow(
 @jax.jit
 def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     # Four numbers in, two out, for each point: their slopes travel with them, so that no step is
-    # kept or traced back. By the logarithm of the strength: the slope by itself falls with its
+    # stored or traced back. By the logarithm of the strength: the slope by itself falls with its
     # square, below what the solver resolves.
-    table, log_reach, along, *place = primals
-    strength, distance, square = place
-    which = jnp.eye(4, dtype=along.dtype)
-    units = strength, jnp.ones_like(distance), jnp.ones_like(square)
-    pushes = [jnp.multiply.outer(each, unit) for each, unit in zip(which[1:], units, strict=True)]
+    table, log_reach, along, *parameters = primals
+    strength, distance, square = parameters
+    unit_vectors = jnp.eye(4, dtype=along.dtype)
+    scales = strength, jnp.ones_like(distance), jnp.ones_like(square)
+    pairs = zip(unit_vectors[1:], scales, strict=True)
+    directions = [jnp.multiply.outer(vector, scale) for vector, scale in pairs]
 
     def drift(w: Array, y: tuple, args: None) -> tuple:
         state, slopes = y
-        velocity, push = jax.linearize(
-            lambda *at: _velocity(table, log_reach, w, *at), state, place
+        velocity, tangent_map = jax.linearize(
+            lambda *at: _velocity(table, log_reach, w, *at), state, parameters
         )
-        return velocity, jax.vmap(push)(slopes, pushes)
+        return velocity, jax.vmap(tangent_map)(slopes, directions)
 
-    one, first = jnp.ones_like(along), jnp.multiply.outer(which[0], jnp.ones_like(along))
+    one, first = jnp.ones_like(along), jnp.multiply.outer(unit_vectors[0], jnp.ones_like(along))
     end, slopes = _solve(drift, ((along, one), (first, jnp.zeros_like(first))), 0.0, 1.0)
-    moves = tangents[2], tangents[3] / strength, *tangents[4:]
-    return end, jax.tree.map(
-        lambda slope: sum(each * move for each, move in zip(slope, moves, strict=True)), slopes
-    )
+    weights = tangents[2], tangents[3] / strength, *tangents[4:]
+    combine = lambda slope: sum(each * weight for each, weight in zip(slope, weights, strict=True))
+    return end, jax.tree.map(combine, slopes)
 
 
 def _velocity(
-    table: Array, log_reach: Array, w: Array, state: tuple[Array, Array], place: Sequence[Array]
+    table: Array,
+    log_reach: Array,
+    w: Array,
+    state: tuple[Array, Array],
+    parameters: Sequence[Array],
 ) -> tuple[Array, Array]:
-    (along, factor), (strength, distance, square) = state, place
+    (along, factor), (strength, distance, square) = state, parameters
     offset = w * along - distance
     p2 = strength * (offset**2 + (w * factor) ** 2 * square)
     rate = -2 * strength * _interpolate(_row(table, strength, w), log_reach, p2)
@@ -343,8 +347,8 @@ def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
     """phi at p^2, from Chebyshev coefficients; constant beyond their range, where the normal has no
     mass.
     """
-    place = jnp.clip(2 * jnp.log1p(p2) / log_reach - 1, -1, 1)
-    return jnp.exp(_chebyshev(len(row), place) @ row)
+    position = jnp.clip(2 * jnp.log1p(p2) / log_reach - 1, -1, 1)
+    return jnp.exp(_chebyshev(len(row), position) @ row)
 
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
@@ -358,15 +362,16 @@ def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int,
     k, strength, distance = jax.lax.stop_gradient((k, strength, distance))
     angles = [(np.arange(n) + 0.5) * np.pi / n for n in nodes[:2]]
     # Coefficients from values at the Chebyshev points, along each axis.
-    analyse = [2 / len(a) * np.cos(np.outer(np.arange(len(a)), a)) for a in angles]
-    for matrix in analyse:
+    to_coefficients = [2 / len(a) * np.cos(np.outer(np.arange(len(a)), a)) for a in angles]
+    for matrix in to_coefficients:
         matrix[0] /= 2
     dtype = strength.dtype
     unit = [jnp.asarray((1 + np.cos(a)) / 2, dtype) for a in angles]
     q = jnp.expm1(unit[0] * jnp.log1p(2 * strength)) / 2
     p2 = jnp.expm1(unit[1] * _log_reach(d, strength, distance))
     values = jax.lax.map(lambda q: jax.vmap(lambda p2: shrinkage(q, p2, k, d, nodes))(p2), q)
-    return jnp.asarray(analyse[0], dtype) @ jnp.log(values) @ jnp.asarray(analyse[1], dtype).T
+    left, right = (jnp.asarray(matrix, dtype) for matrix in to_coefficients)
+    return left @ jnp.log(values) @ right.T
 
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
@@ -397,24 +402,24 @@ def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) ->
         -left * jnp.asarray(np.linspace(1, 0, lower + 1)[:-1], dtype),
         jnp.expm1(jnp.linspace(0, 1, panels - lower + 1, dtype=dtype) * jnp.log1p(span + 4)),
     ])  # fmt: skip
-    position, share, cumulate = (jnp.asarray(part, dtype) for part in _panel(per_panel))
+    panel_node, panel_weight, to_node = (jnp.asarray(part, dtype) for part in _panel(per_panel))
     half = (edges[1:] - edges[:-1]) / 2
     tau = edges[:-1, None] + half[:, None] * (
-        1 + position[None]
+        1 + panel_node[None]
     )  # measured from u's lower end, which no softmax notices
 
     def densities(tau: Array) -> tuple[Array, Array]:
         # kappa(tau - u) is below e^-25 of its peak outside of this interval.
         a, b = (jnp.sqrt(low**2 + jnp.clip(tau + shift, 0, span)) for shift in (-3.7, 25.0))
         e = a + (b - a) * (1 + node) / 2
-        race = tau - (e - low) * (e + low)
+        lag = tau - (e - low) * (e + low)
         r, delta = e / root, jnp.sqrt(p2) / root
         z = r * delta
         kernel = (
             (b - a)
             / 2
             * weight
-            * jnp.exp(race - jnp.exp(race) - (r - delta) ** 2 / 2 + (d - 1) * jnp.log(r))
+            * jnp.exp(lag - jnp.exp(lag) - (r - delta) ** 2 / 2 + (d - 1) * jnp.log(r))
             / root
         )
         return jnp.sum(kernel * jnp.exp(_log_bessel(d, z))), jnp.sum(
@@ -422,10 +427,10 @@ def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) ->
         )
 
     f, f_next = jax.vmap(jax.vmap(densities))(tau)
-    mass = half * (f @ share)
-    lost = jnp.cumsum(mass)[:, None] - mass[:, None] + half[:, None] * (f @ cumulate.T)
-    survivors = jnp.exp((k - 1) * jnp.log1p(-jnp.clip(lost, 0, 1 - jnp.finfo(dtype).eps)))
-    return k * jnp.sum(half * ((f_next * survivors) @ share))
+    mass = half * (f @ panel_weight)
+    cumulative = jnp.cumsum(mass)[:, None] - mass[:, None] + half[:, None] * (f @ to_node.T)
+    survival = jnp.exp((k - 1) * jnp.log1p(-jnp.clip(cumulative, 0, 1 - jnp.finfo(dtype).eps)))
+    return k * jnp.sum(half * ((f_next * survival) @ panel_weight))
 
 
 @functools.cache

@@ -65,9 +65,9 @@ _FINE, _COARSE = (
 )  # starts, ends, nodes of a reward's expectation, tolerance
 
 
-class View(eqx.Module):
-    """What a drift is told: the posterior of X_1 at one point, in a form in which nothing cancels
-    near the data.
+class PointPosterior(eqx.Module):
+    """The posterior of X_1 at one point, the argument of a drift, in a form in which nothing
+    cancels near the data.
 
     `weights`, `means` `(K,)`: of the components. `unit = s cos(theta)`, a length that falls to 0.
     `lag` `(K,)` is `(means - x sin(theta) s) / unit`, and `spread` `(K,)` is the components'
@@ -87,69 +87,74 @@ class View(eqx.Module):
         9 standard deviations.
         """
         z = np.linspace(-9, 9, self.nodes)
-        share = np.exp(-(z**2) / 2)
-        z, share = (jnp.asarray(part, self.lag.dtype) for part in (z, share / share.sum()))
-        one = lambda mean, std: share @ jax.vmap(lambda z: fn(mean + std * z))(z)
-        return jax.vmap(one)(self.means, self.spread * self.unit)
+        weight = np.exp(-(z**2) / 2)
+        z, weight = (jnp.asarray(part, self.lag.dtype) for part in (z, weight / weight.sum()))
+        expectation = lambda mean, std: weight @ jax.vmap(lambda z: fn(mean + std * z))(z)
+        return jax.vmap(expectation)(self.means, self.spread * self.unit)
 
 
-Drift = Callable[[View, rewards.Reward, Array], Array]
+Drift = Callable[[PointPosterior, rewards.Reward, Array], Array]
 
 
-def plug_in_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
+def plug_in_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
     """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw. Of one point: a
     scalar.
     """
-    r, slope = _on_line(reward)
+    r, slope = _scalar_reward(reward)
     if is_quadratic(reward):
-        variance = (view.spread * view.unit) ** 2
-        mean_slope = jax.vmap(slope)(view.means)
-        value = jax.vmap(lambda m, v: r(m) + jax.grad(slope)(m) * v / 2)(view.means, variance)
+        variance = (posterior.spread * posterior.unit) ** 2
+        mean_slope = jax.vmap(slope)(posterior.means)
+        value = jax.vmap(lambda m, v: r(m) + jax.grad(slope)(m) * v / 2)(posterior.means, variance)
     else:
-        mean_slope, value = view.expect(slope), view.expect(r)
-    base = view.weights @ view.lag
-    return base + scale * view.weights @ (
-        view.spread**2 * view.unit * mean_slope + (view.lag - base) * value
+        mean_slope, value = posterior.expect(slope), posterior.expect(r)
+    base = posterior.weights @ posterior.lag
+    return base + scale * posterior.weights @ (
+        posterior.spread**2 * posterior.unit * mean_slope + (posterior.lag - base) * value
     )
 
 
-def dps_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
+def dps_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
     """`D + scale r'(D) Var(X_1 | x)`: the gradient of the reward at the denoiser, `∇ r(D(x))`, as
     guidance.
     """
-    base = view.weights @ view.lag
-    variance = view.weights @ (view.spread**2 + (view.lag - base) ** 2)  # over unit^2
-    return base + scale * _on_line(reward)[1](view.weights @ view.means) * view.unit * variance
+    base = posterior.weights @ posterior.lag
+    _, slope = _scalar_reward(reward)
+    # Over unit^2.
+    variance = posterior.weights @ (posterior.spread**2 + (posterior.lag - base) ** 2)
+    return base + scale * slope(posterior.weights @ posterior.means) * posterior.unit * variance
 
 
-def doob_drift(view: View, reward: rewards.Reward, scale: Array) -> Array:
+def doob_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
     """The mean of the tilted posterior: its law is the tilt."""
-    r, slope = _on_line(reward)
+    r, slope = _scalar_reward(reward)
     if is_quadratic(reward):
-        variance = (view.spread * view.unit) ** 2
-        gradient, bend = jax.vmap(slope)(view.means), jax.vmap(jax.grad(slope))(view.means)
+        variance = (posterior.spread * posterior.unit) ** 2
+        gradient = jax.vmap(slope)(posterior.means)
+        bend = jax.vmap(jax.grad(slope))(posterior.means)
         factor = 1 - scale * bend * variance
         gain = variance / factor * scale * gradient  # of a component's mean
         log_weight = (
-            scale * jax.vmap(r)(view.means) - jnp.log(factor) / 2 + scale * gradient * gain / 2
+            scale * jax.vmap(r)(posterior.means) - jnp.log(factor) / 2 + scale * gradient * gain / 2
         )
-        moved = view.lag + view.spread**2 * view.unit / factor * scale * gradient
-        return jax.nn.softmax(jnp.log(view.weights) + log_weight) @ moved
+        moved = posterior.lag + posterior.spread**2 * posterior.unit / factor * scale * gradient
+        return jax.nn.softmax(jnp.log(posterior.weights) + log_weight) @ moved
     # One constant for all nodes and components, so that exp(scale r) neither overflows nor loses
     # its proportions.
-    z = jnp.linspace(-9.0, 9.0, view.nodes, dtype=view.lag.dtype)
-    points = view.means[:, None] + (view.spread * view.unit)[:, None] * z[None]
+    z = jnp.linspace(-9.0, 9.0, posterior.nodes, dtype=posterior.lag.dtype)
+    points = posterior.means[:, None] + (posterior.spread * posterior.unit)[:, None] * z[None]
     log_mass = (
-        scale * jax.vmap(jax.vmap(r))(points) - (z**2)[None] / 2 + jnp.log(view.weights)[:, None]
+        scale * jax.vmap(jax.vmap(r))(points)
+        - (z**2)[None] / 2
+        + jnp.log(posterior.weights)[:, None]
     )
     mass = jax.nn.softmax(log_mass.reshape(-1)).reshape(log_mass.shape)
-    return jnp.sum(mass * (view.lag[:, None] + view.spread[:, None] * z[None]))
+    return jnp.sum(mass * (posterior.lag[:, None] + posterior.spread[:, None] * z[None]))
 
 
 class MeanDriftLaw(eqx.Module):
     """What a flow with a given mean drift samples, on the line; built by `mean_drift_law`.
 
-    `cdf`, `quantile`, `log_prob`, `masses` solve the flow for what is asked. Moments and
+    `cdf`, `quantile`, `log_prob`, `masses` solve the flow for these points. Moments and
     `wasserstein` use a table of points, dense both in the normal's coordinate (modes) and in x
     (gaps between modes); `error` says how far it can be trusted. Everything compiles and maps.
     Reverse-mode derivatives of `cdf` and `quantile` are those of the solver; those of moments are
@@ -189,9 +194,9 @@ class MeanDriftLaw(eqx.Module):
         """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of
         the nodes, 30 times the tolerance.
         """
-        starts, ends, nodes, looseness = _COARSE
+        starts, ends, nodes, tolerance_factor = _COARSE
         nodes = self.nodes if is_quadratic(self.reward) else nodes * self.nodes // _FINE[2]
-        points = _points(self, starts, ends, nodes, looseness)
+        points = _points(self, starts, ends, nodes, tolerance_factor)
         coarse = MeanDriftLaw(
             self.prior, self.reward, self.scale, self.unit, points, self.drift, self.nodes
         )
@@ -219,36 +224,33 @@ class MeanDriftLaw(eqx.Module):
         edges = _checks.finite(edges, "edges", 1)
         if _checks.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
             raise ValueError(f"edges must rise, got {np.asarray(edges)}")
-        z, _ = _carry(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
+        z, _ = _flow(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
         infinite = jnp.full((1,), jnp.inf, z.dtype)
-        return _between(jnp.concatenate([-infinite, z, infinite]))
+        return _interval_masses(jnp.concatenate([-infinite, z, infinite]))
 
     def transport(self, z: Array) -> Array:
         """The guided flow itself, from a point of N(0, 1) to a point of this law."""
-        return (
-            self.unit
-            * _carry(self, jnp.asarray(z, self.unit.dtype)[None], False, self.nodes, 1.0)[0][0]
-        )
+        start = jnp.asarray(z, self.unit.dtype)[None]
+        return self.unit * _flow(self, start, False, self.nodes, 1.0)[0][0]
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, `(num, 1)`."""
         start = jax.random.normal(_checks.key(key), (_checks.count(num, "num"),), self.unit.dtype)
-        return self.unit * _carry(self, start, False, self.nodes, 1.0)[0][:, None]
+        return self.unit * _flow(self, start, False, self.nodes, 1.0)[0][:, None]
 
     def wasserstein(self, other: "MeanDriftLaw | GaussianMixture | Tilt | GridTilt") -> Array:
         """W2 to another law on the line, by the quantile coupling `∫ (Q - Q')^2 dp`; both quantile
         functions piecewise linear, ~1e-4.
         """
-        return _coupled(*quantile_curve(self), *quantile_curve(other))
+        return _quantile_distance(*quantile_curve(self), *quantile_curve(other))
 
     def _table(self) -> tuple[Array, Array, Array]:
         assert self.points is not None  # so only while it is being built
         return self.points
 
     def _trace_back(self, x: Array) -> tuple[Array, Array]:
-        z, log_slope = _carry(
-            self, (jnp.asarray(x, self.unit.dtype) / self.unit)[None], True, self.nodes, 1.0
-        )
+        end = (jnp.asarray(x, self.unit.dtype) / self.unit)[None]
+        z, log_slope = _flow(self, end, True, self.nodes, 1.0)
         return z[0], log_slope[0]
 
 
@@ -269,14 +271,14 @@ def mean_drift_law(
 
     **Arguments:** `prior`, a mixture on the line, of positive variances; `reward`, smooth and on
     states of shape `(1,)`; `scale`, a number or `Damped`; `drift`: `plug_in_drift`, `dps_drift`,
-    `doob_drift` or a function `(View, reward, scale) -> lag`; `nodes` of the expectations of a
-    reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
+    `doob_drift` or a function `(PointPosterior, reward, scale) -> lag`; `nodes` of the expectations
+    of a reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
 
     **Raises:** `ValueError` beyond one dimension, for a component without variance, a scale law
-    that is not a function of time alone, and for `Step`, which has no gradient: with fresh draws
-    plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the flow is too
-    stiff for it (`scale h s^2` of thousands; in single precision also points far outside of the
-    law).
+    that is not a function of time alone, and for `StepReward`, which has no gradient: with fresh
+    draws plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the flow
+    is too stiff for it (`scale h s^2` of thousands; in single precision also points far outside
+    of the law).
     """
     check_mixture(prior, "prior")
     _checks.function(drift, "drift")
@@ -291,10 +293,9 @@ def mean_drift_law(
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     if _has_step(reward):
         raise ValueError(
-            "Step has no gradient (zero almost everywhere): with fresh draws, plug-in and DPS "
-            "leave the prior as it is, and the gradient "
-            "of E[r(X_1) | x] is not the mean of any of them. The tilt itself is "
-            "theory.quadrature.tilt; selection: theory.best_of_n."
+            "StepReward has no gradient (zero almost everywhere): with fresh draws, plug-in and "
+            "DPS leave the prior as it is, and the gradient of E[r(X_1) | x] is not the mean of "
+            "any of them. The tilt itself is theory.quadrature.tilt; selection: theory.best_of_n."
         )
     if _checks.concrete(prior.covs) and not np.all(np.asarray(prior.covs) > 0):
         raise ValueError("every component needs a positive variance: give point masses a small one")
@@ -302,8 +303,8 @@ def mean_drift_law(
     build = lambda points: MeanDriftLaw(
         prior, reward, law, jnp.sqrt(prior.cov()[0, 0]), points, drift, nodes
     )
-    starts, ends, _, looseness = _FINE
-    return build(_points(build(None), starts, ends, nodes, looseness))
+    starts, ends, _, tolerance_factor = _FINE
+    return build(_points(build(None), starts, ends, nodes, tolerance_factor))
 
 
 def quantile_curve(law: Any) -> tuple[Array, Array]:
@@ -330,7 +331,7 @@ def quantile_curve(law: Any) -> tuple[Array, Array]:
             jnp.log(below[:-1]),
             jnp.log(above[1:]),
         )
-        return _score(log_below, log_above), edges
+        return _normal_quantile(log_below, log_above), edges
     if law.dim != 1:
         raise ValueError(f"expected a law on the line, got dimension {law.dim}")
     return _mixture_curve(law)
@@ -343,24 +344,26 @@ def _mixture_curve(law: GaussianMixture) -> tuple[Array, Array]:
     x = jnp.sort((law.means + std[:, None] * grid[None]).reshape(-1))
     z = (x[:, None] - law.means[None, :, 0]) / std[None]
     tail = lambda sign: jax.nn.logsumexp(law.log_weights[None] + log_ndtr(sign * z), axis=1)
-    return _score(tail(1), tail(-1)), x
+    return _normal_quantile(tail(1), tail(-1)), x
 
 
 @jax.jit
-def _coupled(z: Array, x: Array, z_other: Array, x_other: Array) -> Array:
+def _quantile_distance(z: Array, x: Array, z_other: Array, x_other: Array) -> Array:
     levels = jnp.sort(jnp.concatenate([z, z_other]))
     gap = jnp.interp(levels, z, x) - jnp.interp(levels, z_other, x_other)
-    square = jnp.sum(_between(levels) * (gap[1:] ** 2 + gap[1:] * gap[:-1] + gap[:-1] ** 2) / 3)
+    square = jnp.sum(
+        _interval_masses(levels) * (gap[1:] ** 2 + gap[1:] * gap[:-1] + gap[:-1] ** 2) / 3
+    )
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def _between(z: Array) -> Array:
+def _interval_masses(z: Array) -> Array:
     """The normal's masses between rising points, as differences of the tail that is small."""
     low, high = z[:-1], z[1:]
     return jnp.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
 
 
-def _score(log_below: Array, log_above: Array) -> Array:
+def _normal_quantile(log_below: Array, log_above: Array) -> Array:
     """The normal quantile of a probability, from whichever tail is small."""
     least = np.log(np.finfo(log_below.dtype).tiny) + 1.0
     score = lambda log_p: ndtri(jnp.exp(jnp.clip(log_p, least, np.log(0.5))))
@@ -368,7 +371,7 @@ def _score(log_below: Array, log_above: Array) -> Array:
 
 
 def _points(
-    law: MeanDriftLaw, starts: int, ends: int, nodes: int, looseness: float
+    law: MeanDriftLaw, starts: int, ends: int, nodes: int, tolerance_factor: float
 ) -> tuple[Array, Array, Array]:
     """Quadrature points of the law: normal scores, places, masses.
 
@@ -376,9 +379,9 @@ def _points(
     slopes; between neighbors it is a cubic in z where it is flat, in x where it is steep.
     """
     z = jnp.linspace(-_REACH, _REACH, starts, dtype=law.unit.dtype)
-    x, log_slope = _carry(law, z, False, nodes, looseness)
+    x, log_slope = _flow(law, z, False, nodes, tolerance_factor)
     inner = jnp.linspace(x[0], x[-1], ends + 2, dtype=x.dtype)[1:-1]
-    inner_z, inner_slope = _carry(law, inner, True, nodes, looseness)
+    inner_z, inner_slope = _flow(law, inner, True, nodes, tolerance_factor)
     pairs = (x, inner), (z, inner_z), (log_slope, inner_slope)
     return _quadrature(*(jnp.concatenate(pair) for pair in pairs), law.unit)
 
@@ -412,13 +415,15 @@ def _quadrature(x: Array, z: Array, log_slope: Array, unit: Array) -> tuple[Arra
     return score.reshape(-1), unit * place.reshape(-1), mass.reshape(-1)
 
 
-def _carry(
-    law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, looseness: float
+def _flow(
+    law: MeanDriftLaw, start: Array, backwards: bool, nodes: int, tolerance_factor: float
 ) -> tuple[Array, Array]:
     """Ends of the flow from points `(n,)`, in units of s, and its log-slope `log dx/dz` there, in
     either direction.
     """
-    tolerance = jnp.asarray(looseness * (1e-9 if start.dtype == jnp.float64 else 1e-5), start.dtype)
+    tolerance = jnp.asarray(
+        tolerance_factor * (1e-9 if start.dtype == jnp.float64 else 1e-5), start.dtype
+    )
     # Where to begin and how exactly are arguments: both directions are one program.
     begin, end = (np.pi / 2, 0.0) if backwards else (0.0, np.pi / 2)
     times = jnp.asarray([begin, end], start.dtype)
@@ -449,8 +454,8 @@ def _solve(
         )
         lag = cos * (means + sin * x * (ratio**2 - 1)) / width
         mean = unit * (cos**2 * means + sin * x * ratio**2) / width
-        view = View(weights, mean, unit * cos, lag, ratio / jnp.sqrt(width), nodes)
-        return law.drift(view, law.reward, _strength(law.scale, cos, sin / unit))
+        posterior = PointPosterior(weights, mean, unit * cos, lag, ratio / jnp.sqrt(width), nodes)
+        return law.drift(posterior, law.reward, _strength(law.scale, cos, sin / unit))
 
     def field(theta: Any, y: tuple[Array, Array], args: None) -> tuple[Array, Array]:
         return jax.jvp(lambda x: rate(theta, x), (y[0],), (jnp.ones_like(y[0]),))
@@ -479,7 +484,9 @@ def _strength(law: scales.Scale, cos: Array, sin: Array) -> Array:
     return law.final / (1 + 2 * law.final * variance)
 
 
-def _on_line(reward: rewards.Reward) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+def _scalar_reward(
+    reward: rewards.Reward,
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """A reward as a function of a number, and its derivative."""
     r = lambda x: rewards.value(reward, x[None])
     return r, jax.grad(r)

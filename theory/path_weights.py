@@ -56,8 +56,8 @@ class PathLaw(eqx.Module):
       range of floating-point numbers.
     - `kl`: `KL(Q | P*) = log_norm - evidence_bound`.
     - `log_second_moment`: `log E_Q[w^2]`, `inf` where the weights have no variance.
-    - `ess`: `Z_N^2 / E_Q[w^2]`, the effective share of n independent paths as n grows; 0 where they
-      have none.
+    - `ess`: `Z_N^2 / E_Q[w^2]`, the effective fraction of n independent paths as n grows; 0 where
+      they have none.
     - `floor`: the least `kl` of any guidance from the same start, `log Z_N - E[log h_0(X_0)]`: 0
       for a memoryless chain.
     """
@@ -93,22 +93,23 @@ class _Exponential(eqx.Module):
         curvature = self.curvature @ inverse
         return _Exponential(constant, inverse @ self.linear, (curvature + curvature.T) / 2, finite)
 
-    def pulled(self, matrix: Array, offset: Array) -> "_Exponential":
+    def composed(self, matrix: Array, offset: Array) -> "_Exponential":
         """`V(matrix x + offset)` as a function of x."""
         constant = self.constant + self.linear @ offset - offset @ self.curvature @ offset / 2
         linear = matrix.T @ (self.linear - self.curvature @ offset)
         return _Exponential(constant, linear, matrix.T @ self.curvature @ matrix, self.finite)
 
-    def marginal(self, keep: int) -> "_Exponential":
-        """The expectation over all but the first `keep` variables, which are standard normal."""
-        inner = self.curvature[keep:, keep:]
-        matrix, finite = _positive(jnp.eye(len(inner), dtype=inner.dtype) + inner, self.finite)
+    def marginal(self, dim: int) -> "_Exponential":
+        """The expectation over all but the first `dim` variables, which are standard normal."""
+        rest = self.curvature[dim:, dim:]
+        matrix, finite = _positive(jnp.eye(len(rest), dtype=rest.dtype) + rest, self.finite)
         inverse = jnp.linalg.inv(matrix)
-        cross, linear = self.curvature[:keep, keep:], self.linear[keep:]
-        constant = self.constant - jnp.linalg.slogdet(matrix)[1] / 2 + linear @ inverse @ linear / 2
-        curvature = self.curvature[:keep, :keep] - cross @ inverse @ cross.T
+        cross, rest_linear = self.curvature[:dim, dim:], self.linear[dim:]
+        constant = self.constant - jnp.linalg.slogdet(matrix)[1] / 2
+        constant = constant + rest_linear @ inverse @ rest_linear / 2
+        curvature = self.curvature[:dim, :dim] - cross @ inverse @ cross.T
         return _Exponential(
-            constant, self.linear[:keep] - cross @ inverse @ linear, curvature, finite
+            constant, self.linear[:dim] - cross @ inverse @ rest_linear, curvature, finite
         )
 
 
@@ -149,72 +150,66 @@ def path_law(
         )
     dtype = field.prior.means.dtype
     times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(dtype)
-    law, end = _path_law(field, times, solver.eta.astype(dtype))
-    tilts._check_mass(end, field.form, field.law.final)
+    law, base_end = _path_law(field, times, solver.eta.astype(dtype))
+    tilts.check_mass(base_end, field.form, field.law.final)
     return law
 
 
 @eqx.filter_jit
 def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
     """`path_law`, and the law of the base chain's end."""
-    dtype, d, path = field.prior.means.dtype, field.prior.dim, field.interpolant
+    dtype, d, interpolant = field.prior.means.dtype, field.prior.dim, field.interpolant
     form, scale = field.form, field.law.final
-    unguided = AffineField(
-        field.prior, form, scales.Constant(jnp.zeros((), dtype)), path, finite_steps._pull_at_mean
-    )
+    zero_scale = scales.Constant(jnp.zeros((), dtype))
+    unguided = AffineField(field.prior, form, zero_scale, interpolant, finite_steps.shift_at_mean)
     eye = jnp.eye(d, dtype=dtype)
 
     def step(t: Array, u: Array) -> tuple[Array, ...]:
         """`(M, m, E, e, N, s^2)`: the base chain's mean `M x + m`, the guidance's
         `delta = E x + e + N z`.
         """
-        matrix, move, _ = unguided.at(t)
+        matrix, constant, _ = unguided.at(t)
 
-        def inside() -> tuple[Array, ...]:
-            guided, shift, noise = field.at(t)
-            rho = path.alpha(t) * path.sigma(u) / (path.alpha(u) * path.sigma(t))
-            variance = eta**2 * path.sigma(u) ** 2 * (1 - rho**2)
-            # sigma_u^2 - s^2 without the difference, which at t = 0 is zero, or by a compiler's
-            # rounding less.
-            keep = path.sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / path.sigma(t)
-            gain = path.alpha(u) - keep * path.alpha(t)
-            pushes = gain * (guided - matrix), gain * (shift - move), gain * noise
-            return keep * eye + gain * matrix, gain * move, *pushes, variance
+        def guided_step() -> tuple[Array, ...]:
+            guided, shift_constant, noise = field.at(t)
+            decay, gain, variance = finite_steps.ancestral_step(interpolant, t, u, eta)
+            shifts = gain * (guided - matrix), gain * (shift_constant - constant), gain * noise
+            return decay * eye + gain * matrix, gain * constant, *shifts, variance
 
-        def jump() -> tuple[Array, ...]:
+        def last_step() -> tuple[Array, ...]:
             zero = jnp.zeros_like(eye)
             return (
                 matrix,
-                move,
+                constant,
                 zero,
-                jnp.zeros_like(move),
+                jnp.zeros_like(constant),
                 jnp.zeros((d, 2 * d), dtype),
                 jnp.zeros((), dtype),
             )
 
-        return jax.lax.cond(u < 1, inside, jump)
+        return jax.lax.cond(u < 1, guided_step, last_step)
 
     steps = jax.lax.map(lambda interval: step(*interval), (times[:-1], times[1:]))
-    start = path.sigma(times[0]) ** 2
+    start = interpolant.sigma(times[0]) ** 2
 
     def forward(
         moments: tuple[Array, ...], step: tuple[Array, ...]
     ) -> tuple[tuple[Array, ...], None]:
-        mean, cov, spent, base_mean, base_cov, response = moments
-        matrix, move, push, shift, noise, variance = step
-        delta = push @ mean + shift
-        size = delta @ delta + jnp.sum((push @ cov) * push) + jnp.sum(noise**2)
-        spent = spent + jnp.where(
+        mean, cov, cost, base_mean, base_cov, response = moments
+        matrix, constant, shift_matrix, shift_constant, noise, variance = step
+        delta = shift_matrix @ mean + shift_constant
+        size = delta @ delta + jnp.sum((shift_matrix @ cov) * shift_matrix) + jnp.sum(noise**2)
+        cost = cost + jnp.where(
             variance > 0, size / jnp.where(variance > 0, 2 * variance, 1.0), 0.0
         )
-        guided = matrix + push
-        mean, base_mean = matrix @ mean + move + delta, matrix @ base_mean + move
+        guided = matrix + shift_matrix
+        mean, base_mean = matrix @ mean + constant + delta, matrix @ base_mean + constant
         cov = guided @ cov @ guided.T + noise @ noise.T + variance * eye
         # The base chain given its start: x_N is N(response x_0 + base_mean, base_cov).
         return (
             mean,
             cov,
-            spent,
+            cost,
             base_mean,
             matrix @ base_cov @ matrix.T + variance * eye,
             matrix @ response,
@@ -222,29 +217,29 @@ def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, Ga
 
     zero, nothing = jnp.zeros(d, dtype), jnp.zeros((d, d), dtype)
     moments = zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye
-    (mean, cov, spent, base_mean, base_cov, response), _ = jax.lax.scan(forward, moments, steps)
+    (mean, cov, cost, base_mean, base_cov, response), _ = jax.lax.scan(forward, moments, steps)
     one = lambda mean, cov: field.prior.replace(
         field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None]
     )
     last = one(base_mean, base_cov + start * response @ response.T)
-    log_norm = tilts._tilt(last, form, scale).log_norm
-    bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - spent
+    log_norm = tilts.tilt_by_form(last, form, scale).log_norm
+    bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - cost
     # A chain whose steps are too long for the guidance's stiffness explodes, past the largest
     # number.
-    bound = jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + spent), bound, -jnp.inf)
+    bound = jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + cost), bound, -jnp.inf)
 
     def backward(value: _Exponential, step: tuple[Array, ...]) -> tuple[_Exponential, None]:
-        matrix, move, push, shift, noise, variance = step
+        matrix, constant, shift_matrix, shift_constant, noise, variance = step
         # As a function of (x, z): the mean, less delta, then the cost of delta.
-        value = value.smoothed(variance).pulled(
-            jnp.concatenate([matrix - push, -noise], axis=1), move - shift
+        value = value.smoothed(variance).composed(
+            jnp.concatenate([matrix - shift_matrix, -noise], axis=1), constant - shift_constant
         )
         cost = jnp.where(variance > 0, 2 / jnp.where(variance > 0, variance, 1.0), 0.0)
-        push = jnp.concatenate([push, noise], axis=1)
+        shift_matrix = jnp.concatenate([shift_matrix, noise], axis=1)
         value = _Exponential(
-            value.constant + cost * shift @ shift / 2,
-            value.linear + cost * push.T @ shift,
-            value.curvature - cost * push.T @ push,
+            value.constant + cost * shift_constant @ shift_constant / 2,
+            value.linear + cost * shift_matrix.T @ shift_constant,
+            value.curvature - cost * shift_matrix.T @ shift_matrix,
             value.finite,
         )
         return value.marginal(d), None
@@ -257,7 +252,7 @@ def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, Ga
     # x_0.
     log_h = _exponential(form, scale)
     spread = jnp.linalg.inv(eye + base_cov @ log_h.curvature)
-    log_h = log_h.pulled(eye, base_mean)
+    log_h = log_h.composed(eye, base_mean)
     curvature = log_h.curvature @ spread
     expected = (
         log_h.constant
@@ -287,8 +282,8 @@ def path_limit(
     `fresh`: `plug_in_field` instead, one new draw a step: the same law of the ends, KL larger by
     `a^2` and the sample size smaller by `e^{2 a^2}`, in each direction.
 
-    **Raises:** `ValueError` for a mixture, for S and H that do not commute (not seen where they are
-    traced), and as `theory.plug_in_law`.
+    **Raises:** `ValueError` for a mixture, for S and H that do not commute (unchecked where they
+    are traced), and as `theory.plug_in_law`.
     """
     check_mixture(prior, "prior")
     fresh = _checks.flag(fresh, "fresh")
@@ -299,26 +294,25 @@ def path_limit(
     dtype = prior.means.dtype
     scale = _checks.nonnegative(scale, "scale").astype(dtype)
     form = _pytree.cast(tilts.quadratic_form(rewards.as_reward(reward), prior.dim), dtype)
-    flow_laws._check_domain(prior, form, scale)
-    if _checks.concrete((prior.covs, form.matrix)) and not flow_laws._commute(
+    flow_laws.check_domain(prior, form, scale)
+    if _checks.concrete((prior.covs, form.matrix)) and not flow_laws.commute(
         prior.covs, form.matrix
     ):
         raise ValueError(
             "this closed form needs a covariance that commutes with the reward's matrix H, and "
-            "these do not. Use path_law with many steps "
-            "instead."
+            "these do not. Use path_law with many steps instead."
         )
     mean, cov = prior.means[0], prior.covs[0]
     # Functions of the matrix scale S^(1/2) H S^(1/2) would do without a basis, but their terms in y
     # need one.
-    axes = tilts.common_axes(cov, form.matrix)
+    axes = flow_laws.common_axes(cov, form.matrix)
     s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
     a = scale * s2 * jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
     # scale h y^2 = strength / a, also where h = 0 and y is infinite.
     strength = (
         scale**2 * s2 * (axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)) ** 2
     )
-    log_norm = tilts._tilt(prior, form, scale).log_norm
+    log_norm = tilts.tilt_by_form(prior, form, scale).log_norm
     kl = jnp.sum(_spread_cost(a) + strength * _mean_cost(a))
     finite = jnp.all(a < 3 * jnp.pi / 8)
     inside = jnp.where(a < 3 * jnp.pi / 8, a, 0.5)
@@ -347,7 +341,7 @@ def _exponential(form: QuadraticForm, scale: Array) -> _Exponential:
     )
 
 
-def _either(a: Array, series: list[float], lowest: int, closed) -> Array:
+def _with_series(a: Array, series: list[float], lowest: int, closed) -> Array:
     """`closed(a)`, by its power series from `a^lowest` on where the closed form cancels."""
     small = a < 0.05
     x = jnp.where(small, a, 0.0)
@@ -359,19 +353,19 @@ def _spread_cost(a: Array) -> Array:
     """`[a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8`, of fourth order."""
     factorial = np.cumprod(np.arange(1.0, 21.0))
     series = [(-1) ** n * (2**n / (2 * n) - 4**n / (8 * factorial[n - 1])) for n in range(4, 20)]
-    return _either(a, series, 4, lambda a: (a - jnp.log1p(2 * a)) / 2 - jnp.expm1(-4 * a) / 8)
+    return _with_series(a, series, 4, lambda a: (a - jnp.log1p(2 * a)) / 2 - jnp.expm1(-4 * a) / 8)
 
 
 def _mean_cost(a: Array) -> Array:
     """`[(1 + e^{-4a}) / 2 - 1 / (1 + 2a)] / a`, of second order."""
     factorial = np.cumprod(np.arange(1.0, 21.0))
     series = [(-1) ** n * (4**n / (2 * factorial[n - 1]) - 2**n) for n in range(3, 19)]
-    return _either(a, series, 2, lambda a: ((1 + jnp.exp(-4 * a)) / 2 - 1 / (1 + 2 * a)) / a)
+    return _with_series(a, series, 2, lambda a: ((1 + jnp.exp(-4 * a)) / 2 - 1 / (1 + 2 * a)) / a)
 
 
 def _mean_loss(a: Array) -> Array:
     """`[1 + tan(pi / 4 - 2a) - 2 / (1 + 2a)] / a`, of second order."""
-    return _either(
+    return _with_series(
         a, _MEAN_LOSS, 2, lambda a: (1 + jnp.tan(jnp.pi / 4 - 2 * a) - 2 / (1 + 2 * a)) / a
     )
 

@@ -17,9 +17,9 @@ evaluation takes, in calls of the denoiser and in pullbacks through it (`pullbac
 **Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*:
 `discrete_law` for one Gaussian and one draw; the law of small steps plus that of one draw's step
 error for k > 1; `Selected.mixture` of what unguided sampling gives in these steps for selection;
-and for n weighted paths of effective share e, of which one is drawn, `KL <= log(1 + (1/e - 1)/n)`
-and so, for a Gaussian tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)`
-(Talagrand). Laws that are not Gaussian count by mean and covariance.
+and for n weighted paths of effective fraction e, of which one is drawn,
+`KL <= log(1 + (1/e - 1)/n)` and so, for a Gaussian tilt of largest variance v and to leading order,
+`W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not Gaussian count by mean and covariance.
 
 For a mixture every mode is treated alone, guided flows keep the prior's weights (see
 `plug_in_law`), and W2 is its upper bound by mixtures of couplings (`w2_bounds`); `Laplace` and,
@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Array
 
 from theory import finite_steps, flow_laws, path_weights, selection, tilts
-from theory.distances import w2_bounds
+from theory.distances import bures, w2_bounds
 from theory.finite_steps import AffineField
 from theory.many_draws import draws_moments
 from theory.tilts import QuadraticForm
@@ -56,12 +56,12 @@ _EXACT, _ALONE, _LIMIT = (
     "law of small steps",
 )
 _FIXED, _BOUND, _MEASURED = "fixed point at these steps", "leading order", "measured elsewhere"
-_MOST_STEPS = 200
-_PULLS = (
-    finite_steps._pull_at_mean,
-    finite_steps._pull_at_draw,
-    finite_steps._pull_exactly,
-    finite_steps._pull_at_end,
+_MAX_STEPS = 200
+_SHIFTS = (
+    finite_steps.shift_at_mean,
+    finite_steps.shift_at_draw,
+    finite_steps.exact_shift,
+    finite_steps.shift_at_end,
 )
 _PATH_STEPS = 25  # of a weighted path
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -123,7 +123,7 @@ def recommend(
     sample.
 
     Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay
-    best); what cannot afford one is left out. On the host, not to be traced: some 20 CPU-seconds
+    best); what cannot afford one is left out. Not to be traced: some 20 CPU-seconds
     the first time, for compiling, and 2 from then on for states of the same size.
 
     **Arguments:**
@@ -142,13 +142,8 @@ def recommend(
     """
     check_mixture(prior, "prior")
     conjugate = _checks.flag(conjugate, "conjugate")
-    budget, pullback = _number(budget, "budget"), _number(pullback, "pullback")
-    if budget < 1:
-        raise ValueError(
-            f"budget counts denoiser calls a sample and must be at least 1, got {budget:g}"
-        )
-    if pullback < 0:
-        raise ValueError(f"pullback must not be negative, got {pullback:g}")
+    budget = _checks.number(budget, "budget", 1, np.inf, closed="left")
+    pullback = _checks.number(pullback, "pullback", 0, np.inf, closed="left")
     inner_steps = _checks.count(inner_steps, "inner_steps")
     reward = rewards.as_reward(reward)
     strength = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
@@ -164,76 +159,69 @@ def recommend(
     return Plan(tuple(sorted(options, key=lambda option: option.error)), tilt, budget)
 
 
-def _number(value: float, name: str) -> float:
-    number = _checks.finite(value, name, 0)
-    if not _checks.concrete(number):
-        raise ValueError(
-            f"{name} is a number of calls: call recommend outside of jit, vmap and grad"
-        )
-    return float(number)
-
-
 def _options(
-    prior, reward, form, scale, tilt, budget, conjugate, inner, pullback
+    prior, reward, form, scale, tilt, budget, conjugate, inner_steps, pullback
 ) -> Iterator[Option]:
-    d, single = prior.dim, len(prior.log_weights) == 1
-    number = f"{float(scale):g}"
+    d, one_mode = prior.dim, len(prior.log_weights) == 1
+    scale_text = f"{float(scale):g}"
     spread = float(_spread(tilt))
     isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
     concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
     curvature = float(jnp.trace(form.matrix)) / d
-    full = AffineField(prior, form, scales.Constant(scale), Linear(), finite_steps._pull_exactly)
+    exact = AffineField(prior, form, scales.Constant(scale), Linear(), finite_steps.exact_shift)
 
-    def pulled(pull: Callable) -> AffineField:
-        return AffineField(prior, form, full.law, full.interpolant, pull)
+    def guided_by(shift: Callable) -> AffineField:
+        return AffineField(prior, form, exact.law, exact.interpolant, shift)
 
-    exact = _EXACT if single else _ALONE
+    basis_of_laws = _EXACT if one_mode else _ALONE
 
     def flow(
-        method: str, cost: float, field: AffineField, weights: Array, basis: str = exact
+        method: str, cost: float, field: AffineField, weights: Array, basis: str = basis_of_laws
     ) -> Iterator[Option]:
         steps = _affordable(budget, cost)
         if steps >= 1:
             law = _run(field, weights, steps)
             yield Option(method, steps, (2 * steps - 1) * cost, _distance(law, tilt), basis, law)
 
-    alone, one_draw = prior.log_weights, inner * (1 + pullback)
+    prior_weights, one_draw = prior.log_weights, inner_steps * (1 + pullback)
     unguided = eqx.tree_at(
-        lambda f: f.law.final, pulled(finite_steps._pull_at_mean), jnp.zeros_like(scale)
+        lambda f: f.law.final, guided_by(finite_steps.shift_at_mean), jnp.zeros_like(scale)
     )
-    yield from flow("no guidance", 1, unguided, alone)
+    yield from flow("no guidance", 1, unguided, prior_weights)
     if conjugate and isotropic and curvature >= 0:
-        yield from flow(f"Tilted(model, reward, {number})", 1, full, tilt.log_weights)
+        yield from flow(f"Tilted(model, reward, {scale_text})", 1, exact, tilt.log_weights)
     if concave:
-        name = f"Conjugate(model, reward, {number})"
-        if single or isotropic:  # its fixed point is the tilt
-            yield from flow(name, 2, full, tilt.log_weights, _FIXED)
+        name = f"Conjugate(model, reward, {scale_text})"
+        if one_mode or isotropic:  # its fixed point is the tilt
+            yield from flow(name, 2, exact, tilt.log_weights, _FIXED)
         elif (steps := _affordable(budget, 2)) >= 1:
             yield Option(
                 name, steps, 2 * (2 * steps - 1), MEASURED["Conjugate"] * spread, _MEASURED
             )
-        name, cost = f"Laplace(model, reward, {number})", 1 + d * pullback
-        if single:
-            yield from flow(name, cost, full, alone)
+        name, cost = f"Laplace(model, reward, {scale_text})", 1 + d * pullback
+        if one_mode:
+            yield from flow(name, cost, exact, prior_weights)
         elif (steps := _affordable(budget, cost)) >= 1:
             yield Option(
                 name, steps, cost * (2 * steps - 1), MEASURED["Laplace"] * spread, _MEASURED
             )
-    glass = f"PlugIn(Glass(model, {inner}), "
+    glass = f"PlugIn(Glass(model, {inner_steps}), "
     yield from flow(
-        f"{glass}reward, {number})", one_draw, pulled(finite_steps._pull_at_draw), alone
+        f"{glass}reward, {scale_text})",
+        one_draw,
+        guided_by(finite_steps.shift_at_draw),
+        prior_weights,
     )
+    name = f"dps(model, reward, {scale_text})"
+    yield from flow(name, 1 + pullback, guided_by(finite_steps.shift_at_mean), prior_weights)
+    cost = 2 * inner_steps + 2 + (2 * inner_steps + 1) * pullback
     yield from flow(
-        f"dps(model, reward, {number})", 1 + pullback, pulled(finite_steps._pull_at_mean), alone
-    )
-    cost = 2 * inner + 2 + (2 * inner + 1) * pullback
-    yield from flow(
-        f"fmrg(model, reward, {number}, steps={inner})",
+        f"fmrg(model, reward, {scale_text}, inner_steps={inner_steps})",
         cost,
-        pulled(finite_steps._pull_at_end),
-        alone,
+        guided_by(finite_steps.shift_at_end),
+        prior_weights,
     )
-    yield from _selected(prior, reward, scale, tilt, unguided, budget, exact)
+    yield from _selected(prior, reward, scale, tilt, unguided, budget, basis_of_laws)
     if concave and curvature > 0:
         # Damping belongs to the reward -|x - y|^2: its weight goes into the scale.
         width = float(
@@ -247,12 +235,12 @@ def _options(
             f"Damped({float(damped.final):g}, {width:.3g})"
         )
         field = AffineField(
-            prior, _divided(form, curvature), damped, full.interpolant, finite_steps._pull_at_draw
+            prior, _divided(form, curvature), damped, exact.interpolant, finite_steps.shift_at_draw
         )
-        yield from flow(f"{glass}{label})", one_draw, field, alone)
-        if single:
+        yield from flow(f"{glass}{label})", one_draw, field, prior_weights)
+        if one_mode:
             yield from _weighted(prior, field, tilt, budget, one_draw, label)
-        if single and isotropic and _round(prior) and float(scale) > 0:
+        if one_mode and isotropic and _is_isotropic(prior) and float(scale) > 0:
             strength = float(scale) * curvature * float(prior.covs[0, 0, 0])
             if strength <= 1e4:
                 yield from _many_draws(
@@ -260,9 +248,9 @@ def _options(
                     reward,
                     scale,
                     tilt,
-                    pulled(finite_steps._pull_at_draw),
+                    guided_by(finite_steps.shift_at_draw),
                     budget,
-                    inner,
+                    inner_steps,
                     pullback,
                 )
 
@@ -274,7 +262,7 @@ def _spread(law: GaussianMixture) -> Array:
 
 def _affordable(budget: float, cost: float) -> int:
     """The most steps of Heun's method, `2 n - 1` evaluations, within the budget."""
-    return min(_MOST_STEPS, int((budget / cost + 1) // 2))
+    return min(_MAX_STEPS, int((budget / cost + 1) // 2))
 
 
 def _divided(form: QuadraticForm, factor: float) -> QuadraticForm:
@@ -283,40 +271,42 @@ def _divided(form: QuadraticForm, factor: float) -> QuadraticForm:
     )
 
 
-def _round(prior: GaussianMixture) -> bool:
+def _is_isotropic(prior: GaussianMixture) -> bool:
     covs = np.asarray(prior.covs, np.float64)
     return bool(np.allclose(covs, covs[:, :1, :1] * np.eye(prior.dim), rtol=1e-6, atol=0))
 
 
-def _run(family: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
+def _run(field: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
     """What `steps` steps of Heun's method make of each component alone."""
     # Preceded by steps of no length: one program for any number of them, and, at a constant scale,
     # for any guidance.
-    place = np.maximum(np.arange(_MOST_STEPS + 1) - (_MOST_STEPS - steps), 0) / steps
-    times = jnp.asarray(1e-3 + (1 - 1e-3) * place, family.prior.means.dtype)
-    pulls = _PULLS if isinstance(family.law, scales.Constant) else (family.pull,)
-    which = np.asarray(pulls.index(family.pull), np.int32)
-    return _follow(
-        pulls,
-        which,
-        (family.prior, family.form, family.law, family.interpolant),
+    fraction = np.maximum(np.arange(_MAX_STEPS + 1) - (_MAX_STEPS - steps), 0) / steps
+    times = jnp.asarray(1e-3 + (1 - 1e-3) * fraction, field.prior.means.dtype)
+    shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
+    index = np.asarray(shifts.index(field.shift), np.int32)
+    return _run_components(
+        shifts,
+        index,
+        (field.prior, field.form, field.law, field.interpolant),
         log_weights,
         times,
     )
 
 
 @eqx.filter_jit
-def _follow(
-    pulls: tuple[Callable, ...], which: np.ndarray, parts: tuple, log_weights: Array, times: Array
+def _run_components(
+    shifts: tuple[Callable, ...], index: np.ndarray, parts: tuple, log_weights: Array, times: Array
 ) -> GaussianMixture:
-    prior, form, law, path = parts
+    prior, form, law, interpolant = parts
 
-    def pull(path: Any, *arguments: Any) -> tuple[Array, Array, Array]:
-        return jax.lax.switch(which, [functools.partial(each, path) for each in pulls], *arguments)
+    def shift(interpolant: Any, *arguments: Any) -> tuple[Array, Array, Array]:
+        branches = [functools.partial(branch, interpolant) for branch in shifts]
+        return jax.lax.switch(index, branches, *arguments)
 
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
         one = prior.replace(jnp.zeros(1, mean.dtype), mean[None], cov[None])
-        end = finite_steps.discrete_law(AffineField(one, form, law, path, pull), times=times)
+        field = AffineField(one, form, law, interpolant, shift)
+        end = finite_steps.discrete_law(field, times=times)
         return end.means[0], end.covs[0]
 
     means, covs = jax.vmap(component)(prior.means, prior.covs)
@@ -327,22 +317,25 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
     return float(w2_bounds(law, tilt).upper)
 
 
-def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -> Iterator[Option]:
+def _many_draws(
+    prior, reward, scale, tilt, one_draw, budget, inner_steps, pullback
+) -> Iterator[Option]:
     """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
-    one, many = flow_laws.plug_in_law(prior, reward, scale), _of_draws(prior, reward, scale)
+    one_law = flow_laws.plug_in_law(prior, reward, scale)
+    parameters = _draws_parameters(prior, reward, scale)
     for k in (2, 8, 32):
-        cost = (1 + k * (inner - 1)) * (
-            1 + pullback
-        )  # the first call of all draws is that of the field itself
+        # The first call of all draws is that of the field itself.
+        cost = (1 + k * (inner_steps - 1)) * (1 + pullback)
         steps = _affordable(budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
         coarse = _run(one_draw, prior.log_weights, steps)
-        mean, cov = draws_moments(*many, jnp.asarray(k, prior.means.dtype))
+        mean, cov = draws_moments(*parameters, jnp.asarray(k, prior.means.dtype))
         # Fresh draws leave 1/k of one draw's variance.
-        mean, cov = mean + coarse.means[0] - one.means[0], cov + (coarse.covs[0] - one.covs[0]) / k
+        mean = mean + coarse.means[0] - one_law.means[0]
+        cov = cov + (coarse.covs[0] - one_law.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
-        method = f"PlugIn(Glass(model, {inner}), reward, {float(scale):g}, k={k})"
+        method = f"PlugIn(Glass(model, {inner_steps}), reward, {float(scale):g}, k={k})"
         yield Option(
             method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments
         )
@@ -350,13 +343,13 @@ def _many_draws(prior, reward, scale, tilt, one_draw, budget, inner, pullback) -
 
 def _selected(prior, reward, scale, tilt, unguided, budget, basis) -> Iterator[Option]:
     """The best number of candidates, for best-of-n and for softmax-of-n."""
-    number = f"{float(scale):g}"
+    scale_text = f"{float(scale):g}"
     cells = {1: 10_000, 2: 300}.get(prior.dim)
     rules = {
         "best_of_n(particles, reward, {})": lambda base, n: selection.best_of_n(
             base, reward, n, cells=cells
         ),
-        f"softmax_of_n(key, particles, reward, {{}}, {number})": lambda base, n: (
+        f"softmax_of_n(key, particles, reward, {{}}, {scale_text})": lambda base, n: (
             selection.softmax_of_n(base, reward, n, scale)
         ),
     }
@@ -399,48 +392,48 @@ def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
         )
 
 
-def _of_draws(
+def _draws_parameters(
     prior: GaussianMixture, reward: rewards.Reward, scale: Array
 ) -> tuple[Array, Array, Array, Array]:
-    return flow_laws._draws(
-        prior, reward, _pytree.cast(scales.as_scale(scale), prior.means.dtype), 2
-    )
+    law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
+    return flow_laws.draws_parameters(prior, reward, law, 2)
 
 
 def matching_k(
-    prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, most: int = 10_000
+    prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, maximum: int = 10_000
 ) -> int | None:
     """The least k for which undamped plug-in lands closer to the tilt than one draw damped by
-    `law`, or `None` up to `most`.
+    `law`, or `None` up to `maximum`.
 
     By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw
-    samples the tilt, and no k beats it; of a wrong one this says what it is worth. On the host.
+    samples the tilt, and no k beats it; of a wrong one this says what it is worth. Not to be
+    traced.
 
     **Raises:** as `plug_in_law` with k > 1.
     """
     if not isinstance(law, scales.Damped):
         raise TypeError(f"law must be a Damped scale, got {type(law).__name__}")
     check_mixture(prior, "prior")
-    most = _checks.count(most, "most")
+    maximum = _checks.count(maximum, "maximum")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
-    many = _of_draws(prior, reward, law.final)  # refuses what has no law
+    parameters = _draws_parameters(prior, reward, law.final)  # refuses what has no law
 
     def distance(k: int) -> float:
         if k > 1:
-            one_mean, one_cov = draws_moments(*many, jnp.asarray(k, mean.dtype))
-            return float(tilts.bures(one_mean, one_cov, mean, cov))
-        here = flow_laws.plug_in_law(prior, reward, law.final)
-        return float(tilts.bures(here.means[0], here.covs[0], mean, cov))
+            draws_mean, draws_cov = draws_moments(*parameters, jnp.asarray(k, mean.dtype))
+            return float(bures(draws_mean, draws_cov, mean, cov))
+        undamped = flow_laws.plug_in_law(prior, reward, law.final)
+        return float(bures(undamped.means[0], undamped.covs[0], mean, cov))
 
-    one = flow_laws.plug_in_law(prior, reward, law)
-    aim = float(tilts.bures(one.means[0], one.covs[0], mean, cov))
-    if distance(1) < aim:
+    damped = flow_laws.plug_in_law(prior, reward, law)
+    damped_distance = float(bures(damped.means[0], damped.covs[0], mean, cov))
+    if distance(1) < damped_distance:
         return 1
-    if distance(most) >= aim:
+    if distance(maximum) >= damped_distance:
         return None
-    low, high = 1, most
+    low, high = 1, maximum
     while high - low > 1:  # the distance falls in k
         middle = max(low + 1, int(np.sqrt(low * high)))
-        low, high = (low, middle) if distance(middle) < aim else (middle, high)
+        low, high = (low, middle) if distance(middle) < damped_distance else (middle, high)
     return high

@@ -102,8 +102,7 @@ def tilt(
         if not effective > 100:
             raise ValueError(
                 f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of "
-                f"{cells}^{d}. Lower the scale (got "
-                f"{float(scale):g}), or raise cells."
+                f"{cells}^{d}. Lower the scale (got {float(scale):g}), or raise cells."
             )
     return grid
 
@@ -143,10 +142,8 @@ def log_norm(
     """
     check_mixture(mixture, "mixture")
     _checks.function(reward, "reward")
-    d, reach, scale = mixture.dim, _checks.number(reach, "reach"), _checks.finite(scale, "scale", 0)
-    scale = scale.astype(mixture.means.dtype)
-    if not 0 < reach < np.inf:
-        raise ValueError(f"reach must be positive and finite, got {reach:g}")
+    reach = _checks.number(reach, "reach", 0, np.inf, closed="neither")
+    d, scale = mixture.dim, _checks.finite(scale, "scale", 0).astype(mixture.means.dtype)
     if d > 2:
         raise ValueError(f"quadrature covers one or two dimensions, got {d}")
     nodes = (401, 41)[d - 1] if nodes is None else _checks.count(nodes, "nodes")

@@ -36,7 +36,7 @@ from tiltjax.mixtures import GaussianMixture, check_mixture
 
 # Gumbel noise and nodes for it: beyond them less than 1e-15 of it is left.
 _GUMBEL = np.linspace(-4.0, 40.0, 441)
-_MOST = 1e12
+_MAX_DRAWS = 1e12
 
 
 class Selected(eqx.Module):
@@ -72,17 +72,17 @@ class Selected(eqx.Module):
         """The mixture with the winner's mass, mean and covariance in each component of the prior:
         where it lands, to second moments.
 
-        **Raises:** `ValueError` for `Step`, whose values say too little.
+        **Raises:** `ValueError` for `StepReward`, whose values say too little.
         """
         return _mixture(self.prior, self.law, self._differentiable(self.log_ratios))
 
     def expect_reward(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(r)]` of the winner's reward."""
-        return jnp.sum(self._shares() * jax.vmap(jax.vmap(fn))(self.law.values))
+        return jnp.sum(self._probs() * jax.vmap(jax.vmap(fn))(self.law.values))
 
     def mean_reward(self) -> Array:
         """`E[r]`."""
-        return jnp.sum(self._shares() * self.law.values)
+        return jnp.sum(self._probs() * self.law.values)
 
     def reward_cdf(self, r: float | Array) -> Array:
         """`P(r(X) <= r)` of the winner."""
@@ -99,23 +99,22 @@ class Selected(eqx.Module):
 
     def reward_quantile(self, level: float | Array) -> Array:
         """The smallest r with `P(r(X) <= r) >= level`, for a level inside (0, 1)."""
-        level = _checks.finite(level, "level", 0).astype(self.law.values.dtype)
-        if _checks.concrete(level) and not 0 < float(level) < 1:
-            raise ValueError(f"level must lie inside (0, 1), got {float(level):g}")
+        level = _checks.in_range(level, "level", 0, 1, closed="neither")
+        level = level.astype(self.law.values.dtype)
         values, cumulative = self._cumulative()
         if self.law.discrete:
             return values[
                 jnp.minimum(jnp.searchsorted(cumulative, level * cumulative[-1]), len(values) - 1)
             ]
 
-        def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        def bisect(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bracket
             middle = low + (high - low) / 2
             enough = self.reward_cdf(middle) >= level
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
         values = jax.lax.stop_gradient(values)
-        return jax.lax.fori_loop(0, 100, halve, (values[0], values[-1]))[1]
+        return jax.lax.fori_loop(0, 100, bisect, (values[0], values[-1]))[1]
 
     def reward_log_prob(self, r: float | Array) -> Array:
         """The log-density of the winner's reward. **Raises:** `ValueError` where there is none in
@@ -128,7 +127,7 @@ class Selected(eqx.Module):
         """`KL(q | p)`, p the law of one draw."""
         if isinstance(self.ratio, _Best):
             return jnp.log(self.n) - (self.n - 1) / self.n
-        return jnp.sum(self._shares() * self.log_ratios)
+        return jnp.sum(self._probs() * self.log_ratios)
 
     def kl_to_tilt(self, scale: float | Array) -> Array:
         """`KL(q | tilt)`, the tilt being that *of p*, `p exp(scale * r) / Z`."""
@@ -139,15 +138,15 @@ class Selected(eqx.Module):
             log_norm = tilts.tilt(self.prior, self.reward, scale).log_norm
         return self.kl_to_base() - scale * self.mean_reward() + log_norm
 
-    def _shares(self) -> Array:
+    def _probs(self) -> Array:
         # g is constant to first order where only the order of the rewards counts, so that no
         # derivative passes through it (Danskin).
         return _normalized(self.law.log_masses + self.log_ratios)
 
     def _cumulative(self) -> tuple[Array, Array]:
-        values, shares = self.law.flat(self._shares())
+        values, probs = self.law.flat(self._probs())
         order = jnp.argsort(jax.lax.stop_gradient(values))
-        return values[order], jnp.cumsum(shares[order])
+        return values[order], jnp.cumsum(probs[order])
 
     def _differentiable(self, log_ratio: Array) -> Array:
         if isinstance(self.law, GridReward) and isinstance(self.ratio, _Table):
@@ -162,8 +161,8 @@ def best_of_n(
 
     `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`,
     `theory.discrete_law`). Closed forms and quadrature as in `theory._reward_laws`: any dimension
-    for `Linear`, `Step`, and concave isotropic quadratic rewards of isotropic components, else one
-    or two, with `cells` a dimension.
+    for `LinearReward`, `StepReward`, and concave isotropic quadratic rewards of isotropic
+    components, else one or two, with `cells` a dimension.
 
     Everything differentiates in the prior and in the reward, except masses and density on a grid in
     the reward, which say so.
@@ -171,7 +170,7 @@ def best_of_n(
     **Raises:** `ValueError` above two dimensions without closed form, and where the grid does not
     resolve the winner.
     """
-    return _best(prior, reward, _draws(n), reward_law(prior, reward, cells=cells))
+    return _best(prior, reward, _draw_count(n), reward_law(prior, reward, cells=cells))
 
 
 def softmax_of_n(
@@ -194,25 +193,25 @@ def softmax_of_n(
     scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
     cells = {1: 3000, 2: 160}.get(prior.dim) if cells is None else _checks.count(cells, "cells")
     law = reward_law(prior, reward, cells=cells, nodes=4001)
-    draws = _draws(n).astype(prior.means.dtype)
+    draws = _draw_count(n).astype(prior.means.dtype)
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     ratio = _softmax_ratio(law, draws, scale)
     return _resolved(Selected(prior, reward, law, draws, ratio, _at_nodes(ratio, law.values)))
 
 
 def matching_n(
-    prior: GaussianMixture, reward: Callable, scale: float | Array, *, most: int = 10**6
+    prior: GaussianMixture, reward: Callable, scale: float | Array, *, maximum: int = 10**6
 ) -> int:
     """The n for which best-of-n is nearest to the tilt at `scale`: the least `KL(best of n | tilt)`
-    over all `1 <= n <= most`.
+    over all `1 <= n <= maximum`.
 
     Every n up to 32, then a geometric grid, whose best cell is divided until it is a single n
     (which supposes that the divergence has one minimum in it). A whole number to be handed to
     `tiltjax.best_of_n`, so nothing here may be traced.
 
-    **Raises:** `ValueError` if the best n is `most` itself.
+    **Raises:** `ValueError` if the best n is `maximum` itself.
     """
-    scale, most = _checks.nonnegative(scale, "scale"), _checks.count(most, "most")
+    scale, maximum = _checks.nonnegative(scale, "scale"), _checks.count(maximum, "maximum")
     if not _checks.concrete((prior, scale)):
         raise ValueError(
             "matching_n returns a number of draws, a Python int: call it outside of jit, vmap and "
@@ -229,29 +228,30 @@ def matching_n(
         return int(np.argmin(values))
 
     counts = np.unique(
-        np.concatenate([np.arange(1, 33), np.geomspace(32, max(most, 33), 32)]).astype(np.int64)
+        np.concatenate([np.arange(1, 33), np.geomspace(32, max(maximum, 33), 32)]).astype(np.int64)
     )
-    counts = counts[counts <= most]
+    counts = counts[counts <= maximum]
     while True:
         i = best(counts)
         low, high = counts[max(i - 1, 0)], counts[min(i + 1, len(counts) - 1)]
         if high - low <= 2:
             break
         counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
-    if counts[i] == most and most > 1:
+    if counts[i] == maximum and maximum > 1:
         raise ValueError(
-            f"the best n is beyond most = {most}: selection reaches this tilt, KL about log n, "
-            "only with more draws than that. Guide "
-            "the sampler first (and match n to what is left), or raise most."
+            f"the best n is beyond maximum = {maximum}: selection reaches this tilt, KL about log "
+            "n, only with more draws than that. Guide the sampler first (and match n to what is "
+            "left), or raise maximum."
         )
     return int(counts[i])
 
 
-def _draws(n: int) -> Array:
+def _draw_count(n: int) -> Array:
     n = _checks.count(n, "n")
-    if n > _MOST:
+    if n > _MAX_DRAWS:
         raise ValueError(
-            f"n must be at most {_MOST:g}, got {n}: no reward's law is resolved so far in its tail"
+            f"n must be at most {_MAX_DRAWS:g}, got {n}: no reward's law is resolved so far in its "
+            "tail"
         )
     return jnp.asarray(float(n))
 
@@ -269,8 +269,8 @@ def _best(prior: GaussianMixture, reward: Callable, n: Array, law: RewardLaw) ->
 
 @eqx.filter_jit
 def _mixture(prior: GaussianMixture, law: RewardLaw, log_ratios: Array) -> GaussianMixture:
-    log_shares = law.log_masses + log_ratios
-    return prior.replace(jax.nn.logsumexp(log_shares, axis=1), *law.moments(prior, log_shares))
+    log_probs = law.log_masses + log_ratios
+    return prior.replace(jax.nn.logsumexp(log_probs, axis=1), *law.moments(prior, log_probs))
 
 
 @eqx.filter_jit
@@ -318,12 +318,12 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
     f = jax.ops.segment_max(cumulative, group, len(values))[group]
     # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small
     # atoms.
-    share = jnp.minimum(
+    fraction = jnp.minimum(
         jax.ops.segment_sum(mass / jnp.sum(mass), group, len(values))[group] / f, 1.0
     )
-    lowest = share > 1 - 4 * jnp.finfo(values.dtype).eps
-    share = jnp.where(lowest, 0.5, share)
-    rise = jnp.where(lowest, 0.0, jnp.log(-jnp.expm1(n * jnp.log1p(-share)) / share))
+    lowest = fraction > 1 - 4 * jnp.finfo(values.dtype).eps
+    fraction = jnp.where(lowest, 0.5, fraction)
+    rise = jnp.where(lowest, 0.0, jnp.log(-jnp.expm1(n * jnp.log1p(-fraction)) / fraction))
     log_ratios = (n - 1) * jnp.log(f) + rise
     return _Table(values, log_ratios), jnp.zeros_like(log_ratios).at[order].set(log_ratios)[None]
 
@@ -393,8 +393,7 @@ def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], 
         if _checks.concrete(resolved) and not bool(resolved):
             raise ValueError(
                 f"the grid does not resolve a softmax at scale {float(scale):g}, over which the "
-                "reward varies by "
-                f"{float(span):.3g}: lower the scale, or take best_of_n, its limit"
+                f"reward varies by {float(span):.3g}: lower the scale, or take best_of_n, its limit"
             )
         return _Either(soft, _unresolved, resolved) if not _checks.concrete(resolved) else soft
     if _checks.concrete(resolved):
@@ -408,11 +407,11 @@ def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
     it.
     """
     values, masses = law.flat(jnp.exp(law.log_masses))
-    held = jax.lax.stop_gradient((values, masses))
+    fixed = jax.lax.stop_gradient((values, masses))
     # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is
     # gone.
-    best = jnp.max(jnp.where(held[1] > 0, held[0], -jnp.inf))
-    worst = jnp.min(jnp.where(held[1] > 1e-16, held[0], jnp.inf))
+    best = jnp.max(jnp.where(fixed[1] > 0, fixed[0], -jnp.inf))
+    worst = jnp.min(jnp.where(fixed[1] > 1e-16, fixed[0], jnp.inf))
     low = -scale * best - jnp.log(n) - 36.0
     v = jax.lax.stop_gradient(
         low + (-scale * worst + 5.0 - low) * jnp.linspace(0, 1, 4096, dtype=values.dtype)
@@ -447,7 +446,7 @@ def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
         np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype
     )
     # Row i: F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a; sums with the
-    # same a - a' share their entry.
+    # same a - a' have one entry.
     shift = np.arange(len(noise))
     smooth = jnp.zeros((len(lags), len(noise)), values.dtype)
     smooth = smooth.at[len(noise) - 1 + shift[None] - shift[:, None], shift[None]].set(
@@ -479,17 +478,16 @@ def _normalized(log_weights: Array) -> Array:
 
 
 def _resolved(selected: Selected) -> Selected:
-    log_shares = selected.law.log_masses + selected.log_ratios
-    if not _checks.concrete(log_shares):
+    log_probs = selected.law.log_masses + selected.log_ratios
+    if not _checks.concrete(log_probs):
         return selected
-    log_shares = np.asarray(log_shares, np.float64)
-    total = np.logaddexp.reduce(log_shares, axis=None)
-    cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_shares, axis=0)))
+    log_probs = np.asarray(log_probs, np.float64)
+    total = np.logaddexp.reduce(log_probs, axis=None)
+    cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_probs, axis=0)))
     if not abs(total) < 1e-3 or (isinstance(selected.law, GridReward) and cells < 100):
         raise ValueError(
             f"quadrature does not resolve the winner of n = {float(selected.n):g}: its mass sums "
-            f"to {np.exp(total):.6g} over "
-            f"{cells:.3g} nodes. Take fewer draws, or raise cells."
+            f"to {np.exp(total):.6g} over {cells:.3g} nodes. Take fewer draws, or raise cells."
         )
     return selected
 
@@ -506,8 +504,8 @@ def _refuse_rewards(primals, tangents):
     if not isinstance(tangents[1], SymbolicZero):
         raise ValueError(
             "masses and densities of best-of-n on a grid have no derivative in the reward: only "
-            "the order of rewards enters. Use "
-            "softmax_of_n at a large scale, or finite differences."
+            "the order of rewards enters. Use softmax_of_n at a large scale, or finite "
+            "differences."
         )
     tangent = tangents[0]
     return primals[0], jnp.zeros_like(primals[0]) if isinstance(tangent, SymbolicZero) else tangent

@@ -1,6 +1,8 @@
-r"""The tilt of a Gaussian mixture by a quadratic reward, in closed form.
+r"""The exact tilt of a Gaussian mixture: its law, Doob's h-function, and `log Z` by thermodynamic
+integration.
 
-For `r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` and the scale l, with
+**The tilt by a quadratic reward, in closed form.** For
+`r(x) = r_0 + <g, x - y> - (x - y)^T H (x - y)`, a component `w N(mu, S)` and the scale l, with
 `M = I + 2 l S H`,
 
     mean        y + M^-1 (mu - y) + l S~ g
@@ -14,22 +16,20 @@ indefinite, as long as the eigenvalues of M, which are real, are positive; other
 finite mass. For one `Quadratic` nothing large cancels (y is its own maximizer and g = 0); for a
 sum, y is the first term's.
 
-Doob's h-function of a mixture: `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly.
-
-Given `X_t = x` the data are again a mixture (`GaussianMixture.condition`), so log h is the log
+**Doob's h-function**, `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly. Conditional on
+`X_t = x` the data are again a mixture (`GaussianMixture.condition`), so log h is the log
 normalizing constant of *its* tilt. At t = 0 it is log Z for every x (if `alpha_0 = 0`), at t = 1 it
 is `scale * r(x)`, and `p_t h_t / Z` is the law of the tilt noised to time t.
 
-`log Z` by thermodynamic integration, for any law whose tilted mean reward is known or measured.
-
+**Thermodynamic integration**, `log Z` of any law whose tilted mean reward is known or measured.
 With `Z(scale) = E[exp(scale r(X))]` under the prior, `log Z(0) = 0` and
 
     d log Z / d scale = E_scale[r],    d^2 log Z / d scale^2 = Var_scale(r) >= 0,
 
 E_scale being the expectation under the tilt: `log Z(scale) = ∫_0^scale E_l[r] dl` (Kirkwood 1935;
-Gelman and Meng 1998, *Simulating normalizing constants*: path sampling). The second line makes
+Gelman and Meng 1998, *Simulating normalizing constants*: path sampling). The second equation makes
 `E_l[r]` nondecreasing in l, so that left and right Riemann sums on any grid of scales are below and
-above the truth: a bracket, not an error estimate. Z must be finite on all of the way.
+above the truth: a bracket, not an error estimate. Z must be finite for all scales of the grid.
 """
 
 import functools
@@ -43,7 +43,7 @@ import numpy as np
 from jaxtyping import Array
 
 from theory import quadrature
-from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax import _checks, _pytree, rewards
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
@@ -58,24 +58,24 @@ class QuadraticForm(NamedTuple):
 
 
 def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
-    """The coefficients of a quadratic reward on `R^dim`: `Quadratic`, `Linear`, their sums and
-    multiples.
+    """The coefficients of a quadratic reward on `R^dim`: `Quadratic`, `LinearReward`, their sums
+    and multiples.
 
     **Raises:** `ValueError` for any other reward, naming it.
     """
     dim = _checks.count(dim, "dim")
-    matrix, centers = _parts(reward, dim)
+    matrix, centers = _matrix_and_centers(reward, dim)
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
         raise ValueError(
             f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}"
         )
-    value, gradient = _value_and_slope(reward, center)
+    value, gradient = _value_and_gradient(reward, center)
     return QuadraticForm(matrix, center, gradient, value)
 
 
 @eqx.filter_jit
-def _value_and_slope(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
+def _value_and_gradient(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
     return jax.value_and_grad(reward)(x)
 
 
@@ -89,7 +89,7 @@ def is_quadratic(reward: rewards.Reward) -> bool:
     return isinstance(reward, rewards.Quadratic | rewards.LinearReward)
 
 
-def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
+def _matrix_and_centers(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
     """The matrix H of a reward, and the centers of its quadratic terms."""
     match reward:
         case rewards.Quadratic():
@@ -97,17 +97,16 @@ def _parts(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
         case rewards.LinearReward():
             return jnp.zeros((dim, dim), reward.direction.dtype), []
         case rewards.Scaled():
-            matrix, centers = _parts(reward.reward, dim)
+            matrix, centers = _matrix_and_centers(reward.reward, dim)
             return reward.factor * matrix, centers
         case rewards.Sum():
-            matrices, centers = zip(*(_parts(term, dim) for term in reward.terms), strict=True)
-            return functools.reduce(jnp.add, matrices), [
-                center for group in centers for center in group
-            ]
+            parts = [_matrix_and_centers(term, dim) for term in reward.terms]
+            matrix = functools.reduce(jnp.add, (matrix for matrix, _ in parts))
+            return matrix, [center for _, centers in parts for center in centers]
     raise ValueError(
-        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, Linear, their "
-        "sums and multiples have one. In one or "
-        "two dimensions use theory.quadrature.tilt."
+        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, "
+        "LinearReward, their sums and multiples have one. In one or two dimensions use "
+        "theory.quadrature.tilt."
     )
 
 
@@ -139,7 +138,7 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
     check_mixture(prior, "prior")
     scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
     form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
-    return _tilt(prior, form, scale)
+    return tilt_by_form(prior, form, scale)
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
@@ -153,13 +152,14 @@ def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
     )
 
 
-def _tilt(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
-    _check_mass(prior, form, scale)
-    return _tilted(prior, form, scale)
+def tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
+    """`tilt`, of the coefficients of the reward."""
+    check_mass(prior, form, scale)
+    return _tilt_by_form(prior, form, scale)
 
 
 @eqx.filter_jit
-def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
+def _tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
     eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
 
     def component(log_weight: Array, mean: Array, cov: Array) -> tuple[Array, Array, Array]:
@@ -182,7 +182,8 @@ def _tilted(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
     return Tilt(mixture, jax.nn.logsumexp(log_weights) + scale * form.value)
 
 
-def _check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> None:
+def check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> None:
+    """Refuse, with a `ValueError`, a tilt of no finite mass."""
     if not _checks.concrete((prior, form, scale)):
         return
     matrices = np.eye(prior.dim) + 2 * float(scale) * np.asarray(prior.covs) @ np.asarray(
@@ -193,63 +194,9 @@ def _check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> No
         k = int(np.argmin(smallest))
         raise ValueError(
             f"the tilt has no finite mass: I + 2 scale S H has the eigenvalue {smallest[k]:g} for "
-            f"component {k}, and needs positive "
-            "ones. The reward grows faster than the prior decays: lower scale (got "
-            f"{float(scale):g}) or bound the reward."
+            f"component {k}, and needs positive ones. The reward grows faster than the prior "
+            f"decays: lower scale (got {float(scale):g}) or bound the reward."
         )
-
-
-def common_axes(cov: Array, matrix: Array) -> Array:
-    """A basis, in columns, that diagonalises two commuting matrices: eigenvectors of a generic
-    combination of them.
-    """
-    size = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
-    return jnp.linalg.eigh(cov / size(cov) + matrix / size(matrix) / jnp.pi)[1]
-
-
-def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
-    """`W2^2` between `N(m, S)` and `N(n, T)`:
-    `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
-
-    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by
-    triangular roots: singular covariances are as good as any. Its derivative is taken without that
-    of the singular vectors, and is right where singular values coincide; where one is zero, W2^2
-    itself has a one-sided derivative only. Source: Dowson and Landau (1982).
-
-    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:**
-    `ValueError` for other shapes.
-    """
-    mean, other_mean = (
-        _checks.floating(mean, "mean", 1),
-        _checks.floating(other_mean, "other_mean", 1),
-    )
-    cov, other_cov = _checks.floating(cov, "cov", 2), _checks.floating(other_cov, "other_cov", 2)
-    d = mean.shape
-    for name, part, shape in (
-        ("other_mean", other_mean, d),
-        ("cov", cov, d + d),
-        ("other_cov", other_cov, d + d),
-    ):
-        if part.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, as mean has {d}, got {part.shape}")
-    return _bures(mean, cov, other_mean, other_cov)
-
-
-@jax.jit
-def _bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array:
-    shared = _nuclear_norm(_linalg.square_root(cov).T @ _linalg.square_root(other_cov))
-    return jnp.sum((mean - other_mean) ** 2) + jnp.trace(cov) + jnp.trace(other_cov) - 2 * shared
-
-
-@jax.custom_jvp
-def _nuclear_norm(matrix: Array) -> Array:
-    return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False))
-
-
-@_nuclear_norm.defjvp
-def _nuclear_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    left, values, right = jnp.linalg.svd(primals[0], full_matrices=False)
-    return jnp.sum(values), jnp.sum((left @ right) * tangents[0])
 
 
 class LogH(eqx.Module):
@@ -270,68 +217,6 @@ class LogH(eqx.Module):
         return quadrature.log_norm(posterior, law.reward, law.scale)
 
 
-def log_h(
-    prior: GaussianMixture,
-    reward: rewards.Reward,
-    scale: float | Array,
-    interpolant: Interpolant | None = None,
-) -> LogH:
-    """`log h` for a mixture prior, a function `(t, x) -> scalar` to be given to `tiltjax.Doob`.
-
-    Closed form for quadratic rewards and for `Step`; for any other, Gaussian quadrature around each
-    component of the posterior, in one or two dimensions (`theory.quadrature.log_norm`).
-
-    **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
-    """
-    check_mixture(prior, "prior")
-    reward = rewards.as_reward(reward)
-    closed = is_quadratic(reward) or isinstance(reward, rewards.StepReward)
-    if not closed and prior.dim > 2:
-        raise ValueError(
-            f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or "
-            f"two dimensions, not {prior.dim}: "
-            "estimate it with PlugIn and many draws, or Laplace"
-        )
-    scale = _checks.nonnegative(scale, "scale")
-    if not closed and _checks.concrete((prior, reward, scale)):
-        _check_resolution(prior, reward, scale)
-    return LogH(prior, reward, scale, or_linear(interpolant))
-
-
-def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
-    # The prior is the widest posterior there is: nodes that are enough for it are enough at every
-    # time.
-    r, scale = _pytree.cast((reward, scale), prior.means.dtype)
-    nodes = (401, 41)[prior.dim - 1]
-    usual, fine = (
-        float(quadrature.log_norm(prior, r, scale, nodes=n)) for n in (nodes, 2 * nodes - 1)
-    )
-    if not abs(usual - fine) < 1e-3:
-        raise ValueError(
-            f"quadrature does not resolve this reward at scale {float(scale):g}: log h changes "
-            f"from {usual:.6g} to {fine:.6g} with twice the "
-            "nodes. Lower the scale."
-        )
-
-
-def marginal(
-    mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None
-) -> GaussianMixture:
-    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted
-    marginal `p_t h_t / Z`. **Raises:** `ValueError` for a t outside [0, 1].
-    """
-    check_mixture(mixture, "mixture")
-    interpolant = or_linear(interpolant)
-    t = _checks.finite(t, "t", 0).astype(mixture.means.dtype)
-    if _checks.concrete(t) and not 0 <= float(np.asarray(t)) <= 1:
-        raise ValueError(f"t must lie in [0, 1], got {float(t):g}")
-    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
-    noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
-    return mixture.replace(
-        mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None]
-    )
-
-
 def _log_h_step(posterior: GaussianMixture, reward: rewards.StepReward, scale: Array) -> Array:
     # <n, X> is Gaussian in each component: log(P(above) + exp(-scale height) P(below)).
     mean = posterior.means @ reward.normal - reward.offset
@@ -343,6 +228,63 @@ def _log_h_step(posterior: GaussianMixture, reward: rewards.StepReward, scale: A
         jax.scipy.special.log_ndtr(-z) - scale * reward.height,
     )
     return jax.nn.logsumexp(posterior.log_weights + jnp.logaddexp(above, below))
+
+
+def log_h(
+    prior: GaussianMixture,
+    reward: rewards.Reward,
+    scale: float | Array,
+    interpolant: Interpolant | None = None,
+) -> LogH:
+    """`log h` for a mixture prior, a function `(t, x) -> scalar` as `tiltjax.Doob` takes it.
+
+    Closed form for quadratic rewards and for `StepReward`; for any other, Gaussian quadrature
+    around each component of the posterior, in one or two dimensions (`theory.quadrature.log_norm`).
+
+    **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
+    """
+    check_mixture(prior, "prior")
+    reward = rewards.as_reward(reward)
+    closed = is_quadratic(reward) or isinstance(reward, rewards.StepReward)
+    if not closed and prior.dim > 2:
+        raise ValueError(
+            f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or "
+            f"two dimensions, not {prior.dim}: estimate it with PlugIn and many draws, or Laplace"
+        )
+    scale = _checks.nonnegative(scale, "scale")
+    if not closed and _checks.concrete((prior, reward, scale)):
+        _check_resolution(prior, reward, scale)
+    return LogH(prior, reward, scale, or_linear(interpolant))
+
+
+def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
+    # The prior is the widest posterior: nodes that suffice for it suffice at every time.
+    r, scale = _pytree.cast((reward, scale), prior.means.dtype)
+    nodes = (401, 41)[prior.dim - 1]
+    usual, fine = (
+        float(quadrature.log_norm(prior, r, scale, nodes=n)) for n in (nodes, 2 * nodes - 1)
+    )
+    if not abs(usual - fine) < 1e-3:
+        raise ValueError(
+            f"quadrature does not resolve this reward at scale {float(scale):g}: log h changes "
+            f"from {usual:.6g} to {fine:.6g} with twice the nodes. Lower the scale."
+        )
+
+
+def marginal(
+    mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None
+) -> GaussianMixture:
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted
+    marginal `p_t h_t / Z`. **Raises:** `ValueError` for a t outside [0, 1].
+    """
+    check_mixture(mixture, "mixture")
+    interpolant = or_linear(interpolant)
+    t = _checks.in_range(t, "t", 0, 1).astype(mixture.means.dtype)
+    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
+    noise = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype)
+    return mixture.replace(
+        mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.covs + noise[None]
+    )
 
 
 def thermodynamic_integral(
@@ -423,7 +365,7 @@ def thermodynamic_bracket(
             f"two scales or more, and one mean reward and error for each: got {scales.shape}, "
             f"{values.shape} and {errors.shape}"
         )
-    _check(scales, values, errors)
+    _check_measurements(scales, values, errors)
     steps = jnp.diff(scales)
     zero = jnp.zeros((1,), steps.dtype)
     left, right = jnp.concatenate([steps, zero]), jnp.concatenate([zero, steps])
@@ -432,7 +374,7 @@ def thermodynamic_bracket(
     return LogNorm(*sums, *spreads)
 
 
-def _check(scales: Array, values: Array, errors: Array) -> None:
+def _check_measurements(scales: Array, values: Array, errors: Array) -> None:
     if not _checks.concrete((scales, values, errors)):
         return
     scale, value, error = (np.asarray(part, np.float64) for part in (scales, values, errors))
@@ -448,7 +390,6 @@ def _check(scales: Array, values: Array, errors: Array) -> None:
         i = int(np.argmax(fall))
         raise ValueError(
             f"the mean reward falls from {value[i]:g} at scale {scale[i]:g} to {value[i + 1]:g} at "
-            f"{scale[i + 1]:g}, beyond its standard "
-            "errors: that of the tilt never falls, so the measured laws are not the tilts (or "
-            "their errors are too small)"
+            f"{scale[i + 1]:g}, beyond its standard errors: that of the tilt never falls, so the "
+            "measured laws are not the tilts (or their errors are too small)"
         )

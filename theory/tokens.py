@@ -6,14 +6,14 @@ over `vocab^length` sequences:
     tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
     h-function   log h(x) = log E[exp(scale r(X)) | X agrees with what x shows],
 
-the law of the hidden tokens given the shown ones (`posterior`), and of a step that shows all of
-them at once, each drawn by itself: the product of their marginals (`independent`), from which
-`Unmask` with few steps is not far. For rewards that are sums over positions and neighbors, at any
-length, `pair_log_norm` has Z by transfer matrices.
+the law of the hidden tokens conditional on the shown ones (`observed`), and of a step that shows
+all of them at once, each drawn by itself: the product of their marginals (`independent`), from
+which `Unmask` with few steps is not far. For rewards that are sums over positions and neighbors,
+at any length, `pair_log_norm` has Z by transfer matrices.
 
 A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
 such as `tiltjax.tokens.MarkovChain`; a hidden token is the integer `vocab`. Its prompt is ignored:
-condition by `posterior`.
+pass it as `observed`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, rewards
 
-LARGEST = 2_000_000
+MAX_STATES = 2_000_000
 
 
 class Chain(Protocol):
@@ -74,11 +74,10 @@ def token_states(vocab: int, length: int) -> Array:
     million.
     """
     vocab, length = _checks.count(vocab, "vocab"), _checks.count(length, "length")
-    if vocab**length > LARGEST:
+    if vocab**length > MAX_STATES:
         raise ValueError(
-            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {LARGEST:,} "
-            "can be listed: take fewer, or pair_log_norm for "
-            "rewards of neighbors"
+            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {MAX_STATES:,}"
+            " can be listed: take fewer, or pair_log_norm for rewards of neighbors"
         )
     return jnp.asarray(np.indices((vocab,) * length).reshape(length, -1).T, jnp.int32)
 
@@ -94,18 +93,18 @@ def _log_prob(log_initial: Array, log_transition: Array, x: Array) -> Array:
 
 
 def token_tilt(
-    chain: Chain, reward: Callable, scale: float | Array = 1.0, given: Any = None
+    chain: Chain, reward: Callable, scale: float | Array = 1.0, observed: Any = None
 ) -> TokenLaw:
     """The tilt of a chain by `exp(scale * r)`, by enumeration.
 
     **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`;
-    `scale`; `given` `(length,)`: tokens that are shown, and `vocab` elsewhere. Then the law is that
-    given them, and `log_norm` is `log h` at `given`.
+    `scale`; `observed` `(length,)`: tokens that are shown, and `vocab` elsewhere. Then the law is
+    conditional on them, and `log_norm` is `log h` at `observed`.
 
     **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that
     excludes all.
     """
-    states, law, values = _tilted(chain, reward, scale, given, "given")
+    states, law, values = _tilted(chain, reward, scale, observed, "observed")
     log_norm = _log_norm(law, values)
     return TokenLaw(states, jnp.exp(law + values - log_norm), log_norm)
 
@@ -114,7 +113,7 @@ def _log_norm(law: Array, values: Array) -> Array:
     log_norm = jax.nn.logsumexp(law + values)
     if _checks.concrete(log_norm) and not np.isfinite(log_norm):
         raise ValueError(
-            f"the tilt has no finite mass, log Z = {float(log_norm):g}: look at the reward where "
+            f"the tilt has no finite mass, log Z = {float(log_norm):g}: check the reward where "
             "it is infinite"
         )
     return log_norm
@@ -173,22 +172,19 @@ def pair_log_norm(
         if pair is None
         else _checks.floating(pair, "pair", 2).astype(dtype)
     )
-    if single.shape != (chain.length, vocab) or pair.shape != (vocab, vocab):
-        raise ValueError(
-            f"single must have shape {(chain.length, vocab)} and pair {(vocab, vocab)}, got "
-            f"{single.shape} and {pair.shape}"
-        )
+    _checks.shape(single, (chain.length, vocab), "single")
+    _checks.shape(pair, (vocab, vocab), "pair")
     step = chain.log_transition + scale * pair
 
-    def forth(message: Array, here: Array) -> tuple[Array, None]:
-        return jax.nn.logsumexp(message[:, None] + step, axis=0) + scale * here, None
+    def advance(message: Array, values: Array) -> tuple[Array, None]:
+        return jax.nn.logsumexp(message[:, None] + step, axis=0) + scale * values, None
 
-    message, _ = jax.lax.scan(forth, chain.log_initial + scale * single[0], single[1:])
+    message, _ = jax.lax.scan(advance, chain.log_initial + scale * single[0], single[1:])
     return jax.nn.logsumexp(message)
 
 
 def _tilted(
-    chain: Chain, reward: Callable, scale: float | Array, given: Any, name: str
+    chain: Chain, reward: Callable, scale: float | Array, observed: Any, name: str
 ) -> tuple[Array, Array, Array]:
     """All states, the log-law that is tilted, and `scale * r`."""
     _check_chain(chain)
@@ -196,20 +192,20 @@ def _tilted(
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
     scale, fn = _checks.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
     log_law = jax.vmap(lambda x: token_log_prob(chain, x))(states)
-    if given is not None:
-        given = given if isinstance(given, jax.Array) else np.asarray(given)
-        if given.shape != (chain.length,) or not jnp.issubdtype(given.dtype, jnp.integer):
+    if observed is not None:
+        observed = observed if isinstance(observed, jax.Array) else np.asarray(observed)
+        if observed.shape != (chain.length,) or not jnp.issubdtype(observed.dtype, jnp.integer):
             raise ValueError(
                 f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got "
-                f"shape {given.shape} of {given.dtype}"
+                f"shape {observed.shape} of {observed.dtype}"
             )
-        given = jnp.asarray(given).astype(states.dtype)
-        agrees = jnp.all((states == given[None]) | (given[None] == vocab), axis=1)
+        observed = jnp.asarray(observed).astype(states.dtype)
+        agrees = jnp.all((states == observed[None]) | (observed[None] == vocab), axis=1)
         log_law = jnp.where(agrees, log_law, -jnp.inf)
         mass = jax.nn.logsumexp(log_law)
         if _checks.concrete(mass) and not np.isfinite(mass):
             raise ValueError(
-                f"what is given has probability zero under the chain: {np.asarray(given).tolist()}"
+                f"{name} has probability zero under the chain: {np.asarray(observed).tolist()}"
             )
         log_law = log_law - mass
     values = rewards.values(fn, states).astype(dtype)

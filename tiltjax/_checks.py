@@ -1,11 +1,10 @@
-"""What a user hands in, checked once: callables, numbers, keys, counts, times.
+"""Checks of arguments: numbers, counts, flags, keys, functions.
 
-Two rules decide when a mistake is found. *Structure* (types, shapes, keys, counts) is checked
-whenever Python runs, also while tracing. *Values* (signs, finiteness, order) are checked where they
-are concrete, which is at construction: a value that is traced by the caller's own `jit`, `vmap` or
-`grad` passes through unread.
+*Structure* (types, shapes, keys, counts) is checked whenever Python runs, also while JAX traces.
+*Values* (signs, finiteness, ranges) are checked where they are concrete, which is at construction:
+a value that the caller's own `jit`, `vmap` or `grad` traces passes unread.
 
-Every message says what was got, what was expected, and how to fix it.
+Every message says what was expected, what was passed, and how to fix it.
 """
 
 import math
@@ -24,8 +23,8 @@ Numbers = Array | np.ndarray | float | Sequence[Any]
 
 
 def concrete(value: Any) -> bool:
-    """Whether the values can be read now (no leaf is being traced). Read them with NumPy: inside
-    someone's `jit`, an operation of JAX on a concrete array is traced all the same.
+    """Whether the values can be read now: no leaf is being traced. Read them with NumPy, as inside
+    a `jit` an operation of JAX on a concrete array is traced all the same.
     """
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
@@ -50,27 +49,25 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
 
 
 def _on_device(value: Any) -> Array:
-    """`jnp.asarray`, which compiles a program for each new shape, without one for plain numbers. A
-    copy: what the caller does to its own array afterwards is not seen.
+    """`jnp.asarray` of a copy; for NumPy arrays and Python's numbers without the program that
+    `jnp.asarray` compiles for each new shape.
     """
-    mine = type(value) is np.ndarray or isinstance(value, np.generic)
-    if not mine and not _written(value):
+    is_numpy = type(value) is np.ndarray or isinstance(value, np.generic)
+    if not is_numpy and not _is_plain(value):
         return jnp.asarray(value)
     array = np.array(value)
-    if (
-        array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or not array.dtype.isnative
-    ):  # JAX says what is wrong
-        return jnp.asarray(value)
-    # JAX's integers may be too short for a number that a float holds.
-    return jax.device_put(
-        array if mine and array.dtype.kind == "f" else array.astype(jnp.result_type(float))
-    )
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or not array.dtype.isnative:
+        return jnp.asarray(value)  # JAX says what is wrong
+    if not (is_numpy and array.dtype.kind == "f"):
+        # JAX's integers may be too short for a number that a float holds.
+        array = array.astype(jnp.result_type(float))
+    return jax.device_put(array)
 
 
-def _written(value: Any) -> bool:
-    """Whether a number, or nested lists of them, is made of Python's own."""
+def _is_plain(value: Any) -> bool:
+    """Whether the value is one of Python's numbers, or nested lists of them."""
     if isinstance(value, list | tuple):
-        return all(map(_written, value))
+        return all(map(_is_plain, value))
     return type(value) in (int, float, bool)
 
 
@@ -121,19 +118,18 @@ def _require_range(value: float, name: str, low: float, high: float, closed: str
     below = value <= high if closed in ("both", "right") else value < high
     if not (above and below):
         left = "[" if closed in ("both", "left") else "("
-        right = "]" if closed in ("both", "right") else ")"
+        right = "]" if closed in ("both", "right") and high < math.inf else ")"
         raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value:g}")
 
 
 def instance(value: Any, kind: type, name: str, hint: str) -> None:
-    """Refuse what is no `kind`, saying what would be."""
+    """Refuse what is no `kind`; `hint` says how to make one."""
     if not isinstance(value, kind):
-        got = (
-            f"the class {value.__name__} itself"
-            if isinstance(value, type)
-            else type(value).__name__
-        )
-        got = f"{got} {value!r}" if isinstance(value, str | int | float) else got
+        got = type(value).__name__
+        if isinstance(value, type):
+            got = f"the class {value.__name__} itself"
+        elif isinstance(value, str | int | float):
+            got = f"{got} {value!r}"
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}, got {got}: {hint}")
 
@@ -147,7 +143,7 @@ def function(value: Any, name: str) -> None:
 
 
 def flag(value: Any, name: str) -> bool:
-    """True or False, and nothing that is merely taken for it."""
+    """True or False; 0, 1 and arrays are refused."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
@@ -162,7 +158,7 @@ def number(
     NaN lies in no range but the default one.
     """
     if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-        read = float(value)  # an array made of it inside of someone's jit would be traced
+        result = float(value)  # in double precision, and never traced
     else:
         array = floating(value, name, 0)
         if not concrete(array):
@@ -170,14 +166,14 @@ def number(
                 f"{name} must be a number that can be read, got one that is traced: it is not "
                 "swept in one run"
             )
-        read = float(np.asarray(array))
+        result = float(np.asarray(array))
     if (low, high) != (-math.inf, math.inf):
-        _require_range(read, name, low, high, closed)
-    return read
+        _require_range(result, name, low, high, closed)
+    return result
 
 
 def file_name(value: Any, name: str) -> str | os.PathLike:
-    """The name of a file: neither an open one nor a number, which `open` would take for one."""
+    """The name of a file. An open file, and a number, which `open` accepts, are refused."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
             f"{name} must be the name of a file, got {type(value).__name__}: pass a string or a "
@@ -187,7 +183,7 @@ def file_name(value: Any, name: str) -> str | os.PathLike:
 
 
 def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
-    """The `dtype` of something, floating and of at least 32 bits; by default JAX's float."""
+    """A dtype, floating and of at least 32 bits, by default JAX's float; `of` names what has it."""
     try:
         dtype = jnp.dtype(jnp.result_type(float) if value is None else value)
     except TypeError:
@@ -212,14 +208,14 @@ def state_dtype(dtype: Any) -> np.dtype:
     return float_dtype(dtype, "states", why)
 
 
-def count(value: Any, name: str) -> int:
-    """A whole number of at least one, as a Python int (it decides shapes)."""
+def count(value: Any, name: str, at_least: int = 1) -> int:
+    """A whole number of at least `at_least`, as a Python int, such as one that decides a shape."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
             f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
         )
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return int(value)
 
 

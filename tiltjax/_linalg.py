@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Array
 
 UNROLL = 4
-# One program where it is called by itself, rather than one for each operation; part of the caller's
-# where that is compiled.
-_together = functools.partial(jax.jit, inline=True)
+# A single program where a function is called by itself, and a part of the caller's program inside a
+# `jit`.
+_inline_jit = functools.partial(jax.jit, inline=True)
 Entries = Any  # an array, or nested lists of scalars where the matrix is small
 
 
@@ -58,7 +58,7 @@ def cholesky(matrix: Array) -> Entries:
     return _small_cholesky(matrix) if matrix.shape[-1] <= UNROLL else jnp.linalg.cholesky(matrix)
 
 
-@_together
+@_inline_jit
 def _small_cholesky(matrix: Array) -> list[list]:
     d = matrix.shape[-1]
     lower: list = [[None] * d for _ in range(d)]
@@ -72,7 +72,7 @@ def _small_cholesky(matrix: Array) -> list[list]:
     return lower
 
 
-@_together
+@_inline_jit
 def half_logdet(lower: Entries) -> Array:
     """Half the log-determinant of the factored matrix."""
     if isinstance(lower, list):
@@ -80,7 +80,7 @@ def half_logdet(lower: Entries) -> Array:
     return jnp.sum(jnp.log(jnp.diagonal(lower)))
 
 
-@_together
+@_inline_jit
 def half_solve(lower: Entries, b: Entries) -> Entries:
     """`L^-1 b`, whose squared length is `b^T A^-1 b`. Lists in, lists out."""
     if not isinstance(lower, list):
@@ -91,7 +91,7 @@ def half_solve(lower: Entries, b: Entries) -> Entries:
     return y
 
 
-@_together
+@_inline_jit
 def back_solve(lower: Entries, y: Entries) -> Entries:
     """`L^-T y`."""
     if not isinstance(lower, list):
@@ -180,7 +180,7 @@ def square_root(matrix: Array) -> Array:
     return _square_root(matrix, unrolled=matrix.shape[-1] <= UNROLL)
 
 
-@functools.partial(_together, static_argnames="unrolled")
+@functools.partial(_inline_jit, static_argnames="unrolled")
 def _square_root(matrix: Array, unrolled: bool) -> Array:
     d = matrix.shape[-1]
     floor = d * jnp.finfo(matrix.dtype).eps * jnp.abs(jnp.diagonal(matrix))

@@ -6,9 +6,11 @@ do no harm. Off by default: a callback costs a round trip to Python per step.
 """
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,10 +42,12 @@ def bar(title: str, total: int, *, enabled: bool) -> Iterator[Ticker]:
         yield Ticker(None)
         return
     number = next(_numbers)
-    with meter(title, total) as _running[number]:
+    with meter(title, total) as running:
+        _running[number] = running
         try:
             yield Ticker(jnp.asarray(number, jnp.int32))
             jax.effects_barrier()
+            running.update(total)
         finally:
             del _running[number]
 
@@ -55,42 +59,48 @@ def meter(title: str, total: int) -> Iterator["_Bar"]:
     try:
         yield running
     finally:
-        running.line.close()
+        running.close()
 
 
 def _advance(number: Array, step: Array) -> None:
-    # What still runs on the device may tick a bar that an error has closed.
-    if (running := _running.get(int(number))) is not None:
+    # What still runs on the device may tick a bar that an error has closed. The last tick may come
+    # first, as it may depend on no result: the bar is complete when its block ends.
+    running = _running.get(int(number))
+    if running is not None and int(step) + 1 < running.total:
         running.update(int(step) + 1)
 
 
 class _Bar:
     def __init__(self, title: str, total: int):
+        self.title, self.total = title, total
+        self.start, self.line, self.lock = time.monotonic(), None, threading.Lock()
+
+    def update(self, done: int, note: str = "") -> None:
+        with self.lock:
+            if self.line is None:
+                self.line = self._line(done, note)
+            else:
+                self.line.n = max(self.line.n, done)
+                self.line.set_postfix_str(note, refresh=False)
+                self.line.update(0)
+
+    def _line(self, done: int, note: str) -> Any:
+        # Made at the first tick: compilation, which comes before, says nothing of the time left.
         from tqdm import tqdm
 
-        self.started = False
-        self.line = tqdm(
-            desc=title,
-            total=total,
+        return tqdm(
+            desc=self.title,
+            total=self.total,
+            initial=done,
+            postfix=note,
             unit="step",
-            delay=_DELAY,
+            delay=max(0.0, self.start + _DELAY - time.monotonic()),
             mininterval=_INTERVAL,
             miniters=0,
             dynamic_ncols=True,
             disable=jax.process_index() > 0,  # all processes of a cluster run the same program
         )
 
-    def update(self, done: int, note: str = "") -> None:
-        line = self.line
-        if line.disable:
-            return
-        line.n = max(line.n, done)
-        line.set_postfix_str(note, refresh=False)
-        if self.started:
-            line.update(0)
-            return
-        # What came before the first tick is compilation: it says nothing of the time left.
-        self.started, line.initial = True, line.n
-        line.last_print_n, line.last_print_t = line.n, time.time()
-        if line.last_print_t >= line.start_t + line.delay:
-            line.refresh()
+    def close(self) -> None:
+        if self.line is not None:
+            self.line.close()

@@ -1,4 +1,4 @@
-"""Pytrees made of what a user passes: functions and networks as leaves, casts, comparisons."""
+"""Pytrees of a user's functions and networks, casts of pytrees, and comparisons."""
 
 import inspect
 import sys
@@ -16,16 +16,16 @@ from tiltjax._checks import concrete, function
 T = TypeVar("T")
 
 
-class Foreign(eqx.Module):
-    """What a user brought along: verbs leave the dtype of its arrays alone (`cast`)."""
+class KeepsDtype(eqx.Module):
+    """A module whose arrays keep their dtype: `cast` leaves them alone."""
 
 
-class Function(Foreign):
+class Function(KeepsDtype):
     """A user's callable as a pytree: its arrays are leaves, everything else is static.
 
-    A bare function has no arrays and is told apart by identity (a new function object is a new
-    trace); a Flax NNX or Equinox module contributes its parameters as leaves, so that changing them
-    traces nothing anew.
+    A plain function has no arrays and is compared by identity: a new function object is a new
+    trace. A Flax NNX or Equinox module contributes its parameters as leaves, so that changing them
+    does not trace anew.
     """
 
     arrays: list
@@ -35,15 +35,12 @@ class Function(Foreign):
     def __init__(self, fn: Callable, name: str = "fn"):
         function(fn, name)
         _refuse_captured_modules(fn)
-        # A method brings its object along: the arrays of a module are arguments also through
+        # Of a method the object is a part, so that the arrays of a module are leaves also of
         # module.method.
         parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (fn,)
         leaves, self.treedef = jax.tree.flatten(parts)
-        is_array = [eqx.is_array(leaf) for leaf in leaves]
-        self.arrays = [leaf if keep else None for leaf, keep in zip(leaves, is_array, strict=True)]
-        self.static = tuple(
-            None if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True)
-        )
+        self.arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
+        self.static = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
         try:
             hash(self.static)
         except TypeError:
@@ -79,8 +76,8 @@ def _refuse_captured_modules(fn: Callable) -> None:
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """Every floating array of `tree` in `dtype`, except inside `Foreign`: networks keep their
-    own.
+    """Every floating array of `tree` in `dtype`, except those inside a `KeepsDtype`, such as a
+    network's.
     """
 
     def convert(leaf: Any) -> Any:
@@ -89,7 +86,7 @@ def cast(tree: T, dtype: Any) -> T:
         )
         return leaf.astype(dtype) if floating else leaf
 
-    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Foreign))
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, KeepsDtype))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -2,13 +2,12 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from tiltjax import _checks
-from tiltjax._checks import instance
 
 
 def check_sharding(sharding: Any) -> None:
@@ -17,35 +16,30 @@ def check_sharding(sharding: Any) -> None:
     """
     if sharding is None:
         return
-    _checks.instance(
-        sharding,
-        jax.sharding.NamedSharding,
-        "sharding",
-        'NamedSharding(mesh, PartitionSpec("batch"))',
-    )
-    auto_axes(sharding)
+    how = 'NamedSharding(mesh, PartitionSpec("batch"))'
+    _checks.instance(sharding, jax.sharding.NamedSharding, "sharding", how)
+    _check_auto_axes(sharding)
 
 
 def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-    """The arrays of a tree where a sharding has them; over several hosts each of them gives its own
-    copy of the same values.
+    """The arrays of a tree where a sharding has them; other leaves stay. Over several hosts each of
+    them gives its own copy of the same values.
     """
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    arrays, others = eqx.partition(tree, is_array)
     if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
+        return eqx.combine(jax.device_put(arrays, sharding), others)
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
-            )
-        if (
-            isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        ):  # such as the parameters of an earlier fit
-            return jax.device_put(leaf, sharding)
-        own = np.asarray(leaf)
-        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)  # such as the parameters of an earlier fit
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(place, tree)
+    return eqx.combine(jax.tree.map(place, arrays), others)
 
 
 def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
@@ -54,25 +48,14 @@ def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     """
     if sharding is None:
         return
-    instance(
-        sharding,
-        jax.sharding.Sharding,
-        "sharding",
-        "such as jax.sharding.NamedSharding(mesh, spec)",
-    )
-    auto_axes(sharding)
+    how = "such as jax.sharding.NamedSharding(mesh, spec)"
+    _checks.instance(sharding, jax.sharding.Sharding, "sharding", how)
+    _check_auto_axes(sharding)
     if (error := _indivisible(sharding, shape)) is None:
         return
-    # The parts are the least number that can be divided; no other has a whole multiple of rows on
-    # each of them.
-    parts = next(
-        (
-            n
-            for n in range(1, sharding.num_devices + 1)
-            if not _indivisible(sharding, (n, *shape[1:]))
-        ),
-        0,
-    )
+    # The parts are the least number of rows that can be divided: only its multiples can.
+    sizes = range(1, sharding.num_devices + 1)
+    parts = next((n for n in sizes if not _indivisible(sharding, (n, *shape[1:]))), 0)
     if not parts:  # another axis of the state is at fault, or the sharding has more axes than it
         raise ValueError(f"an array of shape {shape} cannot be divided by {sharding}: {error}")
     below = shape[0] // parts * parts
@@ -83,7 +66,7 @@ def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     )
 
 
-def auto_axes(sharding: jax.sharding.Sharding) -> None:
+def _check_auto_axes(sharding: jax.sharding.Sharding) -> None:
     """Refuse a mesh with axes that are not left to the partitioner."""
     mesh = getattr(sharding, "mesh", None)
     if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
@@ -120,10 +103,9 @@ def addressable(array: Any) -> np.ndarray:
 
 
 def gathered(array: Any) -> np.ndarray:
-    """The whole of an array, on every host that asks; if several hold it, all of them have to."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
+    """The whole of an array; if it is spread over several hosts, all of them have to call this."""
+    whole = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if not (whole or array.is_fully_replicated):
         from jax.experimental import multihost_utils
 
         array = multihost_utils.process_allgather(array, tiled=True)

@@ -4,7 +4,7 @@ Time runs from noise (t = 0) to data (t = 1) along
 
     X_t = alpha_t X_1 + sigma_t X_0,    X_0 ~ N(0, I).
 
-| path | alpha | sigma | trained by |
+| interpolant | alpha | sigma | trained by |
 |---|---|---|---|
 | `Linear(base_scale)` | `t` | `(1 - t) base_scale` | flow matching, rectified flow |
 | `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching |
@@ -24,7 +24,7 @@ at *some* time: `observe`. Posterior sampling, conjugate tilts and renoising are
 
 Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman
 et al. (arXiv 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')` is
-that of Domingo-Enrich et al. (arXiv 2409.08861). Variance-preserving paths: Ho, Jain and Abbeel
+that of Domingo-Enrich et al. (arXiv 2409.08861). Variance preservation: Ho, Jain and Abbeel
 (arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
 """
 
@@ -40,7 +40,7 @@ from tiltjax import _checks, _pytree
 
 
 class Interpolant(eqx.Module):
-    """A path `X_t = alpha_t X_1 + sigma_t X_0`: subclasses give `alpha`, `sigma` and `time`.
+    """`X_t = alpha_t X_1 + sigma_t X_0`: subclasses define `alpha`, `sigma` and `time`.
 
     All times and snr values are scalars; states have any shape. Nothing here evaluates a model.
     """
@@ -64,15 +64,15 @@ class Interpolant(eqx.Module):
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def snr_range(self) -> tuple[Array, Array]:
-        """The lowest and the highest snr on which a network of this path is trained: by default all
-        from t = 0 on.
+        """The lowest and the highest snr on which a network of this interpolant is trained: by
+        default all from t = 0 on.
         """
         lowest = self.snr(jnp.asarray(0.0))
         return lowest, jnp.full_like(lowest, jnp.inf)
 
     def diffusion(self, t: Array) -> Array:
         """`g_t^2`, the memoryless squared diffusion coefficient; infinite where `alpha_t = 0`."""
-        return 2 * self._speed(t) * self.sigma(t) / self.alpha(t)
+        return 2 * self._wronskian(t) * self.sigma(t) / self.alpha(t)
 
     def noise(self, t: Array, x: Array, denoised: Array) -> Array:
         """`E[X_0 | X_t = x]`."""
@@ -94,7 +94,7 @@ class Interpolant(eqx.Module):
 
     def denoised_from_velocity(self, t: Array, x: Array, velocity: Array) -> Array:
         """The denoiser of a velocity."""
-        return (self.sigma(t) * velocity - jax.grad(self.sigma)(t) * x) / self._speed(t)
+        return (self.sigma(t) * velocity - jax.grad(self.sigma)(t) * x) / self._wronskian(t)
 
     def tweedie(self, t: Array) -> Array:
         """`sigma_t^2 / alpha_t`, the factor of Tweedie's identities.
@@ -105,7 +105,7 @@ class Interpolant(eqx.Module):
         return self.sigma(t) ** 2 / self.alpha(t)
 
     def observe(self, precision: Array, natural: Array) -> tuple[Array, Array]:
-        """The time and state at which the model has seen exactly this much.
+        """The time and state that are worth a Gaussian likelihood of `X_1`.
 
         A likelihood `exp(<natural, X_1> - precision |X_1|^2 / 2)` is that of `X_{t*} = x*` with
         `snr_{t*} = precision` and `x* = alpha_{t*} natural / precision`, so that the posterior of
@@ -117,8 +117,8 @@ class Interpolant(eqx.Module):
         t = self.time(precision)
         return t, self.alpha(t) / precision * natural
 
-    def _speed(self, t: Array) -> Array:
-        """`sigma alpha' - sigma' alpha`, the Wronskian of the path."""
+    def _wronskian(self, t: Array) -> Array:
+        """`sigma alpha' - sigma' alpha`, the Wronskian."""
         return self.sigma(t) * jax.grad(self.alpha)(t) - jax.grad(self.sigma)(t) * self.alpha(t)
 
 
@@ -147,37 +147,38 @@ class Linear(Interpolant):
 
 class _VariancePreserving(Interpolant):
     """`alpha^2 + sigma^2 = 1`, by `B_t = -log alpha_t^2`, falling to 0 at t = 1: subclasses give
-    `decay`, B, and `age`, its inverse.
+    `integrated_rate`, B, and `time_left`, its
+    inverse.
 
-    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at t =
-    0: `alpha_0 > 0`.
+    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at
+    t = 0: `alpha_0 > 0`.
     """
 
-    def decay(self, t: Array) -> Array:
+    def integrated_rate(self, t: Array) -> Array:
         """`B_t`, the integral of the noise rate from t to 1."""
         raise NotImplementedError
 
-    def age(self, decay: Array) -> Array:
-        """The `1 - t` at which `B_t` is `decay`."""
+    def time_left(self, integral: Array) -> Array:
+        """The `1 - t` at which `B_t` is `integral`."""
         raise NotImplementedError
 
     def alpha(self, t: Array) -> Array:
-        return jnp.exp(-self.decay(t) / 2)
+        return jnp.exp(-self.integrated_rate(t) / 2)
 
     def sigma(self, t: Array) -> Array:
-        return jnp.sqrt(-jnp.expm1(-self.decay(t)))
+        return jnp.sqrt(-jnp.expm1(-self.integrated_rate(t)))
 
     def time(self, snr: Array) -> Array:
         # snr = 1 / (e^B - 1).
-        return 1 - self.age(jnp.log1p(1 / snr))
+        return 1 - self.time_left(jnp.log1p(1 / snr))
 
     def diffusion(self, t: Array) -> Array:
         # Not through sigma', which is infinite at t = 1: there sigma falls like a square root.
-        return -jax.grad(self.decay)(t)
+        return -jax.grad(self.integrated_rate)(t)
 
 
 class VP(_VariancePreserving):
-    """The variance-preserving path of the noise rate
+    """The variance-preserving interpolant of the noise rate
     `beta(s) = beta_min + (beta_max - beta_min) s`, `s = 1 - t`.
 
     `B_t = beta_min s + (beta_max - beta_min) s^2 / 2`, `alpha = exp(-B / 2)`,
@@ -197,38 +198,36 @@ class VP(_VariancePreserving):
     def __init__(self, beta_min: float | Array = 0.1, beta_max: float | Array = 20.0):
         self.beta_min = _checks.positive(beta_min, "beta_min")
         self.beta_max = _checks.positive(beta_max, "beta_max")
-        if _checks.concrete((self.beta_min, self.beta_max)) and np.asarray(
-            self.beta_max
-        ) < np.asarray(self.beta_min):
+        ends = self.beta_min, self.beta_max
+        if _checks.concrete(ends) and np.asarray(ends[1]) < np.asarray(ends[0]):
             raise ValueError(
                 "beta_max, the noise rate at t = 0, must not be below beta_min, that at t = 1: "
-                f"got {float(self.beta_max):g} < "
-                f"{float(self.beta_min):g}"
+                f"got {float(self.beta_max):g} < {float(self.beta_min):g}"
             )
 
-    def decay(self, t: Array) -> Array:
+    def integrated_rate(self, t: Array) -> Array:
         s = 1 - t
         return s * (self.beta_min + (self.beta_max - self.beta_min) * s / 2)
 
-    def age(self, decay: Array) -> Array:
+    def time_left(self, integral: Array) -> Array:
         # The root of a quadratic, in beta_min / B: nothing cancels, and it is right at both ends, B
         # = 0 and B = inf.
-        ratio = self.beta_min / decay
+        ratio = self.beta_min / integral
         return 2 / (
             ratio + jnp.sqrt(ratio * (ratio + 2 * (self.beta_max - self.beta_min) / self.beta_min))
         )
 
 
 class DiscreteVP(_VariancePreserving):
-    """The path of a network trained on a table of N noise levels, `alpha_i^2 = alphas_cumprod[i]`,
-    i = N - 1 the noisiest.
+    """The interpolant of a network trained on a table of N noise levels,
+    `alpha_i^2 = alphas_cumprod[i]`, i = N - 1 the noisiest.
 
     The clock is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)`, and `index(t)` back, a
     float between levels. Level N - 1 stands at t = 0, level 0 at `1 - 1 / N`. A network that wants
     the level is
 
-        path = DiscreteVP(alphas_cumprod)
-        model = from_noise(lambda t, x: net(path.index(t), x), shape=..., interpolant=path)
+        vp = DiscreteVP(alphas_cumprod)
+        model = from_noise(lambda t, x: net(vp.index(t), x), shape=..., interpolant=vp)
 
     At the levels `alpha^2` is the table's. Between them `log snr` is a monotone rational quadratic
     spline (Gregory and Delbourgo 1982), with one continuous derivative and an inverse in closed
@@ -236,8 +235,8 @@ class DiscreteVP(_VariancePreserving):
     with one more level `alpha^2 = 1` at i = -1: a run goes from level 0 to t = 1 by the jump to the
     denoiser.
 
-    `sample` refuses times beyond the table. Posteriors that ask closer to the data than their time
-    says, `Glass` and `FlowMap`, are not checked.
+    `sample` refuses times beyond the table. `Glass` and `FlowMap`, which call the network closer to
+    the data than their time says, are not checked.
 
     **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside
     (0, 1).
@@ -266,10 +265,10 @@ class DiscreteVP(_VariancePreserving):
             )
         level = np.log1p(-table) - np.log(table)
         chord = np.diff(level)
-        decay = -np.log(table[0])
+        rate = -np.log(table[0])  # B of level 0
         # The slope that continues at a constant noise rate, means of neighboring chords, and their
         # ratio at the noisy end.
-        first, middle = decay / (1 - table[0]), (chord[1:] + chord[:-1]) / 2
+        first, middle = rate / (1 - table[0]), (chord[1:] + chord[:-1]) / 2
         last = chord[-1] ** 2 / middle[-1] if len(middle) else chord[-1]
         self.noise_level = _checks.floating(level, "alphas_cumprod")
         self.slope = _checks.floating(np.concatenate([[first], middle, [last]]), "alphas_cumprod")
@@ -287,7 +286,7 @@ class DiscreteVP(_VariancePreserving):
     def snr_range(self) -> tuple[Array, Array]:
         return jnp.exp(-self.noise_level[-1]), jnp.exp(-self.noise_level[0])
 
-    def decay(self, t: Array) -> Array:
+    def integrated_rate(self, t: Array) -> Array:
         # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product: a compiler
         # may round i, a product less one, in two ways at two places, and at a level take its piece
         # from one and the position in it from the other.
@@ -304,9 +303,9 @@ class DiscreteVP(_VariancePreserving):
         # snr = e^-level, so that B = log(1 + e^level).
         return jnp.where(u < 1, self._first() * u, jax.nn.softplus(level))
 
-    def age(self, decay: Array) -> Array:
+    def time_left(self, integral: Array) -> Array:
         n, first = len(self.noise_level), self._first()
-        level = jnp.log(jnp.expm1(jnp.where(decay < first, first, decay)))
+        level = jnp.log(jnp.expm1(jnp.where(integral < first, first, integral)))
         beyond = level > self.noise_level[-1]
         inside = jnp.where(beyond, self.noise_level[-1], level)
         k = jnp.clip(jnp.searchsorted(self.noise_level, inside, side="right") - 1, 0, n - 2)
@@ -324,7 +323,7 @@ class DiscreteVP(_VariancePreserving):
             + xi
             + jnp.where(beyond, level - self.noise_level[-1], 0.0) / self.slope[-1]
         )
-        return jnp.where(decay < first, decay / first, i + 1) / n
+        return jnp.where(integral < first, integral / first, i + 1) / n
 
     def _first(self) -> Array:
         """B of level 0."""
@@ -339,8 +338,8 @@ class DiscreteVP(_VariancePreserving):
 
 
 def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Interpolant:
-    """The interpolant, or `Linear(base_scale)` if none is given. **Raises:** `TypeError` for what
-    is none.
+    """The interpolant, or `Linear(base_scale)` in place of `None`. **Raises:** `TypeError` for
+    anything else.
     """
     if interpolant is None:
         return Linear(base_scale)
@@ -348,15 +347,17 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
     return interpolant
 
 
-def data_fraction(path: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
-    """How much of the data a state at time t shows: `alpha_t`, and the share `snr_t sigma_0^2`;
-    read now, also inside of someone's jit.
+def data_fraction(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
+    """`alpha_t` and `snr_t sigma_0^2`, which say how much of a state at time t is data; as numbers,
+    also inside a `jit`.
     """
     with jax.ensure_compile_time_eval():
-        alpha, share = _data_fraction(*_pytree.cast((path, _checks.floating(t, "t", 0)), dtype))
-    return float(alpha), float(share)
+        t = _checks.floating(t, "t", 0)
+        alpha, fraction = _data_fraction(*_pytree.cast((interpolant, t), dtype))
+    return float(alpha), float(fraction)
 
 
 @eqx.filter_jit
-def _data_fraction(path: Interpolant, t: Array) -> tuple[Array, Array]:
-    return path.alpha(t), path.snr(t) * path.sigma(jnp.zeros_like(t)) ** 2
+def _data_fraction(interpolant: Interpolant, t: Array) -> tuple[Array, Array]:
+    base_scale = interpolant.sigma(jnp.zeros_like(t))
+    return interpolant.alpha(t), interpolant.snr(t) * base_scale**2

@@ -60,8 +60,8 @@ class GaussianMixture(eqx.Module):
         if weights.shape != (k,) or covs.shape != (k, d, d):
             raise ValueError(
                 f"shapes disagree: means {means.shape} say K = {k} components in d = {d}, so "
-                "weights must have shape "
-                f"({k},) and covs ({k}, {d}, {d}); got {weights.shape} and {covs.shape}"
+                f"weights must have shape ({k},) and covs ({k}, {d}, {d}); got {weights.shape} and "
+                f"{covs.shape}"
             )
         if _checks.concrete(weights):
             if np.any(np.asarray(weights) < 0):
@@ -71,9 +71,7 @@ class GaussianMixture(eqx.Module):
         if _checks.concrete(covs):
             _check_covariances(np.asarray(covs))
         dtype = jnp.result_type(weights, means, covs)
-        if _checks.concrete(
-            weights
-        ):  # in NumPy: three programs less for a first mixture to wait for
+        if _checks.concrete(weights):  # in NumPy, which compiles nothing
             mass = np.asarray(weights, np.float64)
             with np.errstate(divide="ignore"):  # a weight of zero
                 self.log_weights = jax.device_put(np.log(mass / mass.sum()).astype(dtype))
@@ -166,8 +164,8 @@ class GaussianMixture(eqx.Module):
 
         def component(mean: Array, cov: Array) -> Array:
             factor = jnp.linalg.cholesky(jnp.eye(self.dim, dtype=cov.dtype) + precision * cov)
-            pull = natural - precision * mean
-            gain = pull @ jax.scipy.linalg.cho_solve((factor, True), cov @ pull)
+            shift = natural - precision * mean
+            gain = shift @ jax.scipy.linalg.cho_solve((factor, True), cov @ shift)
             return (
                 natural @ mean
                 - precision * jnp.sum(mean**2) / 2
@@ -198,8 +196,8 @@ class GaussianMixture(eqx.Module):
 
 
 class NoisyComponent(NamedTuple):
-    """One component of a small mixture at one noise level, in entries: what its posterior does not
-    ask of the state.
+    """One component of a small mixture at one noise level, in entries: the part of its posterior
+    that does not depend on the state.
 
     `log_weight`, less half of log det C_k; `mean` mu_k; `center` `alpha mu_k`; `inverse` of the
     Cholesky factor of C_k, a lower triangle; `slope` A_k.
@@ -227,11 +225,9 @@ def is_small(mixture: GaussianMixture) -> bool:
 
 
 def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> list[NoisyComponent]:
-    """The components of a small mixture as a view `alpha X_1 + sigma X_0` shows them, whatever its
-    value.
-    """
+    """What the posteriors of a small mixture need of `alpha` and `sigma`, whatever the state."""
     noise, d = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype), mixture.dim
-    found = []
+    components = []
     for log_weight, mean, cov in zip(mixture.log_weights, mixture.means, mixture.covs, strict=True):
         factor = _linalg.cholesky(alpha**2 * cov + noise)
         # Row i is `alpha C^-1 S e_i`: what rounding does to it is then divided by sigma^2 only
@@ -240,7 +236,7 @@ def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> li
             _linalg.back_solve(factor, _linalg.half_solve(factor, [cov[j, i] for j in range(d)]))
             for i in range(d)
         ]
-        found.append(
+        components.append(
             NoisyComponent(
                 log_weight - _linalg.half_logdet(factor),
                 [mean[i] for i in range(d)],
@@ -249,50 +245,45 @@ def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> li
                 [[alpha * entry for entry in row] for row in slope],
             )
         )
-    return found
+    return components
 
 
-def _missed(component: NoisyComponent, x: Array) -> list[Array]:
+def _residual(component: NoisyComponent, x: Array) -> list[Array]:
     """The residual e_k."""
     check_state(x, len(component.center))
-    # Entries by slicing would be put together again by padding when differentiated, at twice the
-    # cost of all the rest.
-    return [one - center for one, center in zip(jnp.unstack(x), component.center, strict=True)]
+    # The derivative of slices is a padding of each, at twice the cost of all the rest.
+    return [entry - center for entry, center in zip(jnp.unstack(x), component.center, strict=True)]
 
 
-def _moved(component: NoisyComponent, missed: list[Array]) -> list[Array]:
+def _component_mean(component: NoisyComponent, residual: list[Array]) -> list[Array]:
     """The posterior mean m_k, affine in the state."""
     return [
-        mean + _dot(row, missed) for mean, row in zip(component.mean, component.slope, strict=True)
+        mean + _dot(row, residual)
+        for mean, row in zip(component.mean, component.slope, strict=True)
     ]
 
 
 def _views(components: list[NoisyComponent], x: Array) -> list[_View]:
     views = []
     for component in components:
-        missed = _missed(component, x)
-        half = [_dot(row, missed) for row in component.inverse]
-        views.append(
-            _View(
-                component.log_weight - sum(h**2 for h in half) / 2, _moved(component, missed), half
-            )
-        )
+        residual = _residual(component, x)
+        half = [_dot(row, residual) for row in component.inverse]
+        log_weight = component.log_weight - sum(h**2 for h in half) / 2
+        views.append(_View(log_weight, _component_mean(component, residual), half))
     return views
 
 
 def _dot(row: list[Array], entries: list[Array]) -> Array:
-    """Of as many entries as there are in the row."""
-    return functools.reduce(
-        jnp.add, [one * other for one, other in zip(row, entries, strict=False)]
-    )
+    """The inner product of a row with as many of the first entries."""
+    return functools.reduce(jnp.add, [a * b for a, b in zip(row, entries, strict=False)])
 
 
-def _shares(log_weights: list[Array]) -> list[Array]:
-    """Their softmax, by one division and, of two, one exponential: either costs as much as all the
-    rest.
+def _softmax(log_weights: list[Array]) -> list[Array]:
+    """The softmax of scalars, by one division and, of two, one exponential: each costs as much as
+    all the rest.
     """
     if len(log_weights) == 2:
-        return list(_shares_of_two(*log_weights))
+        return list(_softmax_of_two(*log_weights))
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
     masses = [jnp.exp(log_weight - largest) for log_weight in log_weights]
     total = 1 / sum(masses[1:], masses[0])
@@ -300,62 +291,65 @@ def _shares(log_weights: list[Array]) -> list[Array]:
 
 
 @jax.custom_jvp
-def _shares_of_two(one: Array, other: Array) -> tuple[Array, Array]:
-    """By the smaller share, which carries as its sign, also at zero, whether it is the other's.
+def _softmax_of_two(one: Array, other: Array) -> tuple[Array, Array]:
+    """The softmax of two numbers, by the smaller probability, whose sign, also that of a zero, says
+    which of the two it is.
 
-    As all that follows asks for this one number, the compiler neither keeps the exponential nor
-    repeats it. Differentiated as they stand, powers of `inverse` would overflow.
+    As everything after it depends on this one number, the compiler neither stores the exponential
+    nor repeats it. The derivative is written out, as powers of `inverse` would overflow.
     """
-    behind = other > one
-    inverse = 1 + jnp.exp(jnp.where(behind, other - one, one - other))
-    smaller = 1 / jnp.where(behind, inverse, -inverse)
-    of_other = jnp.signbit(smaller)
-    return jnp.where(of_other, 1 + smaller, smaller), jnp.where(of_other, -smaller, 1 - smaller)
+    one_is_smaller = other > one
+    inverse = 1 + jnp.exp(jnp.where(one_is_smaller, other - one, one - other))
+    smaller = 1 / jnp.where(one_is_smaller, inverse, -inverse)
+    is_other = jnp.signbit(smaller)
+    return jnp.where(is_other, 1 + smaller, smaller), jnp.where(is_other, -smaller, 1 - smaller)
 
 
-@_shares_of_two.defjvp
-def _shares_of_two_jvp(primals: tuple, tangents: tuple) -> tuple:
-    shares = _shares_of_two(*primals)
-    moved = shares[0] * shares[1] * (tangents[0] - tangents[1])
-    return shares, (moved, -moved)
+@_softmax_of_two.defjvp
+def _softmax_of_two_jvp(primals: tuple, tangents: tuple) -> tuple:
+    probabilities = _softmax_of_two(*primals)
+    tangent = probabilities[0] * probabilities[1] * (tangents[0] - tangents[1])
+    return probabilities, (tangent, -tangent)
 
 
-def _averaged(views: list[_View]) -> tuple[list[Array], list[Array]]:
+def _average(views: list[_View]) -> tuple[list[Array], list[Array]]:
     """The probability of each component, and the mean of all, in entries."""
-    shares = _shares([view.log_weight for view in views])
+    probabilities = _softmax([view.log_weight for view in views])
     d = len(views[0].mean)
-    return shares, [_dot(shares, [view.mean[i] for view in views]) for i in range(d)]
+    return probabilities, [_dot(probabilities, [view.mean[i] for view in views]) for i in range(d)]
 
 
 def _plain_mean(components: list[NoisyComponent], x: Array) -> Array:
     if len(components) == 1:
-        return jnp.stack(_moved(components[0], _missed(components[0], x)))
-    return jnp.stack(_averaged(_views(components, x))[1])
+        return jnp.stack(_component_mean(components[0], _residual(components[0], x)))
+    return jnp.stack(_average(_views(components, x))[1])
 
 
-# The posterior mean of a small mixture. Differentiated step by step, a scan keeps some thirty
-# numbers a call for the way back; the derivative in x, which guidance asks for above all, is a
-# symmetric matrix of a few, and of one Gaussian the same for all states.
+# The posterior mean of a small mixture. Differentiated step by step, a scan stores some thirty
+# numbers a call for the backward pass. The derivative in x, which guidance needs most often, is a
+# symmetric matrix of a few numbers, and of one Gaussian the same for all states.
 posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 
 
 @posterior_mean.def_jvp
 def _posterior_mean_jvp(primals, tangents):
     components, x = primals
-    of_components, moved = tangents
-    if moved is None or len(components) == 1 or jax.tree.leaves(of_components):
+    of_components, of_x = tangents
+    if of_x is None or len(components) == 1 or jax.tree.leaves(of_components):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
     views, d = _views(components, x), len(x)
-    shares, mean = _averaged(views)
-    slope: list = [[0.0] * d for _ in range(d)]
-    for share, view, component in zip(shares, views, components, strict=True):
+    probabilities, mean = _average(views)
+    jacobian: list = [[0.0] * d for _ in range(d)]
+    for probability, view, component in zip(probabilities, views, components, strict=True):
         for j in range(d):
             gain = sum(component.inverse[m][j] * view.half[m] for m in range(j, d))
             for i in range(j + 1):
-                slope[i][j] += share * (component.slope[i][j] - (view.mean[i] - mean[i]) * gain)
-    entries = jnp.unstack(moved)
-    answer = [sum(slope[min(i, j)][max(i, j)] * entries[j] for j in range(d)) for i in range(d)]
-    return jnp.stack(mean), jnp.stack(answer)
+                within = component.slope[i][j] - (view.mean[i] - mean[i]) * gain
+                jacobian[i][j] += probability * within
+    entries = jnp.unstack(of_x)
+    rows = [[jacobian[min(i, j)][max(i, j)] for j in range(d)] for i in range(d)]
+    tangent = [sum(row[j] * entries[j] for j in range(d)) for row in rows]
+    return jnp.stack(mean), jnp.stack(tangent)
 
 
 def check_mixture(value: Any, name: str) -> None:
@@ -366,7 +360,7 @@ def check_mixture(value: Any, name: str) -> None:
 
 
 def check_state(x: Array, dim: int) -> None:
-    """Refuse, with a `ValueError`, what is no state of a mixture in so many dimensions."""
+    """Refuse, with a `ValueError`, a state whose shape is not `(dim,)`."""
     if x.shape != (dim,):
         raise ValueError(
             f"this mixture lives on states of shape ({dim},), got a state of shape {x.shape}"

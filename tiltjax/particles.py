@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,7 +36,7 @@ class Trace(eqx.Module):
 
     `times`: `(steps + 1,)`. `failed`: `(steps, 5)`, whether in a step any particle met each of
     `FAILURES`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they
-    were not kept.
+    were not saved.
 
     Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the
     effective sample size; `tempering`, the factor of the twist; `resampled`. `roots` `(num,)`: from
@@ -57,11 +57,20 @@ class Trace(eqx.Module):
             return
         failed = np.asarray(self.failed)
         step = int(np.argmax(failed.any(axis=1)))
-        what = FAILURES[int(np.argmax(failed[step]))]
+        cause = FAILURES[int(np.argmax(failed[step]))]
         raise FloatingPointError(
             f"sampling failed in step {step} of {len(failed)}, from t = "
-            f"{float(self.times[step]):.4g}: {what}"
+            f"{float(self.times[step]):.4g}: {cause}"
         )
+
+
+class Mixing(NamedTuple):
+    """How well the chains of `gibbs` mixed: `sweeps`, their number; `correlation`, the largest with
+    the state half-way.
+    """
+
+    sweeps: int
+    correlation: float
 
 
 class Particles(eqx.Module):
@@ -70,9 +79,10 @@ class Particles(eqx.Module):
     - `x`: `(num, *shape)`.
     - `log_weights`: `(num,)`, unnormalized.
     - `log_norm`: the estimate of the log normalizing constant, or `None` if nothing was weighed.
-    - `trace`: how it came about, or `None`.
+    - `trace`: what happened in the run, or `None`.
     - `log_prob`: `(num,)`, the log-density of the law that `x` comes from, where
       `sample_with_log_prob` found it, or `None`.
+    - `mixing`: how well the chains of `gibbs` mixed, or `None`.
     """
 
     x: Array
@@ -80,6 +90,7 @@ class Particles(eqx.Module):
     log_norm: Array | None = None
     trace: Trace | None = None
     log_prob: Array | None = None
+    mixing: Mixing | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -147,6 +158,8 @@ class Particles(eqx.Module):
         if self.trace is not None:
             for field in dataclasses.fields(Trace):
                 arrays[f"trace.{field.name}"] = getattr(self.trace, field.name)
+        if self.mixing is not None:
+            arrays |= {f"mixing.{name}": value for name, value in self.mixing._asdict().items()}
         shared = not all(
             array.is_fully_addressable for array in arrays.values() if isinstance(array, jax.Array)
         )
@@ -175,6 +188,11 @@ class Particles(eqx.Module):
             with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 found = {name: archive[name] for name in archive.files}
             narrow = [str(name) for name in found.pop("bfloat16")]
+            of_mixing = {
+                name: found.pop(f"mixing.{name}").item()
+                for name in Mixing._fields
+                if f"mixing.{name}" in found
+            }
             arrays = {name: jnp.asarray(array) for name, array in found.items()}
             arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in narrow}
             of_trace = {
@@ -182,7 +200,11 @@ class Particles(eqx.Module):
                 for name in list(arrays)
                 if name.startswith("trace.")
             }
-            return Particles(**arrays, trace=Trace(**of_trace) if of_trace else None)
+            return Particles(
+                **arrays,
+                trace=Trace(**of_trace) if of_trace else None,
+                mixing=Mixing(**of_mixing) if of_mixing else None,
+            )
         except (
             ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile
         ) as error:  # fmt: skip

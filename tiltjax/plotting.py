@@ -1,14 +1,13 @@
-r"""The figures people look at: samples and paths over the law they should follow.
+r"""Figures: samples and trajectories over the law they should follow.
 
-    call                 draws
-    -------------------
-        --------------------------------------------------------------------------------------------
-    `density_contours`  the density: on the line its curve, in the plane its highest-density regions
-    `panel`      one method: the density, its samples (dots, or a histogram) and a few of its paths
-    `comparison`         a grid of panels over one density with one legend
-    `audit`              what the weights of an audit say: their law, and how few paths carry them
-    `frontier`           reward against diversity: every method a mark, the exact tilts the curve
-    `save`               the file: all of it or nothing
+| call | draws |
+|---|---|
+| `density_contours` | a density: on the line its curve, in the plane its highest-density regions |
+| `panel` | one method: density, samples (dots or a histogram) and a few trajectories |
+| `comparison` | a grid of panels over one density with one legend |
+| `audit` | the weights of an audit: their law, and how few particles carry them |
+| `frontier` | reward against diversity: every method a mark, the exact tilts the curve |
+| `save` | the file: all of it or nothing |
 
 A contour is labeled by mass: level 0.9 encloses the smallest region of the plotted window that
 holds 90% of the mass in it. Log-densities need no normalization: it is taken from a grid on the
@@ -17,8 +16,6 @@ window, which should therefore hold nearly all of the law.
 Matplotlib is imported when a figure is made, and its global state (`pyplot`, `rcParams`) is neither
 read for decisions nor changed. Colors are those of Okabe and Ito, which readers with any color
 vision can tell apart.
-
-Figures as files: all of it or nothing.
 """
 
 import contextlib
@@ -52,14 +49,14 @@ _DOTS, _LINES = 4000, 24
 class Panel(NamedTuple):
     """What `comparison` shows of one method.
 
-    `x`: `(n, d)` or `Particles`. `path`: `(steps + 1, n, d)` or `None`. `note`: a short line under
-    the title, such as a distance. `highlight`: set the title in another color, for the methods that
-    are exact.
+    `x`: `(n, d)` or `Particles`. `trajectory`: `(steps + 1, n, d)` or `None`. `note`: a short line
+    under the title, such as a distance. `highlight`: set the title in another color, for the
+    methods that are exact.
     """
 
     title: str
     x: Any
-    path: Any = None
+    trajectory: Any = None
     note: str = ""
     highlight: bool = False
 
@@ -121,29 +118,29 @@ def panel(
     x: ArrayLike | Particles,
     *,
     log_density: Callable | None = None,
-    path: ArrayLike | None = None,
+    trajectory: ArrayLike | None = None,
     bounds: ArrayLike,
     title: str,
     note: str = "",
     color: str = BLUE,
     highlight: bool = False,
 ) -> None:
-    """Draw one method: the density it should follow, its samples and a few of its paths.
+    """Draw one method: the density it should follow, its samples and a few of its trajectories.
 
     In the plane samples are dots over the contours. On the line they are a histogram under the
-    density's curve, and paths run down into it from a strip above, time going downwards. Paths fade
-    in from their start. At most 4000 dots and 24 paths are drawn; weights scale the area of dots
-    and the height of bars. Samples outside of the window are not seen.
+    density's curve, and trajectories run down into it from a strip above, time going downwards.
+    Trajectories fade in from their start. At most 4000 dots and 24 trajectories are drawn; weights
+    scale the area of dots and the height of bars. Samples outside of the window are not drawn.
 
-    **Arguments:** `x`: `(n, d)` or `Particles`, d = 1 or 2; `path`: `(steps + 1, n, d)`; the others
-    as in `density_contours` and `Panel`.
+    **Arguments:** `x`: `(n, d)` or `Particles`, d = 1 or 2; `trajectory`: `(steps + 1, n, d)`; the
+    others as in `density_contours` and `Panel`.
 
     **Raises:** `ValueError` for dimensions that disagree, samples that are not finite, and as
     `density_contours`.
     """
     bounds = _window(bounds)
     field = None if log_density is None else _evaluate(log_density, bounds)
-    _draw_panel(ax, Panel(title, x, path, note, highlight), bounds, field, color)
+    _draw_panel(ax, Panel(title, x, trajectory, note, highlight), bounds, field, color)
 
 
 def comparison(
@@ -211,11 +208,9 @@ def comparison(
         )
     else:
         handles.append(patches.Patch(facecolor=color, alpha=0.5, label="samples"))
-    if any(entry.path is not None for entry in panels):
+    if any(entry.trajectory is not None for entry in panels):
         handles.append(
-            lines.Line2D(
-                [], [], color=VERMILION, linewidth=1.2, label="paths, fading in from the start"
-            )
+            lines.Line2D([], [], color=VERMILION, linewidth=1.2, label="trajectories, fading in")
         )
     figure.legend(
         handles=handles,
@@ -229,11 +224,11 @@ def comparison(
 
 
 def audit(report: Audit) -> Any:
-    """Two panels of an `Audit`: the log-weights of its paths around `log Z`, and the share of all
-    weight that the heaviest paths carry.
+    """Two panels of an `Audit`: the log-weights around `log Z`, and the fraction of all weight that
+    the heaviest particles carry.
 
-    If all paths counted alike, the first would be a line at 0 and the second the diagonal. The
-    second axis is logarithmic: a curve that is high on the left says that few paths carry the
+    If all weights were equal, the first would be a line at 0 and the second the diagonal. The
+    second axis is logarithmic: a curve that is high on the left says that few particles carry the
     estimate of `log Z`. Eight inches wide.
     """
     (figure_class,) = _matplotlib("figure")
@@ -255,22 +250,20 @@ def audit(report: Audit) -> Any:
         label="evidence bound",
     )
     left.set_xlabel("log w - log Z, in nats", color=_MUTED, fontsize=9)
-    left.set_title("what paths weigh", loc="left", fontsize=10, color=_INK)
+    left.set_title("log-weights", loc="left", fontsize=10, color=_INK)
     left.set_yticks([])
     left.legend(frameon=False, fontsize=8, labelcolor=_MUTED)
 
-    share = (np.arange(n) + 1) / n
-    right.semilogx(
-        share, np.cumsum(np.exp(relative)) / np.sum(np.exp(relative)), color=BLUE, linewidth=1.6
-    )
-    right.semilogx(share, share, color=_RULE, linewidth=1.0)
+    fraction, weights = (np.arange(n) + 1) / n, np.exp(relative)
+    right.semilogx(fraction, np.cumsum(weights) / np.sum(weights), color=BLUE, linewidth=1.6)
+    right.semilogx(fraction, fraction, color=_RULE, linewidth=1.0)
     right.text(
-        0.97, 0.06, "all alike", transform=right.transAxes, ha="right", fontsize=8, color=_MUTED
+        0.97, 0.06, "equal weights", transform=right.transAxes, ha="right", fontsize=8, color=_MUTED
     )
     right.set_ylim(0, 1.04)
-    right.set_xlabel("heaviest paths, as a share of all", color=_MUTED, fontsize=9)
+    right.set_xlabel("heaviest particles, as a fraction of all", color=_MUTED, fontsize=9)
     right.set_title(
-        f"share of the weight (Pareto k = {report.pareto_k:.2f})",
+        f"fraction of the weight (Pareto k = {report.pareto_k:.2f})",
         loc="left",
         fontsize=10,
         color=_INK,
@@ -328,11 +321,11 @@ def frontier(
             *line[0], color=_INK, marker="*", markersize=11, linestyle="", zorder=4, label="base"
         )
     for i, title in enumerate(dict.fromkeys(entry.title for entry in marks)):
-        mine = np.array([entry.title == title for entry in marks])
-        x, y, x_error, y_error = values[mine].T
+        rows = np.array([entry.title == title for entry in marks])
+        x, y, x_error, y_error = values[rows].T
         color, marker = _CYCLE[i % len(_CYCLE)], "osD^vPX"[i // len(_CYCLE) % 7]
         ax.errorbar(x, y, y_error, x_error, color=color, linewidth=0.8, elinewidth=1.0, zorder=2)
-        face = [color if filled else "white" for filled in best[mine]]
+        face = [color if filled else "white" for filled in best[rows]]
         ax.scatter(
             x, y, s=34, marker=marker, facecolors=face, edgecolors=color, linewidths=1.3, zorder=3
         )
@@ -362,7 +355,9 @@ def _draw_panel(
     noted: bool = False,
 ) -> None:
     x, weights = _samples(entry.x, len(bounds))
-    paths = None if entry.path is None else _paths(entry.path, len(bounds))
+    trajectories = entry.trajectory
+    if trajectories is not None:
+        trajectories = _trajectories(trajectories, len(bounds))
     if field is not None:
         _draw_density(ax, field, LEVELS)
     if len(bounds) == 2:
@@ -380,10 +375,10 @@ def _draw_panel(
             zorder=3,
             rasterized=True,
         )
-        if paths is not None:
-            _draw_paths(ax, paths)
+        if trajectories is not None:
+            _draw_trajectories(ax, trajectories)
     else:
-        _draw_histogram(ax, x[:, 0], weights, paths, bounds, color)
+        _draw_histogram(ax, x[:, 0], weights, trajectories, bounds, color)
     _frame(ax, bounds)
     title_color = GREEN if entry.highlight else _INK
     pad = 15 if entry.note or noted else 5
@@ -423,13 +418,12 @@ def _draw_density(ax: Any, field: _Field, levels: Sequence[float]) -> None:
         )
 
 
-def _draw_paths(ax: Any, paths: np.ndarray) -> None:
+def _draw_trajectories(ax: Any, trajectories: np.ndarray) -> None:
     """Thin lines that fade in from their starting points."""
     (collections,) = _matplotlib("collections")
-    steps, num = len(paths) - 1, paths.shape[1]
-    segments = np.stack(
-        [paths[:-1], paths[1:]], axis=2
-    )  # (steps, num, 2, 2), later steps drawn over earlier ones
+    steps, num = len(trajectories) - 1, trajectories.shape[1]
+    # (steps, num, 2, 2), later steps drawn over earlier ones
+    segments = np.stack([trajectories[:-1], trajectories[1:]], axis=2)
     shades = np.zeros((steps, num, 4))
     shades[..., :3] = [int(VERMILION[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     shades[..., 3] = (0.06 + 0.59 * np.linspace(0, 1, steps) ** 1.5)[:, None]
@@ -446,24 +440,24 @@ def _draw_histogram(
     ax: Any,
     x: np.ndarray,
     weights: np.ndarray,
-    paths: np.ndarray | None,
+    trajectories: np.ndarray | None,
     bounds: np.ndarray,
     color: str,
 ) -> None:
     low, high = bounds[0]
     edges = np.linspace(low, high, 61)
-    # Shares of all samples, also of those outside.
+    # Fractions of all samples, also of those outside.
     heights = np.histogram(x, edges, weights=weights)[0] / np.diff(edges)
     ax.stairs(heights, edges, fill=True, color=color, alpha=0.5, linewidth=0, zorder=2)
     peak = max([heights.max(), *(line.get_ydata().max() for line in ax.lines)])
     peak = peak if peak > 0 else 1.0
-    ax.set_ylim(0, 1.08 * peak if paths is None else 1.75 * peak)
-    if paths is not None:
-        # The strip shares the axes, so that paths end above the bars they belong to.
-        times = np.linspace(1.72 * peak, 1.12 * peak, len(paths))
-        times = np.broadcast_to(times[:, None, None], paths.shape)
+    ax.set_ylim(0, 1.08 * peak if trajectories is None else 1.75 * peak)
+    if trajectories is not None:
+        # The strip shares the axes, so that trajectories end above the bars they belong to.
+        times = np.linspace(1.72 * peak, 1.12 * peak, len(trajectories))
+        times = np.broadcast_to(times[:, None, None], trajectories.shape)
         ax.axhline(1.1 * peak, color=_RULE, linewidth=0.6, zorder=1)
-        _draw_paths(ax, np.concatenate([paths, times], axis=2))
+        _draw_trajectories(ax, np.concatenate([trajectories, times], axis=2))
 
 
 def _frame(ax: Any, bounds: np.ndarray) -> None:
@@ -513,16 +507,16 @@ def _evaluate(log_density: Callable, bounds: np.ndarray) -> _Field:
 
 
 def _thresholds(field: _Field, levels: Sequence[float]) -> list[float]:
-    """The densities above which the given masses lie, in increasing order."""
+    """The densities above which the masses `levels` lie, in increasing order."""
     if not levels or not all(0 < level < 1 for level in levels):
         raise ValueError(
             f"levels must be masses between 0 and 1, such as {LEVELS}, got {tuple(levels)}"
         )
     ordered = np.sort(field.density.ravel())[::-1]
-    share = np.cumsum(ordered) / ordered.sum()
+    mass = np.cumsum(ordered) / ordered.sum()
     found = set()
     for level in levels:
-        value = ordered[np.searchsorted(share, level)]
+        value = ordered[np.searchsorted(mass, level)]
         # Half-way down to the next value: where the density is flat, a contour at its height would
         # have no inside.
         found.add(float(value + np.max(ordered, where=ordered < value, initial=0.0)) / 2)
@@ -565,14 +559,14 @@ def _samples(value: ArrayLike | Particles, dim: int | None = None) -> tuple[np.n
     return x, weights
 
 
-def _paths(value: ArrayLike, dim: int) -> np.ndarray:
-    paths = np.asarray(value, np.float64)
-    if paths.ndim != 3 or len(paths) < 2 or paths.shape[2] != dim:
+def _trajectories(value: ArrayLike, dim: int) -> np.ndarray:
+    trajectories = np.asarray(value, np.float64)
+    if trajectories.ndim != 3 or len(trajectories) < 2 or trajectories.shape[2] != dim:
         raise ValueError(
-            f"path must have shape (steps + 1, n, {dim}), as sample(..., save_trajectory=True) "
-            f"keeps it, got {paths.shape}"
+            f"trajectory must have shape (steps + 1, n, {dim}), such as that of "
+            f"sample(..., save_trajectory=True), got {trajectories.shape}"
         )
-    return paths[:, :_LINES]
+    return trajectories[:, :_LINES]
 
 
 def _matplotlib(*names: str) -> tuple:
@@ -612,7 +606,7 @@ def save(figure: Any, path: str | os.PathLike, dpi: int = 160) -> Path:
 
 
 def target(path: str | os.PathLike) -> Path:
-    """The path, if `save` could write there now: what a long computation asks before it starts.
+    """The path, if `save` could write there now: for a long computation to call before it starts.
 
     **Raises:** `ValueError` for a suffix other than `.png`, `.pdf` and `.svg`; `FileNotFoundError`,
     `NotADirectoryError`, `IsADirectoryError` or `PermissionError` for a place that cannot be

@@ -42,7 +42,7 @@ class Posterior(eqx.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Several draws that are inherited from another posterior would not be these.
+        # `draws` of another posterior would not be draws of this one.
         if "draw" in vars(cls) and "draws" not in vars(cls):
             cls.draws = Posterior.draws
 
@@ -53,8 +53,8 @@ class Posterior(eqx.Module):
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         """k independent draws, `(k, *x.shape)`; `draws(..., 1)[0]` is `draw(...)`.
 
-        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is there already: spares a
-        posterior that would ask for it a call.
+        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is known already: a
+        posterior that needs it then makes one network call less.
 
         **Raises:** `ValueError` for `k < 1`.
         """
@@ -89,8 +89,8 @@ class Exact(Posterior):
     component, and the derivative holds that choice fixed: right in law, blind to how x moves the
     weights. `Glass` sees it.
 
-    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times what it
-    missed of x, so that no posterior covariance is ever factored.
+    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times the
+    residual of x, so that no posterior covariance is ever factored.
     """
 
     model: Analytic
@@ -106,8 +106,8 @@ class Exact(Posterior):
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         k = _checks.count(k, "k")
-        mixture, path = self.model.mixture, self.model.interpolant
-        alpha, sigma = path.alpha(t), path.sigma(t)
+        mixture, interpolant = self.model.mixture, self.model.interpolant
+        alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
         check_state(x, mixture.dim)
         parts = mixture.means, mixture.covs, jax.vmap(_linalg.square_root)(mixture.covs)
@@ -150,8 +150,7 @@ class Glass(Posterior):
         self.model = model
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
         self.order = _checks.count(order, "order")
-        if self.order > 2:
-            raise ValueError(f"order must be 1 or 2, got {order}")
+        _checks.number(order, "order", 1, 2)
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         return Glass.draws(self, key, t, x, 1)[0]
@@ -159,60 +158,54 @@ class Glass(Posterior):
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         k = _checks.count(k, "k")
         denoised = self.model.denoise(t, x) if denoised is None else denoised
-        # Each draw has a state of its own: a shared one would be pulled back to by a sum over draws
-        # at every step of the flow.
-        noises, states = (
-            jax.random.normal(key, (k, *x.shape), x.dtype),
-            jnp.broadcast_to(x, (k, *x.shape)),
-        )
-        return jax.vmap(lambda xi, x: self._from(xi, t, x, denoised))(noises, states)
+        # Each draw has a copy of the state: the derivative in a common one would be a sum over
+        # draws at every step of the flow.
+        noises = jax.random.normal(key, (k, *x.shape), x.dtype)
+        states = jnp.broadcast_to(x, (k, *x.shape))
+        return jax.vmap(lambda xi, x: self._flow(xi, t, x, denoised))(noises, states)
 
-    def _from(self, xi: Array, t: Array, x: Array, denoised: Array) -> Array:
-        path = self.model.interpolant
-        precision, natural = path.snr(t), _linalg.entries(path.alpha(t) / path.sigma(t) ** 2 * x)
-        base = path.sigma(jnp.zeros_like(t))
+    def _flow(self, xi: Array, t: Array, x: Array, denoised: Array) -> Array:
+        """The end of the inner flow that starts from the noise `width * xi`."""
+        interpolant = self.model.interpolant
+        precision = interpolant.snr(t)
+        natural = _linalg.entries(interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x)
+        base = interpolant.sigma(jnp.zeros_like(t))
         width = 1 / jnp.sqrt(precision + base**-2)
 
         # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
         s = jnp.arange(self.inner_steps, dtype=x.dtype) / self.inner_steps
         remaining = (1 - s - 1 / self.inner_steps) / (1 - s)
         noise = ((1 - s[1:]) * width) ** 2
-        known = precision + s[1:] ** 2 / noise
-        times, scale = jax.vmap(path.observe)(known, jnp.ones_like(known))
-        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go 1
-        # + (m - 1) log((m - 1) / m).
+        precisions = precision + s[1:] ** 2 / noise
+        times, scale = jax.vmap(interpolant.observe)(precisions, jnp.ones_like(precisions))
+        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go
+        # 1 + (m - 1) log((m - 1) / m).
         left = np.arange(self.inner_steps - 1, 0, -1)
         extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
-        # All that does not depend on the state, for all steps at once: in the loop each number
-        # would be an operation of its own.
-        table = (
-            jax.vmap(self.model.prepare)(times),
-            scale,
-            scale * s[1:] / noise,
-            remaining[1:],
-            extrapolate,
-        )
-        grid, back = _linalg.rows(table)
+        # All coefficients, for all steps at once: in the loop each would be an operation.
+        prepared = jax.vmap(self.model.prepare)(times)
+        table = prepared, scale, scale * s[1:] / noise, remaining[1:], extrapolate
+        coefficients, from_row = _linalg.rows(table)
 
-        def advance(z: list[Array], keep: Array, denoised: list[Array]) -> list[Array]:
-            return [keep * one + (1 - keep) * end for one, end in zip(z, denoised, strict=True)]
+        def advance(z: list[Array], fraction: Array, denoised: list[Array]) -> list[Array]:
+            pairs = zip(z, denoised, strict=True)
+            return [fraction * one + (1 - fraction) * end for one, end in pairs]
 
         def step(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
-            (z, before), (prepared, of_natural, of_z, keep, extrapolate) = carry, back(row)
-            seen = [of_natural * one + of_z * more for one, more in zip(natural, z, strict=True)]
-            denoised = _linalg.entries(
-                self.model.denoise_prepared(prepared, _linalg.array(seen, x.shape))
-            )
-            z = advance(z, keep, denoised)
+            z, previous = carry
+            prepared, of_natural, of_z, fraction, extrapolate = from_row(row)
+            state = [of_natural * a + of_z * b for a, b in zip(natural, z, strict=True)]
+            state = _linalg.array(state, x.shape)
+            denoised = _linalg.entries(self.model.denoise_prepared(prepared, state))
+            z = advance(z, fraction, denoised)
             if self.order == 2:
-                z = [
-                    one + extrapolate * (new - old)
-                    for one, new, old in zip(z, denoised, before, strict=True)
-                ]
+                changes = zip(z, denoised, previous, strict=True)
+                z = [one + extrapolate * (new - old) for one, new, old in changes]
             return (z, denoised), None
 
         start, first = _linalg.entries(width * xi), _linalg.entries(denoised)
-        end, _ = jax.lax.scan(step, (advance(start, remaining[0], first), first), grid)[0]
+        carry = advance(start, remaining[0], first), first
+        (end, _), _ = jax.lax.scan(step, carry, coefficients)
         return _linalg.array(end, x.shape)
 
 
@@ -237,61 +230,50 @@ class FlowMap(Posterior):
         )
         self.model = model
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
-        self.floor = _checks.number(floor, "floor")
-        if not 0 < self.floor < 1:
-            raise ValueError(f"floor must lie between 0 and 1, got {floor}")
+        self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        path = self.model.interpolant
-        last = path.time((1 / (self.floor * path.sigma(jnp.zeros_like(t)))) ** 2)
-        ratio = jnp.minimum(
-            path.sigma(last) / path.alpha(last) / (path.sigma(t) / path.alpha(t)), 1.0
-        )
-        inverse_root_snr = (
-            path.sigma(t)
-            / path.alpha(t)
-            * ratio ** (jnp.arange(1, self.inner_steps + 1, dtype=x.dtype) / self.inner_steps)
-        )
-        grid = jax.vmap(path.time)(inverse_root_snr**-2)
+        interpolant = self.model.interpolant
+        last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
+        noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
+        ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)
+        exponent = jnp.arange(1, self.inner_steps + 1, dtype=x.dtype) / self.inner_steps
+        grid = jax.vmap(interpolant.time)((noise_ratio * ratio**exponent) ** -2)
         times = jnp.concatenate([t[None], grid])
-        sigma, alpha = jax.vmap(path.sigma)(times), jax.vmap(path.alpha)(times)
-        keep = sigma[1:] / sigma[:-1]
-        gain = alpha[1:] - alpha[:-1] * keep
-        # Predictions, corrections and the jump are all sums of the state, its denoiser and the one
-        # before: one loop, in which the network is compiled once.
-        none, all_of = jnp.zeros_like(gain), jnp.ones_like(gain)
-        predict, correct = (
-            jnp.stack([keep, gain, none], axis=1),
-            jnp.stack([all_of, gain / 2, -gain / 2], axis=1),
-        )
+        sigma, alpha = jax.vmap(interpolant.sigma)(times), jax.vmap(interpolant.alpha)(times)
+        # One step is `contraction * x + gain * D`.
+        contraction = sigma[1:] / sigma[:-1]
+        gain = alpha[1:] - alpha[:-1] * contraction
+        # Predictions, corrections and the jump are all sums of the state, its denoiser and the
+        # previous one: one loop, in which the network is compiled once.
+        zero, one = jnp.zeros_like(gain), jnp.ones_like(gain)
+        predict = jnp.stack([contraction, gain, zero], axis=1)
+        correct = jnp.stack([one, gain / 2, -gain / 2], axis=1)
         jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
-        parts = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
-        when = (
-            np.arange(2 * self.inner_steps + 1) + 1
-        ) // 2  # corrections, and what follows them, ask at the same time
-        asked = jax.tree.map(lambda leaf: leaf[when], jax.vmap(self.model.prepare)(times))
-        stages, back = _linalg.rows((asked, *parts.T))
+        weights = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
+        # A correction and the prediction after it are at the same time.
+        which = (np.arange(2 * self.inner_steps + 1) + 1) // 2
+        prepared = jax.tree.map(lambda leaf: leaf[which], jax.vmap(self.model.prepare)(times))
+        stages, from_row = _linalg.rows((prepared, *weights.T))
 
         def stage(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
-            (x, before), (prepared, of_x, of_new, of_old) = carry, back(row)
-            denoised = _linalg.entries(
-                self.model.denoise_prepared(prepared, _linalg.array(x, shape))
-            )
-            x = [
-                of_x * one + of_new * new + of_old * old
-                for one, new, old in zip(x, denoised, before, strict=True)
-            ]
+            x, previous = carry
+            prepared, of_x, of_new, of_old = from_row(row)
+            state = _linalg.array(x, shape)
+            denoised = _linalg.entries(self.model.denoise_prepared(prepared, state))
+            terms = zip(x, denoised, previous, strict=True)
+            x = [of_x * a + of_new * new + of_old * old for a, new, old in terms]
             return (x, denoised), None
 
         shape, start = x.shape, _linalg.entries(x)
-        begin = start, [jnp.zeros_like(one) for one in start]
-        (end, _), _ = jax.lax.scan(stage, begin, stages)
+        carry = start, [jnp.zeros_like(entry) for entry in start]
+        (end, _), _ = jax.lax.scan(stage, carry, stages)
         return _linalg.array(end, shape)
 
 
 class Renoise(Posterior):
-    """Where the flow takes a state after some of what is known of it is forgotten: noise is added
-    until the snr has fallen by `snr_factor`, and `FlowMap` runs from there.
+    """Where the flow takes a noisier state: noise is added until the snr has fallen by
+    `snr_factor`, and `FlowMap` runs from there.
 
     `x_s = (alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) xi` at the time
     s with `snr_s = snr_t / snr_factor`, the forward noising of `X_t`. A factor of 1 is `FlowMap`;
@@ -315,19 +297,14 @@ class Renoise(Posterior):
             "Renoise(model, snr_factor), with Analytic(mixture) for a mixture",
         )
         self.model = model
-        self.snr_factor = _checks.positive(snr_factor, "snr_factor")
-        if _checks.concrete(self.snr_factor) and np.asarray(self.snr_factor) < 1:
-            raise ValueError(
-                f"snr_factor must be at least 1, got {float(self.snr_factor):g}: noise can only be "
-                "added"
-            )
+        self.snr_factor = _checks.in_range(snr_factor, "snr_factor", 1)
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        path = self.model.interpolant
-        s = path.time(path.snr(t) / self.snr_factor)
-        keep = path.alpha(s) / path.alpha(t)
-        # sigma_s^2 - keep^2 sigma_t^2, without subtracting.
-        spread = path.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
-        noisy = keep * x + spread * jax.random.normal(key, x.shape, x.dtype)
+        interpolant = self.model.interpolant
+        s = interpolant.time(interpolant.snr(t) / self.snr_factor)
+        ratio = interpolant.alpha(s) / interpolant.alpha(t)
+        # sigma_s^2 - ratio^2 sigma_t^2, without subtracting.
+        std = interpolant.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
+        noisy = ratio * x + std * jax.random.normal(key, x.shape, x.dtype)
         return FlowMap(self.model, self.inner_steps).draw(key, s, noisy)

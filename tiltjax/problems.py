@@ -8,7 +8,7 @@ r"""Named problems with known answers: data, no solvers.
 | `unequal` | the modes of `quadratic` with weights .2, .8 | the same | 3 |
 | `uncentered` | modes (-4, 0), (1, 0), covariance I/2, equal weights | the same | 3 |
 | `double_well` | the prior of `quadratic` | `DoubleWell` | 3 |
-| `step` | modes ±3 on the line, variance 1 | `Step(10)` | 5 |
+| `step` | modes ±3 on the line, variance 1 | `StepReward(10)` | 5 |
 | `bump` | the same | `exp(-(x - 3)^2 / 2)` | 5 |
 
 The six mixtures in the plane and the two problems on the line are those of Dandapanthula and Boffi
@@ -106,10 +106,6 @@ NAMES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_wel
 
 def get(name: str) -> Problem:
     """The problem called `name`. **Raises:** `ValueError` listing the names if there is none."""
-    if not isinstance(name, str):
-        raise TypeError(
-            f"name must be text, got {type(name).__name__}: choose one of {', '.join(NAMES)}"
-        )
     if name not in NAMES:
         raise ValueError(f"unknown problem {name!r}: choose one of {', '.join(NAMES)}")
     return globals()[name]()

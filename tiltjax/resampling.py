@@ -82,15 +82,15 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
     uniforms = jax.random.uniform(_checks.key(key), (len(whole),), fraction.dtype)
 
     def trade(
-        held: tuple[Array, Array], particle: tuple[Array, Array, Array]
+        carry: tuple[Array, Array], particle: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array], Array]:
-        # `i` holds the fraction f; particle j brings g. Both end at 0 or 1 but for one, which is
-        # held on.
-        i, f = held
+        # Particle i has the fraction f, particle j has g. One of them ends at 0 or 1; the other
+        # goes on to the next trade.
+        i, f = carry
         j, g, uniform = particle
         total = f + g
         over = total > 1
-        # Mass 1 (or total, if less) goes to one of the two, so that means are kept.
+        # Mass 1 (or total, if less) goes to one of the two, so that the means stay.
         to_i = uniform < jnp.where(over, (1 - g) / (2 - total), f / jnp.maximum(total, 1e-30))
         winner, loser = jnp.where(to_i, i, j), jnp.where(to_i, j, i)
         # Over one: the winner is complete, the loser keeps what is left. Under: the loser has none,
@@ -112,7 +112,7 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
 
 
 def _checked(log_weights: Array, num: int | None) -> tuple[Array, int]:
-    """The log-weights as an array, and how many ancestors are asked for."""
+    """The log-weights as an array, and the number of ancestors."""
     log_weights = _checks.floating(log_weights, "log_weights")
     if log_weights.ndim != 1 or not len(log_weights):
         raise ValueError(

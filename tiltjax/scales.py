@@ -1,7 +1,7 @@
-r"""Scale laws `lambda_t`: how strongly a guidance listens to the reward at each time.
+r"""Scale laws `lambda_t`: the strength of a reward at each time of a guidance.
 
-Guidance wants `∇ log E[exp(scale * r(X_1)) | X_t = x]`, and a one-draw estimate at full scale pulls
-too hard: it forgets that `X_1` is still uncertain. For a Gaussian prior `N(mu, s^2 I)` and
+Guidance estimates `∇ log E[exp(scale * r(X_1)) | X_t = x]`. An estimate from one draw at full scale
+is too large, as it ignores the uncertainty of `X_1`. For a Gaussian prior `N(mu, s^2 I)` and
 `r(x) = -|x - y|^2` the exact remedy is a smaller scale,
 
     lambda_t = scale / (1 + 2 scale v_t),      v_t = Var(X_1 | X_t) = 1 / (1/s^2 + snr_t),
@@ -66,12 +66,12 @@ class Damped(Scale):
 
 
 def gaussian_variance(sigma: Array, snr: Array) -> Array:
-    """`v_t = sigma^2 / (1 + sigma^2 snr_t)`: the variance of one of `N(mu, sigma^2)`, seen at a
+    """`v_t = sigma^2 / (1 + sigma^2 snr_t)`: the posterior variance of `N(mu, sigma^2)` at a
     signal-to-noise ratio.
     """
-    # A width of zero has nothing left to know, also at t = 1, where the snr is infinite.
-    known = sigma > 0
-    return jnp.where(known, 1 / (jnp.where(known, sigma, 1.0) ** -2 + snr), 0.0)
+    # sigma = 0 gives 0, also at t = 1, where the snr is infinite.
+    positive = sigma > 0
+    return jnp.where(positive, 1 / (jnp.where(positive, sigma, 1.0) ** -2 + snr), 0.0)
 
 
 class SelfDamped(Scale):

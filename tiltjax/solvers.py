@@ -10,7 +10,7 @@ All of them move a *field*: the denoiser `D~` of the law that is sampled, which 
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
 | `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
-| `Unmask(even)` | tokens: some of those that are hidden are drawn from `D~` | 1 |
+| `tokens.Unmask(even)` | tokens: some of the masked ones are drawn from `D~` | 1 |
 
 with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`,
 `rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1 is the ancestral (DDPM) kernel of the reversed
@@ -24,7 +24,6 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg
@@ -55,8 +54,8 @@ class Kernel(NamedTuple):
     def propose(
         self, key: Array, x: Array, denoised: Array, shift: Array | None
     ) -> tuple[Array, Array]:
-        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, which no
-        difference of densities has to find.
+        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, without a
+        difference of densities.
         """
         noise = jax.random.normal(key, x.shape, x.dtype)
         moved = self.keep * x + self.gain * denoised + self.std * noise
@@ -74,7 +73,7 @@ class Solver(eqx.Module):
     """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their
     mean.
 
-    `steps` is how many a run takes by default.
+    `steps` is the number of steps of a run by default.
     """
 
     stochastic: ClassVar[bool]
@@ -174,9 +173,7 @@ class Ancestral(Stochastic):
     eta: Array
 
     def __init__(self, eta: float | Array = 1.0):
-        self.eta = _checks.nonnegative(eta, "eta")
-        if _checks.concrete(self.eta) and np.asarray(self.eta) > 1:
-            raise ValueError(f"eta must lie in [0, 1], got {float(self.eta):g}")
+        self.eta = _checks.in_range(eta, "eta", 0, 1)
 
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel:
         """The step from t to u."""
@@ -203,7 +200,7 @@ class Adaptive(Solver):
     r"""The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size
     control (Diffrax).
 
-    Solved on a circle, where all paths look the same: with `c = sigma_0`,
+    Solved on a circle, where all interpolants are alike: with `c = sigma_0`,
     `r = hypot(sigma, c alpha)` and the angle `phi = arctan(sigma / (c alpha))`, which falls from pi
     / 2 (noise) to 0 (data),
 
@@ -244,9 +241,7 @@ class Adaptive(Solver):
     ):
         self.rtol = _checks.positive(rtol, "rtol")
         self.atol = _checks.positive(atol, "atol")
-        self.floor = _checks.positive(floor, "floor")
-        if _checks.concrete(self.floor) and np.asarray(self.floor) >= 1:
-            raise ValueError(f"floor must lie between 0 and 1, got {float(self.floor):g}")
+        self.floor = _checks.in_range(floor, "floor", 0, 1, closed="neither")
         self.max_steps = _checks.count(max_steps, "max_steps")
 
     def last(self, interpolant: Interpolant) -> Array:
@@ -262,27 +257,25 @@ class Adaptive(Solver):
         x: Array,
         *,
         dense: bool = False,
-    ) -> "Arc":
+    ) -> "FlowSegment":
         """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1.
         Only a `dense` one can be called.
         """
-        # here, for its one user: it would add a third to what importing all of this takes
-        import diffrax
+        import diffrax  # here, as it would make `import tiltjax` a third slower
 
         circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
 
-        def turn(phi: Any, y: Any, args: Any) -> Array:
+        def dy_dphi(phi: Any, y: Any, args: Any) -> Array:
             s = circle.time(phi)
             r = circle.radius(s)
             denoised = denoise(s, r * y)
             noise = interpolant.noise(s, r * y, denoised)
-            return (
-                circle.base * interpolant.alpha(s) / r * noise
-                - interpolant.sigma(s) / (r * circle.base) * denoised
-            )
+            cos_phi = circle.base * interpolant.alpha(s) / r
+            sin_phi_over_c = interpolant.sigma(s) / (r * circle.base)
+            return cos_phi * noise - sin_phi_over_c * denoised
 
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(turn),
+            diffrax.ODETerm(dy_dphi),
             diffrax.Tsit5(),
             t0=circle.angle(t),
             t1=circle.angle(u),
@@ -299,16 +292,15 @@ class Adaptive(Solver):
         )
         ys: Any = solution.ys
         success = solution.result == diffrax.RESULTS.successful
-        return Arc(circle, circle.radius(u) * ys[0], success, solution.interpolation)
+        return FlowSegment(circle, circle.radius(u) * ys[0], success, solution.interpolation)
 
     def step(self, keys, interpolant, field, t, u, x, state):
         end = jnp.where(u < 1, u, jnp.maximum(t, self.last(interpolant)))
-        held = lambda s, x: field(keys.guidance, s, x, state)[0]
-        arc = self.solve(interpolant, held, t, end, x)
-        # Where the solver failed the field is asked at the state it had, so that it can say what is
-        # wrong with it.
-        denoised, state = field(keys.guidance, end, jnp.where(arc.success, arc.end, x), state)
-        return jnp.where(arc.success, jnp.where(u < 1, arc.end, denoised), jnp.nan), state
+        denoise = lambda s, x: field(keys.guidance, s, x, state)[0]
+        flow = self.solve(interpolant, denoise, t, end, x)
+        # Where the solver failed the field is evaluated at the state before, which shows the cause.
+        denoised, state = field(keys.guidance, end, jnp.where(flow.success, flow.end, x), state)
+        return jnp.where(flow.success, jnp.where(u < 1, flow.end, denoised), jnp.nan), state
 
 
 class _Circle(eqx.Module):
@@ -327,12 +319,11 @@ class _Circle(eqx.Module):
         return self.interpolant.time((self.base * jnp.tan(phi)) ** -2)
 
 
-class Arc(eqx.Module):
+class FlowSegment(eqx.Module):
     """A piece of the probability flow: the state `end` at its end and, if it is dense, at any time
     `t -> x`.
 
-    What a failed piece says, `success` being false, is no solution: `end` is arbitrary, the states
-    are NaN.
+    Where the solver failed, `success` is false, `end` arbitrary, and the states are NaN.
     """
 
     circle: _Circle

@@ -6,10 +6,10 @@ Nothing is allocated: the 12-billion network is built abstractly, lowered and co
 devices, and the compiler says what every one of them holds. Parameters are bfloat16 and divided on
 both axes of the mesh (`transformer.sharded`), particles on its axis `data`.
 
-The parameters' share is exact on any machine. What is computed is the CPU's compiler's: its matrix
+The parameters' part is exact on any machine. What is computed is the CPU's compiler's: its matrix
 products are float32, for which it first copies all parameters, twice their bytes, which are left
 out of `computed` (compiled in float32 throughout there are no copies, and what remains agrees); and
-attention keeps its scores. `estimate` is `model.memory` for a GPU with fused attention.
+attention saves its scores. `estimate` is `model.memory` for a GPU with fused attention.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--size", type=int, default=512, help="of the image")
     parser.add_argument("--particles", type=int, default=2)
     parser.add_argument(
-        "--no-remat", action="store_true", help="keep everything inside of a block for the gradient"
+        "--no-remat", action="store_true", help="save everything inside of a block for the gradient"
     )
     parser.add_argument(
         "--quick",
@@ -107,7 +107,7 @@ def main():
     settings = parser.parse_args()
     remat = not settings.no_remat
     estimate = lambda **more: flux.memory(
-        transformer.Config(), settings.size, settings.size, batch=settings.particles, **more
+        transformer.Config(), settings.size, settings.size, chunk_size=settings.particles, **more
     )
     whole = estimate().parameters
     print(
@@ -148,9 +148,9 @@ def main():
                 }
             )
     if not settings.quick:
-        kept = {name: value for name, value in vars(settings).items() if name != "quick"}
+        found = {name: value for name, value in vars(settings).items() if name != "quick"}
         common.write(
-            "flux_memory", {"settings": kept, "parameter_bytes": whole, "results": results}
+            "flux_memory", {"settings": found, "parameter_bytes": whole, "results": results}
         )
 
 

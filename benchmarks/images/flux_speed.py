@@ -10,7 +10,7 @@ tokens of width d in every block; with a gradient to the latents, forward pass i
 count twice and attention three times. An image is 28 steps, decoded; a guided one as published,
 with one draw for 5 of them. `--peer` times the forward pass of `diffusers` in the same run, where
 it and PyTorch with a device are installed. `--quick` is a small network at 64 x 64 pixels, to see
-that it runs; its numbers are not kept.
+that it runs; its numbers are not written.
 """
 
 import argparse
@@ -88,29 +88,28 @@ def networks(config, coder, settings):
     )
 
 
-def measured(given, size, top):
+def measured(model, size, top):
     """A row of the table."""
-    config, batch = given.parts.transformer.config, jax.vmap
-    tokens = int(np.prod(given.shape[:2])) // 4 + LENGTH
-    x = jax.random.normal(jax.random.key(4), (1, *given.shape))
+    config, batch = model.parts.transformer.config, jax.vmap
+    tokens = int(np.prod(model.shape[:2])) // 4 + LENGTH
+    x = jax.random.normal(jax.random.key(4), (1, *model.shape))
     t = jnp.asarray(0.4)
-    forward = jax.jit(lambda given, x: batch(given.denoise, (None, 0))(t, x))
+    forward = jax.jit(lambda model, x: batch(model.denoise, (None, 0))(t, x))
     # As a guidance takes it: the gradient of a sum of squares, forward pass included.
     pulled = jax.jit(
-        lambda given, x: jax.grad(lambda x: jnp.sum(batch(given.denoise, (None, 0))(t, x) ** 2))(x)
+        lambda model, x: jax.grad(lambda x: jnp.sum(batch(model.denoise, (None, 0))(t, x) ** 2))(x)
     )
-    decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
+    decode = jax.jit(lambda model, x: jnp.clip(model.decode(x), 0, 1))
     grid = flux.times(STEPS, size, size)
-    plain = {"model": given.leaping(grid), "times": grid, "solver": tj.Euler()}
-    guided = flux.published(given, rewards.blueness, grid=grid)
+    plain = {"model": model.leaping(grid), "times": grid, "solver": tj.Euler()}
     work, with_gradient = operations(config, tokens)
     rows = {
-        "forward": (lambda key: forward(given, x), work),
-        "gradient": (lambda key: pulled(given, x), with_gradient),
-        "decode": (lambda key: decode(given, x), None),
-        "image": (lambda key: decode(given, tj.sample(key, num=1, **plain).x), STEPS * work),
+        "forward": (lambda key: forward(model, x), work),
+        "gradient": (lambda key: pulled(model, x), with_gradient),
+        "decode": (lambda key: decode(model, x), None),
+        "image": (lambda key: decode(model, tj.sample(key, num=1, **plain).x), STEPS * work),
         "guided_image": (
-            lambda key: decode(given, tj.sample(key, num=1, **guided).x),
+            lambda key: decode(model, flux.published(key, model, rewards.blueness, grid=grid).x),
             STEPS * work + 5 * with_gradient,
         ),
     }
@@ -119,10 +118,13 @@ def measured(given, size, top):
         first, later = seconds(call)
         found[name] = {"first_s": first, "s": later}
         if count is not None:
-            found[name] |= {"tflops": count / later / 1e12, "share_of_ceiling": count / later / top}
+            found[name] |= {
+                "tflops": count / later / 1e12,
+                "fraction_of_ceiling": count / later / top,
+            }
         print(
             f"{size:>5} {name:>14} {later:9.4f} s   first {first:6.1f} s   "
-            f"{found[name].get('share_of_ceiling', float('nan')):6.1%} of the ceiling",
+            f"{found[name].get('fraction_of_ceiling', float('nan')):6.1%} of the ceiling",
             flush=True,
         )
     return {
@@ -168,7 +170,7 @@ def peer(config, sizes):
     for size in sizes:
         n = (size // 16) ** 2
         make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-        given = {
+        inputs = {
             "hidden_states": make(1, n, config.in_channels),
             "encoder_hidden_states": make(1, LENGTH, config.joint_attention_dim),
             "pooled_projections": make(1, config.pooled_projection_dim),
@@ -182,7 +184,7 @@ def peer(config, sizes):
             for _ in range(REPEATS + 1):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                network(**given)
+                network(**inputs)
                 torch.cuda.synchronize()
                 walls.append(time.perf_counter() - start)
         found[str(size)] = statistics.median(walls[1:])

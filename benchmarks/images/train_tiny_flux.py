@@ -7,7 +7,7 @@ Trains the model that the package brings along, the same classes on images of
 `tiltjax.images.shapes`, in four stages, and measures each of them before the next begins. A folder
 that holds a stage already is continued from there.
 
-| stage | minimized | judged by |
+| stage | minimized | evaluated by |
 |---|---|---|
 | `autoencoder` | squared error + 1e-4 of the latents' divergence from noise | `read` of images |
 | `clip` | contrast of images and captions that fit | the most similar of 64 captions |
@@ -41,7 +41,7 @@ from tiltjax.images.networks import autoencoder, clip, t5, transformer
 from tiltjax.pretrained import files, state_dicts
 from tiltjax.training import split_parameters
 
-PLACE = Path(flux.__file__).parent / flux.TINY
+PLACE = Path(shapes.__file__).parent / flux.TINY
 LENGTH = 16  # tokens of a caption, for both encoders
 LATENTS = 8
 IMAGES = 1 << 15
@@ -147,7 +147,7 @@ def partly(key, scenes, sparse=False):
     unsaid = jnp.where(often, 0.5, 0.0) if sparse else jnp.full(often.shape, UNSAID)
     said = jax.random.bernoulli(key_words, 1 - unsaid, (4, len(often)))
     return shapes.Numbers(
-        *(jnp.where(keep, n, m) for keep, n, m in zip(said, scenes, COUNTS, strict=True))
+        *(jnp.where(say, n, m) for say, n, m in zip(said, scenes, COUNTS, strict=True))
     )
 
 
@@ -166,7 +166,7 @@ def captions(of):
 
 
 class Contrast(eqx.Module):
-    """`-log` of the share of a caption's images, and of an image's captions, among all of a
+    """`-log` of the probability of a caption's images, and of an image's captions, among all of a
     batch.
     """
 
@@ -174,17 +174,17 @@ class Contrast(eqx.Module):
 
     def __call__(self, network, key):
         key_images, key_words = jax.random.split(key)
-        scenes, seen = images(key_images, BATCHES["clip"])
+        scenes, shown = images(key_images, BATCHES["clip"])
         said = partly(key_words, scenes)
-        logits = network.temperature() * network.text(self.ids[said]) @ network.image(seen).T
+        logits = network.temperature() * network.text(self.ids[said]) @ network.image(shown).T
         fits = jnp.ones(logits.shape, bool)
-        for words, shown, m in zip(said, scenes, COUNTS, strict=True):
-            fits &= (words[:, None] == m) | (words[:, None] == shown[None])
-        share = lambda axis: jnp.mean(
+        for words, depicted, m in zip(said, scenes, COUNTS, strict=True):
+            fits &= (words[:, None] == m) | (words[:, None] == depicted[None])
+        contrast = lambda axis: jnp.mean(
             jax.nn.logsumexp(logits, axis)
             - jax.nn.logsumexp(jnp.where(fits, logits, -jnp.inf), axis)
         )
-        return share(0) + share(1)
+        return contrast(0) + contrast(1)
 
 
 class Matching(eqx.Module):
@@ -210,13 +210,13 @@ class Matching(eqx.Module):
         states = encoder(self.ids[said])
         noise = jax.random.normal(keys[2], data.shape)
         start = jax.nn.sigmoid(jax.random.normal(keys[3], (n,)))
-        ask = lambda x, start, end, rows: velocity(
+        call = lambda x, start, end, rows: velocity(
             x, jnp.stack([start, end], axis=1), states[rows], pooled[rows], grid=GRID
         )
         if not self.maps:
             mix = start[:, None, None]
-            answer = ask(mix * noise + (1 - mix) * data, start, start, slice(None))
-            return jnp.mean((answer - (noise - data)) ** 2)
+            output = call(mix * noise + (1 - mix) * data, start, start, slice(None))
+            return jnp.mean((output - (noise - data)) ** 2)
         half, at = slice(None, n // 2), slice(n // 2, None)
         # From anywhere, often from the noise, to anywhere, often to the data.
         ends = jax.random.uniform(keys[4], (2, n // 2))
@@ -230,12 +230,12 @@ class Matching(eqx.Module):
         x = mix * noise + (1 - mix) * data
         place = lambda time: time[:, None, None]
         still = jax.lax.stop_gradient
-        first = still(ask(x[at], above, between, at))
-        second = still(ask(x[at] - place(above - between) * first, between, below, at))
-        share = place((above - between) / jnp.maximum(above - below, 1e-3))
-        target = jnp.concatenate([(noise - data)[half], share * first + (1 - share) * second])
-        answer = ask(x, start, jnp.concatenate([start[half], below]), slice(None))
-        return jnp.mean((answer - target) ** 2)
+        first = still(call(x[at], above, between, at))
+        second = still(call(x[at] - place(above - between) * first, between, below, at))
+        fraction = place((above - between) / jnp.maximum(above - below, 1e-3))
+        target = jnp.concatenate([(noise - data)[half], fraction * first + (1 - fraction) * second])
+        output = call(x, start, jnp.concatenate([start[half], below]), slice(None))
+        return jnp.mean((output - target) ** 2)
 
 
 def train_autoencoder(steps, folder):
@@ -247,11 +247,11 @@ def train_autoencoder(steps, folder):
 
     def loss(arrays, key):
         key_images, key_noise = jax.random.split(key)
-        network, (_, seen) = frame.network(arrays), images(key_images, BATCHES["autoencoder"])
-        mean, log_variance = network.moments(seen)
+        network, (_, data) = frame.network(arrays), images(key_images, BATCHES["autoencoder"])
+        mean, log_variance = network.moments(data)
         latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key_noise, mean.shape)
-        shape = jnp.any(jnp.abs(seen - seen[:, :1, :1]) > 0.02, axis=-1, keepdims=True)
-        error = jnp.mean(jnp.where(shape, 4.0, 1.0) * (2 * (network.decode(latents) - seen)) ** 2)
+        shape = jnp.any(jnp.abs(data - data[:, :1, :1]) > 0.02, axis=-1, keepdims=True)
+        error = jnp.mean(jnp.where(shape, 4.0, 1.0) * (2 * (network.decode(latents) - data)) ** 2)
         return error + 1e-4 * jnp.mean(0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance))
 
     @jax.jit
@@ -259,10 +259,10 @@ def train_autoencoder(steps, folder):
         value, slope = jax.value_and_grad(loss)(arrays, key)
         change, memory = rule.update(slope, memory, arrays)
         arrays = optax.apply_updates(arrays, change)
-        kept = jnp.minimum(0.995, (1 + k) / (10 + k))
+        decay = jnp.minimum(0.995, (1 + k) / (10 + k))
         return (
             arrays,
-            jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, arrays),
+            jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), average, arrays),
             memory,
             value,
         )
@@ -364,11 +364,11 @@ def train_clip(steps, folder):
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    seen = {**tower, "image_size": shapes.SIDE, "patch_size": 8}
+    vision = {**tower, "image_size": shapes.SIDE, "patch_size": 8}
     both = {
         "_class_name": "CLIPModel",
         "text_config": words,
-        "vision_config": seen,
+        "vision_config": vision,
         "projection_dim": CLIP.projection_dim,
     }
     save(folder / "clip", found.average, both, stacked=clip.STACKED)
@@ -381,7 +381,7 @@ def train_clip(steps, folder):
 
 
 def matching(folder, maps):
-    """The loss of both last stages, with the latents of as many images as are seen, and the CLIP
+    """The loss of both last stages, with the latents of as many images as are drawn, and the CLIP
     states of all captions.
     """
     coder, reader = loading.load("autoencoder", folder), loading.load("clip", folder)
@@ -448,7 +448,7 @@ def write_networks(folder, networks):
 
 
 def agreement(wanted, found):
-    """The share of images in which `read` finds each word of their scene, and all of them."""
+    """The fraction of images in which `read` finds each word of their scene, and all of them."""
     same = np.asarray(
         [
             [have is not None and a == b for a, b in zip(want, have or want, strict=True)]
@@ -464,7 +464,7 @@ def agreement(wanted, found):
     )
 
 
-def judge_autoencoder(folder, n):
+def evaluate_autoencoder(folder, n):
     """The peak signal-to-noise ratio, and what is read, of images that went through the
     autoencoder.
     """
@@ -478,13 +478,16 @@ def judge_autoencoder(folder, n):
     }
 
 
-def judge_clip(folder, n):
+def evaluate_clip(folder, n):
     """How often the caption of an image is the most similar of 64, 63 of them of other scenes."""
-    judge, tokens = clip.load(folder / "clip"), prompts.clip_tokenizer(folder / "tokenizer", LENGTH)
+    network, tokens = (
+        clip.load(folder / "clip"),
+        prompts.clip_tokenizer(folder / "tokenizer", LENGTH),
+    )
     scenes, drawn = images(jax.random.key(8), n)
     ids = np.stack([tokens(shapes.caption(scene)) for scene in shapes.all_named(scenes)])
     similar = np.asarray(
-        jax.jit(lambda judge: judge.image(drawn) @ judge.text(jnp.asarray(ids)).T)(judge)
+        jax.jit(lambda network: network.image(drawn) @ network.text(jnp.asarray(ids)).T)(network)
     )
     found = [
         row[i] >= row[np.r_[i, (i + 1 + np.arange(63)) % n]].max() for i, row in enumerate(similar)
@@ -492,7 +495,7 @@ def judge_clip(folder, n):
     return {"most_similar_of_64": float(np.mean(found))}
 
 
-def judge_samples(folder, prompts, each, steps, leap):
+def evaluate_samples(folder, num, each, steps, leap):
     """What is read in samples for so many captions of whole scenes, `each` of a caption."""
     velocity, coder = loading.load("transformer", folder), loading.load("autoencoder", folder)
     encoders = {"clip": loading.load("clip", folder), "t5": loading.load("t5", folder)}
@@ -500,20 +503,20 @@ def judge_samples(folder, prompts, each, steps, leap):
     encoders |= {"t5_tokenizer": prompts.t5_tokenizer(folder / "tokenizer_2", LENGTH)}
     grid, wanted, found = (
         jnp.linspace(1e-3, 1.0, steps + 1),
-        shapes.all_named(shapes.scenes(jax.random.key(9), prompts)),
+        shapes.all_named(shapes.scenes(jax.random.key(9), num)),
         [],
     )
-    decode = jax.jit(lambda given, x: jnp.clip(given.decode(x), 0, 1))
+    decode = jax.jit(lambda model, x: jnp.clip(model.decode(x), 0, 1))
     for number, scene in enumerate(wanted):
         states, pooled = prompts.embed(shapes.caption(scene), **encoders)
-        given = flux.FluxModel(
+        model = flux.FluxModel(
             velocity, states, pooled, height=shapes.SIDE, width=shapes.SIDE, autoencoder=coder
         )
         key = jax.random.fold_in(jax.random.key(10), number)
         drawn = tj.sample(
-            key, given.leaping(grid) if leap else given, num=each, times=grid, solver=tj.Euler()
+            key, model.leaping(grid) if leap else model, num=each, times=grid, solver=tj.Euler()
         ).x
-        found += [shapes.read(image) for image in np.asarray(decode(given, drawn))]
+        found += [shapes.read(image) for image in np.asarray(decode(model, drawn))]
     return agreement([scene for scene in wanted for _ in range(each)], found)
 
 
@@ -537,19 +540,19 @@ def train(folder, quick):
     steps, n = QUICK if quick else STEPS, 64 if quick else 1000
     write_tokenizers(folder)
     stages = {
-        "autoencoder": (train_autoencoder, lambda: judge_autoencoder(folder, n)),
-        "clip": (train_clip, lambda: judge_clip(folder, n)),
-        "velocity": (train_velocity, lambda: judge_samples(folder, n // 4, 4, 28, False)),
-        "flow_map": (train_flow_map, lambda: judge_maps(folder, n)),
+        "autoencoder": (train_autoencoder, lambda: evaluate_autoencoder(folder, n)),
+        "clip": (train_clip, lambda: evaluate_clip(folder, n)),
+        "velocity": (train_velocity, lambda: evaluate_samples(folder, n // 4, 4, 28, False)),
+        "flow_map": (train_flow_map, lambda: evaluate_maps(folder, n)),
     }
     record = folder / "trained.json"
     results = json.loads(record.read_text()) if record.is_file() else {}
-    for name, (fit, judge) in stages.items():
+    for name, (fit, evaluate) in stages.items():
         if name not in results:
             wall, cpu = time.perf_counter(), common.cpu_seconds()
             fit(steps[name], folder)
             seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": common.cpu_seconds() - cpu}
-            results[name] = {"steps": steps[name], "batch": BATCHES[name], **seconds, **judge()}
+            results[name] = {"steps": steps[name], "batch": BATCHES[name], **seconds, **evaluate()}
             record.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(results[name]), flush=True)
     results["bytes"] = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -557,12 +560,12 @@ def train(folder, quick):
         common.write("train_tiny_flux", results)
 
 
-def judge_maps(folder, n):
+def evaluate_maps(folder, n):
     """Samples of the same network by its velocity, and by its maps in few steps."""
     return {
-        "velocity_28_steps": judge_samples(folder, n // 4, 4, 28, False),
-        "map_4_steps": judge_samples(folder, n // 4, 4, 4, True),
-        "map_1_step": judge_samples(folder, n // 4, 4, 1, True),
+        "velocity_28_steps": evaluate_samples(folder, n // 4, 4, 28, False),
+        "map_4_steps": evaluate_samples(folder, n // 4, 4, 4, True),
+        "map_1_step": evaluate_samples(folder, n // 4, 4, 1, True),
     }
 
 

@@ -205,7 +205,7 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
         "Conjugate": sampled(conjugate, times=inner),
         "Gibbs": lambda key: tj.gibbs(
             key, model, toy.reward, 1.0, num=total // 4, steps=20, max_sweeps=500
-        )[0].x[:, None],
+        ).x[:, None],
         "best-of-16": lambda key: tj.best_of_n(many(key), reward, 16).x[:, None],
         "softmax-of-16": lambda key: tj.softmax_of_n(
             jax.random.key(6), many(key), reward, 16, 1.0

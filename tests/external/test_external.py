@@ -146,7 +146,7 @@ def test_what_is_not_there_is_refused_while_tracing(model, with_gradient):
     ):
         tj.sample(KEY, model, tj.PlugIn(tj.Tweedie(model), plain), num=2, steps=2)
     with pytest.raises(ValueError, match="has no gradient"):
-        plain.answer(POINTS, gradient=True)
+        plain.evaluate(POINTS, gradient=True)
     with pytest.raises(ValueError, match=r"no second derivatives.*Laplace"):
         tj.sample(KEY, model, tj.Laplace(model, with_gradient), num=2, steps=2)
 
@@ -223,12 +223,12 @@ def test_sharded_over_one_device(model, with_gradient):
 
 
 def test_the_way_of_other_devices():
-    host = tj.external._host._Host(tj.external.External(values), False, 1)
-    answer = lambda x: jax.pure_callback(
-        host.on_the_cpu, (jax.ShapeDtypeStruct((), x.dtype),), x, vmap_method="expand_dims"
+    callback = tj.external._callback.Callback(tj.external.External(values), False, 1)
+    call = lambda x: jax.pure_callback(
+        callback.of_arrays, (jax.ShapeDtypeStruct((), x.dtype),), x, vmap_method="expand_dims"
     )
     np.testing.assert_allclose(
-        jax.jit(jax.vmap(answer))(jnp.asarray(POINTS))[0], values(POINTS), atol=1e-12
+        jax.jit(jax.vmap(call))(jnp.asarray(POINTS))[0], values(POINTS), atol=1e-12
     )
 
 
@@ -239,7 +239,7 @@ def test_one_core_does_not_wait_for_itself():
 import os
 if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp, tiltjax as tj
-reward = tj.External(lambda x: x.sum(1))
+reward = tj.external.External(lambda x: x.sum(1))
 @jax.jit
 def run(x):
     def step(c, _):
@@ -343,7 +343,7 @@ WRONG = {
 def test_wrong_answers_are_refused(name):
     fn, error, message = WRONG[name]
     with pytest.raises(error, match=message):
-        tj.external.External(fn).answer(POINTS)
+        tj.external.External(fn).evaluate(POINTS)
     with pytest.raises(error, match=message), tj.external.failures():
         jax.jit(jax.vmap(tj.external.External(fn)))(jnp.asarray(POINTS)).block_until_ready()
 
@@ -362,14 +362,14 @@ def test_wrong_answers_are_refused(name):
 )
 def test_wrong_gradients_are_refused(both, error, message):
     with pytest.raises(error, match=message):
-        tj.external.External(values, value_and_grad=both).answer(POINTS, gradient=True)
+        tj.external.External(values, value_and_grad=both).evaluate(POINTS, gradient=True)
 
 
 def test_what_an_answer_may_be():
-    assert tj.external.External(lambda x: np.full(len(x), -np.inf)).answer(POINTS)[0][0] == -np.inf
-    assert tj.external.External(lambda x: [1] * len(x)).answer(POINTS)[0].dtype == np.float64
+    assert tj.external.External(lambda x: np.full(len(x), -np.inf)).evaluate(POINTS)[0][0] == -np.inf
+    assert tj.external.External(lambda x: [1] * len(x)).evaluate(POINTS)[0].dtype == np.float64
     lost = np.where([[True], [False]], np.nan, POINTS[:2])  # a model's NaN is not the reward's
-    assert np.isnan(tj.external.External(values).answer(lost)[0]).tolist() == [True, False]
+    assert np.isnan(tj.external.External(values).evaluate(lost)[0]).tolist() == [True, False]
 
 
 def test_a_function_may_write_into_its_argument():
@@ -387,7 +387,7 @@ def test_a_function_may_write_into_its_argument():
 
 def test_retries_wait_longer_each_time(monkeypatch):
     waited = []
-    monkeypatch.setattr(tj.external.time, "sleep", waited.append)
+    monkeypatch.setattr("tiltjax.external._attempts.time.sleep", waited.append)
     calls = []
 
     def flaky(x):
@@ -405,29 +405,17 @@ def test_retries_wait_longer_each_time(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("settings", "error", "message"),
     [
-        ({"fn": 3}, TypeError, "fn must be a function of a NumPy array, got int"),
-        ({"fn": values, "value_and_grad": 3}, TypeError, "value_and_grad must be a function"),
-        ({"fn": values, "batched": False, "batch": 3}, ValueError, "batch=3 has no meaning"),
-        ({"fn": values, "chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
-        ({"fn": values, "timeout": 0}, ValueError, "timeout must be positive"),
-        (
-            {"fn": values, "retries": -1},
-            ValueError,
-            "retries must be a whole number from 0 on, got -1",
-        ),
-        ({"fn": values, "backoff": -1}, ValueError, "backoff must not be negative"),
-        (
-            {"fn": values, "record": "queries.npz"},
-            TypeError,
-            r"record must be a Record.*Record\('queries.npz'\)",
-        ),
+        ({"value_and_grad": 3}, TypeError, "value_and_grad: expected a callable, got int"),
+        ({"batched": False, "chunk_size": 3}, ValueError, "one sample a call: leave out chunk"),
+        ({"retries": -1}, ValueError, "retries must be at least 0, got -1"),
+        ({"timeout": 0}, ValueError, r"timeout must lie in \(0, inf\), got 0"),
     ],
 )
-def test_settings_that_make_no_sense(given, error, message):
+def test_settings_that_make_no_sense(settings, error, message):
     with pytest.raises(error, match=message):
-        tj.external.External(**given)
+        tj.external.External(values, **settings)
 
 
 def test_without_pytorch_it_says_so(monkeypatch):
@@ -492,11 +480,11 @@ def test_a_service_judges_and_then_hangs(model, service, tmp_path):
         judge, timeout=0.2, chunk_size=4, retries=1, backoff=0.0, record=record
     )
     start = time.monotonic()
-    message = r"'judge' did not answer within 0.2 s for a batch of 4, 2 times: raise timeout="
+    message = r"'judge' did not return within 0.2 s for a batch of 4, 2 times: raise timeout="
     with pytest.raises(TimeoutError, match=message) as caught, tj.external.failures():
         tj.best_of_n(particles, hanging, 4)
     assert time.monotonic() - start < 5
-    assert "8 samples that it answered for are in" in caught.value.__notes__[1]
+    assert "8 evaluated samples are in" in caught.value.__notes__[1]
     saved = stored(record.path)
     np.testing.assert_array_equal(saved["x"], particles.x)
     np.testing.assert_allclose(saved["values"], values(np.asarray(particles.x)), atol=1e-12)

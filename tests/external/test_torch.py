@@ -87,6 +87,6 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match=r"training mode.*\.eval\(\)"):
         tj.external.from_torch(network(torch.float64).train())
     with pytest.raises(TypeError, match="must return a tensor, got float"):
-        tj.external.from_torch(lambda x: 1.0).answer(POINTS)
+        tj.external.from_torch(lambda x: 1.0).evaluate(POINTS)
     with pytest.raises(ValueError, match=r"values of shape \(7, 4\), expected \(7,\)"):
-        tj.external.from_torch(lambda x: x).answer(POINTS, gradient=True)
+        tj.external.from_torch(lambda x: x).evaluate(POINTS, gradient=True)

@@ -3,7 +3,9 @@ on made-up weights.
 """
 
 import functools
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -124,6 +126,21 @@ def small_clip(name: str = "legacy", **options) -> clip.CLIP:
 
 
 close, stored = fixtures.close, fixtures.stored
+
+
+def rounding(network: nnx.Module, expected) -> float:
+    """The difference between two computations of a network in single precision that rounding
+    explains: eps times the root of the number of terms that are added up on the way, each with a
+    random error, times the largest value.
+    """
+    leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
+    terms = sum(math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else leaf.size for leaf in leaves)
+    return float(np.finfo(np.float32).eps * math.sqrt(terms) * np.abs(np.asarray(expected)).max())
+
+
+def close_to_rounding(network: nnx.Module, got, expected) -> float:
+    """Refuse a difference that rounding in single precision does not explain."""
+    return close(got, expected, rounding(network, expected))
 
 
 def as_jax(tree: dict[str, np.ndarray], dtype=jnp.float32) -> dict:

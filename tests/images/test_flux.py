@@ -1,6 +1,6 @@
 """FLUX.1 as a model: one time convention, particles as a batch, the published grid, memory.
 
-Tier: exact (identities against the network itself, float64), statistical where samples are judged.
+Tier: exact (identities against the network itself, float64), statistical for samples.
 """
 
 import functools
@@ -198,14 +198,14 @@ def test_the_grid_is_the_published_one():
 def test_the_full_size_lowers_without_memory():
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
     net = nnx.eval_shape(lambda: Transformer(Config(), **options, rngs=nnx.Rngs(0)))
-    given = jax.ShapeDtypeStruct
+    array = jax.ShapeDtypeStruct
 
     def gradient(net, text, pooled, x):
         flow = FluxModel(net, text, pooled, height=512, width=512)
         return jax.vmap(jax.grad(lambda x: jnp.sum(flow.denoise(jnp.float32(0.5), x) ** 2)))(x)
 
-    text, pooled = given((512, 4096), jnp.bfloat16), given((768,), jnp.bfloat16)
-    lowered = jax.jit(gradient).lower(net, text, pooled, given((2, 64, 64, 16), jnp.float32))
+    text, pooled = array((512, 4096), jnp.bfloat16), array((768,), jnp.bfloat16)
+    lowered = jax.jit(gradient).lower(net, text, pooled, array((2, 64, 64, 16), jnp.float32))
     assert jax.tree.leaves(lowered.out_info)[0].shape == (2, 64, 64, 16)
     # One block of each kind, forward and backward, not 57.
     assert len(lowered.as_text()) < 1_000_000
@@ -237,7 +237,7 @@ def test_memory_is_that_of_the_parameters_and_says_what_reduces_it():
     needed = flux.memory(Config(), 512, 512)
     assert needed.parameters == 2 * 11_901_408_320
     # Less with remat, less without a gradient, more with larger images and with scores that are
-    # kept.
+    # saved.
     rest = [
         flux.memory(Config(), 512, 512, gradient=False),
         flux.memory(Config(), 512, 512, remat=True),

@@ -6,11 +6,11 @@ Tiers: exact (1e-10 in float64 against NumPy), counts of calls.
 
 import functools
 
-from helpers import flux_small as small
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import flux_small as small
 
 import tiltjax as tj
 from tiltjax.images import rewards

@@ -62,10 +62,7 @@ def test_what_is_read_survives_noise_and_blur():
         sum(np.roll(DRAWN, shift, axis) for shift in (-1, 1) for axis in (1, 2)) / 8 + DRAWN / 2
     )
     right = np.mean(
-        [
-            shapes.read(image) == scene
-            for image, scene in zip(blurred + noise, SCENES, strict=True)
-        ]
+        [shapes.read(image) == scene for image, scene in zip(blurred + noise, SCENES, strict=True)]
     )
     assert right > 0.95
 

@@ -24,7 +24,7 @@ from helpers import flux_parts as parts
 from tiltjax.images.networks.clip import MEAN, STD
 
 
-def given(model, dtype=torch.float32):
+def with_weights(model, dtype=torch.float32):
     """The model with the weights that its names and shapes lead to, and these weights."""
     state_dict = fixtures.weights(
         {name: tuple(array.shape) for name, array in model.state_dict().items()}
@@ -50,7 +50,7 @@ def autoencoder_model(dtype=torch.float32):
     settings = {
         name: value for name, value in parts.AUTOENCODER.items() if not name.startswith("_")
     }
-    return given(AutoencoderKL(**settings), dtype)
+    return with_weights(AutoencoderKL(**settings), dtype)
 
 
 def autoencoder(dtype=torch.float32):
@@ -74,7 +74,7 @@ def autoencoder(dtype=torch.float32):
 
 
 def t5_model(dtype=torch.float32):
-    return given(transformers.T5EncoderModel(transformers.T5Config(**parts.T5)), dtype)
+    return with_weights(transformers.T5EncoderModel(transformers.T5Config(**parts.T5)), dtype)
 
 
 def _rms(self, x):
@@ -83,9 +83,7 @@ def _rms(self, x):
 
 def t5(dtype=torch.float32):
     norm = T5LayerNorm.forward
-    if (
-        dtype == torch.float64
-    ):  # the published one takes its variance in float32 whatever it is given
+    if dtype == torch.float64:  # the published one takes its variance in float32 whatever its dtype
         T5LayerNorm.forward = _rms
     with torch.no_grad():
         states = t5_model(dtype)[0](torch.from_numpy(parts.T5_IDS).long())[0].numpy()
@@ -94,7 +92,7 @@ def t5(dtype=torch.float32):
 
 
 def clip_model(name, dtype=torch.float32):
-    return given(transformers.CLIPModel(transformers.CLIPConfig(**parts.CLIPS[name])), dtype)
+    return with_weights(transformers.CLIPModel(transformers.CLIPConfig(**parts.CLIPS[name])), dtype)
 
 
 def clip(name, dtype=torch.float32):

@@ -1,6 +1,6 @@
 """The published keys and shapes of FLUX.1-dev, from the published classes without memory for them.
 
-    python tests/parity/keys.py        store them for the tests that run without PyTorch, `fixtures/flux/keys.json.gz`
+    python tests/parity/keys.py        store them in `fixtures/flux/keys.json.gz`, for other tests
 
 The single-file form is written down here as its authors' code has it, and proved by the converter
 of `diffusers`, which takes every key and leaves none.

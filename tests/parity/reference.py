@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import flux_fixtures as fixtures
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from helpers import flux_fixtures as fixtures
 
 
 class Dual(torch.nn.Module):
@@ -43,7 +43,7 @@ def transformer(name, dtype=torch.float32):
         {key: torch.from_numpy(array) for key, array in fixtures.weights(shapes).items()}
     )
     model.to(dtype)
-    given = fixtures.transformer_inputs(name)
+    inputs = fixtures.transformer_inputs(name)
     rows, columns = fixtures.GRID
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] += torch.arange(rows)[:, None]
@@ -63,16 +63,16 @@ def transformer(name, dtype=torch.float32):
 
     for kind in ("transformer_blocks", "single_transformer_blocks"):
         getattr(model, kind)[0].register_forward_hook(store(kind), with_kwargs=True)
-    tensor = lambda key: torch.from_numpy(given[key]).to(dtype)
+    tensor = lambda key: torch.from_numpy(inputs[key]).to(dtype)
     tokens = tensor("tokens").requires_grad_()
     output = model(
         hidden_states=tokens,
         encoder_hidden_states=tensor("text"),
         pooled_projections=tensor("pooled"),
-        timestep=torch.from_numpy(given["sigma"]),
+        timestep=torch.from_numpy(inputs["sigma"]),
         img_ids=ids.reshape(-1, 3),
-        txt_ids=torch.zeros(given["text"].shape[1], 3),
-        guidance=torch.from_numpy(given["guidance"]) if config["guidance_embeds"] else None,
+        txt_ids=torch.zeros(inputs["text"].shape[1], 3),
+        guidance=torch.from_numpy(inputs["guidance"]) if config["guidance_embeds"] else None,
         return_dict=False,
     )[0]
     (output * tensor("cotangent")).sum().backward()

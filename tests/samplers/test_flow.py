@@ -1,5 +1,5 @@
-"""Continuous paths against the closed-form flow of a Gaussian, forwards and back. Tier: exact (to
-the solver's tolerance).
+"""Continuous trajectories against the closed-form flow of a Gaussian, forwards and back. Tier:
+exact (to the solver's tolerance).
 """
 
 import jax
@@ -27,26 +27,29 @@ def truth(t, u, x, mean=MEAN, std=STD):
 @pytest.mark.parametrize(
     ("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.7, 0.2), (0.999999, 1.0)]
 )
-def test_the_path_is_the_flow_at_every_time_between(t0, t1):
-    path = tj.flow(MODEL, X, t0, t1, solver=FINE)
+def test_the_trajectory_is_the_flow_at_every_time_between(t0, t1):
+    trajectory = tj.flow(MODEL, X, t0, t1, solver=FINE)
     for t in np.linspace(t0, t1, 7):
         # Between the solver's steps the interpolation is of fourth order.
-        np.testing.assert_allclose(path(t), truth(t0, t, X), atol=2e-7)
-    np.testing.assert_allclose(path(t0), X, rtol=1e-7)
+        np.testing.assert_allclose(trajectory(t), truth(t0, t, X), atol=2e-7)
+    np.testing.assert_allclose(trajectory(t0), X, rtol=1e-7)
 
 
-def test_a_guided_path_is_the_flow_of_the_tilt():
-    """`Laplace` is exact for a Gaussian: the path from t is that of the tilt, a narrower Gaussian
+def test_a_guided_trajectory_is_the_flow_of_the_tilt():
+    """`Laplace` is exact for a Gaussian: the trajectory from t is that of the tilt, a narrower one
     elsewhere.
     """
     precision = 1 / STD**2 + 2 * 1.5
     mean = (MEAN / STD**2 + 2 * 1.5 * np.asarray(contracts.TARGET)) / precision
-    path = tj.flow(MODEL, X, 1e-3, 1.0, tj.Laplace(MODEL, REWARD, 1.5), key=KEY, solver=FINE)
+    guidance = tj.Laplace(MODEL, REWARD, 1.5)
+    trajectory = tj.flow(MODEL, X, 1e-3, 1.0, guidance, key=KEY, solver=FINE)
     for t in (0.4, 1.0):
-        np.testing.assert_allclose(path(t), truth(1e-3, t, X, mean, precision**-0.5), atol=2e-7)
+        np.testing.assert_allclose(
+            trajectory(t), truth(1e-3, t, X, mean, precision**-0.5), atol=2e-7
+        )
 
 
-def test_paths_are_mapped_compiled_and_differentiated():
+def test_trajectories_are_mapped_compiled_and_differentiated():
     at = lambda x: jax.vmap(tj.flow(MODEL, x, 0.1, 1.0, solver=tj.Adaptive(1e-8, 1e-8)))(
         jnp.asarray([0.5, 1.0])
     )
@@ -69,14 +72,14 @@ def test_single_precision_stays_single():
     np.testing.assert_allclose(end, truth(0.0, 0.6, X), atol=1e-4)
 
 
-def test_outside_of_the_path():
-    path = tj.flow(MODEL, X, 0.7, 0.2, solver=FINE)
+def test_outside_of_the_trajectory():
+    trajectory = tj.flow(MODEL, X, 0.7, 0.2, solver=FINE)
     with pytest.raises(ValueError, match=r"runs from t = 0\.7 to 0\.2, got t = 0\.1"):
-        path(0.1)
-    assert np.all(np.isnan(jax.jit(lambda t: path(t))(0.8)))
+        trajectory(0.1)
+    assert np.all(np.isnan(jax.jit(lambda t: trajectory(t))(0.8)))
 
 
-def test_a_path_that_cannot_be_solved_is_reported():
+def test_a_trajectory_that_cannot_be_solved_is_reported():
     short = tj.Adaptive(1e-9, 1e-9, max_steps=2)
     with pytest.raises(FloatingPointError, match="could not be solved in 2 steps to rtol = 1e-09"):
         tj.flow(MODEL, X, 0.1, 1.0, solver=short)
@@ -104,6 +107,6 @@ def test_bad_input(arguments, options, message):
         tj.flow(MODEL, *arguments, **options)
 
 
-def test_only_an_adaptive_solver_has_a_path():
+def test_only_an_adaptive_solver_has_a_trajectory():
     with pytest.raises(TypeError, match="solver must be an Adaptive, got Heun"):
         tj.flow(MODEL, X, 0.1, 1.0, solver=tj.Heun())

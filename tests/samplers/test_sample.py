@@ -97,7 +97,7 @@ def test_over_eight_devices_as_on_one():
 # Times, paths, dtypes.
 
 
-def test_paths_have_their_shape_and_ends():
+def test_trajectories_have_their_shape_and_ends():
     particles = tj.sample(KEY, MODEL, num=3, steps=4, save_trajectory=True)
     assert particles.trace.trajectory.shape == (5, 3, 2)
     chex.assert_trees_all_equal(particles.trace.trajectory[-1], particles.x)
@@ -203,7 +203,7 @@ class Recording(solvers.Solver):
 def test_all_keys_of_a_run_differ(batch):
     """Over particles, steps, streams and starts: 32-bit words are exact in float64."""
     num, steps = 5, 4
-    path = tj.sample(
+    trajectory = tj.sample(
         KEY,
         Keys(tj.Linear()),
         num=num,
@@ -212,14 +212,15 @@ def test_all_keys_of_a_run_differ(batch):
         save_trajectory=True,
         chunk_size=batch,
     ).trace.trajectory
-    starts, streams = np.asarray(path[0])[:, :2], np.asarray(path[1:]).reshape(-1, 2)
+    starts = np.asarray(trajectory[0])[:, :2]
+    streams = np.asarray(trajectory[1:]).reshape(-1, 2)
     assert len(starts) == num
     assert len(streams) == num * steps * 3
     assert len(np.unique(np.concatenate([starts, streams]), axis=0)) == num + num * steps * 3
     again = tj.sample(
         KEY, Keys(tj.Linear()), num=2 * num, steps=steps, solver=Recording(), save_trajectory=True
     ).trace.trajectory
-    chex.assert_trees_all_equal(again[:, :num], path)
+    chex.assert_trees_all_equal(again[:, :num], trajectory)
 
 
 def record(solver):
@@ -403,7 +404,7 @@ def test_one_trace_a_sweep_of_gibbs():
 
     def run(target, scale):
         reward = rewards.Quadratic([target, 0.0], [1.0, 0.8])
-        return np.asarray(tj.gibbs(KEY, model, reward, scale, num=200, steps=2)[0].x)
+        return np.asarray(tj.gibbs(KEY, model, reward, scale, num=200, steps=2).x)
 
     once, traces = run(0.5, 1.0), len(calls)
     for target, scale in ((1.0, 1.0), (0.5, 2), (0.5, jnp.asarray(0.7))):
@@ -450,8 +451,8 @@ def failing(case):
         ), None
     network = tj.from_denoiser(lambda t, x: 0.5 * x, shape=(2,))
     if case == "network, guided":
-        bad, _ = failing("network")
-        return bad, tj.dps(bad, REWARD)
+        broken, _ = failing("network")
+        return broken, tj.dps(broken, REWARD)
     if case == "reward":
         return network, tj.dps(network, lambda x: jnp.nan * jnp.sum(x))
     if case == "gradient":
@@ -464,14 +465,14 @@ FAILURES = {
     "network": (4, 0, "denoiser is not finite"),
     "network, guided": (4, 0, "denoiser is not finite"),
     "reward": (0, 1, r"log_h is NaN or \+inf: look at the reward's value"),
-    "gradient": (0, 2, "pull is not finite: look at the reward's gradient"),
+    "gradient": (0, 2, "shift of the denoiser is not finite: look at the reward's gradient"),
 }
 GRID = jnp.linspace(0.1, 1.0, 10)
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_nan_is_reported_with_its_first_step_and_culprit(case):
-    (model, guidance), (step, culprit, message) = failing(case), FAILURES[case]
+def test_a_nan_is_reported_with_its_first_step_and_cause(case):
+    (model, guidance), (step, cause, message) = failing(case), FAILURES[case]
     run = lambda key, times=GRID: tj.sample(
         key, model, guidance, num=3, times=times, solver=tj.Euler()
     )
@@ -479,14 +480,13 @@ def test_a_nan_is_reported_with_its_first_step_and_culprit(case):
         FloatingPointError, match=rf"step {step} of 9, from t = 0\.{step + 1}: .*{message}"
     ):
         run(KEY)
-    bad = np.asarray(
-        jax.jit(lambda key, times: run(key, times).trace.failed)(KEY, GRID)
-    )  # inside jit nothing is raised
-    assert int(np.argmax(bad.any(axis=1))) == step
-    assert int(np.argmax(bad[step])) == culprit
+    # Inside jit nothing is raised.
+    failed = np.asarray(jax.jit(lambda key, times: run(key, times).trace.failed)(KEY, GRID))
+    assert int(np.argmax(failed.any(axis=1))) == step
+    assert int(np.argmax(failed[step])) == cause
 
 
-def test_the_culprit_is_the_first_also_when_a_second_stage_follows():
+def test_the_cause_is_the_first_also_when_a_second_stage_follows():
     """Heun's second stage sees the NaN that the first one made: the blame stays with the reward."""
     model, guidance = failing("reward")
     with pytest.raises(

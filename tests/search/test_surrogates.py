@@ -102,7 +102,7 @@ def test_one_query_and_equal_values_are_no_trouble(surrogate):
     [
         (lambda: tj.search.surrogates.GaussianProcess(-1.0), "bonus"),
         (lambda: tj.search.surrogates.Bootstrap(0), "heads"),
-        (lambda: tj.search.surrogates.Bootstrap(rate=0.0), "rate"),
+        (lambda: tj.search.surrogates.Bootstrap(learning_rate=0.0), "learning_rate"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

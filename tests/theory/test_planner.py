@@ -180,32 +180,32 @@ def test_what_was_measured_is_what_the_benchmarks_recorded():
 def test_the_least_k_that_beats_one_damped_draw():
     prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
     law = tj.Damped(3.0, 0.3)
-    k = theory.matching_k(prior, reward, law, most=32)
+    k = theory.matching_k(prior, reward, law, maximum=32)
     tilt = theory.tilt(prior, reward, 3.0).mixture
     aim = theory.plug_in_law(prior, reward, law)
     far = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0]))
     aim = far(aim.means[0], aim.covs[0])
     before, after = (theory.plug_in_law(prior, reward, 3.0, k=n) for n in (k - 1, k))
     assert far(after.mean(), after.cov()) < aim <= far(before.mean(), before.cov())
-    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), most=8) is None
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), maximum=8) is None
     # Little is worth two draws, and a search that starts at one must end there.
-    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), most=8) in (1, 2)
+    assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), maximum=8) in (1, 2)
 
 
 def test_bad_input_says_what_to_use():
     problem = tj.problems.get("gaussian")
-    ask = lambda reward=problem.reward, scale=1.0, budget=10, **kw: theory.recommend(
+    plan_of = lambda reward=problem.reward, scale=1.0, budget=10, **kw: theory.recommend(
         problem.prior, reward, scale, budget, **kw
     )
-    with pytest.raises(ValueError, match=r"at least 1, got 0\.5"):
-        ask(budget=0.5)
+    with pytest.raises(ValueError, match=r"budget must lie in \[1, inf\), got 0\.5"):
+        plan_of(budget=0.5)
     with pytest.raises(ValueError, match="no closed form for the tilt by Bump"):
-        ask(reward=tj.rewards.Bump([0.0, 0.0], 1.0))
-    with pytest.raises(ValueError, match="must not be negative"):
-        ask(pullback=-1.0)
+        plan_of(reward=tj.rewards.Bump([0.0, 0.0], 1.0))
+    with pytest.raises(ValueError, match="pullback must lie in"):
+        plan_of(pullback=-1.0)
     with pytest.raises(ValueError, match="inner"):
-        ask(inner=0)
+        plan_of(inner_steps=0)
     with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda scale: ask(scale=scale).best.error)(1.0)
+        jax.jit(lambda scale: plan_of(scale=scale).best.error)(1.0)
     with pytest.raises(TypeError, match="Damped"):
         theory.matching_k(problem.prior, problem.reward, tj.scales.Constant(1.0))

@@ -199,8 +199,8 @@ def test_matching_n_is_the_best_of_all():
         for m in (n - 1, n, n + 1)
     ]
     assert near[1] < min(near[0], near[2])
-    with pytest.raises(ValueError, match=r"beyond most = 1000.*raise most"):
-        theory.matching_n(PLANE, LINEAR, 1e4, most=1000)
+    with pytest.raises(ValueError, match=r"beyond maximum = 1000.*raise maximum"):
+        theory.matching_n(PLANE, LINEAR, 1e4, maximum=1000)
 
 
 def test_laws_compile_map_and_differentiate():

@@ -15,8 +15,7 @@ from flax import nnx
 from helpers.contracts import same_bits
 
 import tiltjax as tj
-from tiltjax import _progress
-from tiltjax import training
+from tiltjax import _progress, training
 from tiltjax.training import _loop
 
 KEY = jax.random.key(0)
@@ -112,7 +111,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
             ),
         ),
         (
-            r"parameters/layers\.0\.kernel is float64\(17, 16\) in the file and float64\(17, 8\) here",
+            r"layers\.0\.kernel is float64\(17, 16\) in the file and float64\(17, 8\) here",
             lambda: training.fit(
                 KEY, network(width=8), gaussian(50), steps=2, batch_size=8, checkpoint=file
             ),

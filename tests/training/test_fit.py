@@ -15,8 +15,7 @@ from helpers import contracts
 from matplotlib.figure import Figure
 
 import tiltjax as tj
-from tiltjax import _progress
-from tiltjax import training
+from tiltjax import _progress, training
 
 KEY = jax.random.key(0)
 PATHS = contracts.paths()

@@ -107,7 +107,9 @@ def test_kernels_keep_their_dtype_and_adapters_can_be_trained():
     network = Network(dtype=jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), network)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
-    assert len(training.split_parameters(adapters)[0]) == 6  # which refuses parameters of fewer bits
+    assert (
+        len(training.split_parameters(adapters)[0]) == 6
+    )  # which refuses parameters of fewer bits
     for a, b in zip(
         *(jax.tree.leaves(one) for one in (lora.merge(network, adapters), network)), strict=True
     ):

@@ -84,7 +84,7 @@ def test_verdicts():
     assert bad.verdict.startswith(("Nearly", "Not tilting"))
     text = str(good)
     for part in (
-        "Laplace on Ancestral, 50 steps, 1000 paths",
+        "Laplace on Ancestral, 50 steps, 1000 particles",
         "ESS fraction",
         "path KL",
         "evidence bound",
@@ -127,7 +127,7 @@ def test_light_and_flat_tails():
 
 def test_bad_input_says_what_to_do():
     guidance = tj.dps(MODEL, REWARD, 0.3)
-    with pytest.raises(ValueError, match="100 paths or more"):
+    with pytest.raises(ValueError, match="100 particles or more"):
         tj.audit(jax.random.key(0), MODEL, guidance, num=10)
     with pytest.raises(ValueError, match="has none: use Ancestral"):
         tj.audit(jax.random.key(0), MODEL, guidance, num=100, solver=tj.Heun())

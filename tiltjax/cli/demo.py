@@ -107,15 +107,15 @@ def run(name: str, *, scale: float | None, num: int, steps: int, seed: int, outp
         f"log Z = {float(truth.law.log_norm):.4f}\n"
         f"mode masses of the tilt: {_masses(truth.masses)}\n"
         f"W2 is the distance to exact samples; other exact samples are {floor:.3f} away\n"
+        "compilation and run in seconds\n"
     )
     _print_table(problem, truth, rows, floor, key_theory, num)
     if len(problem.prior.log_weights) > 1:
         print(
-            "For several modes, theory's laws of plug-in, damping and FMRG treat each mode alone\n"
+            "\nFor several modes, theory's laws of plug-in, damping and FMRG treat each mode alone\n"
             "and keep the weights of the prior."
         )
-    for line in failed:
-        print(line)
+    print(*failed, sep="\n", end="\n" if failed else "")
     figure = _figure(problem, truth, exact, rows, floor)
     print(f"figure: {tj.plotting.save(figure, file)}")
 
@@ -210,14 +210,14 @@ def _print_table(
         view.add_column(title, justify="right")
         view.add_column("theory", justify="right", style="cyan")
     view.add_column("compile", justify="right")
-    view.add_column("run, s", justify="right")
+    view.add_column("run", justify="right")
     exact = truth.law.sample(jax.random.fold_in(key, 3), num)
     for row in rows:
         reward, error = row.reward
         predicted = _predicted(row.method, problem, truth, floor, exact, key)
         view.add_row(
             row.method.name,
-            f"{reward:.3f} ± {error:.3f}",
+            f"{reward:.3f}±{f'{error:.3f}'.removeprefix('0')}",
             predicted[0],
             f"{row.distance:.3f}",
             predicted[1],

@@ -1,14 +1,16 @@
-r"""Rewards that run outside of JAX: a NumPy function, a PyTorch module, a service.
+r"""Functions that run outside of JAX: a NumPy function, a PyTorch module, a service.
 
 | name | |
 |---|---|
-| `External(fn)` | a Python function of a batch, with its gradient where it has one |
+| `External(fn)` | a Python function of a batch as a reward, with its gradient where it has one |
 | `from_torch(fn)` | a PyTorch function or module, with the gradient of `torch.autograd` |
-| `Record` | every sample that a reward was evaluated at, with its value |
+| `Record` | every sample at which a reward was evaluated, with its value |
 | `failures()` | within it, an error of a reward is raised as itself |
 """
 
-from tiltjax.external._host import External, Record, failures
+from tiltjax.external._callback import failures
+from tiltjax.external._external import External
+from tiltjax.external._record import Record
 from tiltjax.external._torch import from_torch
 
 __all__ = [

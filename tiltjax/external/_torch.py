@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tiltjax import _checks
-from tiltjax.external._host import External
+from tiltjax.external._external import External
 
 
 def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
@@ -17,7 +17,7 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
     dtype of its parameters; samples share the memory of the tensor where the device is the CPU.
 
     **Arguments:** `fn`; `device`, where the batch goes, the module being there already; `settings`
-    of `External`: `batch`, `timeout`, `retries`, `backoff`, `record`, `name`.
+    of `External`: `chunk_size`, `timeout`, `retries`, `backoff`, `record`, `name`.
 
     **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode; in a run,
     as `External`.

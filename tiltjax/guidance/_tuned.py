@@ -71,8 +71,6 @@ class Tuned(Guidance):
             raise TypeError(
                 "the third argument of Tuned is a weight, got "
                 f"{getattr(weight, '__name__', type(weight).__name__)}: "
-                ""
-                ""
                 "a reward goes by name, "
                 "reward=; a weight is a number, power(p), step(f), or a function of t as an "
                 "equinox.Module"

@@ -24,7 +24,6 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, scales
 from tiltjax.guidance._base import Estimate, Guidance
-from tiltjax.models import Denoiser
 from tiltjax.solvers import Solver
 
 
@@ -39,7 +38,7 @@ class Wrapper(Guidance):
         )
 
     @property
-    def model(self) -> Denoiser:
+    def model(self) -> Any:
         return self.guidance.model
 
     def init(self, x: Array) -> Any:
@@ -237,7 +236,7 @@ class Averaged(Guidance):
         self.k = _checks.count(k, "k")
 
     @property
-    def model(self) -> Denoiser:
+    def model(self) -> Any:
         return self.guidance.model
 
     def init(self, x: Array) -> Any:

@@ -1,18 +1,16 @@
 r"""How far two populations are apart, how spread one is, and how sure that number is.
 
-    number      definition      computed
-    ---------------------  ------------------------------------------------------------------
-        -----------------------
-    `wasserstein`      `W2 = (min over couplings of E|X - Y|^2)^(1/2)`      host, float64, exact
-    `sliced_wasserstein`  `(E W2(u.X, u.Y)^2)^(1/2)`, u uniform on the sphere
-        JAX, random directions
-    `mmd`      `E k(X,X') + E k(Y,Y') - 2 E k(X,Y)`, Gaussian k      JAX, in blocks
-    `mode_weights`         `E P(component k | X)` under a Gaussian mixture                     JAX
-    `standard_error`       of a mean of independent values                                     JAX
-    `bootstrap`      of any statistic      JAX, or a loop on the host
+| number | definition | computed |
+|---|---|---|
+| `wasserstein` | `W2 = (min over couplings of E|X - Y|^2)^(1/2)` | NumPy, float64, exact |
+| `sliced_wasserstein` | `(E W2(u.X, u.Y)^2)^(1/2)`, u uniform on the sphere | JAX, random u |
+| `mmd` | `E k(X,X') + E k(Y,Y') - 2 E k(X,Y)`, Gaussian k | JAX, in blocks |
+| `mode_weights` | `E P(component k \| X)` under a Gaussian mixture | JAX |
+| `standard_error` | of a mean of independent values | JAX |
+| `bootstrap` | of any statistic | JAX, or a loop in Python |
 
 and the measures of diversity: how spread a population is, and how much of a base law it reaches.
-All of it is found here, as `metrics.recall`.
+All of them are in `tiltjax.metrics`.
 
 Populations are `(num, d)`, or `(num, *shape)` with the trailing axes flattened, or `Particles`,
 whose weights then count. Distances are in the units of the samples, `mmd` (a squared distance
@@ -47,8 +45,8 @@ from tiltjax.metrics._populations import (
 from tiltjax.mixtures import GaussianMixture, check_mixture
 from tiltjax.particles import Particles
 
-_ROWS = 256  # rows of a kernel matrix held at once
-_NUMBERS = 2**22  # floats held at once where the block's size can be chosen
+_ROWS = 256  # rows of a kernel matrix in memory at once
+_NUMBERS = 2**22  # floats in memory at once where the block's size can be chosen
 _MEDIAN_POINTS = 1024  # points of the two sets together that decide the bandwidth
 
 
@@ -58,7 +56,7 @@ def wasserstein(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> float:
-    """The exact 2-Wasserstein distance between two empirical laws, in float64 on the host.
+    """The exact 2-Wasserstein distance between two empirical laws, in float64.
 
     On the line the coupling is that of the quantiles, whatever the numbers and weights. Otherwise
     it is a linear program: the network simplex of POT where that is installed (0.3 to 0.7 s for
@@ -73,8 +71,8 @@ def wasserstein(
     **Raises:** `ValueError` for shapes that disagree, empty sets, samples that are not finite,
     negative weights. `ImportError` where only POT can answer and it is missing.
     """
-    x, weights_x = _on_host(x, weights_x, "x")
-    y, weights_y = _on_host(y, weights_y, "y")
+    x, weights_x = _as_numpy(x, weights_x, "x")
+    y, weights_y = _as_numpy(y, weights_y, "y")
     same_dimension(x, y)
     if x.shape[1] == 1:
         order_x, order_y = np.argsort(x[:, 0]), np.argsort(y[:, 0])
@@ -192,10 +190,10 @@ def mmd(
 @jax.jit
 def _median_distance(x: Array, y: Array) -> Array:
     points = jnp.concatenate([x, y])
-    kept = min(len(points), _MEDIAN_POINTS)
-    points = points[np.arange(kept) * len(points) // kept]
+    num = min(len(points), _MEDIAN_POINTS)
+    points = points[np.arange(num) * len(points) // num]
     squared = jax.vmap(functools.partial(_squared_distances, points))(points)
-    return jnp.sqrt(jnp.maximum(jnp.median(squared[np.triu_indices(kept, 1)]), 0))
+    return jnp.sqrt(jnp.maximum(jnp.median(squared[np.triu_indices(num, 1)]), 0))
 
 
 @jax.jit
@@ -231,13 +229,13 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
             f"x has d = {points.shape[1]}, the mixture d = {mixture.dim}: they must agree"
         )
     dtype = np.promote_types(points.dtype, mixture.means.dtype)
-    shares = _mode_weights(*_pytree.cast((points, or_equal(weights, points), mixture), dtype))
-    if _checks.concrete(shares) and not np.all(np.isfinite(shares)):
+    found = _mode_weights(*_pytree.cast((points, or_equal(weights, points), mixture), dtype))
+    if _checks.concrete(found) and not np.all(np.isfinite(found)):
         raise ValueError(
-            f"responsibilities are not finite, got {np.asarray(shares)}: covariances must be "
+            f"responsibilities are not finite, got {np.asarray(found)}: covariances must be "
             "nonsingular"
         )
-    return shares
+    return found
 
 
 @jax.jit
@@ -273,7 +271,7 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
     **Arguments:**
 
     - `statistic`: `x -> array`. One that JAX can trace is vmapped; one that cannot be traced
-      (`wasserstein`, say) runs in a loop on the host.
+      (`wasserstein`, say) runs in a loop in Python.
     - `x`: `(n, ...)`, or a pytree of arrays with one leading axis, drawn together.
 
     **Returns:** `(estimate, standard_error)`, both of the shape of `statistic(x)`.
@@ -307,12 +305,13 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
     draw = lambda key: jax.tree.map(lambda leaf: leaf[jax.random.randint(key, (n,), 0, n)], x)
     keys = jax.random.split(key, num)
     estimate = jnp.asarray(statistic(x))
+    one = lambda key: jnp.asarray(statistic(draw(key)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(x))
+    chunk_size = max(1, min(num, _NUMBERS // size))
     try:
-        size = sum(leaf.size for leaf in jax.tree.leaves(x))
-        batch = max(1, min(num, _NUMBERS // size))
-        values = jax.lax.map(lambda key: jnp.asarray(statistic(draw(key))), keys, batch_size=batch)
-    except jax.errors.JAXTypeError:  # it reads values, as code on the host does
-        values = jnp.stack([jnp.asarray(statistic(draw(key))) for key in keys])
+        values = jax.lax.map(one, keys, batch_size=chunk_size)
+    except jax.errors.JAXTypeError:  # it reads values, as NumPy does
+        values = jnp.stack([one(key) for key in keys])
     return estimate, jnp.std(values, axis=0, ddof=1)
 
 
@@ -345,7 +344,7 @@ def _quantiles(cumulative_x, cumulative_y, xp):
     return xp.searchsorted(cumulative_x, middle), xp.searchsorted(cumulative_y, middle), mass
 
 
-def _on_host(
+def _as_numpy(
     value: Any, weights: ArrayLike | None, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples as `(num, d)` and normalized weights, `None` if equal, both in float64; points
@@ -371,5 +370,5 @@ def _on_host(
         raise ValueError(
             f"weights_{name} must be finite and non-negative with positive mass, got {weights}"
         )
-    kept = weights > 0
-    return x[kept], weights[kept] / np.sum(weights[kept])
+    positive = weights > 0
+    return x[positive], weights[positive] / np.sum(weights[positive])

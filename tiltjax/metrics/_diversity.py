@@ -4,11 +4,11 @@ r"""Diversity: how spread a population is, and how much of a base law it still r
 |---|---|---|
 | `pairwise_diversity` | `E|X - X'|` | count |
 | `cosine_diversity` | `E[1 - <X, X'> / (|X| |X'|)]` | count |
-| `spectral_diversity` | `exp(-sum p log p)`, p the shares of the covariance's eigenvalues | count |
+| `spectral_diversity` | `exp(-sum p log p)`, normalized eigenvalues p of the covariance | count |
 | `truncated_entropy` | `K/2 log(2 pi e) + 1/2 sum_{i <= K} log l_i`, of eigenvalues | count |
 | `spectral_distance` | `(sum_i (l_i(x) - l_i(y))^2)^(1/2)`, l in falling order | count |
-| `recall` | the share of the base inside the balls around samples | equal ones only |
-| `coverage` | the share of the balls around the base that hold a sample | equal ones only |
+| `recall` | the fraction of the base inside the balls around samples | equal ones only |
+| `coverage` | the fraction of the balls around the base that hold a sample | equal ones only |
 
 Reward is bought with diversity, so that the two are read together (`plotting.frontier`).
 Populations are as in `tiltjax.metrics`. Of images one measures features, whatever network gives
@@ -40,7 +40,7 @@ from tiltjax import _checks
 from tiltjax.metrics._populations import at_least_two, or_equal, pair, states
 from tiltjax.particles import Particles
 
-_NUMBERS = 2**22  # floats held at once
+_NUMBERS = 2**22  # floats in memory at once
 
 
 def pairwise_diversity(x: ArrayLike | Particles) -> Array:
@@ -82,8 +82,8 @@ def spectral_diversity(x: ArrayLike | Particles) -> Array:
 def _spectral(x: Array, weights: Array) -> Array:
     values = _singular(x, weights) ** 2
     total = jnp.sum(values)
-    shares = values / jnp.where(total > 0, total, 1)
-    return jnp.where(total > 0, jnp.exp(jnp.sum(jax.scipy.special.entr(shares))), 0)
+    fractions = values / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, jnp.exp(jnp.sum(jax.scipy.special.entr(fractions))), 0)
 
 
 def cosine_diversity(x: ArrayLike | Particles) -> Array:
@@ -155,15 +155,14 @@ def spectral_distance(x: ArrayLike | Particles, y: ArrayLike | Particles) -> Arr
 
     def spectrum(x: Array, weights: Array | None) -> Array:
         values = _singular(x, or_equal(weights, x)) ** 2
-        return jnp.pad(
-            values, (0, x.shape[1] - len(values))
-        )  # fewer samples than directions: the others have none
+        # Fewer samples than directions: the others have no variance.
+        return jnp.pad(values, (0, x.shape[1] - len(values)))
 
     return jnp.linalg.norm(spectrum(x, weights_x) - spectrum(y, weights_y))
 
 
 def recall(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 3) -> Array:
-    """The share of `base` that lies in a ball around a sample of x, out to its k-th nearest
+    """The fraction of `base` that lies in a ball around a sample of x, out to its k-th nearest
     neighbor in x: what of the base x can produce.
 
     A scalar in [0, 1]. A sample far out has a large ball, and raises it: `coverage` has none of
@@ -180,8 +179,8 @@ def recall(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 3) ->
 
 
 def coverage(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 5) -> Array:
-    """The share of `base` with a sample of x nearer than its own k-th nearest neighbor in the base:
-    how much of the base is reached.
+    """The fraction of `base` with a sample of x nearer than its own k-th nearest neighbor in the
+    base: how much of the base is reached.
 
     A scalar in [0, 1]; of two sets of one law see above. **Arguments:** `x`, `(n, *shape)`; `base`,
     `(m, *shape)`; `k < m`. Time O(m (n + m) d), in blocks.

@@ -1,4 +1,4 @@
-"""Populations as functions of them take them: arrays `(num, *shape)` or `Particles`, read, checked
+"""Populations as arguments of functions: arrays `(num, *shape)` or `Particles`, read, checked
 and flattened.
 
 What is checked: real numbers, at least one sample of at least one number, everything finite,
@@ -72,13 +72,12 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
             f"{name} must hold at least one sample of at least one number, got shape {x.shape}"
         )
     if _checks.concrete(x):
-        bad = ~np.isfinite(np.asarray(x).reshape(len(x), -1)).all(axis=1)
-        if bad.any():
-            where = (
-                f"{bad.sum()} of {len(x)} samples hold NaN or infinity, the first at index "
-                f"{bad.argmax()}"
+        failed = ~np.isfinite(np.asarray(x).reshape(len(x), -1)).all(axis=1)
+        if failed.any():
+            raise ValueError(
+                f"{name} must be finite: {failed.sum()} of {len(x)} samples hold NaN or infinity, "
+                f"the first at index {failed.argmax()}"
             )
-            raise ValueError(f"{name} must be finite: {where}")
     return x, log_weights
 
 

@@ -180,6 +180,7 @@ def check_pair(base: Model, tuned: Model, name: str) -> None:
 
 
 def mixed(share: Array, base: Array, tuned: Array) -> Array:
+    """`(1 - share) base + share tuned`."""
     # In this form one of two equal models is returned to the last bit.
     return base + share * (tuned - base)
 

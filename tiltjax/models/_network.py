@@ -21,7 +21,7 @@ from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models._base import Model
 
 
-class Net(_pytree.Foreign):
+class Net(_pytree.KeepsDtype):
     """A callable `fn(t, x)` or `fn(params, t, x)` with its parameters, as one pytree."""
 
     fn: _pytree.Function

@@ -1,8 +1,12 @@
-r"""Rewards `r(x_1)`, to be maximized: those of known tilts, their algebra, several objectives.
+r"""Rewards `r(x_1)`, to be maximized. Any function of one sample is a reward.
 
-`Quadratic`, `LinearReward`, `Bump`, `StepReward`, `DoubleWell`; sums and multiples of rewards and
-functions by `+` and `*`; `as_reward(fn)`; `ValueOnly(reward)` declares a gradient of zero;
-`rewards.objectives` for several.
+| name | |
+|---|---|
+| `Quadratic`, `LinearReward`, `Bump`, `StepReward`, `DoubleWell` | their tilts are known |
+| `a + b`, `a - b`, `2 * a`, `a / 2` | sums and multiples, also of functions |
+| `as_reward(fn)` | a function as a `Reward`, the base class |
+| `ValueOnly(reward)` | the reward with a gradient of zero |
+| `objectives` | several rewards: weighted sums, constraints, Pareto fronts |
 """
 
 from tiltjax.rewards import objectives
@@ -16,12 +20,7 @@ __all__ = [
     "Bump",
     "StepReward",
     "DoubleWell",
-    "Sum",
-    "Scaled",
-    "Custom",
     "ValueOnly",
     "as_reward",
-    "value",
-    "values",
     "objectives",
 ]

@@ -28,9 +28,9 @@ class Reward(eqx.Module):
         **Raises:** `ValueError` if the reward has no such form.
         """
         raise ValueError(
-            f"{type(self).__name__} is not conjugate to Gaussian noise: only Linear, Quadratic "
-            "with a scalar weight, and "
-            "their sums and multiples are. Use a guidance (Conjugate, PlugIn) for this reward."
+            f"{type(self).__name__} is not conjugate to Gaussian noise: only LinearReward, "
+            "Quadratic with a scalar weight, and their sums and multiples are. Use a guidance "
+            "(Conjugate, PlugIn) for this reward."
         )
 
     def __add__(self, other: Any) -> "Reward":
@@ -91,8 +91,8 @@ class Scaled(Reward):
 
 
 class Custom(Reward):
-    """Any function or module as a reward; what `as_reward` builds. **Raises:** `TypeError` for an
-    answer that is not one floating number.
+    """Any function or module as a reward; what `as_reward` builds. **Raises:** `TypeError` where
+    the function returns anything but one floating number.
     """
 
     fn: _pytree.Function
@@ -104,15 +104,13 @@ class Custom(Reward):
                 f"a reward must return one scalar for one sample, got {type(result).__name__}"
             )
         result = jnp.asarray(result)
-        if not jnp.issubdtype(
-            x.dtype, jnp.floating
-        ):  # tokens: nothing is differentiated, and counts are as good as any
-            return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(float)
-        if not jnp.issubdtype(result.dtype, jnp.floating):
+        is_floating = jnp.issubdtype(result.dtype, jnp.floating)
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # tokens: nothing is differentiated
+            return result if is_floating else result.astype(float)
+        if not is_floating:
             raise TypeError(
-                f"a reward must return a floating number, got {result.dtype}: cast it, if its "
-                "gradient, zero, will not be asked for, as in "
-                "best_of_n and softmax_of_n"
+                f"a reward must return a floating number, got {result.dtype}, whose gradient is "
+                "zero: cast it where only values are needed, as in best_of_n and softmax_of_n"
             )
         return result.astype(x.dtype)
 
@@ -130,8 +128,8 @@ def value(reward: Reward, x: Array) -> Array:
     if result.shape != ():
         raise ValueError(
             f"a reward must return one scalar for one sample: got shape {result.shape} for a "
-            f"sample of shape {x.shape}. "
-            "Reduce it (jnp.sum, jnp.mean); batching over samples is done for you."
+            f"sample of shape {x.shape}. Reduce it (jnp.sum, jnp.mean); batching over samples is "
+            "done for you."
         )
     return result
 
@@ -139,13 +137,13 @@ def value(reward: Reward, x: Array) -> Array:
 def values(reward: Reward, x: Array) -> Array:
     """The reward of each row of `x` `(num, *shape)`, `(num,)`.
 
-    Not compiled by itself: what a function of a user's sees beside its argument may change between
-    two calls.
+    Not compiled by itself: variables that a user's function captures may change between two calls.
     """
     return jax.vmap(lambda x: value(reward, x))(x)
 
 
-def _same_shape(x: Array, other: Array, name: str) -> None:
+def check_same_shape(x: Array, other: Array, name: str) -> None:
+    """Refuse a sample of another shape than the reward's array `other`."""
     if x.shape != other.shape:
         raise ValueError(
             f"a sample of shape {x.shape} met a reward whose {name} has shape {other.shape}: make "
@@ -158,8 +156,8 @@ class ValueOnly(Reward):
     alone.
 
     `smc(key, model, dps(model, ValueOnly(reward), scale), num=n, proposal=proposals.Base())` steers
-    by any reward, differentiable or not: proposals that are not guided never look at the gradient,
-    and weights are right with any. Guidance by it alone does not guide.
+    by any reward, differentiable or not: proposals that are not guided use no gradient, and weights
+    are right with any proposal. Guidance by it alone does not guide.
     """
 
     reward: Reward

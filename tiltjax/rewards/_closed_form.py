@@ -6,9 +6,9 @@ known, and the algebra that keeps them known: `2 * Quadratic(y) + Linear(a)` is 
 | reward | r(x) | conjugate to Gaussian noise |
 |---|---|---|
 | `Quadratic` | `-(x - y)^T H (x - y)` | if H is a multiple of the identity |
-| `Linear` | `<a, x>` | yes |
+| `LinearReward` | `<a, x>` | yes |
 | `Bump` | `exp(-abs(x - y)^2 / (2 w^2))` | no |
-| `Step` | 0 where `<n, x> >= b`, else `-height` | no |
+| `StepReward` | 0 where `<n, x> >= b`, else `-height` | no |
 | `DoubleWell` | `-(x_1^4 - 12.5 x_1^2) / 8 - (x_2 - 0.4 x_1)^2` | no |
 
 A reward is *conjugate* if `scale * r(x) = <a, x> - c |x|^2 / 2 + const`: its exponential is then
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg
-from tiltjax.rewards._base import Reward, _same_shape
+from tiltjax.rewards._base import Reward, check_same_shape
 
 
 class Quadratic(Reward):
@@ -51,7 +51,7 @@ class Quadratic(Reward):
                 raise ValueError(f"weight must be symmetric, got {h.tolist()}: use (H + H.T) / 2")
 
     def __call__(self, x: Array) -> Array:
-        _same_shape(x, self.target, "target")
+        check_same_shape(x, self.target, "target")
         residual = x - self.target
         weighted = self.weight @ residual if self.weight.ndim == 2 else self.weight * residual
         return -_linalg.inner(residual, weighted)
@@ -60,19 +60,15 @@ class Quadratic(Reward):
         if self.weight.ndim:
             raise ValueError(
                 f"Quadratic with a weight of shape {self.weight.shape} is not conjugate to "
-                "Gaussian noise: only a multiple "
-                "of the identity is. Pass a scalar weight, or use a guidance (Conjugate, PlugIn), "
-                "or gibbs, which is exact."
+                "Gaussian noise: only a multiple of the identity is. Pass a scalar weight, or use "
+                "a guidance (Conjugate, PlugIn), or gibbs, which is exact."
             )
         return 2 * self.weight * self.target, 2 * self.weight
 
     def matrix(self) -> Array:
         """H as a `(d, d)` matrix, for vector-valued states."""
         if self.target.ndim != 1:
-            raise ValueError(
-                "the weight is a matrix only for vectors, got a target of shape "
-                f"{self.target.shape}"
-            )
+            raise ValueError(f"H is a matrix only for vectors, got a target {self.target.shape}")
         if self.weight.ndim == 2:
             return self.weight
         return jnp.diag(jnp.broadcast_to(self.weight, self.target.shape))
@@ -87,7 +83,7 @@ class LinearReward(Reward):
         self.direction = _checks.finite(direction, "direction")
 
     def __call__(self, x: Array) -> Array:
-        _same_shape(x, self.direction, "direction")
+        check_same_shape(x, self.direction, "direction")
         return _linalg.inner(self.direction, x)
 
     def conjugate(self) -> tuple[Array, Array]:
@@ -107,7 +103,7 @@ class Bump(Reward):
         self.width = _checks.positive(width, "width")
 
     def __call__(self, x: Array) -> Array:
-        _same_shape(x, self.target, "target")
+        check_same_shape(x, self.target, "target")
         residual = x - self.target
         return jnp.exp(-_linalg.inner(residual, residual) / (2 * self.width**2))
 
@@ -131,7 +127,7 @@ class StepReward(Reward):
         self.offset = _checks.finite(offset, "offset", 0)
 
     def __call__(self, x: Array) -> Array:
-        _same_shape(x, self.normal, "normal")
+        check_same_shape(x, self.normal, "normal")
         return jnp.where(
             _linalg.inner(self.normal, x) >= self.offset, jnp.zeros_like(self.height), -self.height
         )

@@ -37,17 +37,14 @@ def weighted(objectives: Sequence[Callable], weights: _checks.Numbers) -> Reward
     **Arguments:** `objectives`, m rewards; `weights`, `(m,)`, of any sign. **Raises:** `ValueError`
     for another number of weights.
     """
-    _several(objectives)
+    _check_objectives(objectives)
     weights = _checks.finite(weights, "weights", 1)
     if not objectives or len(weights) != len(objectives):
         raise ValueError(
             f"one weight an objective: got {len(weights)} weights for {len(objectives)} objectives"
         )
-    terms = [
-        Scaled(as_reward(one, "objectives"), weight)
-        for one, weight in zip(objectives, weights, strict=True)
-    ]
-    return Sum(tuple(terms))
+    pairs = zip(objectives, weights, strict=True)
+    return Sum(tuple(Scaled(as_reward(one, "objectives"), weight) for one, weight in pairs))
 
 
 class Constraint(Reward):
@@ -55,7 +52,7 @@ class Constraint(Reward):
     violation elsewhere.
 
     Without a penalty, its limit: `-inf` wherever `g(x) > 0`. That has no slope: it is for weights
-    and selection, which keep no such sample, and would be NaN in a guidance. Not to be scaled by
+    and selection, which discard such samples, and would be NaN in a guidance. Not to be scaled by
     zero.
 
     **Arguments:** `bound`, g, a function of one sample; `penalty > 0`, in units of the reward per
@@ -77,7 +74,7 @@ class Constraint(Reward):
         return -self.penalty * jax.nn.relu(value(self.bound, x))
 
 
-def _several(objectives: Sequence[Callable]) -> None:
+def _check_objectives(objectives: Sequence[Callable]) -> None:
     if not isinstance(objectives, tuple | list):
         raise TypeError(f"objectives must be a list of rewards, got {type(objectives).__name__}")
 
@@ -86,7 +83,7 @@ def values(objectives: Sequence[Callable], x: Array) -> Array:
     """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`.
     **Raises:** `ValueError` for an `x` without rows.
     """
-    _several(objectives)
+    _check_objectives(objectives)
     x = _checks.floating(x, "x") if not isinstance(x, jax.Array) else x
     if not x.ndim:
         raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")

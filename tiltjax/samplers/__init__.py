@@ -13,7 +13,7 @@ r"""Samplers without weights.
 from tiltjax.samplers._calibrate import calibrate
 from tiltjax.samplers._density import sample_with_log_prob
 from tiltjax.samplers._flow import Flow, flow
-from tiltjax.samplers._gibbs import Mixing, gibbs
+from tiltjax.samplers._gibbs import gibbs
 from tiltjax.samplers._sample import check_run, map_particles, resolve_times, sample
 from tiltjax.samplers._selection import best_of_n, softmax_of_n
 
@@ -23,7 +23,6 @@ __all__ = [
     "flow",
     "Flow",
     "gibbs",
-    "Mixing",
     "best_of_n",
     "softmax_of_n",
     "calibrate",

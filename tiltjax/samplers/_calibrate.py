@@ -56,9 +56,9 @@ def calibrate(
 @eqx.filter_jit
 def _calibrate(model: Model, key: Array, data: Array, levels: int, chunk_size: int) -> Variance:
     model = _pytree.cast(model, model.dtype)
-    path = model.interpolant
-    base = path.sigma(jnp.zeros((), data.dtype))
-    # A model that is asked `ahead` of its own snr reaches the ends of its network's range earlier.
+    interpolant = model.interpolant
+    base = interpolant.sigma(jnp.zeros((), data.dtype))
+    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
     (network, ahead), widest = model.network_query(), jnp.asarray([1e-7, 1e7], data.dtype) / base**2
     lowest, highest = (end.astype(data.dtype) - ahead for end in network.snr_range())
     first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
@@ -66,13 +66,14 @@ def _calibrate(model: Model, key: Array, data: Array, levels: int, chunk_size: i
     noise = jax.random.normal(key, data.shape, data.dtype)
 
     def level(log_snr: Array) -> Array:
-        # A view of precision q: natural parameter q X_1 + sqrt(q) noise. The same noise at all
-        # levels keeps the table smooth.
+        # An observation of precision q: natural parameter q X_1 + sqrt(q) noise. The same noise at
+        # all levels keeps the table smooth.
         q = jnp.exp(log_snr)
 
         def error(pair: tuple[Array, Array]) -> Array:
             x, noise = pair
-            return jnp.mean((x - model.denoise(*path.observe(q, q * x + jnp.sqrt(q) * noise))) ** 2)
+            t, noisy = interpolant.observe(q, q * x + jnp.sqrt(q) * noise)
+            return jnp.mean((x - model.denoise(t, noisy)) ** 2)
 
         return jnp.mean(jax.lax.map(error, (data, noise), batch_size=chunk_size))
 

@@ -12,7 +12,7 @@ are needed, which an `audit` is made of. The d columns of `F'` are pushed throug
 this is for small d.
 
 F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of
-which one term is known: a mean of `base / q` above 1 shows it. A guidance that draws at random folds
+one of them is known: a mean of `base / q` above 1 shows it. A guidance that draws at random folds
 at every step, and is refused.
 
 Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.

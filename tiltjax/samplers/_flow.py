@@ -1,12 +1,13 @@
 r"""`flow`: the trajectory of one state under the probability flow, towards data or back to
 noise.
 
-    path = flow(model, x, 1e-3, 1.0)      where noise goes
-    path = flow(model, x1, 1.0, 1e-3)     the noise a sample came from: encoding
-    path(t)      the state at any time between, at no further call of the network
+    trajectory = flow(model, x, 1e-3, 1.0)      from noise to data
+    trajectory = flow(model, x1, 1.0, 1e-3)     the noise that a sample came from: encoding
+    trajectory(t)                               the state at any time between, without the network
 
 Solved by `solvers.Adaptive` and interpolated to fourth order. Past the time at which it jumps to t
-= 1, the denoiser is held; backwards from t = 1 the sample stands for its own denoiser until then.
+= 1, the denoiser is constant; backwards from t = 1 the sample stands for its own denoiser until
+then.
 
 Reference: Song et al. (arXiv 2011.13456), the probability flow.
 """
@@ -23,25 +24,25 @@ from tiltjax import _checks, _pytree
 from tiltjax.guidance import Guidance, check
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Model
-from tiltjax.solvers import Adaptive, Arc
+from tiltjax.solvers import Adaptive, FlowSegment
 
 
 class Flow(eqx.Module):
-    """A path `t -> X_t` between the times `t0` and `t1`, in either order; built by `flow`.
+    """A trajectory `t -> X_t` between the times `t0` and `t1`, in either order; built by `flow`.
 
-    `path(t)` takes a scalar, and answers with a state. **Raises:** `ValueError` for a t outside of
-    the path.
+    `trajectory(t)` takes a scalar and returns a state. **Raises:** `ValueError` for a t outside of
+    these times.
     """
 
     t0: Array
     t1: Array
-    arc: Arc
+    segment: FlowSegment
     last: Array
     edge: Array
     denoised: Array
 
     def __call__(self, t: float | Array) -> Array:
-        """The state at time `t`. **Raises:** `ValueError` outside of the path; there it is NaN
+        """The state at time `t`. **Raises:** `ValueError` outside of `t0` and `t1`; there it is NaN
         where `t` is traced.
         """
         t = _checks.floating(t, "t", 0).astype(self.edge.dtype)
@@ -49,13 +50,14 @@ class Flow(eqx.Module):
         inside = (t >= low) & (t <= high)
         if _checks.concrete(inside) and not np.asarray(inside):
             raise ValueError(
-                f"the path runs from t = {float(self.t0):g} to {float(self.t1):g}, got t = "
+                f"the trajectory runs from t = {float(self.t0):g} to {float(self.t1):g}, got t = "
                 f"{float(t):g}"
             )
-        path = self.arc.circle.interpolant
-        keep = path.sigma(t) / path.sigma(self.last)
-        tail = keep * self.edge + (path.alpha(t) - path.alpha(self.last) * keep) * self.denoised
-        x = jnp.where(t > self.last, tail, self.arc(jnp.minimum(t, self.last)))
+        interpolant = self.segment.circle.interpolant
+        ratio = interpolant.sigma(t) / interpolant.sigma(self.last)
+        gain = interpolant.alpha(t) - interpolant.alpha(self.last) * ratio
+        tail = ratio * self.edge + gain * self.denoised
+        x = jnp.where(t > self.last, tail, self.segment(jnp.minimum(t, self.last)))
         return jnp.where(inside, x, jnp.nan)
 
 
@@ -69,23 +71,23 @@ def flow(
     key: Array | None = None,
     solver: Adaptive | None = None,
 ) -> Flow:
-    """The path of the state `x` from time `t0` to `t1`, earlier or later, as a function of time.
+    """The trajectory of the state `x` from time `t0` to `t1`, earlier or later.
 
     One state at a time: `jax.vmap` it, `jax.vmap(lambda x: flow(model, x, 1e-3, 1.0)(0.5))`. The
-    path takes the memory of `solver.max_steps` steps.
+    trajectory takes the memory of `solver.max_steps` steps.
 
     **Arguments:** `model`; `x`, of its shape; `t0`, `t1` in [0, 1], both above 0 with a guidance;
     `guidance`, on the same model and without memory, and `key`, its randomness, one draw for the
-    whole path; `solver`, `Adaptive()` by default.
+    whole trajectory; `solver`, `Adaptive()` by default.
 
-    **Raises:** `FloatingPointError` if the solver fails (outside of `jit`; inside, the path is
-    NaN).
+    **Raises:** `FloatingPointError` if the solver fails (outside of `jit`; inside, the trajectory
+    is NaN).
     """
     _checks.instance(
         model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
     )
     solver = Adaptive() if solver is None else solver
-    _checks.instance(solver, Adaptive, "solver", "only an adaptive one has a continuous path")
+    _checks.instance(solver, Adaptive, "solver", "only an adaptive one has a continuous trajectory")
     x = _checks.finite(x, "x").astype(model.dtype)
     if x.shape != model.shape:
         raise ValueError(
@@ -101,31 +103,30 @@ def flow(
             )
         if guidance is not None and low == 0:
             raise ValueError(
-                "a guided path must stay at t > 0 (the gain sigma^2 / alpha is infinite at t = 0)"
+                "a guided trajectory must stay at t > 0 (its gain sigma^2 / alpha is infinite at "
+                "t = 0)"
             )
     if guidance is not None:
         check(guidance, model)
         if jax.tree.leaves(jax.eval_shape(guidance.init, x)):
             raise ValueError(
                 f"{type(guidance).__name__} remembers its last step, so that no field of (t, x) "
-                "describes it: use "
-                "sample(..., solver=Adaptive(), save_trajectory=True)"
+                "describes it: use sample(..., solver=Adaptive(), save_trajectory=True)"
             )
         if key is None:
             raise ValueError(
-                "a guided path needs key=jax.random.key(seed): its draws are held fixed along the "
-                "path"
+                "a guided trajectory needs key=jax.random.key(seed): it has one draw for all times"
             )
         key = _checks.key(key)
-    path, success = _flow(model, x, times[0], times[1], guidance, key, solver)
+    trajectory, success = _flow(model, x, times[0], times[1], guidance, key, solver)
     if _checks.concrete(success) and not np.asarray(success):
         raise FloatingPointError(
-            f"the path from t = {float(times[0]):g} to {float(times[1]):g} could not be solved in "
-            f"{solver.max_steps} steps to rtol = "
-            f"{float(solver.rtol):g}: the field is not finite or not smooth, or the tolerance is "
+            f"the trajectory from t = {float(times[0]):g} to {float(times[1]):g} could not be "
+            f"solved in {solver.max_steps} steps to rtol = {float(solver.rtol):g}: the field is "
+            "not finite or not smooth, or the tolerance is "
             f"too fine for {model.dtype}"
         )
-    return path
+    return trajectory
 
 
 @eqx.filter_jit
@@ -139,7 +140,7 @@ def _flow(
     solver: Adaptive,
 ) -> tuple[Flow, Array]:
     model, guidance, solver = _pytree.cast((model, guidance, solver), model.dtype)
-    path: Interpolant = model.interpolant
+    interpolant: Interpolant = model.interpolant
 
     def field(t: Array, x: Array) -> Array:
         if guidance is None:
@@ -147,12 +148,13 @@ def _flow(
         return guidance(key, t, x, guidance.init(x))[0].tilted
 
     low, high = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-    last = jnp.where(high < 1, high, jnp.maximum(solver.last(path), low))
+    last = jnp.where(high < 1, high, jnp.maximum(solver.last(interpolant), low))
     forward = t0 < t1
     # X_last given X_1: the noise that E[X_0 | X_1] leaves is of second order, as is the error of
     # the jump.
-    start = jnp.where(t0 < 1, x, path.alpha(last) * x)
-    arc = solver.solve(path, field, jnp.minimum(t0, last), jnp.minimum(t1, last), start, dense=True)
-    edge = jnp.where(forward, arc.end, start)
+    start = jnp.where(t0 < 1, x, interpolant.alpha(last) * x)
+    begin, end = jnp.minimum(t0, last), jnp.minimum(t1, last)
+    segment = solver.solve(interpolant, field, begin, end, start, dense=True)
+    edge = jnp.where(forward, segment.end, start)
     denoised = jnp.where(forward, field(last, edge), x)
-    return Flow(t0, t1, arc, last, edge, denoised), arc.success
+    return Flow(t0, t1, segment, last, edge, denoised), segment.success

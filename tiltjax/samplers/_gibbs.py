@@ -20,9 +20,9 @@ Reference: Moitra, Risteski and Rohatgi, *Steering diffusion models with quadrat
 2026), for the decomposition.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -32,25 +32,16 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.models import Model
-from tiltjax.particles import Particles, unweighted
+from tiltjax.particles import Mixing, Particles, unweighted
 from tiltjax.posteriors import Glass
 
-_BLOCK = 5  # sweeps between two looks at the correlation
-# at the least: the noise of a correlation is then 1/4 (four standard errors), and few chains show
-# nothing
+_BLOCK = 5  # sweeps between two estimates of the correlation
+# At least: four standard errors of a correlation are then 1/4, and with fewer chains none would be
+# significant.
 _CHAINS = 256
 _NOT_QUADRATIC = (
     "gibbs takes quadratic rewards, got one whose Hessian is not constant: use Conjugate"
 )
-
-
-class Mixing(NamedTuple):
-    """What the diagnostic saw: `sweeps`, how many were run; `correlation`, the largest with the
-    state half-way.
-    """
-
-    sweeps: int
-    correlation: float
 
 
 def gibbs(
@@ -62,13 +53,13 @@ def gibbs(
     num: int,
     steps: int = 50,
     max_sweeps: int = 2000,
-) -> tuple[Particles, Mixing]:
-    """`num` particles of the tilt by a quadratic reward with any concave matrix, and how they
-    mixed.
+) -> Particles:
+    """`num` particles of the tilt by a quadratic reward with any concave matrix; `particles.mixing`
+    says how the chains mixed.
 
     **Arguments:** `key`; `model`, whose states have d entries, for a matrix of d x d; `reward`,
-    quadratic (`rewards.Quadratic` with any weight, `rewards.Linear`, sums, or a function whose
-    Hessian is constant); `num`, of which at least 256 are run whatever is asked for, because mixing
+    quadratic (`rewards.Quadratic` with any weight, `rewards.LinearReward`, sums, or a function
+    whose Hessian is constant); `num`, of which at least 256 are run in any case, because mixing
     shows across particles; `steps` of the inner `Glass` flow, of order 2; `max_sweeps`, where to
     give up.
 
@@ -98,28 +89,27 @@ def gibbs(
     )
     middle = x.mean(axis=0, keepdims=True)
     _require_quadratic(reward, middle + 3 * (x - middle))
-    past, threshold = [x], 4 / np.sqrt(chains)
+    history, threshold = [x], 4 / np.sqrt(chains)
     while True:
-        block = len(past) - 1
+        block = len(history) - 1
         x = _run(jax.random.fold_in(key_sweeps, block), glass, natural, precision, root, x, _BLOCK)
-        past.append(x)
+        history.append(x)
         sweeps = _BLOCK * (block + 1)
         if not np.all(np.isfinite(np.asarray(x))):
             raise FloatingPointError(
                 f"a state is not finite after {sweeps} sweeps: the tilt may have no finite mass (a "
-                "reward more convex than the model's "
-                "log-density is concave: lower the scale); else look at the network and the target"
+                "reward more convex than the model's log-density is concave: lower the scale); "
+                "else check the network and the target"
             )
         _require_quadratic(reward, x)
-        correlation = _memory(reward, past[len(past) // 2], x)
+        correlation = _correlation(reward, history[len(history) // 2], x)
         if correlation < threshold and block:
-            return unweighted(x[:num]), Mixing(sweeps, correlation)
+            return dataclasses.replace(unweighted(x[:num]), mixing=Mixing(sweeps, correlation))
         if sweeps >= max_sweeps:
             raise RuntimeError(
-                f"after {sweeps} sweeps the chains still remember where they were half-way "
-                f"(correlation {correlation:.2g}, noise "
-                f"{threshold:.2g}): the matrix is too far from a multiple of the identity. Raise "
-                f"max_sweeps (got {max_sweeps})."
+                f"after {sweeps} sweeps the chains are still correlated with their states half-way "
+                f"(correlation {correlation:.2g}, noise {threshold:.2g}): the matrix is too far "
+                f"from a multiple of the identity. Raise max_sweeps (got {max_sweeps})."
             )
 
 
@@ -194,13 +184,13 @@ def _decompose(
 def _run(
     key: Array, glass: Glass, natural: Array, precision: Array, root: Array, x: Array, sweeps: int
 ) -> Array:
-    path = glass.model.interpolant
+    interpolant = glass.model.interpolant
     spread = lambda x: (root @ x.reshape(-1)).reshape(x.shape)
 
     def sweep(key: Array, x: Array) -> Array:
         key_xi, key_draw = jax.random.split(key)
         xi = spread(x) + jax.random.normal(key_xi, x.shape, x.dtype)
-        return glass.draw(key_draw, *path.observe(precision, natural + spread(xi)))
+        return glass.draw(key_draw, *interpolant.observe(precision, natural + spread(xi)))
 
     def advance(x: Array, key: Array) -> tuple[Array, None]:
         return jax.vmap(sweep)(jax.random.split(key, len(x)), x), None
@@ -208,7 +198,7 @@ def _run(
     return jax.lax.scan(advance, x, jax.random.split(key, sweeps))[0]
 
 
-def _memory(reward: rewards.Reward, before: Array, after: Array) -> float:
+def _correlation(reward: rewards.Reward, before: Array, after: Array) -> float:
     """The largest correlation across particles between two sweeps, over coordinates, their squares
     and the reward.
     """

@@ -45,9 +45,9 @@ def softmax_of_n(
 
     def choose(values: Array) -> Array:
         best = jnp.max(values, axis=1, keepdims=True)
-        if _checks.concrete(best) and (hopeless := int(np.sum(np.asarray(best) == -np.inf))):
+        if _checks.concrete(best) and (excluded := int(np.sum(np.asarray(best) == -np.inf))):
             raise FloatingPointError(
-                f"in {hopeless} groups every candidate has the reward -inf: there is nothing to "
+                f"in {excluded} groups every candidate has the reward -inf: there is nothing to "
                 "choose"
             )
         # Relative to the best of the group: neither 0 * inf at scale 0 nor an overflow at large

@@ -1,5 +1,5 @@
-r"""`optimize`: a reward that may be asked a few hundred times only, by steering with what was
-learned of it so far.
+r"""`optimize`: a reward that can be evaluated a few hundred times only, by steering with a model of
+it that is learned on the way.
 
     round 0:      x_1, ..., x_b ~ the model      (or wherever the caller starts)
     round j:
@@ -63,23 +63,23 @@ def optimize(
     progress: bool = False,
     **settings: Any,
 ) -> Search:
-    """Up to `rounds * batch` queries in search of states of large reward.
+    """Search for the states of largest value with up to `rounds * queries` evaluations.
 
     **Arguments:**
 
-    - `query`: from states `(batch, *shape)`, a NumPy array, to `queries` values: a host function,
-      asked once a round.
+    - `query`: a Python function from states `(queries, *shape)`, a NumPy array, to `queries`
+      values; called once a round.
     - `surrogate`: `GaussianProcess()` by default; `Bootstrap()`.
     - `scale`: how strongly the surrogate tilts the model. Large ones exploit; the model holds
       against them.
-    - `num`: particles of each round, of which `queries` are drawn by weight; no state is asked
-      twice in a round if it can be helped.
+    - `num`: particles of each round, of which `queries` are drawn by weight; no state is evaluated
+      twice in a round if there are enough others.
     - `guide`: makes a guidance of a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
     - `earlier`: a search to go on from: that of another call, or of one that failed.
     - `settings`: of `smc`: `steps`, `proposal`, `tempering` and so on.
 
-    **Raises:** `ValueError` for answers of another number or that are not finite, and whatever
-    `query` raises; the error's `.search` holds the queries that were answered until then.
+    **Raises:** `ValueError` for values of another number or that are not finite, and whatever
+    `query` raises; the error's `.search` holds the queries that were evaluated until then.
     """
     key = _checks.key(key)
     _checks.instance(
@@ -88,14 +88,12 @@ def optimize(
     _checks.function(query, "query")
     _checks.function(guide, "guide")
     _checks.nonnegative(scale, "scale")
-    rounds, queries, num = (
-        _checks.count(rounds, "rounds"),
-        _checks.count(queries, "queries"),
-        _checks.count(num, "num"),
-    )
+    rounds = _checks.count(rounds, "rounds")
+    queries = _checks.count(queries, "queries")
+    num = _checks.count(num, "num")
     if num < queries:
         raise ValueError(
-            f"a round asks for {queries} of the particles: num must be as many at least, got {num}"
+            f"a round evaluates {queries} of the particles: num must be as many at least, got {num}"
         )
     surrogate = GaussianProcess() if surrogate is None else surrogate
     _checks.instance(surrogate, Surrogate, "surrogate", "use GaussianProcess() or Bootstrap()")
@@ -111,25 +109,25 @@ def optimize(
     x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
     values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
     first = earlier.rounds.max(initial=-1) + 1
-    number = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), queries)])
+    round_of = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), queries)])
     fit = lambda key, done: _fit(
         key, surrogate, jnp.asarray(x), jnp.asarray(values), jnp.arange(len(x)) < done
     )
 
-    def ask(done: int, states: np.ndarray) -> None:
+    def evaluate(done: int, states: np.ndarray) -> None:
         try:
-            answer = _checked(query(states.copy()), queries, values.dtype)
+            found = _checked(query(states.copy()), queries, values.dtype)
         except Exception as error:
             if done:
                 error.add_note(
                     f"The {done} queries before are in this error's .search: go on with "
                     "earlier=error.search."
                 )
-            error.search = Search(x[:done], values[:done], number[:done], None)  # pyright: ignore[reportAttributeAccessIssue]
+            error.search = Search(x[:done], values[:done], round_of[:done], None)  # pyright: ignore[reportAttributeAccessIssue]
             raise
-        x[done : done + queries], values[done : done + queries] = states, answer
+        x[done : done + queries], values[done : done + queries] = states, found
 
-    with _progress.bar("asking", rounds, enabled=progress) as bar:
+    with _progress.bar("searching", rounds, enabled=progress) as bar:
         for j in range(rounds):
             done = before + j * queries
             if done:
@@ -139,26 +137,26 @@ def optimize(
                 states = _distinct(key_choice, particles.x, particles.log_weights, queries)
             else:
                 states = sample(key_start, model, num=queries).x
-            ask(done, np.asarray(states))
+            evaluate(done, np.asarray(states))
             bar.tick(jnp.asarray(j, jnp.int32))
-        return Search(x, values, number, fit(key_last, len(x)))
+        return Search(x, values, round_of, fit(key_last, len(x)))
 
 
-def _checked(answer: Any, batch: int, dtype: Any) -> np.ndarray:
-    answer = np.asarray(answer)
-    if answer.dtype.kind not in "fiub":
-        raise ValueError(f"query must return real numbers, got {answer.dtype}")
-    with np.errstate(over="ignore"):  # what it makes of such a number is found below
-        answer = answer.astype(dtype)
-    if answer.shape != (batch,):
+def _checked(values: Any, num: int, dtype: Any) -> np.ndarray:
+    values = np.asarray(values)
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"query must return real numbers, got {values.dtype}")
+    with np.errstate(over="ignore"):  # numbers that are too large for the dtype are found below
+        values = values.astype(dtype)
+    if values.shape != (num,):
         raise ValueError(
-            f"query must return {batch} values for {batch} states, it gave shape {answer.shape}"
+            f"query must return {num} values for {num} states, it gave shape {values.shape}"
         )
-    if wrong := np.sum(~np.isfinite(answer)):
+    if wrong := np.sum(~np.isfinite(values)):
         raise ValueError(
-            f"query must return finite values (in {answer.dtype}), {wrong} of {batch} are not"
+            f"query must return finite values (in {values.dtype}), {wrong} of {num} are not"
         )
-    return answer
+    return values
 
 
 @eqx.filter_jit
@@ -167,8 +165,8 @@ def _fit(key: Array, surrogate: Surrogate, x: Array, values: Array, known: Array
 
 
 @eqx.filter_jit
-def _distinct(key: Array, x: Array, log_weights: Array, number: int) -> Array:
-    """`number` particles by weight, without replacement (the largest of perturbed log-weights);
+def _distinct(key: Array, x: Array, log_weights: Array, num: int) -> Array:
+    """`num` particles by weight, without replacement (the largest of perturbed log-weights);
     copies of one state count once.
     """
     rows = x.reshape(len(x), -1)
@@ -180,4 +178,4 @@ def _distinct(key: Array, x: Array, log_weights: Array, number: int) -> Array:
     # The copies come last, for when there are too few others.
     scores = copies + jax.random.gumbel(key, copies.shape, copies.dtype)
     order = jnp.argsort(jnp.where(first, -scores, jnp.inf))
-    return x[order[:number]]
+    return x[order[:num]]

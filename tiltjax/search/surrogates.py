@@ -1,6 +1,6 @@
 r"""Surrogates: a reward learned from few queries, and optimistic about what it does not know.
 
-From states `(n, *shape)` and values `(n,)`, of which `known` are to be believed, to a `Reward`:
+From states `(n, *shape)` and values `(n,)`, of which the `known` ones count, to a `Reward`:
 
 | surrogate | reward |
 |---|---|
@@ -78,7 +78,7 @@ class GaussianProcess(Surrogate):
             lower, jnp.eye(len(y), dtype=y.dtype), lower=True
         )
         weights = jax.scipy.linalg.cho_solve((lower, True), y)
-        return Optimist(
+        return UpperConfidenceBound(
             rows,
             known,
             whiten,
@@ -91,8 +91,8 @@ class GaussianProcess(Surrogate):
         )
 
 
-class Optimist(Reward):
-    """What `GaussianProcess` learned."""
+class UpperConfidenceBound(Reward):
+    """The reward that `GaussianProcess` learned, `mean + bonus * deviation`."""
 
     rows: Array
     known: Array
@@ -119,25 +119,30 @@ class Optimist(Reward):
 
 
 class Bootstrap(Surrogate):
-    """The largest answer of `heads` networks of two layers of `width` units, each trained from
+    """The largest value of `heads` networks of two layers of `width` units, each trained from
     scratch on a resample of the queries.
 
     For states of many dimensions, or features. **Arguments:** `heads`; `width`; `steps` of Adam
-    with the whole set, at `rate`.
+    with the whole set, at `learning_rate`.
     """
 
-    rate: Array
+    learning_rate: Array
     heads: int = eqx.field(static=True)
     width: int = eqx.field(static=True)
     steps: int = eqx.field(static=True)
 
     def __init__(
-        self, heads: int = 8, *, width: int = 64, steps: int = 200, rate: float | Array = 5e-3
+        self,
+        heads: int = 8,
+        *,
+        width: int = 64,
+        steps: int = 200,
+        learning_rate: float | Array = 5e-3,
     ):
         self.heads = _checks.count(heads, "heads")
         self.width = _checks.count(width, "width")
         self.steps = _checks.count(steps, "steps")
-        self.rate = _checks.positive(rate, "rate")
+        self.learning_rate = _checks.positive(learning_rate, "learning_rate")
 
     def fit(self, key, x, values, known):
         import optax
@@ -151,7 +156,7 @@ class Bootstrap(Surrogate):
         )
         scale = jnp.sqrt(_or_one(square))
         scaled = (rows - middle[None]) / scale
-        optimizer = optax.adam(self.rate)
+        optimizer = optax.adam(self.learning_rate)
 
         def train(key: Array) -> list[tuple[Array, Array]]:
             key_start, key_choice = jax.random.split(key)
@@ -162,7 +167,7 @@ class Bootstrap(Surrogate):
 
             def loss(layers: list) -> Array:
                 return jnp.sum(
-                    counts * (jax.vmap(lambda row: _answer(layers, row))(scaled) - y) ** 2
+                    counts * (jax.vmap(lambda row: _evaluate(layers, row))(scaled) - y) ** 2
                 ) / jnp.sum(counts)
 
             def step(carry: tuple, _: None) -> tuple[tuple, None]:
@@ -185,7 +190,7 @@ class Bootstrap(Surrogate):
 
 
 class Heads(Reward):
-    """What `Bootstrap` learned."""
+    """The reward that `Bootstrap` learned, the largest of its networks."""
 
     layers: list[tuple[Array, Array]]
     middle: Array
@@ -193,18 +198,18 @@ class Heads(Reward):
     center: Array
     spread: Array
 
-    def answers(self, x: Array) -> Array:
-        """Of all networks, `(heads,)`."""
+    def values(self, x: Array) -> Array:
+        """The values of all networks, `(heads,)`."""
         row = (x.reshape(-1) - self.middle) / self.scale
-        return self.center + self.spread * jax.vmap(lambda layers: _answer(layers, row))(
+        return self.center + self.spread * jax.vmap(lambda layers: _evaluate(layers, row))(
             self.layers
         )
 
     def __call__(self, x: Array) -> Array:
         # By index: the gradient of a maximum compares floats that a compiler may have computed
         # twice, in two ways.
-        answers = self.answers(x)
-        return answers[jnp.argmax(answers)]
+        values = self.values(x)
+        return values[jnp.argmax(values)]
 
 
 def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
@@ -240,7 +245,7 @@ def _layers(key: Array, widths: tuple[int, ...], dtype) -> list[tuple[Array, Arr
     ]
 
 
-def _answer(layers: list[tuple[Array, Array]], row: Array) -> Array:
+def _evaluate(layers: list[tuple[Array, Array]], row: Array) -> Array:
     for weight, bias in layers[:-1]:
         row = jnp.tanh(weight @ row + bias)
     weight, bias = layers[-1]

@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, rewards
@@ -19,9 +18,9 @@ class Completions(Guidance):
     """`log h` as the mean of `exp(scale r)` over `k` completions, each position drawn by itself;
     gradient-free.
 
-    With `proposal_weight` > 0 it also proposes (`Guided()`): the tilted denoiser is the mixture, in
-    shares `1 - lean` and `proposal_weight`, of the model's and of the completions weighed by
-    `exp(scale r)`, which is the posterior mean of the tilt as far as k draws know it.
+    With `proposal_weight` > 0 it also proposes (`Guided()`): the tilted denoiser is the mixture,
+    with weights `1 - proposal_weight` and `proposal_weight`, of the model's and of the completions
+    weighed by `exp(scale r)`, which estimates the posterior mean of the tilt by k draws.
 
     **Arguments:** `model`, of tokens; `reward(x1) -> scalar` of integers `(length,)`; `scale`; `k`;
     `proposal_weight` in [0, 1): at 1 tokens that no completion has could never be proposed.
@@ -49,12 +48,9 @@ class Completions(Guidance):
         self.model = model
         self.reward = rewards.as_reward(reward)
         self.scale = _checks.finite(scale, "scale", 0)
-        self.proposal_weight = _checks.nonnegative(proposal_weight, "proposal_weight")
-        if _checks.concrete(self.proposal_weight) and not np.asarray(self.proposal_weight) < 1:
-            raise ValueError(
-                "lean must lie in [0, 1), so that every token may be proposed, got "
-                f"{float(self.proposal_weight):g}"
-            )
+        self.proposal_weight = _checks.in_range(
+            proposal_weight, "proposal_weight", 0, 1, closed="left"
+        )
         self.k = _checks.count(k, "k")
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
@@ -64,15 +60,15 @@ class Completions(Guidance):
         )
         values = jax.vmap(self.log_tilt)(drawn)
         log_h = jax.nn.logsumexp(values) - math.log(self.k)
-        # Where every completion is excluded none is preferred.
+        # Where every completion has the reward -inf all have the same weight.
         weights = jax.nn.softmax(jnp.where(log_h > -jnp.inf, values, 0.0))
-        preferred = jnp.einsum(
+        posterior_mean = jnp.einsum(
             "k,kiv->iv", weights, jax.nn.one_hot(drawn, self.model.vocab, dtype=weights.dtype)
         )
-        pull = self.proposal_weight.astype(denoised.dtype) * (
-            preferred.astype(denoised.dtype) - denoised
+        shift = self.proposal_weight.astype(denoised.dtype) * (
+            posterior_mean.astype(denoised.dtype) - denoised
         )
-        return Estimate(denoised + pull, denoised, log_h), state
+        return Estimate(denoised + shift, denoised, log_h), state
 
     def log_tilt(self, x1: Array) -> Array:
         value = rewards.value(self.reward, x1)

@@ -1,8 +1,8 @@
 r"""Masked diffusion on tokens: the same verbs, where a state is a sequence of integers.
 
 A sequence X_1 of `length` tokens out of `vocab` is hidden token by token: at time t each is known
-with chance `alpha_t = t`, and shows the mask, the integer `vocab`, otherwise. What a model knows
-is, position by position, the law of the token given all that is shown,
+with probability `alpha_t = t`, and is the mask, the integer `vocab`, otherwise. What a model knows
+is, position by position, the law of the token given all tokens that are shown,
 
     D_t(x)[i, v] = P(X_1[i] = v | what x shows),      (length, vocab):
 
@@ -16,10 +16,10 @@ follows it; a guidance tilts it.
 | `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions |
 
 Feynman-Kac steering of a token model is
-`smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(schedule=Every(1)))` (the
-published window is for a hundred steps and more); the reward sees whole sequences of integers,
-without masks. References: Sahoo et al. (arXiv 2406.07524, masked diffusion); Singhal et al. (arXiv
-2501.06848).
+`smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(schedule=every))` with
+`every = ResampleSchedule(1)` (the published window is for a hundred steps and more); the reward
+sees whole sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524, masked
+diffusion); Singhal et al. (arXiv 2501.06848).
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Masked(Denoiser):
     hides one.
 
     Subclasses define `predict(x)`, the laws of the hidden tokens. **Fields:** `prompt` `(length,)`:
-    tokens that are given from the start, and masks elsewhere.
+    tokens that are known from the start, and masks elsewhere.
     """
 
     length: eqx.AbstractVar[int]
@@ -60,7 +60,7 @@ class Masked(Denoiser):
 
     @property
     def steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One at a time."""
+        """One token a step."""
         return self.length
 
     @property
@@ -77,8 +77,8 @@ class Masked(Denoiser):
         return self.vocab
 
     def predict(self, x: Array) -> Array:
-        """Probabilities `(length, vocab)` of all positions given the tokens that `x` shows; what is
-        said of known positions is ignored.
+        """Probabilities `(length, vocab)` of all positions given the tokens that `x` shows; those
+        of known positions are ignored.
         """
         raise NotImplementedError
 
@@ -117,7 +117,7 @@ class Masked(Denoiser):
 
 class MarkovChain(Masked):
     """`P(x) = initial[x_1] transition[x_1, x_2] ... `, with its exact denoiser, by passing messages
-    forth and back.
+    forwards and backwards.
 
     **Arguments:** `initial` `(vocab,)` and the rows of `transition` `(vocab, vocab)`:
     probabilities, normalized here; `length`; `prompt` `(length,)`, integers up to `vocab`, which
@@ -137,10 +137,8 @@ class MarkovChain(Masked):
         *,
         prompt: Any = None,
     ):
-        initial, transition = (
-            _checks.finite(initial, "initial", 1),
-            _checks.finite(transition, "transition", 2),
-        )
+        initial = _checks.finite(initial, "initial", 1)
+        transition = _checks.finite(transition, "transition", 2)
         n = len(initial)
         if not n:
             raise ValueError("initial must hold the probability of one token or more, got none")
@@ -163,8 +161,8 @@ class MarkovChain(Masked):
             with jax.ensure_compile_time_eval():
                 if not np.all(np.isfinite(np.asarray(self.predict(self.prompt)))):
                     raise ValueError(
-                        f"this chain gives its prompt {np.asarray(self.prompt).tolist()} the "
-                        "probability zero"
+                        f"the prompt {np.asarray(self.prompt).tolist()} has the probability zero "
+                        "under this chain"
                     )
 
     @property
@@ -183,9 +181,9 @@ class MarkovChain(Masked):
         if np.any(np.isneginf(np.asarray(self.log_transition))):
             raise ValueError(
                 f"{steps} steps for {self.length} tokens show several at once, drawn "
-                "independently, and this chain has transitions of "
-                f"probability zero, after which it knows nothing: take steps={self.length}, or "
-                "give all transitions some probability"
+                "independently, and this chain has transitions of probability zero, after which no "
+                f"continuation is possible: take steps={self.length}, or give all transitions some "
+                "probability"
             )
 
     @property
@@ -198,17 +196,17 @@ class MarkovChain(Masked):
             (x[:, None] == values) | (x[:, None] == self.mask), 0.0, -jnp.inf
         ).astype(self.dtype)
 
-        def forth(message: Array, seen: Array) -> tuple[Array, Array]:
+        def forward(message: Array, evidence: Array) -> tuple[Array, Array]:
             # `message` is of this position, from all before it.
-            return jax.nn.logsumexp(
-                (message + seen)[:, None] + self.log_transition, axis=0
-            ), message
+            joint = (message + evidence)[:, None] + self.log_transition
+            return jax.nn.logsumexp(joint, axis=0), message
 
-        def back(message: Array, seen: Array) -> tuple[Array, Array]:
-            return jax.nn.logsumexp((message + seen)[None] + self.log_transition, axis=1), message
+        def backward(message: Array, evidence: Array) -> tuple[Array, Array]:
+            joint = (message + evidence)[None] + self.log_transition
+            return jax.nn.logsumexp(joint, axis=1), message
 
-        _, before = jax.lax.scan(forth, self.log_initial, allowed)
-        _, after = jax.lax.scan(back, jnp.zeros_like(self.log_initial), allowed, reverse=True)
+        _, before = jax.lax.scan(forward, self.log_initial, allowed)
+        _, after = jax.lax.scan(backward, jnp.zeros_like(self.log_initial), allowed, reverse=True)
         return jax.nn.softmax(before + after + allowed, axis=1)
 
 
@@ -223,11 +221,11 @@ class Logits(Masked):
     dtype: Any = eqx.field(static=True)
 
     def __init__(self, net: Net, prompt: Array, vocab: int, batched: bool, dtype: Any):
-        self.net, self.prompt, self.length, self.vocab = net, prompt, len(prompt), vocab
-        self.batched, self.dtype = batched, dtype
+        self.net, self.batched, self.dtype = net, batched, dtype
+        self.prompt, self.length, self.vocab = prompt, len(prompt), vocab
 
     def predict(self, x: Array) -> Array:
-        # How much is shown is the network's only clock.
+        # The fraction that is shown is the network's only time.
         t = jnp.mean(x != self.mask, dtype=self.dtype)
         logits = ask(self.net, t, x, self.denoised_shape, self.batched)
         return jax.nn.softmax(logits.astype(self.dtype), axis=-1)
@@ -248,14 +246,14 @@ def from_logits(
     **Arguments:**
 
     - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: integers `(length,)`, `vocab`
-      where a token is hidden, to logits `(length, vocab)`. `t` is the share of tokens that are
+      where a token is hidden, to logits `(length, vocab)`. `t` is the fraction of tokens that are
       shown.
-    - `batched`: `fn` takes `t` `(B,)` and `x` `(B, length)` and answers `(B, length, vocab)`;
+    - `batched`: `fn` takes `t` `(B,)` and `x` `(B, length)` and returns `(B, length, vocab)`;
       particles become rows of its batch.
-    - `prompt`: tokens that are given, and `vocab` elsewhere; all hidden by default.
+    - `prompt`: tokens that are known, and `vocab` elsewhere; all hidden by default.
     - `dtype`: of the probabilities, JAX's default float unless given.
 
-    **Raises:** `ValueError` for an answer of another shape or a module in training mode.
+    **Raises:** `ValueError` for logits of another shape or a module in training mode.
     """
     length, vocab = _checks.count(length, "length"), _checks.count(vocab, "vocab")
     dtype, batched = _checks.float_dtype(dtype, "probabilities"), _checks.flag(batched, "batched")
@@ -277,13 +275,12 @@ def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Arra
     if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(
             f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a "
-            "token is hidden, got shape "
-            f"{value.shape} of {value.dtype}"
+            f"token is hidden, got shape {value.shape} of {value.dtype}"
         )
-    seen = _sharding.addressable(value) if _checks.concrete(value) else np.zeros(0)
-    if np.any(seen < 0) or np.any(seen > vocab):
+    tokens = _sharding.addressable(value) if _checks.concrete(value) else np.zeros(0)
+    if np.any(tokens < 0) or np.any(tokens > vocab):
         raise ValueError(
-            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {seen.min()} to "
-            f"{seen.max()} in {name}"
+            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {tokens.min()} to "
+            f"{tokens.max()} in {name}"
         )
     return jnp.asarray(value).astype(jnp.int32)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tiltjax import _checks
 from tiltjax.solvers import Stochastic
 
 
@@ -21,11 +22,11 @@ class Masking(eqx.Module):
 
 
 class Reveal(NamedTuple):
-    """One step of `Unmask`: the share `chance` of the hidden tokens is shown, each drawn from its
-    own law in D, `(length, vocab)`.
+    """One step of `Unmask`: the fraction `probability` of the hidden tokens is shown, each drawn
+    from its own law in D, `(length, vocab)`.
     """
 
-    chance: Array
+    probability: Array
     even: bool
 
     @property
@@ -42,34 +43,32 @@ class Reveal(NamedTuple):
     def propose(
         self, key: Array, x: Array, denoised: Array, shift: Array | None
     ) -> tuple[Array, Array]:
-        """A state with D shifted, and the log of how much likelier it is without the shift. Hidden
-        tokens are those that show `vocab`.
+        """A state from the step with D shifted, q, and `log p - log q` there, p being the step
+        without the shift. A hidden token is the integer `vocab`.
         """
         key_which, key_what = jax.random.split(key)
         hidden = x == denoised.shape[-1]
         chosen = jax.random.uniform(key_which, (len(x) + 1,), denoised.dtype)
         if self.even:
-            # The expected number, up or down; the offset makes it right on average, and right where
-            # it is a whole one.
-            number = jnp.floor(self.chance * jnp.sum(hidden, dtype=denoised.dtype) + chosen[-1])
-            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0))).astype(
-                number.dtype
-            )
-            shown = hidden & (rank < number)
+            # The expected number, rounded up or down at random so that its mean is right.
+            expected = self.probability * jnp.sum(hidden, dtype=denoised.dtype)
+            number = jnp.floor(expected + chosen[-1])
+            rank = jnp.argsort(jnp.argsort(jnp.where(hidden, chosen[:-1], 2.0)))
+            shown = hidden & (rank.astype(number.dtype) < number)
         else:
-            shown = hidden & (chosen[:-1] < self.chance)
+            shown = hidden & (chosen[:-1] < self.probability)
         tilted = denoised if shift is None else denoised + shift
         drawn = jax.random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
         moved = jnp.where(shown, drawn, x)
         if shift is None:
             return moved, jnp.zeros((), denoised.dtype)
-        of = lambda law: jnp.log(jnp.take_along_axis(law, drawn[:, None], axis=1)[:, 0])
-        return moved, jnp.sum(jnp.where(shown, of(denoised) - of(tilted), 0.0))
+        log_prob = lambda law: jnp.log(jnp.take_along_axis(law, drawn[:, None], axis=1)[:, 0])
+        return moved, jnp.sum(jnp.where(shown, log_prob(denoised) - log_prob(tilted), 0.0))
 
 
 class Unmask(Stochastic):
-    """Tokens: every hidden one is shown with chance `(alpha_u - alpha_t) / (1 - alpha_t)`, drawn
-    from its law given what is known.
+    """Tokens: each hidden one is shown with probability `(alpha_u - alpha_t) / (1 - alpha_t)`, and
+    drawn from its law given the known ones.
 
     Tokens of one step are drawn independently of each other: fewer at a time follow the model more
     closely, one at a time exactly.
@@ -83,11 +82,7 @@ class Unmask(Stochastic):
     corruption = Masking
 
     def __check_init__(self) -> None:
-        if not isinstance(self.even, bool):
-            raise TypeError(
-                f"even is True or False, got {self.even!r}: how many tokens a step shows is "
-                "decided by steps="
-            )
+        _checks.flag(self.even, "even")
 
     def kernel(self, corruption: Masking, t: Array, u: Array) -> Reveal:
         """The step from t to u."""

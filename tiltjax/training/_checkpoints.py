@@ -1,12 +1,16 @@
-r"""Checkpoints: a pytree of arrays in one file, to the last bit, with the settings it belongs to.
+r"""Checkpoints: a pytree of arrays in one file, to the last bit, with the settings of its run.
 
-    write(file, settings, tree, step)                     all of the file or nothing of it
-    tree, step = read(file, settings, like)      `like` says what is expected: names, shapes, dtypes
+    write_checkpoint(file, settings, tree, step)            all of the file is replaced, or nothing
+    tree, step = read_checkpoint(file, settings, like)      `like` has the names, shapes and dtypes
 
 The file is a NumPy archive (`.npz`, no pickle): one array of bytes for each leaf, under the name of
 its place in the tree, and a header in JSON,
-`{"settings": ..., "step": ..., "arrays": {name: "float32(256, 256)"}}`. Bytes, because NumPy lacks
-some dtypes of JAX.
+`{"settings": ..., "step": ..., "arrays": {name: "float32(256, 256)"}}`. It holds bytes because
+NumPy lacks some dtypes of JAX.
+
+Orbax is not used here: it writes a folder of many files, takes several times as long for a small
+network, removes an old checkpoint before it writes the new one of that name, and does not compare
+settings.
 """
 
 import json
@@ -30,18 +34,14 @@ def write_checkpoint(
     """Replace `file` by a checkpoint after `step` steps, at once: a process that dies while it
     writes leaves the last one as it was.
     """
-    arrays = {name: _plain(leaf) for name, leaf in _named(tree)}
-    header = {
-        "settings": settings,
-        "step": step,
-        "arrays": {name: _kind(array) for name, array in arrays.items()},
-    }
-    content: dict[str, Any] = {
-        name: np.frombuffer(array.tobytes(), np.uint8) for name, array in arrays.items()
-    }
-    content[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    # In the same folder, as only there a rename is one act of the file system; of one name, so that
-    # what a killed run left is written over.
+    arrays = {name: _as_numpy(leaf) for name, leaf in _by_name(tree).items()}
+    types = {name: _array_type(array) for name, array in arrays.items()}
+    header = json.dumps({"settings": settings, "step": step, "arrays": types})
+    content: dict[str, Any] = {name: array.tobytes() for name, array in arrays.items()}
+    content[_HEADER] = header.encode()
+    content = {name: np.frombuffer(raw, np.uint8) for name, raw in content.items()}
+    # In the same folder, as only there a rename is one operation of the file system; always of this
+    # name, so that what a killed run left is written over.
     partial = Path(f"{os.fspath(file)}.partial")
     with open(partial, "wb") as stream:
         np.savez(stream, **content)
@@ -63,80 +63,77 @@ def read_checkpoint(
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             header = json.loads(archive[_HEADER].tobytes())
-            found, kinds, step = header["settings"], header["arrays"], int(header["step"])
-            raw = {name: archive[name].tobytes() for name in kinds}
+            found, types, step = header["settings"], header["arrays"], int(header["step"])
+            raw = {name: archive[name].tobytes() for name in types}
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} holds no checkpoint: remove it, or name another file ({error})"
         ) from error
-    expected = {name: _kind(_plain(leaf)) for name, leaf in _named(like)}
+    named = _by_name(like)
+    expected = {name: _array_type(_as_numpy(leaf)) for name, leaf in named.items()}
     # Through JSON as what was written: a tuple comes back as a list.
-    differences = _differences(found, json.loads(json.dumps(settings))) + _differences(
-        kinds, expected
-    )
+    differences = _differences(found, json.loads(json.dumps(settings)))
+    differences += _differences(types, expected)
     if differences:
-        shown = "; ".join(differences[:8]) + (
-            f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
-        )
+        listed = "; ".join(differences[:8])
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise ValueError(
-            f"{path} is the checkpoint of another run: {shown}. Use the settings it was made with, "
-            "remove it, or name another file"
+            f"{path} is the checkpoint of another run: {listed}{more}. Use the settings it was "
+            "made with, remove it, or name another file"
         )
-    leaves = [_restored(raw[name], leaf) for name, leaf in _named(like)]
+    leaves = [_restored(raw[name], leaf) for name, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), step
 
 
 def digest(tree: Any) -> str:
-    """A short print of all arrays of a tree: it tells other values apart, not everyone else's
-    malice.
+    """A short checksum of all arrays of a tree, which tells runs apart; it is no protection against
+    forged files.
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
-        array = _plain(leaf)
-        total = zlib.crc32(array.tobytes(), zlib.crc32(_kind(array).encode(), total))
+        if isinstance(leaf, jax.Array | np.ndarray):
+            array = _as_numpy(leaf)
+            total = zlib.crc32(array.tobytes(), zlib.crc32(_array_type(array).encode(), total))
     return f"{total:08x}"
 
 
 def callable_name(fn: Callable) -> str:
-    """What a callable is called, by which a header tells functions apart."""
+    """The name of a callable, by which a header tells functions apart."""
     fn = getattr(fn, "func", fn)
     return getattr(fn, "__qualname__", type(fn).__name__)
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def _by_name(tree: Any) -> dict[str, Any]:
     located, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        (jax.tree_util.keystr(where, simple=True, separator="/"), leaf) for where, leaf in located
-    ]
+    name = lambda where: jax.tree_util.keystr(where, simple=True, separator="/")
+    return {name(where): leaf for where, leaf in located}
 
 
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _plain(leaf: Any) -> np.ndarray:
+def _as_numpy(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _kind(array: np.ndarray) -> str:
+def _array_type(array: np.ndarray) -> str:
     return f"{array.dtype.name}{array.shape}"
 
 
 def _restored(raw: bytes, like: Any) -> Any:
-    model = _plain(like)
-    array = np.frombuffer(raw, model.dtype).reshape(model.shape).copy()
+    expected = _as_numpy(like)
+    array = np.frombuffer(raw, expected.dtype).reshape(expected.shape).copy()
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
     return jnp.asarray(array) if isinstance(like, jax.Array) else array
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    pairs = [
-        (name, found.get(name, "nothing"), expected.get(name, "nothing"))
-        for name in {**expected, **found}
-    ]
+    values = lambda name: (found.get(name, "nothing"), expected.get(name, "nothing"))
     return [
         f"{name} is {there} in the file and {here} here"
-        for name, there, here in pairs
+        for name in {**expected, **found}
+        for there, here in [values(name)]
         if there != here
     ]

@@ -1,24 +1,25 @@
 r"""Training: from data, or a sampler of data, to a network that a model is made of.
 
-    X_t = alpha_t X_1 + sigma_t X_0,  L = E |network(t, X_t) - Y|^2 / d,  t ~ times,  X_0 ~ N(0, I),
-        X_1 ~ data
+    X_t = alpha_t X_1 + sigma_t X_0,     L = E |network(t, X_t) - Y|^2 / d,
+        t ~ time_sampler,  X_0 ~ N(0, I),  X_1 ~ data
 
 | `target` | Y | the minimizer | for |
 |---|---|---|---|
 | `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | `Linear` and its like |
-| `from_noise` | `X_0` | `E[X_0 \| X_t = x]` | variance-preserving paths |
-| `from_denoiser` | `X_1` | `E[X_1 \| X_t = x]` | any path |
+| `from_noise` | `X_0` | `E[X_0 \| X_t = x]` | variance-preserving interpolants |
+| `from_denoiser` | `X_1` | `E[X_1 \| X_t = x]` | any interpolant |
 
 The target is the builder that will make a model of the network. The minimum of L is not zero but
 the mean conditional variance of Y: for Gaussian data of standard deviation s and `Linear(c)` it is
 `pi s c / 2` by coordinate. So the loss is read against its last value, never against zero, and
 samples judge.
 
-How it is minimized: `tiltjax.training.minimize`.
+`tiltjax.training.minimize` minimizes it.
 
 References: Lipman et al. (arXiv 2210.02747), flow matching.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,6 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _sharding, models
-from tiltjax._sharding import check_sharding
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models import from_denoiser, from_noise, from_velocity
 from tiltjax.training._checkpoints import callable_name, digest
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
     import optax
 
 
-def _velocity(path: Interpolant, t: Array, x0: Array, x1: Array) -> Array:
+def _velocity(interpolant: Interpolant, t: Array, x0: Array, x1: Array) -> Array:
     # Not through the denoiser: (x - alpha x1) / sigma would divide rounding errors by sigma.
-    return jax.grad(path.alpha)(t) * x1 + jax.grad(path.sigma)(t) * x0
+    return jax.grad(interpolant.alpha)(t) * x1 + jax.grad(interpolant.sigma)(t) * x0
 
 
 _TARGETS: dict[Callable, Callable] = {
     from_velocity: _velocity,
-    from_noise: lambda path, t, x0, x1: x0,
-    from_denoiser: lambda path, t, x0, x1: x1,
+    from_noise: lambda interpolant, t, x0, x1: x0,
+    from_denoiser: lambda interpolant, t, x0, x1: x1,
 }
 
 
 def uniform(key: Array) -> Array:
-    """The usual law of times: uniform on [0, 1). A key to a scalar."""
+    """The usual time of a training step, uniform on [0, 1): a scalar for a key."""
     return jax.random.uniform(key)
 
 
@@ -76,23 +76,25 @@ def loss(
     - `x1`: clean states, `(n, *shape)`.
     - `target`: what the network answers with, as the function that makes a model of it:
       `from_velocity`, `from_noise` or `from_denoiser`.
-    - `interpolant`: the path, `Linear()` by default.
+    - `interpolant`: `Linear()` by default.
     - `time_sampler`: the law of t, a function of a key. A network that knows certain levels only:
-      `lambda key: path.clock(jax.random.randint(key, (), 0, N))`.
+      `lambda key: interpolant.clock(jax.random.randint(key, (), 0, N))`.
     - `batched`: whether the network takes `t` of shape `(n,)` and `x` of shape `(n, *shape)`.
 
-    **Raises:** `ValueError` for an answer of the wrong shape, and for the velocity of a path on
-    which it is unbounded.
+    **Raises:** `ValueError` for an answer of the wrong shape, and for the velocity of an
+    interpolant on which it is unbounded.
     """
-    wanted = _wanted(target)
-    path = _pytree.cast(_path(interpolant, target, time_sampler), x1.dtype)
+    _check_target(target)
+    interpolant = _check_interpolant(interpolant, target, time_sampler)
+    interpolant = _pytree.cast(interpolant, x1.dtype)
     key_time, key_noise = jax.random.split(key)
     t = jax.vmap(time_sampler)(jax.random.split(key_time, len(x1)))
     if t.shape != (len(x1),):
         raise ValueError(f"time_sampler must return a scalar for a key, got shape {t.shape[1:]}")
     t, x0 = t.astype(x1.dtype), jax.random.normal(key_noise, x1.shape, x1.dtype)
-    x = jax.vmap(lambda t, x0, x1: path.alpha(t) * x1 + path.sigma(t) * x0)(t, x0, x1)
-    y = jax.vmap(lambda t, x0, x1: wanted(path, t, x0, x1))(t, x0, x1)
+    state = lambda t, x0, x1: interpolant.alpha(t) * x1 + interpolant.sigma(t) * x0
+    x = jax.vmap(state)(t, x0, x1)
+    y = jax.vmap(functools.partial(_TARGETS[target], interpolant))(t, x0, x1)
     answer = network(t, x) if batched else jax.vmap(network)(t, x)
     if jnp.shape(answer) != x.shape:
         hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
@@ -108,9 +110,9 @@ class _Loss(eqx.Module):
 
     data: Any
     interpolant: Interpolant
-    times: _pytree.Function
+    time_sampler: _pytree.Function
     target: Callable = eqx.field(static=True)
-    batch: int = eqx.field(static=True)
+    batch_size: int = eqx.field(static=True)
     batched: bool = eqx.field(static=True)
     sharding: jax.sharding.NamedSharding | None = eqx.field(static=True)
 
@@ -118,19 +120,22 @@ class _Loss(eqx.Module):
         """A batch of clean states."""
         if isinstance(self.data, _pytree.Function):
             return self.data(key)
-        return self.data[jax.random.randint(key, (self.batch,), 0, len(self.data))]
+        return self.data[jax.random.randint(key, (self.batch_size,), 0, len(self.data))]
 
     def __call__(self, network: Any, key: Array) -> Array:
         key_data, key_loss = jax.random.split(key)
         x1 = self.draw(key_data)
         if self.sharding is not None:
             x1 = jax.lax.with_sharding_constraint(x1, self.sharding)
-        settings: dict[str, Any] = {
-            "target": self.target,
-            "interpolant": self.interpolant,
-            "time_sampler": self.times,
-        }
-        return loss(network, key_loss, x1, batched=self.batched, **settings)
+        return loss(
+            network,
+            key_loss,
+            x1,
+            target=self.target,
+            interpolant=self.interpolant,
+            time_sampler=self.time_sampler,
+            batched=self.batched,
+        )
 
 
 def fit(
@@ -161,9 +166,9 @@ def fit(
       `jax.tree_util.Partial(fn, params)`. It is left as it is. Trained are the `nnx.Param`s of Flax
       modules, and all floating arrays of everything else.
     - `data`: `(n, *shape)`, finite, from which batches are drawn with replacement on the device; or
-      a sampler, `key -> (batch, *shape)`.
-    - `batch_size`: rows of a step, 256 by default for an array; a sampler says it itself.
-    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another
+      a sampler, `key -> (batch_size, *shape)`.
+    - `batch_size`: rows of a step, 256 by default for an array; a sampler decides it itself.
+    - `learning_rate`: the highest one of `adamw(learning_rate, steps)`, by default 1e-3; or another
       `optimizer`, from Optax, in its place.
     - `ema`: d of the average.
     - `target`, `interpolant`, `time_sampler`, `batched`: as in `loss`. Models are then built with
@@ -182,21 +187,22 @@ def fit(
     (dropout and running statistics are not trained here), or a checkpoint of another run;
     `FloatingPointError` naming the first step whose loss or gradient is not finite.
     """
-    key = _checks.key(key)
-    _wanted(target)
-    path = _path(interpolant, target, time_sampler)
+    key, batched = _checks.key(key), _checks.flag(batched, "batched")
+    _check_target(target)
+    interpolant = _check_interpolant(interpolant, target, time_sampler)
     _checks.function(network, "network")
     models.Net(network)  # refuses another signature, and modules hidden in a closure
-    source, example = _source(key, data, batch_size)
-    check_sharding(sharding)
-    _sharding.check_divides(sharding, example.shape, "batch_size")
+    source = _pytree.Function(data, "data") if callable(data) else _as_data(data)
+    batch = _batch_of(source, key, batch_size)
+    _sharding.check_sharding(sharding)
+    _sharding.check_divides(sharding, batch.shape, "batch_size")
     of_data = _Loss(
         source,
-        path,
+        interpolant,
         _pytree.Function(time_sampler, "time_sampler"),
         target=target,
-        batch=example.shape[0],
-        batched=_checks.flag(batched, "batched"),
+        batch_size=batch.shape[0],
+        batched=batched,
         sharding=sharding,
     )
     settings: dict[str, Any] = {}
@@ -204,22 +210,12 @@ def fit(
         settings = {
             "target": target.__name__,
             "time_sampler": callable_name(time_sampler),
-            "batch_size": of_data.batch,
+            "batch_size": batch.shape[0],
+            "batched": batched,
+            "interpolant": f"{type(interpolant).__name__} {digest(interpolant)}",
+            "state": f"{batch.dtype}{batch.shape[1:]}",
+            "data": callable_name(data) if callable(data) else f"{len(data)} {digest(source)}",
         }
-        settings |= {
-            "batched": of_data.batched,
-            "interpolant": f"{type(path).__name__} {digest(path)}",
-        }
-        settings |= {"state": f"{example.dtype}{example.shape[1:]}"}
-        settings |= {
-            "data": callable_name(data) if callable(data) else f"{len(data)} {digest(source)}"
-        }
-    kept = {
-        "checkpoint": checkpoint,
-        "checkpoint_every": checkpoint_every,
-        "settings": settings,
-        "progress": progress,
-    }
     return minimize(
         key,
         network,
@@ -229,60 +225,65 @@ def fit(
         optimizer=optimizer,
         ema=ema,
         sharding=sharding,
-        **kept,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        settings=settings,
+        progress=progress,
     )
 
 
-def _source(key: Array, data: Any, batch: int | None) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """The data as an argument of the program, and what a batch looks like."""
-    if callable(data):
-        sampler = _pytree.Function(data)
-        example = jax.eval_shape(sampler, key)
-        if len(getattr(example, "shape", ())) < 2 or (
-            batch is not None and example.shape[0] != batch
-        ):
-            rows = "batch" if batch is None else batch
+def _as_data(data: Any) -> Array:
+    array = _checks.floating(data, "data")
+    if array.ndim < 2 or not len(array):
+        raise ValueError(
+            f"data must hold states, shape (n, *shape), got {array.shape}: make a column with "
+            "x[:, None]"
+        )
+    bad = ~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1)
+    if np.any(bad):
+        raise ValueError(
+            f"data must be finite, {np.sum(bad)} of {len(array)} rows are not, the first one is "
+            f"{int(np.argmax(bad))}"
+        )
+    return array
+
+
+def _batch_of(source: Any, key: Array, batch_size: int | None) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a batch of the data, an array or a sampler."""
+    if isinstance(source, _pytree.Function):
+        batch = jax.eval_shape(source, key)
+        shape = getattr(batch, "shape", ())
+        if len(shape) < 2 or batch_size not in (None, shape[0]):
+            rows = "batch_size" if batch_size is None else batch_size
             raise ValueError(
-                f"the sampler must return states of shape ({rows}, *shape), got {example}"
+                f"the sampler must return states of shape ({rows}, *shape), got {batch}"
             )
-        source = sampler
     else:
-        source = _checks.floating(data, "data")
-        if source.ndim < 2 or not len(source):
-            raise ValueError(
-                f"data must hold states, shape (n, *shape), got {source.shape}: make a column with "
-                "x[:, None]"
-            )
-        bad = ~np.isfinite(np.asarray(source)).reshape(len(source), -1).all(axis=1)
-        if np.any(bad):
-            raise ValueError(
-                f"data must be finite, {np.sum(bad)} of {len(source)} rows are not, the first one "
-                f"is {int(np.argmax(bad))}"
-            )
-        rows = _checks.count(256 if batch is None else batch, "batch")
-        example = jax.ShapeDtypeStruct((rows, *source.shape[1:]), source.dtype)
-    _checks.state_dtype(example.dtype)
-    return source, example
+        rows = _checks.count(256 if batch_size is None else batch_size, "batch_size")
+        batch = jax.ShapeDtypeStruct((rows, *source.shape[1:]), source.dtype)
+    _checks.state_dtype(batch.dtype)
+    return batch
 
 
-def _wanted(target: Callable) -> Callable:
-    if not any(target is known for known in _TARGETS):
+def _check_target(target: Callable) -> None:
+    if not any(target is builder for builder in _TARGETS):
         raise ValueError(
             "target must be from_velocity, from_noise or from_denoiser, the function itself, got "
             f"{target!r}"
         )
-    return _TARGETS[target]
 
 
-def _path(interpolant: Interpolant | None, target: Callable, times: Callable) -> Interpolant:
-    path = or_linear(interpolant)
-    if target is from_velocity and times is uniform and _checks.concrete(path):
+def _check_interpolant(
+    interpolant: Interpolant | None, target: Callable, time_sampler: Callable
+) -> Interpolant:
+    interpolant = or_linear(interpolant)
+    if target is from_velocity and time_sampler is uniform and _checks.concrete(interpolant):
         with jax.ensure_compile_time_eval():
-            slope = np.asarray(jax.grad(path.sigma)(jnp.ones(())))
+            slope = np.asarray(jax.grad(interpolant.sigma)(jnp.ones(())))
         if not np.isfinite(slope):
             raise ValueError(
-                f"the velocity of {type(path).__name__} is unbounded at t = 1, where its loss has "
-                "no mean: train the noise, "
-                "target=from_noise, or the denoiser, or give a time_sampler= that ends earlier"
+                f"the velocity of {type(interpolant).__name__} is unbounded at t = 1, where its "
+                "loss has no mean: train the noise, target=from_noise, or the denoiser, or give a "
+                "time_sampler= that ends earlier"
             )
-    return path
+    return interpolant

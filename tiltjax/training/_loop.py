@@ -1,22 +1,22 @@
-r"""Stochastic gradient descent: from a random loss of a network to the network that makes its mean
-small.
+r"""Stochastic gradient descent: minimize the mean of a random loss of a network.
 
 One step: the gradient, clipped to a global norm; Adam with decoupled weight decay; and the average
 
     a_{k+1} = a_k + (1 - d_k) (w_{k+1} - a_k),     d_k = min(d, (1 + k) / (10 + k)),
 
 whose memory is short at first, so that the initial weights are forgotten. What is random in step k
-is a function of the key and of k alone, and all steps are one compiled program: neither how many of
-them the host asks for at once nor a run that was killed and taken up again from its checkpoint
-changes a bit, on one device and with one version of the compiler.
+is a function of the key and of k alone, and all steps are one compiled program. So neither the
+number of steps in one dispatch nor a restart from a checkpoint changes a bit, on one device and
+with one version of the compiler.
 
-`fit` gives it the loss of a network on data, `finetune` that of a model on a
-reward; `minimize` takes any other. References: Loshchilov and Hutter (arXiv 1608.03983,
-1711.05101), cosine schedules and AdamW; Polyak and Juditsky (1992), averages of weights.
+`fit` minimizes the loss of a network on data, `finetune` that of a model with a reward; `minimize`
+takes any other loss. References: Loshchilov and Hutter (arXiv 1608.03983, 1711.05101), cosine
+schedules and AdamW; Polyak and Juditsky (1992), averages of weights.
 """
 
 import functools
 import math
+import operator
 import os
 import time
 from collections.abc import Callable
@@ -31,29 +31,25 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding
-from tiltjax._sharding import check_sharding, placed
 from tiltjax.training._checkpoints import callable_name, digest, read_checkpoint, write_checkpoint
-from tiltjax.training._parameters import Frame, split_parameters
+from tiltjax.training._parameters import Template, split_parameters
 
 if TYPE_CHECKING:
     import optax
-_LONGEST = 1024  # steps of one dispatch
-_DISPATCH = 0.25  # seconds it should take
+
+_MAX_STEPS = 1024  # of one dispatch
+_DISPATCH = 0.25  # seconds that one dispatch should take
 
 
 def schedule(learning_rate: float, steps: int, warmup: int) -> Callable:
     """The learning rate of step k: up to `learning_rate` in `warmup` equal steps, the first of them
     not zero, then a half cosine to 0 at `steps`.
     """
+    import optax
 
-    def value(k: Array) -> Array:
-        k = jnp.asarray(k, jnp.float32)
-        fraction = jnp.clip((k - warmup) / max(steps - warmup, 1), 0, 1)
-        return learning_rate * jnp.minimum(
-            (k + 1) / max(warmup, 1), (1 + jnp.cos(math.pi * fraction)) / 2
-        )
-
-    return value
+    rise = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, warmup - 1)
+    fall = optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1))
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def adamw(
@@ -64,8 +60,8 @@ def adamw(
     clip: float = 1.0,
     weight_decay: float = 0.0,
 ) -> "optax.GradientTransformation":
-    """Gradients clipped to the global norm `clip`, then AdamW at the rate
-    `schedule(rate, steps, warmup)`.
+    """Gradients clipped to the global norm `clip`, then AdamW with the learning rates
+    `schedule(learning_rate, steps, warmup)`.
 
     **Arguments:** `warmup`, a twentieth of `steps` by default; `weight_decay`, of matrices and
     kernels, not of biases and gains.
@@ -73,41 +69,29 @@ def adamw(
     **Raises:** `ValueError`, `TypeError` for numbers out of range. Source: Loshchilov and Hutter
     (arXiv 1711.05101).
     """
-    steps = _checks.count(steps, "steps")
-    warmup = steps // 20 if warmup is None else warmup
-    if isinstance(warmup, bool) or not isinstance(warmup, int | np.integer):
-        raise TypeError(f"warmup must be a whole number of steps, got {warmup!r}")
-    learning_rate, clip = (
-        _checks.number(learning_rate, "learning_rate"),
-        _checks.number(clip, "clip"),
-    )
-    weight_decay = _checks.number(weight_decay, "weight_decay")
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup must lie between 0 and steps = {steps}, got {warmup}")
-    for name, number in (("learning_rate", learning_rate), ("clip", clip)):
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {number}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
-    # where it is needed, as with all that only some runs need: importing takes longer than most of
-    # them
     import optax
 
+    steps = _checks.count(steps, "steps")
+    warmup = steps // 20 if warmup is None else operator.index(warmup)
+    _checks.number(warmup, "warmup", 0, steps)
+    learning_rate = _checks.number(learning_rate, "learning_rate", 0, math.inf, closed="neither")
+    clip = _checks.number(clip, "clip", 0, math.inf, closed="neither")
+    weight_decay = _checks.number(weight_decay, "weight_decay", 0, math.inf, closed="left")
+
     matrices = lambda parameters: jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
-    step = optax.adamw(
-        schedule(learning_rate, steps, warmup), weight_decay=weight_decay, mask=matrices
-    )
+    rates = schedule(learning_rate, steps, warmup)
+    step = optax.adamw(rates, weight_decay=weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(clip), step)
 
 
-# One object for equal arguments: a program is kept for an optimizer, and another seed must not
+# One object for equal arguments: a program is stored for an optimizer, and another seed must not
 # compile it again.
-_usual = functools.lru_cache(maxsize=16)(adamw)
+_adamw = functools.lru_cache(maxsize=16)(adamw)
 
 
 class Curve(NamedTuple):
-    """What every step saw before it moved: the `loss` and the global `norm` of its gradient before
-    clipping, each `(steps,)`.
+    """For each step the `loss` and the global `norm` of its gradient, before the update and before
+    clipping, `(steps,)` each.
     """
 
     loss: np.ndarray
@@ -120,9 +104,21 @@ class Curve(NamedTuple):
         means = self.loss[: whole * window].reshape(whole, window).mean(axis=1)
         ax.plot(np.arange(len(self.loss)) + 1, self.loss, color="#BDBDBD", linewidth=0.5)
         ax.plot((np.arange(whole) + 0.5) * window + 0.5, means, color="#0072B2", linewidth=1.5)
-        # A loss of samples is positive; minus an objective need not be, and a logarithm would hide
-        # it.
+        # A loss of samples is positive. Minus an objective need not be, and a logarithmic axis
+        # would hide it.
         ax.set(xlabel="step", ylabel="loss", yscale="log" if np.all(self.loss > 0) else "linear")
+
+    def check_finite(self, start: int, stop: int) -> None:
+        """**Raises:** `FloatingPointError` naming the first of these steps that is not finite."""
+        bad = ~np.isfinite(self.loss[start:stop]) | ~np.isfinite(self.norm[start:stop])
+        if np.any(bad):
+            step = start + int(np.argmax(bad))
+            raise FloatingPointError(
+                f"training failed in step {step} of {len(self.loss)}: the loss is "
+                f"{self.loss[step]:g}, the norm of its gradient {self.norm[step]:g}. From the "
+                "first step on: check the data, the sampler or the reward, and the network. Later: "
+                "use a lower learning rate, or clip"
+            )
 
 
 class Fit(NamedTuple):
@@ -136,24 +132,69 @@ class Fit(NamedTuple):
 
 
 class _State(eqx.Module):
-    """What one step leaves to the next."""
+    """What one step passes to the next."""
 
     parameters: dict[str, Array]
     average: dict[str, Array]
     optimizer: Any
 
 
-class _Task(eqx.Module):
-    """What all steps share. Arrays are arguments of the compiled program, everything else decides
-    which program it is.
+class _Setup(eqx.Module):
+    """What is the same in all steps. Arrays are arguments of the compiled program, everything else
+    decides which program it is.
     """
 
     key: Array
-    frame: Frame
+    template: Template
     loss: Any
     ema: Array
     optimizer: "optax.GradientTransformation" = eqx.field(static=True)
     sharding: jax.sharding.NamedSharding | None = eqx.field(static=True)
+
+
+class _Checkpoint(NamedTuple):
+    """Where and when the checkpoints of a run are written; without a `file`, never."""
+
+    file: str | os.PathLike | None
+    every: int
+    sharding: jax.sharding.NamedSharding | None
+    header: dict[str, Any]
+
+    def read(self, start: Any) -> tuple[Any, int]:
+        """Where the run continues: the tree `start` or that of the file, and the steps done."""
+        if self.file is None:
+            return start, 0
+        found = Path(self.file).exists()
+        tree, done = read_checkpoint(self.file, self.header, start) if found else (start, 0)
+        self.synchronize(done)
+        return tree, done
+
+    def next_stop(self, done: int) -> float:
+        """The next step after `done` at which a checkpoint is due."""
+        return math.inf if self.file is None else done - done % self.every + self.every
+
+    def write(self, tree: Any, done: int, steps: int) -> None:
+        """Write a checkpoint, if one is due after `done` of `steps` steps."""
+        # All hosts hold the same values and share the folder: one of them writes.
+        if _over_hosts(self.sharding) and jax.process_index() > 0:
+            return
+        if self.file is not None and (done % self.every == 0 or done == steps):
+            write_checkpoint(self.file, self.header, tree, done)
+
+    def synchronize(self, done: int) -> None:
+        """Wait for all hosts; refuse to continue from different steps, in which they would wait
+        for each other for ever.
+        """
+        if self.file is None or not _over_hosts(self.sharding):
+            return
+        from jax.experimental import multihost_utils
+
+        found = np.ravel(multihost_utils.process_allgather(np.int32(done)))
+        if np.any(found != done):
+            raise RuntimeError(
+                f"hosts found {self.file} at different steps, {found.tolist()}: name a file in a "
+                "folder that all of them share"
+            )
 
 
 def minimize(
@@ -181,7 +222,7 @@ def minimize(
       the `nnx.Param`s of Flax modules, and all floating arrays of everything else.
     - `loss`: `loss(network, key)`, a scalar. The arrays of an Equinox module are arguments of the
       program, those in a closure constants.
-    - `learning_rate`: the highest one of `adamw(rate, steps)`, by default 1e-3; or another
+    - `learning_rate`: the highest one of `adamw(learning_rate, steps)`, by default 1e-3; or another
       `optimizer`, from Optax, in its place.
     - `ema`: d of the average.
     - `sharding`: a `NamedSharding`, on whose mesh the parameters and the loss's arrays are
@@ -200,179 +241,159 @@ def minimize(
     checkpoint is then the one before it.
     """
     key, steps = _checks.key(key), _checks.count(steps, "steps")
-    ema, progress = _checks.number(ema, "ema"), _checks.flag(progress, "progress")
-    if not 0 <= ema < 1:
-        raise ValueError(
-            f"ema must lie in [0, 1), got {ema}: 0.999 remembers about a thousand steps"
-        )
-    if learning_rate is not None and optimizer is not None:
-        raise ValueError("give rate or optimizer, not both: the optimizer has a rate of its own")
-    if checkpoint_every is not None and checkpoint is None:
-        raise ValueError(
-            "checkpoint_every= says how often to write a checkpoint: say where, checkpoint="
-        )
-    checkpoint = None if checkpoint is None else _checks.file_name(checkpoint, "checkpoint")
-    if checkpoint is not None and not (folder := Path(checkpoint).absolute().parent).is_dir():
-        raise ValueError(f"there is no folder {folder} to write the checkpoint to: make it first")
-    checkpoint_every = (
-        1000 if checkpoint_every is None else _checks.count(checkpoint_every, "checkpoint_every")
-    )
-    if optimizer is None:
-        learning_rate = (
-            1e-3 if learning_rate is None else _checks.number(learning_rate, "learning_rate")
-        )
-        rule, law = _usual(learning_rate, steps), "adamw"
-    else:
-        import optax
-
-        _checks.instance(
-            optimizer, optax.GradientTransformation, "optimizer", "such as optax.adam(1e-3)"
-        )
-        rule, law = optimizer, callable_name(optimizer.update)
-    check_sharding(sharding)
-    parameters, frame = split_parameters(network)
+    ema = _checks.number(ema, "ema", 0, 1, closed="left")
+    progress = _checks.flag(progress, "progress")
+    _sharding.check_sharding(sharding)
+    every = _check_checkpoint(checkpoint, checkpoint_every)
+    rule, optimizer_header = _optimizer(learning_rate, optimizer, steps)
+    parameters, template = split_parameters(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else _pytree.Function(loss, "loss")
-    everywhere = lambda tree: (
-        tree if sharding is None else placed(tree, _sharding.replicated(sharding))
-    )
-    start = _State(
-        jax.tree.map(jnp.copy, parameters),
-        jax.tree.map(jnp.copy, parameters),
-        rule.init(parameters),
-    )
-    task = _Task(
-        *everywhere((key, frame, of_network, jnp.asarray(ema, jnp.float32))),
-        optimizer=rule,
-        sharding=sharding,
-    )
-    # Finds shapes that do not fit before anything is compiled.
-    value = jax.eval_shape(
-        lambda parameters: of_network(frame.network(parameters), key), parameters
-    )
-    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"a loss is one floating number, got {value}")
+    _check_scalar(of_network, template, parameters, key)
 
-    # Hosts see one folder, in which one of them writes: whatever it writes all of them hold.
-    writes = not _of_several_hosts(sharding) or jax.process_index() == 0
-    state, done, curve = start, 0, Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
     header: dict[str, Any] = {}
     if checkpoint is not None:
         header = {
             "loss": type(loss).__name__ if isinstance(loss, eqx.Module) else callable_name(loss),
-            "optimizer": law,
             "steps": steps,
-            "learning_rate": learning_rate,
             "ema": ema,
+            "key": digest(key),
+            "network at the start": digest((parameters, template)),
         }
-        header |= {"key": digest(key), "network at the start": digest((parameters, frame))}
-        header |= settings or {}
-        if Path(checkpoint).exists():
-            (state, curve), done = read_checkpoint(checkpoint, header, (start, curve))
-        _check_same(done, sharding, checkpoint)
-    state, size = everywhere(state), 1
+        header |= optimizer_header | (settings or {})
+    checkpoints = _Checkpoint(checkpoint, every, sharding, header)
+    replicated = functools.partial(_replicated, sharding=sharding)
+    memory = jax.tree.map(jnp.copy, (parameters, parameters))
+    state = _State(*memory, rule.init(parameters))
+    curve = Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
+    (state, curve), done = checkpoints.read((state, curve))
+    arrays = replicated((key, template, of_network, jnp.asarray(ema, jnp.float32)))
+    setup = _Setup(*arrays, optimizer=rule, sharding=sharding)
     with _progress.meter("training", steps) if progress else nullcontext() as bar:
-        while done < steps:
-            began, stop = time.monotonic(), min(done + size, steps)
-            if checkpoint is not None:
-                stop = min(stop, done - done % checkpoint_every + checkpoint_every)
-            state, *seen = _advance(task, state, *(jnp.asarray(k, jnp.int32) for k in (done, stop)))
-            for whole, part in zip(curve, seen, strict=True):
-                whole[done:stop] = np.asarray(part)[: stop - done]
-            _check_finite(curve, done, stop)
-            # The first round holds the compilation, and is one step.
-            size = max(
-                1,
-                min(_LONGEST, int((stop - done) * _DISPATCH / max(time.monotonic() - began, 1e-9))),
-            )
-            size, done = _agreed(size, sharding), stop
-            if (
-                checkpoint is not None
-                and writes
-                and (done % checkpoint_every == 0 or done == steps)
-            ):
-                write_checkpoint(checkpoint, header, (state, curve), done)
-            if bar is not None:
-                bar.update(done, f"loss {curve.loss[max(done - 100, 0) : done].mean():.4f}")
-    if checkpoint is not None:
-        _check_same(done, sharding, checkpoint)  # and nobody goes on before the file is there
-    return Fit(frame.network(state.parameters), frame.network(state.average), curve)
+        state = _run(setup, replicated(state), curve, done, checkpoints, bar)
+    checkpoints.synchronize(steps)  # no host goes on before the file is there
+    return Fit(template.merge(state.parameters), template.merge(state.average), curve)
+
+
+def _run(
+    setup: _Setup, state: _State, curve: Curve, done: int, checkpoints: _Checkpoint, bar: Any
+) -> _State:
+    """All steps from `done` on, which are written into `curve`."""
+    steps, size = len(curve.loss), 1  # the first dispatch holds the compilation, and is one step
+    while done < steps:
+        began, stop = time.monotonic(), int(min(done + size, steps, checkpoints.next_stop(done)))
+        state, losses, norms = _advance(setup, state, jnp.int32(done), jnp.int32(stop))
+        curve.loss[done:stop] = np.asarray(losses)[: stop - done]
+        curve.norm[done:stop] = np.asarray(norms)[: stop - done]
+        curve.check_finite(done, stop)
+        size = _next_size(stop - done, time.monotonic() - began, setup.sharding)
+        done = stop
+        checkpoints.write((state, curve), done, steps)
+        if bar is not None:
+            bar.update(done, f"loss {curve.loss[max(done - 100, 0) : done].mean():.4f}")
+    return state
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _advance(task: _Task, state: _State, start: Array, stop: Array) -> tuple[_State, Array, Array]:
-    """Steps `start <= k < stop`, at most `_LONGEST`; their losses and norms stand at the beginning
+def _advance(
+    setup: _Setup, state: _State, start: Array, stop: Array
+) -> tuple[_State, Array, Array]:
+    """Steps `start <= k < stop`, at most `_MAX_STEPS`; their losses and norms are at the beginning
     of the arrays returned.
 
     The ends are arguments: any number of steps is the same program, which compiles once and rounds
     alike.
     """
 
-    import optax
+    def record(array: Array, k: Array, number: Array) -> Array:
+        return array.at[k - start].set(number.astype(array.dtype))
 
     def step(k: Array, carry: tuple) -> tuple:
         state, losses, norms = carry
-        of_parameters = lambda parameters: task.loss(
-            task.frame.network(parameters), jax.random.fold_in(task.key, k)
-        )
-        value, slope = jax.value_and_grad(of_parameters)(state.parameters)
-        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in slope.values()))
-        # Optax mixes dtypes, as in 0.9 ** count, which a caller's strict rules would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, memory = task.optimizer.update(slope, state.optimizer, state.parameters)
-        parameters: Any = optax.apply_updates(state.parameters, updates)
-        kept = k.astype(jnp.float32)
-        change = 1 - jnp.minimum(task.ema, (1 + kept) / (10 + kept))
-        average = jax.tree.map(
-            lambda a, w: a + change.astype(a.dtype) * (w - a), state.average, parameters
-        )
-        state = _State(parameters, average, memory)
-        if task.sharding is not None:
-            state = jax.lax.with_sharding_constraint(state, _sharding.replicated(task.sharding))
-        record = lambda array, number: array.at[k - start].set(number.astype(array.dtype))
-        return state, record(losses, value), record(norms, norm)
+        state, loss, norm = _step(setup, state, k)
+        return state, record(losses, k, loss), record(norms, k, norm)
 
-    empty = jnp.zeros(_LONGEST, jnp.float32)
+    empty = jnp.zeros(_MAX_STEPS, jnp.float32)
     return jax.lax.fori_loop(start, stop, step, (state, empty, empty))
 
 
-def _of_several_hosts(sharding: jax.sharding.NamedSharding | None) -> bool:
-    return sharding is not None and not sharding.is_fully_addressable
+def _step(setup: _Setup, state: _State, k: Array) -> tuple[_State, Array, Array]:
+    """The state after step k, the loss and the norm of its gradient before."""
+    import optax
+
+    def loss(parameters: dict[str, Array]) -> Array:
+        return setup.loss(setup.template.merge(parameters), jax.random.fold_in(setup.key, k))
+
+    value, gradient = jax.value_and_grad(loss)(state.parameters)
+    # Optax mixes dtypes, as in 0.9 ** count, which a caller's strict rules would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        norm = optax.tree.norm(gradient)
+        updates, memory = setup.optimizer.update(gradient, state.optimizer, state.parameters)
+    parameters: Any = optax.apply_updates(state.parameters, updates)
+    count = k.astype(jnp.float32)
+    weight = 1 - jnp.minimum(setup.ema, (1 + count) / (10 + count))
+    # optax.incremental_update would move an average of equal weights by a rounding error.
+    average = jax.tree.map(
+        lambda a, w: a + weight.astype(a.dtype) * (w - a), state.average, parameters
+    )
+    state = _State(parameters, average, memory)
+    if setup.sharding is not None:
+        state = jax.lax.with_sharding_constraint(state, _sharding.replicated(setup.sharding))
+    return state, value, norm
 
 
-def _agreed(size: int, sharding: jax.sharding.NamedSharding | None) -> int:
-    """The first host's number: clocks differ, and those that run different numbers of steps would
-    wait for each other for ever.
-    """
-    if not _of_several_hosts(sharding):
+def _check_checkpoint(checkpoint: Any, every: int | None) -> int:
+    """How many steps lie between two checkpoints; refuses a file that could not be written."""
+    if checkpoint is not None:
+        folder = Path(_checks.file_name(checkpoint, "checkpoint")).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder} for the checkpoint: make it first")
+    elif every is not None:
+        raise ValueError("checkpoint_every needs the name of a file, checkpoint=")
+    return 1000 if every is None else _checks.count(every, "checkpoint_every")
+
+
+def _optimizer(
+    learning_rate: float | None, optimizer: Any, steps: int
+) -> tuple["optax.GradientTransformation", dict[str, Any]]:
+    """The optimizer, and what a checkpoint records about it."""
+    if optimizer is None:
+        learning_rate = 1e-3 if learning_rate is None else learning_rate
+        learning_rate = _checks.number(learning_rate, "learning_rate")
+        return _adamw(learning_rate, steps), {"optimizer": "adamw", "learning_rate": learning_rate}
+    if learning_rate is not None:
+        raise ValueError(
+            "give learning_rate or optimizer, not both: the optimizer has a rate of its own"
+        )
+    import optax
+
+    how = "such as optax.adam(1e-3)"
+    _checks.instance(optimizer, optax.GradientTransformation, "optimizer", how)
+    return optimizer, {"optimizer": callable_name(optimizer.update), "learning_rate": None}
+
+
+def _check_scalar(loss: Callable, template: Template, parameters: Any, key: Array) -> None:
+    """Find shapes that do not fit before anything is compiled."""
+    value = jax.eval_shape(lambda parameters: loss(template.merge(parameters), key), parameters)
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"a loss is one floating number, got {value}")
+
+
+def _replicated(tree: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
+    """The arrays of a tree on every device of a mesh."""
+    return tree if sharding is None else _sharding.placed(tree, _sharding.replicated(sharding))
+
+
+def _next_size(num: int, seconds: float, sharding: jax.sharding.NamedSharding | None) -> int:
+    """How many steps the next dispatch takes, after one of `num` steps that took `seconds`."""
+    size = max(1, min(_MAX_STEPS, int(num * _DISPATCH / max(seconds, 1e-9))))
+    if not _over_hosts(sharding):
         return size
     from jax.experimental import multihost_utils
 
+    # The first host's number: clocks differ, and hosts that run different numbers of steps would
+    # wait for each other for ever.
     return int(multihost_utils.broadcast_one_to_all(np.int32(size)))
 
 
-def _check_same(done: int, sharding: jax.sharding.NamedSharding | None, checkpoint: Any) -> None:
-    """Refuse, on all hosts, to continue from different steps: they would wait for each other for
-    ever.
-    """
-    if not _of_several_hosts(sharding):
-        return
-    from jax.experimental import multihost_utils
-
-    found = np.ravel(multihost_utils.process_allgather(np.int32(done)))
-    if np.any(found != done):
-        raise RuntimeError(
-            f"hosts found {checkpoint} at different steps, {found.tolist()}: name a file in a "
-            "folder that all of them see"
-        )
-
-
-def _check_finite(curve: Curve, start: int, stop: int) -> None:
-    bad = ~np.isfinite(curve.loss[start:stop]) | ~np.isfinite(curve.norm[start:stop])
-    if np.any(bad):
-        step = start + int(np.argmax(bad))
-        raise FloatingPointError(
-            f"training failed in step {step} of {len(curve.loss)}: the loss is "
-            f"{curve.loss[step]:g}, its gradient's norm "
-            f"{curve.norm[step]:g}. From the first step on: look at the data, sampler or reward "
-            "and the network. Later: lower the rate, or clip"
-        )
+def _over_hosts(sharding: jax.sharding.NamedSharding | None) -> bool:
+    return sharding is not None and not sharding.is_fully_addressable

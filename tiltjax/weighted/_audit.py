@@ -1,7 +1,7 @@
 r"""`audit`: are we really tilting?
 
-A guided run draws paths from a chain Q, and wants them from P*, the base chain P tilted by
-`exp(scale * r)` of its end. Each path says how much it counts,
+A guided run draws trajectories from a chain Q, and wants them from P*, the base chain P tilted by
+`exp(scale * r)` of its end. Each trajectory has a weight,
 
     log w = scale * r(x_1) + sum over steps of (log p - log q),
 
@@ -10,23 +10,23 @@ normalizing constant,
 
     evidence bound   E_Q[log w] <= log Z,
     path KL          KL(Q | P*) = log Z - E_Q[log w]  >=  KL(law of the samples | tilt),
-    effective share  (sum w)^2 / (n sum w^2)  ->  Z^2 / E_Q[w^2].
+    ESS fraction     (sum w)^2 / (n sum w^2)  ->  Z^2 / E_Q[w^2].
 
-The divergence is that of whole paths: it bounds the error of the samples from above, and can be
-large where they are right. The share may be read only if the weights have a variance: few paths may
-carry most of Z, and be missing from the sample. The tail of the weights tells: they are compared
-with a generalized Pareto law, whose shape `pareto_k` is 0 for light tails and 1/2 where the
-variance ends. From .7 on nothing that rests on averages of w can be trusted, whatever the number of
-paths (Vehtari et al., arXiv 1507.02646).
+The divergence is that of whole trajectories: it bounds the error of the samples from above, and can
+be large where they are right. The ESS fraction means something only if the weights have a variance:
+few trajectories may carry most of Z, and be missing from the sample. The tail of the weights tells:
+they are compared with a generalized Pareto law, whose shape `pareto_k` is 0 for light tails and 1/2
+where the variance ends. From .7 on nothing that rests on averages of w can be trusted, whatever the
+number of trajectories (Vehtari et al., arXiv 1507.02646).
 
-No weights know of paths that none has taken: those to a mode that is not visited, or those that
-change their mind where a guidance with memory (`Conjugate`) commits to one of two modes early,
-visits both, and misses log 2 of log Z with a share of .9. `log_norm` that disagrees with that of an
-audit of weaker guidance (or of scale 0, where it is 0) says that there are some.
+No weights know of trajectories that are not drawn: those to a mode that is not visited, or those
+that change their mind where a guidance with memory (`Conjugate`) commits to one of two modes early,
+visits both, and misses log 2 of log Z with an ESS fraction of .9. `log_norm` that disagrees with
+that of an audit of weaker guidance (or of scale 0, where it is 0) says that there are some.
 
 What is judged is the guided *diffusion* (`Ancestral(eta)`, whose last jump is not guided): a flow
-has no noise, and no path of it is one of the base chain's. It uses the same guidance, but this
-report is not about its output.
+has no noise, and no trajectory of it is one of the base chain's. It uses the same guidance, but
+this report is not about its output.
 """
 
 import math
@@ -41,7 +41,7 @@ from tiltjax import _checks, _sharding, external
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
 from tiltjax.particles import Particles
-from tiltjax.solvers import Solver
+from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted._smc import smc
 
 RELIABLE, USABLE = 0.5, 0.7
@@ -58,11 +58,11 @@ class Estimated(NamedTuple):
 
 
 class Audit(eqx.Module):
-    """What the weights of n guided paths say.
+    """What the weights of n guided trajectories say.
 
-    - `particles`: the paths' ends with their log-weights; weighted means of them are estimates
-      under the tilt.
-    - `ess`: the effective sample size; `share` is `ess / n`.
+    - `particles`: the trajectories' ends with their log-weights; weighted means of them are
+      estimates under the tilt.
+    - `ess`: the effective sample size; `ess_fraction` is `ess / n`.
     - `log_norm`, `evidence_bound`, `path_kl`: with standard errors, in nats. That of `log_norm` is
       by linearization.
     - `pareto_k`: the shape of the weights' tail.
@@ -82,7 +82,7 @@ class Audit(eqx.Module):
 
     @property
     def ess_fraction(self) -> float:
-        """The share of the samples that counts."""
+        """The effective sample size as a fraction of the samples."""
         return self.ess / len(self.particles)
 
     @property
@@ -97,10 +97,10 @@ class Audit(eqx.Module):
         if not self.reliable:
             return (
                 f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}); the "
-                "tilt has mass that these paths do not reach. "
+                "tilt has mass that these trajectories do not reach. "
                 f"As far as they do, the path KL is about {kl:.2g} nats."
             )
-        # Log-normal weights have a share of exp(-2 KL). Where the divergence says less, most
+        # Log-normal weights have a fraction of exp(-2 KL). Where the divergence says less, most
         # samples carry hardly any weight.
         good = min(self.ess_fraction, math.exp(-2 * max(kl, 0.0)))
         if good > 0.9:
@@ -112,9 +112,8 @@ class Audit(eqx.Module):
             )
         return (
             f"Not tilting: {self.ess_fraction:.1%} of the samples count, path KL {kl:.2g} nats (an "
-            "upper "
-            "bound for the samples themselves). Damp, use "
-            "Tilted, Conjugate or Laplace, or weigh by smc."
+            "upper bound for the samples themselves). Damp, use Tilted, Conjugate or Laplace, or "
+            "weigh by smc."
         )
 
     def __str__(self) -> str:
@@ -145,25 +144,22 @@ def audit(
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = False,
 ) -> Audit:
-    """Weigh `num` guided paths, and report how far they are from the tilt.
+    """Weigh `num` guided trajectories, and report how far they are from the tilt.
 
     Any guidance of a reward will do, with `log_h` or without: weights need `guidance.log_tilt`
     alone. **Arguments:** as in `smc`. Not to be called under `jit`: a report is made of numbers.
 
-    **Raises:** as `smc`; `ValueError` for fewer than 100 paths, of which no tail can be judged.
+    **Raises:** as `smc`; `ValueError` for fewer than 100 particles, of which no tail can be judged.
     """
     num = _checks.count(num, "num")
     if num < 100:
-        raise ValueError(f"an audit needs 100 paths or more to judge a tail, got num={num}")
+        raise ValueError(f"an audit needs 100 particles or more to judge a tail, got num={num}")
     _checks.instance(
         model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
     )
     check(guidance, model)
-    # One that has no reward says so now, not after the run.
-    jax.eval_shape(
-        guidance.log_tilt,
-        jax.ShapeDtypeStruct(model.shape, model.state_dtype),
-    )
+    # A guidance without a reward is refused now, not after the run.
+    jax.eval_shape(guidance.log_tilt, jax.ShapeDtypeStruct(model.shape, model.state_dtype))
     particles = smc(
         key, model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
         chunk_size=chunk_size, sharding=sharding, progress=progress,
@@ -174,14 +170,10 @@ def audit(
         np.float64
     )
     assert particles.trace is not None
-    name = (
-        f"{type(guidance).__name__} on "
-        f"{type(solver).__name__ if solver is not None else 'Ancestral'}, "
-        ""
-        ""
-        ""
-    )
-    return report(particles, rewards, name + f"{len(particles.trace.times) - 1} steps, {num} paths")
+    solver = model.default_solver(Ancestral()) if solver is None else solver
+    steps = len(particles.trace.times) - 1
+    sampler = f"{type(guidance).__name__} on {type(solver).__name__}"
+    return report(particles, rewards, f"{sampler}, {steps} steps, {num} particles")
 
 
 @eqx.filter_jit
@@ -190,7 +182,7 @@ def _rewards(guidance: Guidance, x: Array, chunk_size: int) -> Array:
 
 
 def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
-    """The audit of weighted paths with the rewards `scale * r` of their ends, `(n,)`."""
+    """The audit of weighted particles with the rewards `scale * r` of their ends, `(n,)`."""
     log_weights = _sharding.gathered(particles.log_weights).astype(np.float64)
     n = len(log_weights)
     top = log_weights.max()
@@ -198,17 +190,17 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     mean = weights.mean()
     relative = weights / mean  # of mean one
     log_norm = float(np.log(mean) + top)
-    # A path of weight zero: the tilt excludes what was sampled, and the divergence is infinite.
+    # A weight of zero: the tilt excludes what was sampled, and the divergence is infinite.
     bound = float(log_weights.mean())
     spread = lambda values: (
-        float(np.std(values, ddof=1) / np.sqrt(n)) if np.all(np.isfinite(values)) else float("inf")
+        float(np.std(values, ddof=1) / np.sqrt(n)) if np.all(np.isfinite(values)) else math.inf
     )
     tilted = (
         float(np.mean(relative * rewards))
         if np.all(np.isfinite(rewards))
         else float(np.sum(relative * np.where(relative > 0, rewards, 0.0)) / n)
     )
-    held = np.where(relative > 0, rewards - tilted, 0.0)
+    centered = np.where(relative > 0, rewards - tilted, 0.0)
     return Audit(
         particles=particles,
         ess=float(n / np.mean(relative**2)),
@@ -217,7 +209,7 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
         path_kl=Estimated(log_norm - bound, spread(relative - log_weights)),
         pareto_k=pareto_shape(log_weights),
         mean_reward=Estimated(float(rewards.mean()), spread(rewards)),
-        tilted_reward=Estimated(tilted, spread(relative * held)),
+        tilted_reward=Estimated(tilted, spread(relative * centered)),
         sampler=sampler,
     )
 
@@ -248,8 +240,8 @@ def pareto_shape(log_weights: Array | np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         likelihood = tail * (np.log(-theta / shapes) - shapes - 1)
     likelihood = np.where(np.isfinite(likelihood), likelihood, -np.inf)
-    share = np.exp(likelihood - likelihood.max())
-    best = float(np.sum(theta * share) / np.sum(share))
+    posterior = np.exp(likelihood - likelihood.max())
+    best = float(np.sum(theta * posterior) / np.sum(posterior))
     shape = float(np.mean(np.log1p(-best * excess)))
     return (shape * tail + 0.5 * 10) / (tail + 10)
 

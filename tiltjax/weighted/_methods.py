@@ -15,7 +15,7 @@ def fk_steering(**over: Any) -> dict[str, Any]:
     every 20 steps from the 20th to the 80th.
 
     As published for text to image (Singhal et al., arXiv 2501.06848), but for two faults of the
-    code: the last potential completes the reward, and weights that no resampling used are kept.
+    code: the last potential completes the reward, and weights that no resampling used stay.
     `over`: settings of `smc` to replace.
     """
     return {
@@ -28,8 +28,8 @@ def fk_steering(**over: Any) -> dict[str, Any]:
 
 
 def das(gamma: float | Array = 0.008, **over: Any) -> dict[str, Any]:
-    """Settings of DAS: `Shifted` proposals, exponential tempering, ssp resampling below half the
-    effective share.
+    """Settings of DAS: `Shifted` proposals, exponential tempering, ssp resampling below half of
+    the effective sample size.
 
     As published for 100 steps (Kim et al., arXiv 2501.05803); every cache follows its ancestor,
     which the published code forgets of twists. `gamma` must let the tempering end: at least

@@ -42,7 +42,7 @@ from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
 from tiltjax.weighted.proposals import Guided, Proposal
 from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 
-_SCARCE = 0.05
+_FEW = 0.05
 
 
 @external.failures()
@@ -72,13 +72,14 @@ def smc(
 
     - `key`, `model`, `num`, `steps` or `times`, `chunk_size`, `sharding`, `progress`: as in
       `sample`; the run has to end at t = 1.
-    - `guidance`: proposes by its pull, and weighs by its `log_h` unless `twist`, another guidance
+    - `guidance`: proposes by its shift, and weighs by its `log_h` unless `twist`, another guidance
       of the same model, does.
     - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
     - `potential`: `Difference()` by default; `Max()`, `Sum()`, `Immediate()`.
-    - `tempering`: none by default; `Exponential()`, `Polynomial()`, `Adaptive()`.
-    - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: if the
-      effective share is below (0: never, and no twist is needed then; 1: always).
+    - `tempering`: none by default; `Exponential()`, `Polynomial()`, `AdaptiveTempering()`.
+    - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: below
+      which effective sample size, as a fraction of `num` (0: never, and no twist is needed then;
+      1: always).
     - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed; 1 for `Tuned`.
 
     **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` holds the effective sample
@@ -87,8 +88,8 @@ def smc(
 
     **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist,
     thresholds, windows and temperings that make no sense; `FloatingPointError` naming the first
-    step with a NaN, or where all weights are zero. Warns where the effective share ends below 5%:
-    estimates rest on few particles then.
+    step with a NaN, or where all weights are zero. Warns where the effective sample size ends below
+    5% of `num`: estimates rest on few particles then.
     """
     key = _checks.key(key)
     proposal = Guided() if proposal is None else proposal
@@ -141,7 +142,7 @@ class _Settings(NamedTuple):
 
 
 class _Particle(NamedTuple):
-    """All that an ancestor hands down; `root` is its index at the start."""
+    """All that a particle inherits; `root` is the index of its ancestor at the start."""
 
     x: Array
     denoised: Array
@@ -153,9 +154,7 @@ class _Particle(NamedTuple):
 
 
 def _check_noise(solver: Solver | None) -> None:
-    if solver is None or not isinstance(solver, Solver):
-        return
-    if not solver.stochastic:
+    if isinstance(solver, Solver) and not solver.stochastic:
         raise ValueError(
             f"only the noise of a step can be weighed, {type(solver).__name__} has none: use "
             "Ancestral(eta) with eta > 0"
@@ -209,7 +208,8 @@ def _smc(
     steps = len(times) - 1
     over_particles = lambda fn: map_particles(fn, chunk_size)
     factors = factors.astype(log_dtype)
-    # A proposal that is not guided asks its guidance at no state, unless that has to see them all.
+    # A proposal that is not guided evaluates its guidance at no state, unless the guidance needs
+    # every state.
     uses_guidance = proposal.guided or guidance.needs_every_state
     twisting, separate = (
         guidance if twist is None else twist,
@@ -221,19 +221,19 @@ def _smc(
     def estimated(
         guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
     ) -> tuple[Array, ...]:
-        """D, D~ - D, log h (0 if it is not asked for) and the memory of a guidance."""
+        """D, D~ - D, log h (0 unless `weighing`) and the memory of a guidance."""
         estimate, memory = guide(key, t, x, memory)
         estimate = _pytree.cast(estimate, dtype)
         if estimate.tilted.shape != model.denoised_shape:
             raise ValueError(
-                f"the guidance answers with shape {estimate.tilted.shape} for a state of shape "
-                f"{x.shape}"
+                f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
+                f"shape {x.shape}"
             )
         if weighing and estimate.log_h is None:
             raise ValueError(
                 f"{type(guide).__name__} has no log_h to weigh particles by: give twist=, such as "
-                "Laplace(model, reward, scale) or "
-                "dps(model, reward, scale), or weigh at the end alone, ess_threshold=0"
+                "Laplace(model, reward, scale) or dps(model, reward, scale), or weigh at the end "
+                "alone, ess_threshold=0"
             )
         # The base chain needs the unguided denoiser.
         denoised = unguided(t, x) if estimate.denoised is None else estimate.denoised
@@ -243,9 +243,7 @@ def _smc(
     def evaluate(
         key_guidance: Array, key_twist: Array, t: Array, x: Array, memory: Any, weigh: Array
     ) -> tuple[Array, Array, Array, Any, Array]:
-        """What a particle knows of its new state: D, D~ - D, log h (if it is to be weighed),
-        memories, failures.
-        """
+        """At a new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
         of_guidance, of_twist = memory
         if uses_guidance:
             weighing = not separate and any(weighs_at[:-1])
@@ -256,10 +254,8 @@ def _smc(
         else:
             base = lambda: unguided(t, x)
             guidance_shift, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
-        if (
-            separate
-        ):  # a twist of its own is asked only where it counts, unless it has to see every state
-
+        if separate:
+            # The twist is evaluated only where it counts, unless it needs every state.
             def with_twist(of_twist: Any) -> tuple[Array, Array, Any]:
                 denoised, _, log_h, of_twist = estimated(twisting, key_twist, t, x, of_twist, True)
                 return (base() if uses_guidance else denoised), log_h, of_twist
@@ -308,8 +304,9 @@ def _smc(
             counts = weigh & (value > -jnp.inf)
             value = jnp.where(counts, factor * jnp.where(counts, value, 0.0), 0.0)
             applied, history = potential(particle.applied, particle.history, value)
-            keep = lambda new, old: jnp.where(counts, new, old)
-            return keep(applied, particle.applied), jax.tree.map(keep, history, particle.history)
+            choose = lambda new, old: jnp.where(counts, new, old)
+            history = jax.tree.map(choose, history, particle.history)
+            return choose(applied, particle.applied), history
 
         def propagate(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
             key = particle_key(key_step, i)
@@ -365,31 +362,27 @@ def _smc(
             log_norm = log_norm + jax.nn.logsumexp(all_log_weights) - math.log(num)
             return inherit(moved, ancestors), jnp.zeros_like(log_weights), log_norm
 
-        keep = lambda *state: state
-        # Particles whose weights say nothing keep them, for the report.
-        moved, log_weights_next, log_norm = jax.lax.cond(
-            uneven & jnp.isfinite(ess), renew, keep, moved, log_weights, log_norm
+        unchanged = lambda *state: state
+        # Weights that are not finite stay, for the report.
+        moved, log_weights, log_norm = jax.lax.cond(
+            uneven & jnp.isfinite(ess), renew, unchanged, moved, log_weights, log_norm
         )
         failed = jnp.any(failed, axis=0)
         failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(ess))
         bar.tick(step)
-        return (moved, log_weights_next, log_norm, tempering_factor), (
-            failed,
-            ess,
-            tempering_factor,
-            uneven,
-        )
+        carry = moved, log_weights, log_norm, tempering_factor
+        return carry, (failed, ess, tempering_factor, uneven)
 
     inner, indices = steps - 1, jnp.arange(num)
-    # Of particles and of resampling, at each step; the first two look at the start, and draw it.
+    # Of particles and of resampling, at each step; the first row draws and evaluates the start.
     keys = jax.random.split(key, (steps + 1, 2))
     particles = over_particles(start)(indices)
     if sharding is not None:
         particles = jax.tree.map(
             lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles
         )
-    # The first look, at where particles start, is a step that goes nowhere: a program has each
-    # guidance in it once.
+    # The first evaluation, at the start, is a step that does not move: so the program contains each
+    # guidance once.
     before = jnp.ones((), log_dtype) if tempering is None else jnp.zeros((), log_dtype)
     carry = particles, jnp.zeros(num, log_dtype), jnp.zeros((), log_dtype), before
     scanned = (
@@ -420,7 +413,7 @@ def _smc(
         .set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
     )
     failed_at_end = failed_at_end.at[4].set(~jnp.any(failed_at_end) & ~jnp.isfinite(last))
-    # What fails at the start counts as the first step's.
+    # What fails at the start counts as a failure of the first step.
     failed = jnp.concatenate([failed, failed_at_end[None]])
     failed = failed[1:].at[0].set(failed[0] | failed[1])
     bar.tick(steps - 1)
@@ -460,12 +453,11 @@ def increment(new: Array, old: Array) -> Array:
 
 def _warn(particles: Particles) -> None:
     fraction = float(particles.ess) / len(particles)
-    if fraction < _SCARCE:
+    if fraction < _FEW:
         warnings.warn(
             f"the effective sample size of {len(particles)} particles is a fraction of "
-            f"{fraction:.2g}: estimates rest on "
-            "few of them. A twist closer to log h helps "
-            "most: Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) "
-            "where it is known; then more steps, more particles, tempering, a smaller scale",
+            f"{fraction:.2g}: estimates rest on few of them. A twist closer to log h helps most: "
+            "Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) where it "
+            "is known; then more steps, more particles, tempering, a smaller scale",
             stacklevel=3,
         )

@@ -2,7 +2,7 @@ r"""Potentials: what weighted particles are weighed by on the way, and when.
 
 A *twist* is an estimate of `log h_t(x)`, the log of what a state can still expect of
 `exp(scale * r)`. Particles at time t carry the sum of the log-potentials that were applied to them
-so far, A_t; at t = 1 whatever is missing is applied, so that on every path
+so far, A_t; at t = 1 whatever is missing is applied, so that on every trajectory
 
     sum of all log-potentials = scale * r(x_1),
 
@@ -12,8 +12,8 @@ With V_t the twist,
 | potential | A_t | |
 |---|---|---|
 | `Difference()` | `V_t` | the natural one: weights are what the twist learned since |
-| `Max()` | `A_s + max(V_0, ..., V_t)` | favors paths that once were good |
-| `Sum()` | `A_s + (V_0 + ... + V_t)` | favors paths that were good for long |
+| `Max()` | `A_s + max(V_0, ..., V_t)` | favors trajectories that once were good |
+| `Sum()` | `A_s + (V_0 + ... + V_t)` | favors trajectories that were good for long |
 | `Immediate()` | `A_s + V_t` | |
 
 s being the time before. Reference: Singhal et al. (arXiv 2501.06848).
@@ -35,7 +35,7 @@ class Potential(eqx.Module):
     """
 
     def init(self) -> Any:
-        """The memory of one path, before its first twist."""
+        """The memory of one trajectory, before its first twist."""
         return ()
 
     def __call__(self, applied: Array, memory: Any, value: Array) -> tuple[Array, Any]:
@@ -115,8 +115,8 @@ class ResampleSchedule(eqx.Module):
         chosen = (index >= self.start) & (index <= stop) & ((index - self.start) % self.n == 0)
         if total > 1 and not np.any(chosen[:-1]):
             raise ValueError(
-                f"no step to weigh at: {self} on {total} steps, numbered from 0: take Every(1), "
-                "say, schedule=Every(1). For the last alone use ess_threshold=0, which keeps all "
-                "weights"
+                f"no step to weigh at: {self} on {total} steps, numbered from 0: use "
+                "ResampleSchedule(1), say; for the last step alone ess_threshold=0, which never "
+                "resamples"
             )
         return chosen

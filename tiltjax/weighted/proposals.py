@@ -3,7 +3,7 @@ r"""Proposals: how weighted particles move from time t to u, and what it costs i
 The base kernel of a step is `N(m, S2 I)` with
 `m = alpha_u D + sqrt(sigma_u^2 - S2) (x - alpha_t D) / sigma_t` (see `tiltjax.solvers`); a proposal
 shifts its mean by delta and pays `log p / q = -<delta, xi> / s - |delta|^2 / (2 s^2)`, `s^2 = S2`,
-where xi is the noise it drew: no difference of two log-densities. With the pull
+where xi is the noise it drew: no difference of two log-densities. With the shift
 `D~ - D = (sigma_t^2 / alpha_t) ∇ log h` of a guidance,
 
 | proposal | delta | |
@@ -11,7 +11,7 @@ where xi is the noise it drew: no difference of two log-densities. With the pull
 | `Base()` | 0 | gradient-free: Feynman-Kac steering |
 | `Guided()` | of the mean, `(alpha_u - sqrt(sigma_u^2 - S2) alpha_t / sigma_t) (D~ - D)` | TDS |
 | `Shifted()` | `(1 + eta^-2) / 2 S2 ∇ log h` | the score's own: DAS (at eta = 1) |
-| `Children(m, proposal)` | as `proposal` | m tries, one kept by weight: SVDD |
+| `Children(m, proposal)` | as `proposal` | m children, one chosen by weight: SVDD |
 
 The factor of `Shifted` is what makes it, in the limit of small steps, Doob's transform at any eta:
 a kernel with eta < 1 has less noise than the memoryless diffusion, and part of the guidance belongs
@@ -27,10 +27,10 @@ from tiltjax.solvers import Kernel
 
 
 class Proposal(eqx.Module):
-    """How particles are proposed; subclasses define `shift(kernel, pull)`, that of the mean
-    (`None`: none).
+    """How particles are proposed; subclasses define `shift(kernel, guidance_shift)`, the shift
+    of the kernel's mean for the guidance's `D~ - D` (`None`: none).
 
-    `guided` says whether it needs a pull, `tries` how many states one particle proposes.
+    `guided` says whether it needs a guidance, `num_children` how many states a particle proposes.
     """
 
     @property
@@ -41,7 +41,7 @@ class Proposal(eqx.Module):
     def num_children(self) -> int:
         return 1
 
-    def shift(self, kernel: Kernel, pull: Array) -> Array | None:
+    def shift(self, kernel: Kernel, guidance_shift: Array) -> Array | None:
         raise NotImplementedError
 
 
@@ -52,15 +52,15 @@ class Base(Proposal):
     def guided(self) -> bool:
         return False
 
-    def shift(self, kernel, pull):
+    def shift(self, kernel, guidance_shift):
         return None
 
 
 class Guided(Proposal):
     """The base kernel's mean at the tilted denoiser, with the base kernel's noise."""
 
-    def shift(self, kernel, pull):
-        return kernel.gain * pull
+    def shift(self, kernel, guidance_shift):
+        return kernel.gain * guidance_shift
 
 
 class Shifted(Proposal):
@@ -68,16 +68,16 @@ class Shifted(Proposal):
     for.
     """
 
-    def shift(self, kernel, pull):
-        return (1 + kernel.eta**-2) / 2 * kernel.std**2 / kernel.tweedie * pull
+    def shift(self, kernel, guidance_shift):
+        return (1 + kernel.eta**-2) / 2 * kernel.std**2 / kernel.tweedie * guidance_shift
 
 
 class Children(Proposal):
     """Each particle proposes `m` states and goes on as one of them, chosen by weight; it carries
     the mean weight of all.
 
-    That mean is what keeps the normalizing constant unbiased. Costs m evaluations a step, the look
-    at the start included.
+    That mean is what keeps the normalizing constant unbiased. Costs m evaluations a step,
+    also at the start.
 
     **Arguments:** `m`; `proposal` of each child, `Base()` by default.
 
@@ -106,5 +106,5 @@ class Children(Proposal):
     def num_children(self) -> int:
         return self.m
 
-    def shift(self, kernel, pull):
-        return self.proposal.shift(kernel, pull)
+    def shift(self, kernel, guidance_shift):
+        return self.proposal.shift(kernel, guidance_shift)

@@ -1,4 +1,4 @@
-r"""Tempering: by what factor twists, and the pull of a guidance, count at each time.
+r"""Tempering: by what factor twists, and the shift of a guidance, count at each time.
 
 The factor b_t rises to one: early on, where a twist knows little, it selects less. The target is
 the tilt whatever the factors are.
@@ -7,7 +7,7 @@ the tilt whatever the factors are.
 |---|---|
 | `Exponential(gamma)` | `min((1 + gamma)^i - 1, 1)` |
 | `Polynomial(power, gamma)` | `min((gamma i)^power, 1)` |
-| `Adaptive(ess)` | as large as leaves the effective share `ess` |
+| `AdaptiveTempering(ess)` | the largest that leaves the effective sample size `ess * num` |
 
 Reference: Kim et al. (arXiv 2501.05803), for the first two.
 """
@@ -73,33 +73,29 @@ class Polynomial(Tempering):
 
 
 class AdaptiveTempering(Tempering):
-    """Each factor the largest that leaves an effective share `ess` of the particles, of 65 between
-    0 and 1; else the one that leaves most.
+    """Each factor is the largest of 65 between 0 and 1 that leaves an effective sample size of
+    `ess * num`; else the one that leaves most.
 
     It may fall again: twists that agree early on, when they know nothing, allow any factor. For
-    `Difference()` and particles that move alone (no `Children`), resampled as soon as the share is
-    below `ess_threshold > ess`. That the factors depend on the particles leaves the normalizing
-    constant unbiased. **Arguments:** `ess` in (0, 1).
+    `Difference()` and proposals without `Children`, resampled as soon as the effective sample size
+    is below `ess_threshold * num`, `ess_threshold > ess`. That the factors depend on the particles
+    leaves the normalizing constant unbiased. **Arguments:** `ess` in (0, 1).
 
-    **Raises:** `ValueError` for a share outside (0, 1).
+    **Raises:** `ValueError` for an `ess` outside (0, 1).
     """
 
     ess: Array
 
     def __init__(self, ess: float | Array = 0.7):
-        self.ess = _checks.positive(ess, "ess")
-        if _checks.concrete(self.ess) and not np.asarray(self.ess) < 1:
-            raise ValueError(
-                f"ess is a share of the particles, inside (0, 1), got {float(self.ess):g}"
-            )
+        self.ess = _checks.in_range(ess, "ess", 0, 1, closed="neither")
 
     def choose(self, weigh: Callable[[Array], Array], num: int, dtype: Any) -> Array:
         """The factor, from the `num` log-weights `weigh(factor)` that it would leave."""
         factors = (jnp.arange(65, dtype=dtype) / 64) ** 2
-        shares = jax.lax.map(lambda factor: effective(weigh(factor)) / num, factors)
-        enough = shares >= self.ess.astype(dtype)
+        fractions = jax.lax.map(lambda factor: effective(weigh(factor)) / num, factors)
+        enough = fractions >= self.ess.astype(dtype)
         largest = jnp.max(jnp.where(enough, factors, 0.0))
-        return jnp.where(jnp.any(enough), largest, factors[jnp.argmax(shares)])
+        return jnp.where(jnp.any(enough), largest, factors[jnp.argmax(fractions)])
 
 
 def _complete(factors: Array, remedy: str) -> Array:
@@ -109,7 +105,6 @@ def _complete(factors: Array, remedy: str) -> Array:
     if _checks.concrete(factors) and not float(np.asarray(factors)[-1]) > 1 - 1e-3:
         raise ValueError(
             f"tempering must end at one, this one ends at {float(np.asarray(factors)[-1]):.3g} "
-            f"after {len(factors)} steps: {remedy} "
-            "does, or more steps"
+            f"after {len(factors)} steps: take {remedy}, or more steps"
         )
     return factors.at[-1].set(1.0)

@@ -52,7 +52,7 @@ _SHIFTS = (256, 0.5), (4096, 1.15)
 _SAVED = 34
 
 
-class Parts(_pytree.Foreign):
+class Parts(_pytree.KeepsDtype):
     """The networks and the text of a `FluxModel`, which keep their dtypes."""
 
     transformer: Transformer

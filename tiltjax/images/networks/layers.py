@@ -9,7 +9,10 @@ gradient, and each block is computed again.
 
     attention(q, k, v) = softmax(scale * q k^T + bias) v
 
-The softmax is taken in float32 at least. **Stacks hold no convolutions**: the gradients of their
+The softmax is taken in float32 at least. Norms and attention are not Flax's and JAX's, which refuse
+float64 and 16 bits under strict promotion of dtypes: `dot_product_attention` computes in float32
+whatever it gets, and the group norm takes 4 to 16 times as long on a CPU.
+ **Stacks hold no convolutions**: the gradients of their
 kernels inside of `lax.scan` take XLA 6 to 9 times as long on a CPU as outside, so that networks of
 convolutions are Python loops here; those to their input do not (`convolved`).
 """

@@ -1,0 +1,82 @@
+"""Python functions inside compiled programs: one flat batch for each call, errors as themselves."""
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array
+
+_recent_errors: collections.deque[BaseException] = collections.deque(maxlen=8)  # the latest last
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """`with failures(): ...` or `@failures()`: an error of an external reward in a compiled program
+    is raised as itself.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either
+        for cause in reversed(_recent_errors):
+            name, text = type(cause).__name__, str(cause)
+            if (f"{name}: {text}" if text else name) in str(error):
+                _recent_errors.remove(cause)
+                raise cause from None
+        raise
+
+
+class Callback(NamedTuple):
+    """`reward.evaluate(x, gradient)`, a function of NumPy arrays `(n, *shape)`, as a function of
+    JAX arrays, whose leading axes become the batch. Compared by value, so that it compiles once.
+
+    `rank` is that of one sample.
+    """
+
+    reward: Any
+    gradient: bool
+    rank: int
+
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        return _compiled(self, x)
+
+    def of_numpy(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The result for any number of leading axes."""
+        leading, shape = x.shape[: x.ndim - self.rank], x.shape[x.ndim - self.rank :]
+        try:
+            parts = self.reward.evaluate(x.reshape(-1, *shape), self.gradient)
+        except BaseException as error:
+            _recent_errors.append(error)
+            raise
+        return tuple(part.reshape(leading + part.shape[1:]) for part in parts)
+
+    def into_buffers(self, _context: Any, out: tuple[Any, ...], x: Any) -> None:
+        """On a CPU, from and into the memory of the program."""
+        for buffer, part in zip(out, self.of_numpy(np.asarray(x).copy()), strict=True):
+            np.asarray(buffer)[...] = part
+
+    def of_arrays(self, x: Any) -> tuple[np.ndarray, ...]:
+        """On other devices, of arrays that JAX has brought to the CPU."""
+        return self.of_numpy(np.array(x))
+
+
+def _program(callback: Callback, x: Array) -> tuple[Array, ...]:
+    # JAX alone knows half precision. Rewards of tokens are of JAX's default precision.
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    wide = x.astype(jnp.float32) if floating and jnp.finfo(x.dtype).bits < 32 else x
+    dtype = wide.dtype if floating else jnp.dtype(jnp.result_type(float))
+    value, gradient = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct(x.shape, dtype)
+    out = (value, gradient) if callback.gradient else (value,)
+    results = jax.lax.platform_dependent(
+        wide,
+        cpu=buffer_callback(callback.into_buffers, out, vmap_method="expand_dims"),
+        default=lambda x: jax.pure_callback(callback.of_arrays, out, x, vmap_method="expand_dims"),
+    )
+    return tuple(result.astype(x.dtype) if floating else result for result in results)
+
+
+_compiled = jax.jit(_program, static_argnums=0)

@@ -1,0 +1,236 @@
+r"""Rewards outside of JAX: a NumPy function, a PyTorch network, a service on another machine.
+
+    particles x draws --vmap--> one batch (n, *shape) --> fn --> values (n,)            r(x)
+                                              value_and_grad --> values, gradients      r(x), ∇r(x)
+
+`External(fn)` is a reward like any other: it adds, scales, and stands inside compiled, batched and
+scanned loops. However deeply it is batched, `fn` is called with one flat batch. Methods need
+
+| of the reward | methods |
+|---|---|
+| values alone | selection; `smc` with `ValueOnly` and `proposals.Base()`; `ess_threshold=0` |
+| gradients | `PlugIn`, `dps`, `fmrg`, `Conjugate`: give `value_and_grad`, or use `from_torch` |
+| second derivatives | `Laplace`: not with these rewards |
+
+`fn` must be a function: the same value for the same sample, whatever else is in the batch. How
+often and in which order it is called is not promised: a value that nothing needs is not computed,
+and one that several devices need may be computed on each. A `Record` stores the calls.
+
+**Failures.** A reward that raises, hangs, or returns something else than n numbers stops the run.
+JAX reports this as a `JaxRuntimeError` (or a `ValueError`) whose last lines are the message; inside
+`with failures():` the error is raised as itself. A `Record` with a file is saved when a run stops.
+
+**Threads.** On a CPU the function runs on the thread of the compiled program, on a copy of its
+memory, and must not call JAX: that can wait for the very thread it occupies. (`jax.pure_callback`
+itself does so, where arrays are larger than 100 kB and the machine has one core; hence buffers
+here.)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tiltjax import _checks, rewards
+from tiltjax.external._attempts import TimedOut, retry, within
+from tiltjax.external._callback import Callback
+from tiltjax.external._record import Record
+
+
+class External(rewards.Reward):
+    """A Python function of NumPy arrays as a reward.
+
+    ```
+    def score(batch):                                # NumPy, (n, *shape) -> (n,)
+        reply = requests.post(url, json=batch.tolist(), timeout=10)
+        return np.asarray(reply.json())
+
+    record = tj.external.Record("queries.npz")
+    reward = tj.external.External(score, timeout=30, retries=2, record=record)
+    best = tj.best_of_n(particles, reward, n=8)
+    ```
+
+    **Arguments:**
+
+    - `fn(x) -> values`: a batch `(n, *shape)` to `(n,)` real numbers; with `batched=False` one
+      sample to one number. `x` is a copy in float32 or float64, which the function may change.
+    - `value_and_grad(x) -> (values, gradients)`: both at once, `(n,)` and `(n, *shape)`, where the
+      reward has to be differentiated.
+    - `chunk_size`: the most samples in one call.
+    - `timeout`: seconds in which a call has to end; a call that does not goes on in its thread.
+    - `retries`: how often a call that failed is repeated, after `backoff`, `2 * backoff`,
+      `4 * backoff`, ... seconds.
+    - `record`: a `Record`.
+    - `name`: for messages; the function's by default.
+
+    Build it once: another function, or record, is another reward, and compiles anew.
+
+    **Raises:** in a run: what the function raised; `TimeoutError`; `ValueError` for shapes,
+    `TypeError` for dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample);
+    `ValueError` where a run needs a gradient and there is no `value_and_grad`.
+    """
+
+    fn: Callable = eqx.field(static=True)
+    value_and_grad: Callable | None = eqx.field(static=True)
+    batched: bool = eqx.field(static=True)
+    chunk_size: int | None = eqx.field(static=True)
+    timeout: float | None = eqx.field(static=True)
+    retries: int = eqx.field(static=True)
+    backoff: float = eqx.field(static=True)
+    record: Record | None = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable,
+        *,
+        value_and_grad: Callable | None = None,
+        batched: bool = True,
+        chunk_size: int | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        backoff: float = 1.0,
+        record: Record | None = None,
+        name: str | None = None,
+    ):
+        _checks.function(fn, "fn")
+        if value_and_grad is not None:
+            _checks.function(value_and_grad, "value_and_grad")
+        if record is not None:
+            _checks.instance(record, Record, "record", "use Record('queries.npz')")
+        if chunk_size is not None and not batched:
+            raise ValueError("batched=False is one sample a call: leave out chunk_size")
+        self.fn, self.value_and_grad, self.record = fn, value_and_grad, record
+        self.batched = _checks.flag(batched, "batched")
+        self.chunk_size = None if chunk_size is None else _checks.count(chunk_size, "chunk_size")
+        self.timeout = (
+            None
+            if timeout is None
+            else _checks.number(timeout, "timeout", 0, math.inf, closed="neither")
+        )
+        self.retries = _checks.count(retries, "retries", 0)
+        self.backoff = _checks.number(backoff, "backoff", 0)
+        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+
+    def __call__(self, x: Array) -> Array:
+        return _value(self, x)
+
+    def evaluate(self, x: np.ndarray, gradient: bool = False) -> tuple[np.ndarray, ...]:
+        """`(values,)`, or `(values, gradients)`, of a batch `(n, *shape)`: what a run computes, for
+        trying a reward before one.
+
+        **Raises:** as the class says, each error as itself.
+        """
+        fn = self.value_and_grad if gradient else self.fn
+        if fn is None:
+            raise ValueError(_no_gradient(self))
+        size = self.chunk_size or max(len(x), 1) if self.batched else 1
+        chunks = []
+        for rows in np.split(x, range(size, len(x), size)):
+            try:
+                chunks.append(self._evaluate_chunk(fn, rows, gradient))
+            except BaseException as error:
+                self._add_notes(error, rows.shape)
+                raise
+            if self.record is not None:
+                self.record.add(rows, chunks[-1][0])
+        return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+
+    def _evaluate_chunk(self, fn: Callable, x: np.ndarray, gradient: bool) -> tuple:
+        def call() -> tuple[np.ndarray, ...]:
+            # A copy: the function may write into it, and a call that timed out may still read it.
+            copy = x.copy()
+            result = within(self.timeout, lambda: fn(copy if self.batched else copy[0]))
+            return self._check(result, x, gradient)
+
+        try:
+            return retry(call, self.retries, self.backoff)
+        except TimedOut:
+            times = f", {self.retries + 1} times" if self.retries else ""
+            raise TimeoutError(
+                f"the external reward {self.name!r} did not return within {self.timeout:g} s for a "
+                f"batch of {len(x)}{times}: raise timeout=, lower chunk_size=, or repair the "
+                "service"
+            ) from None
+
+    def _add_notes(self, error: BaseException, shape: tuple[int, ...]) -> None:
+        error.add_note(f"Raised by the external reward {self.name!r} for a batch of shape {shape}.")
+        if self.record is not None and self.record.path is not None:
+            self.record.save()
+            error.add_note(f"{len(self.record)} evaluated samples are in {self.record.path}.")
+
+    def _check(self, result: Any, x: np.ndarray, gradient: bool) -> tuple[np.ndarray, ...]:
+        if not gradient:
+            return (self._check_part(result, "values", x.shape[:1], x),)
+        if not (isinstance(result, tuple | list) and len(result) == 2):
+            raise TypeError(
+                f"value_and_grad of {self.name!r} must return (values, gradients), got "
+                f"{type(result).__name__}"
+            )
+        values = self._check_part(result[0], "values", x.shape[:1], x)
+        return values, self._check_part(result[1], "gradients", x.shape, x)
+
+    def _check_part(
+        self, part: Any, name: str, shape: tuple[int, ...], x: np.ndarray
+    ) -> np.ndarray:
+        array = np.asarray(part)
+        returned = f"the external reward {self.name!r} returned {name}"
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{returned} of dtype {array.dtype}, expected real numbers")
+        expected, of_input = (shape, x.shape) if self.batched else (shape[1:], x.shape[1:])
+        if array.shape != expected:
+            raise ValueError(
+                f"{returned} of shape {array.shape}, expected {expected} for an input of shape "
+                f"{of_input}" + ("" if self.batched else " (batched=False)")
+            )
+        array = array.reshape(shape).astype(x.dtype if x.dtype.kind == "f" else np.float64)
+        wrong = np.isnan(array) | ((array == np.inf) & (name == "values"))
+        # A state that is not finite is the model's fault, which the run reports.
+        finite = np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
+        wrong = np.any(wrong.reshape(len(x), -1), axis=1) & finite
+        if wrong.any():
+            what = "NaN or +inf" if name == "values" else "NaN"
+            raise FloatingPointError(
+                f"{returned} with {what} for {wrong.sum()} of {len(x)} samples"
+            )
+        return array
+
+
+@jax.custom_jvp
+def _value(reward: External, x: Array) -> Array:
+    return Callback(reward, False, x.ndim)(x)[0]
+
+
+@_value.defjvp
+def _value_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    reward, x = primals
+    if reward.value_and_grad is None:
+        raise ValueError(_no_gradient(reward))
+    value, gradient = _value_and_grad(reward, x)
+    return value, jnp.sum(gradient * tangents[1])
+
+
+@jax.custom_jvp
+def _value_and_grad(reward: External, x: Array) -> tuple[Array, ...]:
+    return Callback(reward, True, x.ndim)(x)
+
+
+@_value_and_grad.defjvp
+def _value_and_grad_jvp(primals: tuple, tangents: tuple) -> tuple:
+    raise ValueError(
+        f"the external reward {primals[0].name!r} has no second derivatives, as Laplace needs: use "
+        "PlugIn, dps or Conjugate, or write the reward in JAX"
+    )
+
+
+def _no_gradient(reward: External) -> str:
+    return (
+        f"the external reward {reward.name!r} has no gradient: give value_and_grad=, or use what "
+        "needs none: best_of_n, softmax_of_n, or smc(key, model, dps(model, ValueOnly(reward), "
+        "scale), proposal=proposals.Base(), num=...)"
+    )
