@@ -107,13 +107,13 @@ def run(name: str, *, scale: float | None, num: int, steps: int, seed: int, outp
         f"log Z = {float(truth.law.log_norm):.4f}\n"
         f"mode masses of the tilt: {_masses(truth.masses)}\n"
         f"W2 is the distance to exact samples; other exact samples are {floor:.3f} away\n"
-        "compilation and run in seconds\n"
+        "seconds: compilation, and a run after it\n"
     )
     _print_table(problem, truth, rows, floor, key_theory, num)
     if len(problem.prior.log_weights) > 1:
         print(
-            "\nFor several modes, theory's laws of plug-in, damping and FMRG treat each mode alone\n"
-            "and keep the weights of the prior."
+            "\nFor several modes, theory's laws of plug-in, damping and FMRG treat each mode\n"
+            "alone and keep the weights of the prior."
         )
     print(*failed, sep="\n", end="\n" if failed else "")
     figure = _figure(problem, truth, exact, rows, floor)

@@ -186,6 +186,7 @@ def mixed(share: Array, base: Array, tuned: Array) -> Array:
 
 
 def weight_at(weight: Any, t: Array) -> Array:
+    """The weight at time t, a scalar. **Raises:** `ValueError` for another shape."""
     value = jnp.asarray(_pytree.cast(weight, t.dtype)(t) if callable(weight) else weight, t.dtype)
     if value.shape != ():
         raise ValueError(f"a weight is one number at one time, got shape {value.shape}")
