@@ -66,7 +66,7 @@ def test_axes_that_are_not_the_partitioners_are_refused(verb):
 def test_batches_that_the_devices_do_not_divide_are_refused():
     network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
     with pytest.raises(
-        ValueError, match=r"batch = 12 cannot be divided over 8 devices.*: take 8 or 16$"
+        ValueError, match=r"batch_size = 12 cannot be divided over 8 devices.*: take 8 or 16$"
     ):
         tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, batch_size=12, sharding=spread((8,), "a"))
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
         data = jax.random.normal(jax.random.key(1), (10, 2))
         train = lambda **given: tj.fit(key, network, data, steps=3, batch_size=8, **given)
-        saved = {{"checkpoint": "{tmp_path}/run.npz", "every": 2}}
+        saved = {{"checkpoint": "{tmp_path}/run.npz", "checkpoint_every": 2}}
         # The second one is what the first one left.
         fit, again = train(**four, **saved), train(**four, **saved)
         both = lambda one: (one.average.args, one.network.args)

@@ -298,7 +298,7 @@ def test_adaptive_differentiates_in_reverse():
     [
         ({"rtol": 0.0}, "rtol must be positive, got 0"),
         ({"atol": -1.0}, "atol must not be negative"),
-        ({"floor": 1.0}, "floor must lie between 0 and 1, got 1"),
+        ({"floor": 1.0}, r"floor must lie in \(0, 1\), got 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
     ],
 )

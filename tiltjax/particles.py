@@ -26,7 +26,10 @@ FAILURES = (
     "the model's denoiser is not finite (for a fitted reward: look at its gradient, too)",
     "the guidance's log_h is NaN or +inf: look at the reward's value",
     "the guidance's shift of the denoiser is not finite: look at the reward's gradient",
-    "the state is not finite after the solver's step: look at times, scale, Adaptive's tolerance",
+    (
+        "the state is not finite after the solver's step: look at the times, the scale, and "
+        "Adaptive's tolerance and max_steps"
+    ),
     "no particle has a weight: the twist excludes all states that are reached, or is not finite",
 )
 

@@ -193,8 +193,8 @@ def test_a_run_that_asks_beyond_the_table_says_so():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.05, 0.4, 20)))
     model = tj.Analytic(contracts.planar(), path)
     guidance = tj.Conjugate(model, tj.rewards.Bump([0.0, 1.0], 0.3), 10.0)
-    levels = model.times(path.clock(jnp.arange(19.0, -1.0, -1.0)))
-    with pytest.raises(FloatingPointError, match="where the guidance asked it"):
+    levels = model.grid_at(path.clock(jnp.arange(19.0, -1.0, -1.0)))
+    with pytest.raises(FloatingPointError, match=r"the model.s denoiser is not finite"):
         tj.sample(KEY, model, guidance, num=20, times=levels)
     # Of eight keys tried, one to seven ask beyond the table where runs go on closer to the data,
     # none where they jump from here.
@@ -330,7 +330,7 @@ def test_batches_and_single_precision():
         (lambda: tj.calibrate(KEY, MODEL, levels=1), "at least two levels"),
         (
             lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((4, 2)), chunk_size=-3),
-            "batch must be at least 1",
+            "chunk_size must be at least 1",
         ),
         (
             lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((10, 3))),

@@ -156,8 +156,8 @@ PROGRAM = """
     from flax import nnx
     import tiltjax as tj
 
-    board = tj.Checkerboard()
-    network = tj.networks.Velocity((2,), width=32, depth=2, rngs=nnx.Rngs(0))
+    board = tj.models.Checkerboard()
+    network = tj.training.networks.Velocity((2,), width=32, depth=2, rngs=nnx.Rngs(0))
     settings = {"steps": 800, "batched": True, "interpolant": board.interpolant}
 
     def run(**more):

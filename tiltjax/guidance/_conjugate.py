@@ -82,6 +82,7 @@ def _variance_of(model: Model) -> Variance:
             "once, Probe() estimates it at each state by a derivative, and a function of the snr "
             "states it"
         )
+    model = _pytree.cast(model, model.dtype)
     base = model.interpolant.sigma(jnp.zeros((), model.dtype))
     log_snr = jnp.log(jnp.asarray(_SNR_RANGE, model.dtype) / base**2)
     log_snr = jnp.linspace(log_snr[0], log_snr[1], _LEVELS)
