@@ -48,7 +48,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.guidance._base import Estimate, Guidance
-from tiltjax.models import Analytic, Model
+from tiltjax.models import Analytic, Denoiser, Model
 
 _FORGET = 0.75  # the share of its precision that the fitted posterior may lose in one iteration
 _SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a table of the variance: over the noise's own variance
@@ -83,9 +83,13 @@ def _variance_of(model: Model) -> Variance:
             "states it"
         )
     model = _pytree.cast(model, model.dtype)
-    base = model.interpolant.sigma(jnp.zeros((), model.dtype))
-    log_snr = jnp.log(jnp.asarray(_SNR_RANGE, model.dtype) / base**2)
-    log_snr = jnp.linspace(log_snr[0], log_snr[1], _LEVELS)
+    interpolant = model.interpolant
+    widest = (
+        jnp.asarray(_SNR_RANGE, model.dtype) / interpolant.sigma(jnp.zeros((), model.dtype)) ** 2
+    )
+    lowest, highest = (end.astype(model.dtype) for end in interpolant.snr_range())
+    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
+    log_snr = jnp.linspace(first, last, _LEVELS)
     return Variance(
         log_snr, jnp.log(jax.lax.map(lambda q: model.posterior_variance(jnp.exp(q)), log_snr))
     )
@@ -388,8 +392,8 @@ def _terms(reward: rewards.Reward) -> list[rewards.Reward]:
 class Toward(Guidance):
     """Guidance by another model that is tilted already; built by `toward`."""
 
-    model: Model
-    tilted: Model
+    model: Denoiser
+    tilted: Denoiser
     reward: rewards.Reward
     scale: Array
 
@@ -400,7 +404,9 @@ class Toward(Guidance):
         return self.scale * rewards.value(self.reward, x1)
 
 
-def toward(model: Model, tilted: Model, reward: Callable, scale: float | Array = 1.0) -> Toward:
+def toward(
+    model: Denoiser, tilted: Denoiser, reward: Callable, scale: float | Array = 1.0
+) -> Toward:
     """A tilted model (`Tilted`, or a reward-fine-tuned network) as a guidance of the base `model`.
 
     **Arguments:** `model`; `tilted`, on the same path and states; `reward` and `scale`, what it is
@@ -408,8 +414,8 @@ def toward(model: Model, tilted: Model, reward: Callable, scale: float | Array =
 
     **Raises:** `ValueError` for models of other states, or on other paths.
     """
-    _checks.instance(model, Model, "model", "toward(model, tilted, reward, scale)")
-    _checks.instance(tilted, Model, "tilted", "such as Tilted(model, reward, scale)")
-    if model.shape != tilted.shape or not _pytree.same(model.interpolant, tilted.interpolant):
+    _checks.instance(model, Denoiser, "model", "toward(model, tilted, reward, scale)")
+    _checks.instance(tilted, Denoiser, "tilted", "such as Tilted(model, reward, scale)")
+    if model.shape != tilted.shape or not _pytree.same(model.corruption, tilted.corruption):
         raise ValueError("the tilted model must have the states and the path of the base model")
     return Toward(model, tilted, rewards.as_reward(reward), _checks.nonnegative(scale, "scale"))
