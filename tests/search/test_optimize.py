@@ -140,7 +140,7 @@ def test_values_without_noise_on_a_line_in_single_precision_are_no_trouble():
 
 
 def test_tokens_are_refused():
-    with pytest.raises(ValueError, match="states of numbers"):
+    with pytest.raises(TypeError, match="must be a Model, got MarkovChain"):
         tj.optimize(
             jax.random.key(0),
             tj.tokens.MarkovChain([0.5, 0.5], jnp.full((2, 2), 0.5), 3),

@@ -16,7 +16,7 @@ from helpers.contracts import same_bits
 
 import tiltjax as tj
 from tiltjax import _progress, training
-from tiltjax.training import _loop
+from tiltjax.training import _checkpoints, _loop
 
 KEY = jax.random.key(0)
 
@@ -71,7 +71,7 @@ def test_a_run_that_was_interrupted_continues_to_the_same_bits(tmp_path):
 
 def test_how_often_the_host_asks_changes_no_bit(monkeypatch):
     whole = run()
-    monkeypatch.setattr(_loop, "_LONGEST", 3)
+    monkeypatch.setattr(_loop, "_MAX_STEPS", 3)
     assert same_bits(run(), whole)
 
 
@@ -85,7 +85,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     for match, again in (
         ("steps is 2 in the file and 3 here", lambda: run(file, steps=3)),
         (
-            "times is uniform in the file and late here; batch is 8 in the file and 9 here",
+            "time_sampler is uniform in the file and late here; batch_size is 8 in the file",
             lambda: run(file, steps=2, batch_size=9, time_sampler=late),
         ),
         ("ema is", lambda: run(file, steps=2, ema=0.5)),
@@ -137,8 +137,8 @@ def test_leaves_of_every_kind_come_back(tmp_path):
         "empty": jnp.zeros((0, 2)),
     }
     file = tmp_path / "tree.npz"
-    training.write_checkpoint(file, {"a": [1, 2]}, tree, 4)
-    back, step = training.read_checkpoint(file, {"a": (1, 2)}, tree)
+    _checkpoints.write_checkpoint(file, {"a": [1, 2]}, tree, 4)
+    back, step = _checkpoints.read_checkpoint(file, {"a": (1, 2)}, tree)
     assert step == 4
     assert (
         jax.random.key_data(back.pop("key")).tolist()
@@ -147,7 +147,7 @@ def test_leaves_of_every_kind_come_back(tmp_path):
     assert same_bits(back, tree)
     back["numpy"][0] = 7.0
     with pytest.raises(ValueError, match=r"count is int32\(\) in the file and nothing here"):
-        training.read_checkpoint(file, {"a": (1, 2)}, {"half": tree["half"]})
+        _checkpoints.read_checkpoint(file, {"a": (1, 2)}, {"half": tree["half"]})
 
 
 PROGRAM = """
