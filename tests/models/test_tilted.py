@@ -230,7 +230,7 @@ def test_a_network_of_levels_is_asked_at_whole_levels_only(dtype):
         jnp.asarray(SCALE, dtype),
     )
     levels = usable(2 * SCALE)
-    times = tilted.times(net.interpolant.clock(jnp.asarray(levels, dtype)))
+    times = tilted.grid_at(net.interpolant.clock(jnp.asarray(levels, dtype)))
     assert levels[0] == 25
     assert (times.dtype, len(times), float(times[-1])) == (dtype, 27, 1.0)
     solver = tj.Heun() if dtype == jnp.float32 else tj.Euler()
@@ -260,13 +260,13 @@ def test_levels_at_which_a_tilt_never_asks_are_refused():
     with pytest.raises(
         ValueError, match=r"network_times must lie in \[0\.4\d*, 1\).*got \[0\.46\]: leave"
     ):
-        tilted.times(DISCRETE.clock(np.array([26, 25, 3])))
+        tilted.grid_at(DISCRETE.clock(np.array([26, 25, 3])))
     with pytest.raises(ValueError, match=r"got \[1\.\]: leave"):
         tilted.grid_at([0.6, 1.0])
     # On its own path the tilt starts with some data in the state, and so asks even later.
-    assert len(tj.Tilted(network(), REWARD, SCALE).times(DISCRETE.clock(np.array([24, 3])))) == 3
+    assert len(tj.Tilted(network(), REWARD, SCALE).grid_at(DISCRETE.clock(np.array([24, 3])))) == 3
     with pytest.raises(ValueError, match=r"got \[0\.48\]: leave"):
-        tj.Tilted(network(), REWARD, SCALE).times(DISCRETE.clock(np.array([25, 3])))
+        tj.Tilted(network(), REWARD, SCALE).grid_at(DISCRETE.clock(np.array([25, 3])))
 
 
 GRID = {"times": [1e-3, 0.5, 0.9, 1.0]}
@@ -343,7 +343,7 @@ def test_the_grid_that_a_refusal_names_is_accepted():
     end = float(str(error.value).split("t = ")[2].split(" ")[0])
     assert np.isclose((end / (1 - end)) ** 2 + 200, CLEANEST, rtol=1e-3)
     assert tj.sample(KEY, tilted, num=2, times=[1e-3, end, 1.0]).x.shape == (2, 1)
-    start = tj.models.Rescheduled(line(DISCRETE)).times([0.0])[0]
+    start = tj.models.Rescheduled(line(DISCRETE)).grid_at([0.0])[0]
     assert tj.sample(
         KEY, tj.models.Rescheduled(line(DISCRETE)), num=2, times=[float(start), 0.9, 1.0]
     ).x.shape == (2, 1)

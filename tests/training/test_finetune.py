@@ -255,8 +255,8 @@ def test_mistakes_are_named():
             lambda: run(reward=lambda x: x, objective=training.policy_gradient),
         ),
         (
-            ValueError,
-            "MarkovChain is a model of tokens",
+            TypeError,
+            "base must be a Model, got MarkovChain",
             lambda: run(base=tj.tokens.MarkovChain([1.0, 1.0], jnp.ones((2, 2)), 3)),
         ),
         (

@@ -134,7 +134,7 @@ def test_times_follow_their_law():
 def test_a_gradient_flows_to_every_parameter():
     net = network()
     parameters, frame = training.split_parameters(net)
-    slope = jax.grad(lambda p: training.loss(frame.network(p), KEY, gaussian(32)))(parameters)
+    slope = jax.grad(lambda p: training.loss(frame.merge(p), KEY, gaussian(32)))(parameters)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in slope.values())
 
 
@@ -184,7 +184,7 @@ def by_hand(rule, steps, ema, key=KEY):
     parameters, frame = training.split_parameters(net)
     average, memory, losses, norms = parameters, rule.init(parameters), [], []
     gradient = jax.jit(
-        jax.value_and_grad(lambda p, key, x1: training.loss(frame.network(p), key, x1))
+        jax.value_and_grad(lambda p, key, x1: training.loss(frame.merge(p), key, x1))
     )
     for k in range(steps):
         key_data, key_loss = jax.random.split(jax.random.fold_in(key, k))
@@ -198,7 +198,7 @@ def by_hand(rule, steps, ema, key=KEY):
         )
         losses.append(value)
         norms.append(np.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in slope.values())))
-    return frame.network(parameters), frame.network(average), losses, norms
+    return frame.merge(parameters), frame.merge(average), losses, norms
 
 
 def test_a_run_is_its_steps():
@@ -345,7 +345,7 @@ def test_mistakes_are_named():
         (ValueError, r"expected x of shape \(\*lead, 1\)", lambda: fit(data=jnp.ones((5, 2)))),
         (ValueError, "steps must be at least 1", lambda: fit(steps=0)),
         (TypeError, "steps must be a whole number", lambda: fit(steps=2.5)),
-        (ValueError, "batch must be at least 1", lambda: fit(batch_size=0)),
+        (ValueError, "batch_size must be at least 1", lambda: fit(batch_size=0)),
         (
             ValueError,
             r"the sampler must return states of shape \(8, \*shape\)",
