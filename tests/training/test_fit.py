@@ -359,7 +359,7 @@ def test_mistakes_are_named():
             lambda: fit(learning_rate=1.0, optimizer=optax.sgd(1.0)),
         ),
         (TypeError, "optimizer must be", lambda: fit(optimizer=1e-3)),
-        (ValueError, "say where", lambda: fit(checkpoint_every=10)),
+        (ValueError, "checkpoint_every needs", lambda: fit(checkpoint_every=10)),
         (ValueError, "no folder", lambda: fit(checkpoint="/nowhere/at/all/run.npz")),
         (ValueError, "no parameters", lambda: fit(net=lambda t, x: x)),
         (TypeError, "the network is called as", lambda: fit(net=eqx.nn.Linear(1, 1, key=KEY))),
