@@ -29,7 +29,9 @@ for package in (tj, theory):
 
 installed = importlib.metadata.distribution("tiltjax")
 assert installed.version == tj.__version__, (installed.version, tj.__version__)
-shipped = {Path(file).parts[0] for file in installed.files or ()}
+files = [Path(file).parts for file in installed.files or ()]
+assert any(parts[-2:] == ("bin", "tiltjax") for parts in files), "the command tiltjax is missing"
+shipped = {parts[0] for parts in files if parts[-2] != "bin"}
 assert shipped == {"tiltjax", "theory", f"tiltjax-{tj.__version__}.dist-info"}, (
     f"the wheel also holds {shipped}"
 )
