@@ -1,7 +1,7 @@
 """Many devices: what cannot be divided is refused, and two hosts compute what one does.
 
-That eight devices of one host do is in tests/test_sampling.py and tests/test_training.py. Tier:
-exact, to rounding in float64.
+That eight devices of one host do is in tests/samplers/test_sample.py and
+tests/training/test_fit.py. Tier: exact, to rounding in float64.
 """
 
 import importlib
@@ -70,7 +70,7 @@ def test_batches_that_the_devices_do_not_divide_are_refused():
     ):
         tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, batch_size=12, sharding=spread((8,), "a"))
     with pytest.raises(
-        ValueError, match=r"batch = 256 cannot be divided over 3 devices.*: take 255 or 258$"
+        ValueError, match=r"batch_size = 256 cannot be divided over 3 devices.*: take 255 or 258$"
     ):
         tj.fit(KEY, network, jnp.ones((5, 2)), steps=1, sharding=spread((3,), "a"))
 
@@ -95,7 +95,7 @@ def test_axes_of_the_state_that_the_devices_do_not_divide_are_refused():
         tj.smc(KEY, MODEL, GUIDED, num=8, steps=2, sharding=spread((2, 4), "a", "b"))
 
 
-def test_an_array_of_one_host_is_all_held_and_at_home():
+def test_an_array_of_one_host_is_addressable_as_a_whole():
     array = jnp.arange(6.0).reshape(2, 3)
     np.testing.assert_array_equal(_sharding.addressable(array), np.arange(6.0))
     np.testing.assert_array_equal(_sharding.gathered(array), array)
@@ -167,7 +167,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
     hosts = on_two_hosts(script)
     for status, out, err in hosts:
         assert (status, out.splitlines()[-1:]) == (0, ["equal"]), err[-3000:]
-    assert ["sampling |" in err for _, _, err in hosts] == [True, False]
+    assert ["sampling:" in err for _, _, err in hosts] == [True, False]
     assert {path.name for path in tmp_path.iterdir()} == {"particles.npz", "run.npz"}
     assert tj.Particles.load(tmp_path / "particles.npz").x.shape == (8, 2)
 

@@ -32,6 +32,11 @@ from tiltjax import _checks, _linalg
 from tiltjax.mixtures import check_state
 from tiltjax.models import Analytic, Model
 
+_MODEL_HINT = (
+    "use Analytic(mixture) for a mixture; tokens have no posterior of numbers, and are guided by "
+    "tokens.Completions(model, reward, scale)"
+)
+
 
 class Posterior(eqx.Module):
     """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one
@@ -69,9 +74,7 @@ class Tweedie(Posterior):
     model: Model
 
     def __init__(self, model: Model):
-        _checks.instance(
-            model, Model, "model", "Tweedie(model), with Analytic(mixture) for a mixture"
-        )
+        _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
@@ -144,9 +147,7 @@ class Glass(Posterior):
     order: int = eqx.field(static=True)
 
     def __init__(self, model: Model, inner_steps: int = 20, order: int = 1):
-        _checks.instance(
-            model, Model, "model", "Glass(model), with Analytic(mixture) for a mixture"
-        )
+        _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
         self.order = _checks.count(order, "order")
@@ -225,9 +226,7 @@ class FlowMap(Posterior):
     floor: float = eqx.field(static=True)
 
     def __init__(self, model: Model, inner_steps: int = 20, floor: float = 1e-3):
-        _checks.instance(
-            model, Model, "model", "FlowMap(model), with Analytic(mixture) for a mixture"
-        )
+        _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
         self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
@@ -294,7 +293,7 @@ class Renoise(Posterior):
             model,
             Model,
             "model",
-            "Renoise(model, snr_factor), with Analytic(mixture) for a mixture",
+            _MODEL_HINT,
         )
         self.model = model
         self.snr_factor = _checks.in_range(snr_factor, "snr_factor", 1)

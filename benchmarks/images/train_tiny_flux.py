@@ -242,12 +242,12 @@ def train_autoencoder(steps, folder):
     """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA
     on a CPU is slow at convolutions in loops.
     """
-    start, frame = split_parameters(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
+    start, template = split_parameters(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
     rule = muon("autoencoder", steps)
 
     def loss(arrays, key):
         key_images, key_noise = jax.random.split(key)
-        network, (_, data) = frame.network(arrays), images(key_images, BATCHES["autoencoder"])
+        network, (_, data) = template.merge(arrays), images(key_images, BATCHES["autoencoder"])
         mean, log_variance = network.moments(data)
         latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key_noise, mean.shape)
         shape = jnp.any(jnp.abs(data - data[:, :1, :1]) > 0.02, axis=-1, keepdims=True)
@@ -274,7 +274,7 @@ def train_autoencoder(steps, folder):
         )
         if k % 100 == 99:
             print(f"autoencoder {k + 1}/{steps}: {float(value):.5f}", flush=True)
-    network = frame.network(average)
+    network = template.merge(average)
     found, _ = jax.jit(network.moments)(images(jax.random.key(2), 1024)[1])
     save(
         folder / "vae",

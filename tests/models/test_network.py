@@ -115,7 +115,7 @@ class Mixed(nnx.Module):
 def test_parameters_have_names_and_the_network_comes_back():
     network = Mixed()
     network.eval()
-    parameters, frame = training.split_parameters(network)
+    parameters, template = training.split_parameters(network)
     assert set(parameters) == {
         f"{a}.{b}" for a in ("layer", "again") for b in ("kernel", "bias")
     } | {
@@ -123,8 +123,8 @@ def test_parameters_have_names_and_the_network_comes_back():
         "norm.bias",
     }
     x = jnp.ones(2, jnp.float32)
-    np.testing.assert_array_equal(frame.merge(parameters)(T[1], x), network(T[1], x))
-    doubled = frame.merge(jax.tree.map(lambda leaf: 2 * leaf, parameters))
+    np.testing.assert_array_equal(template.merge(parameters)(T[1], x), network(T[1], x))
+    doubled = template.merge(jax.tree.map(lambda leaf: 2 * leaf, parameters))
     np.testing.assert_array_equal(doubled.layer.kernel[...], 2 * network.layer.kernel[...])
     np.testing.assert_array_equal(doubled.norm.var[...], network.norm.var[...])
 
@@ -132,9 +132,9 @@ def test_parameters_have_names_and_the_network_comes_back():
 def test_equinox_modules_and_functions():
     mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     for network in (mlp, jax.tree_util.Partial(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp)):
-        parameters, frame = training.split_parameters(network)
+        parameters, template = training.split_parameters(network)
         assert sorted(leaf.shape for leaf in parameters.values()) == [(2,), (2, 4), (4,), (4, 3)]
-        assert jax.tree.structure(frame.merge(parameters)) == jax.tree.structure(network)
+        assert jax.tree.structure(template.merge(parameters)) == jax.tree.structure(network)
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -91,7 +91,7 @@ def test_rounding_is_not_taken_for_a_kink():
 
 
 @pytest.mark.parametrize("num", [1, 10])
-def test_a_few_particles_are_mixed_as_well(num):
+def test_a_few_particles_are_mixed_as_well(num, tmp_path):
     prior = tj.GaussianMixture(
         [0.5, 0.5], [[-2.5, 0.0], [2.5, 0.0]], jnp.stack([0.5 * jnp.eye(2)] * 2)
     )
@@ -100,6 +100,8 @@ def test_a_few_particles_are_mixed_as_well(num):
     )
     assert particles.x.shape == (num, 2)
     assert particles.mixing.correlation < 0.25
+    particles.save(tmp_path / "particles.npz")
+    assert tj.Particles.load(tmp_path / "particles.npz").mixing == particles.mixing
     slow = tj.rewards.Quadratic([1.0, 0.0], [0.05, 5.0])
     with pytest.raises(RuntimeError, match="still correlated"):
         tj.gibbs(KEY, tj.Analytic(prior), slow, num=num, steps=5, max_sweeps=20)

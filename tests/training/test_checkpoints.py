@@ -32,7 +32,7 @@ def gaussian(num):
 
 
 def stopping(file, steps, every, at):
-    """A run that stops, by an error of its bar, as soon as `at` steps are done."""
+    """A run that stops, by an error in its progress bar, as soon as `at` steps are done."""
 
     class Stop(Exception):
         pass
@@ -69,7 +69,7 @@ def test_a_run_that_was_interrupted_continues_to_the_same_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
 
 
-def test_how_often_the_host_asks_changes_no_bit(monkeypatch):
+def test_the_length_of_a_dispatch_changes_no_bit(monkeypatch):
     whole = run()
     monkeypatch.setattr(_loop, "_MAX_STEPS", 3)
     assert same_bits(run(), whole)

@@ -44,17 +44,17 @@ TILT = {"log_variance": math.log(VARIANCE / (1 + SCALE * VARIANCE))}
 TILT["mean"] = math.exp(TILT["log_variance"]) * (MEAN / VARIANCE + SCALE * 1.5)
 
 
-def chain(num, steps=8, scale=SCALE, base=BASE, reward=REWARD):
-    times = base.grid(steps)
-    return training.Chain(
-        base, reward, jnp.asarray(1 / scale), times, num=num, regularized=scale < math.inf
+def rollout(num, steps=8, scale=SCALE):
+    weight, regularized = jnp.asarray(1 / scale), scale < math.inf
+    return training.Rollout(
+        BASE, REWARD, weight, BASE.grid(steps), num=num, regularized=regularized
     )
 
 
 @functools.cache
 def slopes(objective, scale, runs=400):
     """Gradients of the loss of independent batches, `(runs, 2)`, and the losses."""
-    one = jax.value_and_grad(lambda p, key: objective(chain(50, scale=scale), gaussian(p), key))
+    one = jax.value_and_grad(lambda p, key: objective(rollout(50, scale=scale), gaussian(p), key))
     values, gradients = jax.jit(jax.vmap(lambda key: one(START, key)))(jax.random.split(KEY, runs))
     return np.concatenate([gradients[name] for name in START], axis=1), np.asarray(values)
 
@@ -73,25 +73,27 @@ def test_the_two_gradients_have_one_mean(scale):
 
 
 @functools.cache
-def path_loss(through=None, num=20):
+def trajectory_loss(last_steps=None, num=20):
     """The loss of one batch and its gradient, compiled once."""
     return jax.jit(
-        jax.value_and_grad(lambda p: training.reparametrized(through)(chain(num), gaussian(p), KEY))
+        jax.value_and_grad(
+            lambda p: training.reparametrized(last_steps)(rollout(num), gaussian(p), KEY)
+        )
     )
 
 
-def test_the_gradient_through_the_path_is_that_of_differences():
-    got, step = path_loss()(START)[1], 1e-5
+def test_the_gradient_through_the_trajectory_is_that_of_differences():
+    got, step = trajectory_loss()(START)[1], 1e-5
     for name in START:
         moved = lambda sign, name=name: float(
-            path_loss()(START | {name: START[name] + sign * step})[0]
+            trajectory_loss()(START | {name: START[name] + sign * step})[0]
         )
         np.testing.assert_allclose(got[name][0], (moved(1) - moved(-1)) / (2 * step), rtol=1e-6)
 
 
 def test_truncation_follows_the_last_steps_only():
     (value, whole), (_, all_of_it), (same, last) = (
-        path_loss(through)(START) for through in (None, 100, 1)
+        trajectory_loss(last_steps)(START) for last_steps in (None, 100, 1)
     )
     assert float(value) == pytest.approx(float(same), rel=1e-12)
     np.testing.assert_allclose(whole["mean"], all_of_it["mean"], rtol=1e-12)
@@ -100,8 +102,8 @@ def test_truncation_follows_the_last_steps_only():
 
 def test_no_chain_beats_the_tilt():
     # The tilt's own denoiser comes to -log Z / scale as steps get small, and has no variance there:
-    # on every path the objective is log Z / scale.
-    value = jax.jit(lambda model, key: training.reparametrized()(chain(2000, 200), model, key))
+    # on every trajectory the objective is log Z / scale.
+    value = jax.jit(lambda model, key: training.reparametrized()(rollout(2000, 200), model, key))
     floor = -log_norm() / SCALE
     assert float(
         value(gaussian({name: jnp.asarray([TILT[name]]) for name in START}), KEY)
@@ -123,7 +125,9 @@ def tuned(scale=SCALE, objective=None, steps=200):
     )
 
 
-@pytest.mark.parametrize("objective", [None, training.policy_gradient], ids=["path", "policy"])
+@pytest.mark.parametrize(
+    "objective", [None, training.policy_gradient], ids=["reparametrized", "policy"]
+)
 def test_a_tuned_chain_samples_the_tilt(objective):
     fit = tuned(objective=objective)
     assert fit.curve.loss[-50:].mean() == pytest.approx(-log_norm() / SCALE, abs=0.03)
@@ -233,13 +237,13 @@ def test_mistakes_are_named():
             "failed in step 0 .* mean of excluding .* a finite penalty",
             lambda: run(reward=excluding, objective=training.policy_gradient),
         ),
-        (ValueError, "scale must be positive", lambda: run(scale=0.0)),
-        (ValueError, "scale must be positive", lambda: run(scale=math.nan)),
-        (ValueError, "same path", lambda: run(base=other)),
+        (ValueError, r"scale must lie in \(0, inf", lambda: run(scale=0.0)),
+        (ValueError, r"scale must lie in \(0, inf", lambda: run(scale=math.nan)),
+        (ValueError, "base and tuned must", lambda: run(base=other)),
         (ValueError, "end at 1", lambda: run(times=jnp.asarray([0.001, 0.5, 0.9]))),
         (ValueError, "two steps or more", lambda: run(times=jnp.asarray([0.001, 1.0]))),
         (ValueError, "at least 2", lambda: run(batch_size=1, objective=training.policy_gradient)),
-        (ValueError, "through must", lambda: training.reparametrized(0)),
+        (ValueError, "last_steps must", lambda: training.reparametrized(0)),
         (TypeError, "objective", lambda: run(objective="draft")),
         (TypeError, "base", lambda: run(base=START)),
         (
@@ -247,7 +251,6 @@ def test_mistakes_are_named():
             r"model\(network\) must be a Model, got dict",
             lambda: run(model=lambda network: network),
         ),
-        (TypeError, "scale must be one number", lambda: run(scale=jnp.ones(2))),
         (ValueError, "one scalar for one sample: got shape", lambda: run(reward=lambda x: x)),
         (
             ValueError,

@@ -133,8 +133,8 @@ def test_times_follow_their_law():
 
 def test_a_gradient_flows_to_every_parameter():
     net = network()
-    parameters, frame = training.split_parameters(net)
-    slope = jax.grad(lambda p: training.loss(frame.merge(p), KEY, gaussian(32)))(parameters)
+    parameters, template = training.split_parameters(net)
+    slope = jax.grad(lambda p: training.loss(template.merge(p), KEY, gaussian(32)))(parameters)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in slope.values())
 
 
@@ -181,10 +181,10 @@ def test_a_step_is_clipped_adam_with_decay_of_matrices():
 def by_hand(rule, steps, ema, key=KEY):
     """The same run, step by step, in NumPy's order of things."""
     data, net = gaussian(50), network()
-    parameters, frame = training.split_parameters(net)
+    parameters, template = training.split_parameters(net)
     average, memory, losses, norms = parameters, rule.init(parameters), [], []
     gradient = jax.jit(
-        jax.value_and_grad(lambda p, key, x1: training.loss(frame.merge(p), key, x1))
+        jax.value_and_grad(lambda p, key, x1: training.loss(template.merge(p), key, x1))
     )
     for k in range(steps):
         key_data, key_loss = jax.random.split(jax.random.fold_in(key, k))
@@ -198,7 +198,7 @@ def by_hand(rule, steps, ema, key=KEY):
         )
         losses.append(value)
         norms.append(np.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in slope.values())))
-    return frame.merge(parameters), frame.merge(average), losses, norms
+    return template.merge(parameters), template.merge(average), losses, norms
 
 
 def test_a_run_is_its_steps():

@@ -79,6 +79,7 @@ DRAWS4 = tj.PlugIn(tj.Exact(MODEL), REWARD, SCALE, k=4)
 LAPLACE = tj.Laplace(MODEL, REWARD, SCALE)
 BASE, GUIDED, SHIFTED = proposals.Base(), proposals.Guided(), proposals.Shifted()
 ADAPTIVE = tempering.AdaptiveTempering(0.6)
+ETA_ONE = tj.Ancestral()
 P, T, R = potentials, tempering, resampling
 
 # Potentials that add up along a path have weights of enormous variance if they count at every step:
@@ -259,7 +260,8 @@ def test_batches_jit_and_the_number_of_particles_change_nothing():
     )
     whole = run()
     assert np.any(whole.trace.resampled)
-    for other in (run(chunk_size=7), jax.jit(run)()):
+    with_solver = jax.jit(lambda: run(solver=ETA_ONE))
+    for other in (run(chunk_size=7), jax.jit(run)(), with_solver()):
         np.testing.assert_allclose(other.x, whole.x, atol=1e-9)
         np.testing.assert_allclose(other.log_norm, whole.log_norm, atol=1e-9)
     first = tj.smc(jax.random.key(2), MODEL, DPS, num=10, steps=STEPS, ess_threshold=0.0)

@@ -11,9 +11,9 @@ divergence of the two, and the mean of `target / q` a normalizing constant; no w
 are needed, which an `audit` is made of. The d columns of `F'` are pushed through the run together:
 this is for small d.
 
-F has to be one-to-one. Where it folds, several starts have one end and q is the sum over them, of
-one of them is known: a mean of `base / q` above 1 shows it. A guidance that draws at random folds
-at every step, and is refused.
+F has to be one-to-one. Where it folds, several starts have the same end and q is a sum over them,
+one term of which is known: a mean of `base / q` above 1 shows it. A guidance that draws at random
+folds at every step, and is refused.
 
 Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
 """

@@ -55,6 +55,14 @@ class Masked(Denoiser):
         return Masking()
 
     @property
+    def interpolant(self) -> Any:
+        """**Raises:** `TypeError`: there is none."""
+        raise TypeError(
+            "tokens are hidden, not noised: a model of tokens has no score, and is guided by "
+            "tokens.Completions(model, reward, scale)"
+        )
+
+    @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return (self.length,)
 

@@ -12,7 +12,7 @@ r"""Training and fine-tuning.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tiltjax.training._finetune import Chain, Objective, finetune, policy_gradient, reparametrized
+from tiltjax.training._finetune import Objective, Rollout, finetune, policy_gradient, reparametrized
 from tiltjax.training._fit import fit, loss, uniform
 from tiltjax.training._loop import Curve, Fit, adamw, minimize, schedule
 from tiltjax.training._parameters import split_parameters
@@ -34,7 +34,7 @@ __all__ = [
     "uniform",
     "finetune",
     "Objective",
-    "Chain",
+    "Rollout",
     "reparametrized",
     "policy_gradient",
     "minimize",

@@ -108,18 +108,6 @@ class Curve(NamedTuple):
         # would hide it.
         ax.set(xlabel="step", ylabel="loss", yscale="log" if np.all(self.loss > 0) else "linear")
 
-    def check_finite(self, start: int, stop: int) -> None:
-        """**Raises:** `FloatingPointError` naming the first of these steps that is not finite."""
-        bad = ~np.isfinite(self.loss[start:stop]) | ~np.isfinite(self.norm[start:stop])
-        if np.any(bad):
-            step = start + int(np.argmax(bad))
-            raise FloatingPointError(
-                f"training failed in step {step} of {len(self.loss)}: the loss is "
-                f"{self.loss[step]:g}, the norm of its gradient {self.norm[step]:g}. From the "
-                "first step on: check the data, the sampler or the reward, and the network. Later: "
-                "use a lower learning rate, or clip"
-            )
-
 
 class Fit(NamedTuple):
     """A network after training, by `minimize`, `fit` or `finetune`: the `network` after the last
@@ -284,7 +272,7 @@ def _run(
         state, losses, norms = _advance(setup, state, jnp.int32(done), jnp.int32(stop))
         curve.loss[done:stop] = np.asarray(losses)[: stop - done]
         curve.norm[done:stop] = np.asarray(norms)[: stop - done]
-        curve.check_finite(done, stop)
+        _check_finite(curve, done, stop)
         size = _next_size(stop - done, time.monotonic() - began, setup.sharding)
         done = stop
         checkpoints.write((state, curve), done, steps)
@@ -381,6 +369,18 @@ def _check_scalar(loss: Callable, template: Template, parameters: Any, key: Arra
 def _replicated(tree: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
     """The arrays of a tree on every device of a mesh."""
     return tree if sharding is None else _sharding.placed(tree, _sharding.replicated(sharding))
+
+
+def _check_finite(curve: Curve, start: int, stop: int) -> None:
+    bad = ~np.isfinite(curve.loss[start:stop]) | ~np.isfinite(curve.norm[start:stop])
+    if np.any(bad):
+        step = start + int(np.argmax(bad))
+        raise FloatingPointError(
+            f"training failed in step {step} of {len(curve.loss)}: the loss is "
+            f"{curve.loss[step]:g}, the norm of its gradient {curve.norm[step]:g}. From the first "
+            "step on: check the data, the sampler or the reward, and the network. Later: use a "
+            "lower learning rate, or clip"
+        )
 
 
 def _next_size(num: int, seconds: float, sharding: jax.sharding.NamedSharding | None) -> int:

@@ -46,11 +46,8 @@ def init(
         network, nnx.Module, "network", "adapters are found in the state of Flax modules"
     )
     rank = _checks.count(rank, "rank")
-    if only is not None and not callable(only):
-        raise TypeError(
-            f"only= is a function of a kernel's path and the kernel, got {only!r}: such as lambda "
-            "path, kernel: path[0] == 'last'"
-        )
+    if only is not None:
+        _checks.function(only, "only")
     kernels = {
         path: kernel
         for path, kernel in _parameters(network).items()

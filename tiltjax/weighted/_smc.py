@@ -159,7 +159,8 @@ def _check_noise(solver: Solver | None) -> None:
             f"only the noise of a step can be weighed, {type(solver).__name__} has none: use "
             "Ancestral(eta) with eta > 0"
         )
-    if isinstance(solver, Ancestral) and _checks.concrete(solver.eta) and not np.any(solver.eta):
+    eta = solver.eta if isinstance(solver, Ancestral) else 1.0
+    if _checks.concrete(eta) and np.asarray(eta) == 0:
         raise ValueError(
             "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) "
             "with eta > 0"
