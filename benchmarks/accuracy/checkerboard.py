@@ -218,7 +218,7 @@ def main() -> None:
     ]
     settings = {
         "Conjugate": conjugate(),
-        "Conjugate, 4 draws, keep = 0": conjugate(keep=0.0),
+        "Conjugate, 4 draws, keep = 0": conjugate(smoothing=0.0),
         "Conjugate, 2 draws": conjugate(draws=2),
     }
     for name, guidance in settings.items():

@@ -37,7 +37,7 @@ def test_conjugate_rewards_are_tilted_exactly_at_once(reward):
 def test_only_the_terms_without_conjugate_form_are_fitted():
     quadratic, bump = tj.rewards.Quadratic([0.5, 1.0]), tj.rewards.Bump([0.0, 1.0])
     guidance = tj.Conjugate(MODEL, quadratic + bump, 1.5, variance=lambda snr: 1 / (1 + snr))
-    assert guidance.rest is bump
+    assert guidance.remainder is bump
     np.testing.assert_allclose(guidance.precision, 2.0)
     np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * (quadratic(X) + bump(X)), rtol=1e-12)
 
@@ -75,6 +75,32 @@ def test_calibration_measures_the_posterior_variance():
         table(between), np.exp((table.log_variance[10] + table.log_variance[11]) / 2), rtol=1e-10
     )
     assert table(snr[0]) == jnp.exp(table.log_variance[0])
+
+
+def test_a_network_needs_its_variance_and_takes_a_table_a_function_or_a_probe():
+    network = tj.from_denoiser(
+        lambda t, x: MODEL.denoise(t, x), shape=(2,), interpolant=MODEL.interpolant
+    )
+    bump = tj.rewards.Bump([0.0, 1.0])
+    with pytest.raises(ValueError, match=r"needs variance=.*calibrate\(key, model\).*Probe\(\)"):
+        tj.Conjugate(network, bump)
+    table = tj.calibrate(KEY, network, num=64, levels=8, data=MODEL.mixture.sample(KEY, 64))
+    for variance in (table, lambda snr: 1 / (1 + snr), tj.guidance.Probe()):
+        guidance = tj.Conjugate(network, bump, variance=variance)
+        assert np.all(np.isfinite(guidance(KEY, T, X, guidance.init(X))[0].tilted))
+    assert tj.Conjugate(network, tj.rewards.Quadratic([0.0, 1.0])).variance is None
+
+
+def test_the_table_of_a_mixture_is_its_own_posterior_variance():
+    table = tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0])).variance
+    np.testing.assert_allclose(
+        jnp.exp(table.log_snr[jnp.asarray([0, -1])]) * 1.3**2, [1e-7, 1e7], rtol=1e-8
+    )
+    np.testing.assert_allclose(
+        jnp.exp(table.log_variance[24]),
+        MODEL.posterior_variance(jnp.exp(table.log_snr[24])),
+        rtol=1e-10,
+    )
 
 
 def test_a_table_that_does_not_reach_is_reported():
@@ -261,7 +287,7 @@ def test_a_multiple_of_a_sum_is_split_too():
         MODEL, 2 * (quadratic + 3 * (quadratic + other)), variance=lambda snr: 1 / (1 + snr)
     )
     assert one.precision == 16
-    np.testing.assert_allclose(one.rest(X), 6 * other(X), rtol=1e-12)
+    np.testing.assert_allclose(one.remainder(X), 6 * other(X), rtol=1e-12)
 
 
 def test_a_kink_at_a_large_scale_is_found_and_kept():
@@ -313,7 +339,7 @@ def test_batches_and_single_precision():
         (lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), draws=3), "must be even, got 3"),
         (
             lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), smoothing=1.0),
-            r"keep must lie in \[0, 1\), got 1",
+            r"smoothing must lie in \[0, 1\), got 1",
         ),
         (
             lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), iterations=0),
@@ -340,7 +366,7 @@ def test_batches_and_single_precision():
             lambda: tj.guidance.toward(
                 MODEL, tj.Analytic(contracts.planar()), tj.rewards.LinearReward([1.0, 0.0])
             ),
-            "states and the path",
+            "states and the interpolant",
         ),
     ],
 )

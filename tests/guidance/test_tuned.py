@@ -477,10 +477,10 @@ def test_networks_in_single_precision_by_batches():
         (lambda: tj.Tuned(*TWO, Monomial(jnp.ones(2), 1.0)), "one number"),
         (lambda: tj.Tuned(*TWO, scale=2.0), "there is none"),
         (lambda: tj.Tuned(*TWO, reward=REWARD, scale=-1.0), "scale must not be negative"),
-        (lambda: tj.Tuned(P, model([1.0], [0.0], [1.0], tj.Linear(2.0))), "same path"),
+        (lambda: tj.Tuned(P, model([1.0], [0.0], [1.0], tj.Linear(2.0))), "same interpolant"),
         (lambda: tj.Tuned(P, tj.Analytic(contracts.planar())), "same states"),
-        (lambda: tj.Annealed(*TWO, lambda t: 2 * t), r"a share.*got 1\.00\d* at t = 0\.50"),
-        (lambda: tj.Annealed(*TWO, lambda t: t - 0.2), r"a share.*got -0\.199 at t = 0\.001"),
+        (lambda: tj.Annealed(*TWO, lambda t: 2 * t), r"in \[0, 1\].*got 1\.00\d* at t = 0\.50"),
+        (lambda: tj.Annealed(*TWO, lambda t: t - 0.2), r"in \[0, 1\].*got -0\.199 at t = 0\.001"),
         (lambda: tj.Annealed(*TWO, lambda t: t * jnp.nan), "got nan at t = 0.001"),
         (lambda: tj.Annealed(*TWO, jnp.nan), "weight must be finite"),
         (
@@ -522,8 +522,8 @@ def test_a_reward_in_the_place_of_the_weight_is_refused():
         tj.Tuned(*TWO, REWARD)
     with pytest.raises(TypeError, match=r"got preference: a reward goes by name, reward="):
         tj.Tuned(*TWO, preference)
-    with pytest.raises(TypeError, match=r"got the class Power: use power\(p\)"):
-        tj.Annealed(*TWO, models.Power)
+    with pytest.raises(TypeError, match=r"got the class PowerWeight: use power\(p\)"):
+        tj.Annealed(*TWO, type(models.power(2.0)))
 
 
 def test_a_tuned_network_is_not_asked_where_it_was_not_trained():

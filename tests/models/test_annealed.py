@@ -103,12 +103,12 @@ def test_two_gaussians_land_where_their_affine_flow_does():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tj.Annealed(BASE, tj.Analytic(PRIOR, tj.Linear(2.0))), "same path"),
+        (lambda: tj.Annealed(BASE, tj.Analytic(PRIOR, tj.Linear(2.0))), "same interpolant"),
         (
             lambda: tj.Annealed(BASE, tj.Analytic(tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]]))),
             "same states",
         ),
-        (lambda: tj.Annealed(BASE, TUNED, 1.5), "weight is a share"),
+        (lambda: tj.Annealed(BASE, TUNED, 1.5), r"weight must lie in \[0, 1\], got 1.5"),
         (lambda: models.step(-0.1), "at"),
         (lambda: models.power(0.0), "p must"),
         (lambda: tj.Annealed(BASE, TUNED, lambda t: jnp.ones(2)).denoise(0.5, X[0]), "one number"),

@@ -414,3 +414,46 @@ def test_a_model_may_prepare_arrays_of_any_dtype():
         assert_close(
             posterior(model).draw(key, t, X), posterior(tj.Analytic(MIXTURE)).draw(key, t, X)
         )
+
+
+SNRS = np.geomspace(1e-7, 1e7, 8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("d", [1, 2, 9, 64])
+def test_the_posterior_variance_of_one_gaussian_is_its_closed_form(d, dtype):
+    s2 = 0.6
+    model = tj.Analytic(contracts.gaussian(np.linspace(-2, 1, d), s2 * np.eye(d), dtype))
+    found = jax.jit(lambda snr: jax.lax.map(model.posterior_variance, snr))(SNRS.astype(dtype))
+    assert found.dtype == dtype
+    rounding = 1e-10 if dtype == jnp.float64 else 2e-5
+    np.testing.assert_allclose(found, s2 / (1 + s2 * SNRS), rtol=rounding)
+
+
+@pytest.mark.parametrize("d", [1, 2, 9, 64])
+def test_the_posterior_variance_of_a_mixture_is_that_of_random_states(d):
+    num, mixture = 2000, contracts.random_mixture(3, d)
+    model = tj.Analytic(mixture)
+    data = mixture.sample(jax.random.key(1), num)
+    noise = jax.random.normal(jax.random.key(2), data.shape)
+
+    @jax.jit
+    def both(snr):
+        t = model.interpolant.time(snr)
+        x = model.interpolant.alpha(t) * data + model.interpolant.sigma(t) * noise
+        return model.posterior_variance(snr), jax.lax.map(
+            lambda x: jnp.trace(model.posterior(t, x).cov()) / d, x, batch_size=250
+        )
+
+    for snr in (1e-2, 1.0, 30.0):
+        nodes, states = both(jnp.asarray(snr))
+        error = float(jnp.std(states)) / np.sqrt(num)
+        assert abs(float(nodes - jnp.mean(states))) < 5 * error + 0.01 * float(nodes)
+
+
+def test_single_precision_has_the_posterior_variance_of_double():
+    models = [tj.Analytic(contracts.planar(dtype)) for dtype in (jnp.float32, jnp.float64)]
+    single, double = (
+        jax.lax.map(model.posterior_variance, jnp.asarray(SNRS, model.dtype)) for model in models
+    )
+    np.testing.assert_allclose(single, double, rtol=1e-4)

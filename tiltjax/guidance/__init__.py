@@ -13,12 +13,12 @@ r"""Guidances: estimates of `log h_t(x) = log E[exp(scale r(X_1)) | X_t = x]` an
 """
 
 from tiltjax.guidance import wrappers
-from tiltjax.guidance._base import Estimate, Guidance, check, failures
-from tiltjax.guidance._conjugate import Conjugate, Fit, Probe, Toward, Variance, toward
+from tiltjax.guidance._base import Estimate, Guidance, check, failure_flags
+from tiltjax.guidance._conjugate import Conjugate, Probe, Variance, toward
 from tiltjax.guidance._doob import Doob
 from tiltjax.guidance._laplace import Laplace
 from tiltjax.guidance._plug_in import PlugIn, dps, fmrg
-from tiltjax.guidance._tuned import Tuned, TunedState
+from tiltjax.guidance._tuned import Tuned
 from tiltjax.guidance.wrappers import (
     Averaged,
     Clipped,
@@ -42,7 +42,6 @@ __all__ = [
     "Variance",
     "Tuned",
     "toward",
-    "Toward",
     "Clipped",
     "Normalized",
     "Unscaled",

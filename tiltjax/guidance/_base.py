@@ -23,8 +23,8 @@ denoiser
 
     D~_t(x) = E[X_1 | X_t = x] under the tilt = D_t(x) + (sigma_t^2 / alpha_t) ∇ log h_t(x).
 
-`log_tilt(x1)` is the exact `scale * r(x1)` at the data end; `final(x1, state)` is what weighted
-paths are completed to, the same unless the target is not a reward's tilt.
+`log_tilt(x1)` is the exact `scale * r(x1)` at the data end; `final_log_potential(x1, state)` is
+what weighted trajectories are completed to, the same unless the target is not a reward's tilt.
 
 References: Dandapanthula and Boffi (arXiv 2606.02884); Chung et al. (arXiv 2209.14687, DPS); FMRG
 is the unscaled flow-map guidance analyzed in the first.
@@ -65,7 +65,7 @@ class Estimate(NamedTuple):
         return cls(denoised + interpolant.tweedie(t) * score, denoised, log_h)
 
     def score(self, interpolant: Interpolant, t: Array) -> Array:
-        """`∇ log h_t(x)`. **Raises:** as `pull`."""
+        """`∇ log h_t(x)`. **Raises:** as `shift`."""
         return self.shift() / interpolant.tweedie(t)
 
     def shift(self) -> Array:
@@ -82,8 +82,8 @@ class Guidance(eqx.Module):
     """An estimator of the tilt's h-function.
 
     Subclasses define `__call__`, `log_tilt` and `model`, the one they guide; `init` if they have
-    memory; and, if the memory is the path's own history rather than a warm start, `follows`,
-    `final` and `check_run`.
+    memory; and, if the memory is the history of a trajectory rather than a warm start,
+    `needs_every_state`, `final_log_potential` and `check_run`.
     """
 
     model: eqx.AbstractVar[Denoiser]
@@ -107,14 +107,14 @@ class Guidance(eqx.Module):
         raise NotImplementedError
 
     def final_log_potential(self, x1: Array, state: Any) -> Array:
-        """What all log-potentials of a path add up to that ends at `x1`, `state` being the memory
-        of its last look: `log_tilt(x1)`.
+        """The sum of all log-potentials of a trajectory that ends at `x1`, `log_tilt(x1)`; `state`
+        is the memory after its last call.
         """
         return self.log_tilt(x1)
 
-    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
-        """Refuse, with a `ValueError`, times or a noise that do not suit; `weighs` is the solver of
-        a weighted run, `None` in `sample`.
+    def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
+        """Refuse, with a `ValueError`, times or a noise that do not suit; `weighted_solver` is the
+        solver of a weighted run, `None` in `sample`.
         """
 
 
@@ -129,7 +129,7 @@ def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
         )
 
 
-def failures(x: Array, estimate: Estimate) -> Array:
+def failure_flags(x: Array, estimate: Estimate) -> Array:
     """Which of `particles.FAILURES` an estimate at a state shows, `(5,)`: a state that is not
     finite explains everything after it.
     """

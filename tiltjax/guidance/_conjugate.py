@@ -23,18 +23,18 @@ parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance `P P / 
 
 **Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by
 more than `1 / v` this loop would oscillate and grow. The draws and the power method find the
-stiffest direction, and the fit moves by the share that stops it; in one iteration it moves no
+stiffest direction, and the fit moves by the fraction that stops it; in one iteration it moves no
 further than two widths of the posterior, where its draws have looked, and widens by no more than
 two.
 
 The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity
 in place of a reward's form.
 
-What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `Step` has none and is
-not seen); far modes that the draws do not reach; rewards that turn within the width of a posterior
-(`scale sin(3 x)` from a scale of about 10 on); one direction far stiffer than hundreds of others,
-which it slows down; rewards that are flat between modes and stiff across (the fit settles on one
-mode and then sees only what is across: `tiltjax.gibbs` is exact for quadratic ones).
+What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `StepReward` has none
+and is not seen); far modes that the draws do not reach; rewards that turn within the width of a
+posterior (`scale sin(3 x)` from a scale of about 10 on); one direction far stiffer than hundreds of
+others, which it slows down; rewards that are flat between modes and stiff across (the fit settles
+on one mode and then sees only what is across: `tiltjax.gibbs` is exact for quadratic ones).
 """
 
 from collections.abc import Callable
@@ -50,9 +50,11 @@ from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.models import Analytic, Denoiser, Model
 
-_FORGET = 0.75  # the share of its precision that the fitted posterior may lose in one iteration
+_LOST_PRECISION = (
+    0.75  # the fraction of its precision that the fitted posterior may lose in one iteration
+)
 _SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a table of the variance: over the noise's own variance
-_REACH = 2.0  # how far its mean may move, in widths
+_WIDTHS = 2.0  # how far its mean may move, in widths
 
 
 class Variance(eqx.Module):
@@ -71,17 +73,9 @@ class Variance(eqx.Module):
         )
 
 
-def _variance_of(model: Model) -> Variance:
-    """The table of an `Analytic` model. **Raises:** `ValueError` for a network, whose table takes
-    many calls.
-    """
-    if not isinstance(model, Analytic):
-        raise ValueError(
-            "Conjugate needs the denoiser's mean squared error of this network, variance=: "
-            "calibrate(key, model) measures it "
-            "once, Probe() estimates it at each state by a derivative, and a function of the snr "
-            "states it"
-        )
+@eqx.filter_jit
+def _variance_of(model: Analytic) -> Variance:
+    """The table of a mixture, without a network."""
     model = _pytree.cast(model, model.dtype)
     interpolant = model.interpolant
     widest = (
@@ -155,17 +149,17 @@ class Conjugate(Guidance):
     - `model`; `reward`, differentiable almost everywhere and without jumps; `scale >= 0`.
     - `iterations`: refinements of the fit an evaluation, from the previous step's.
     - `draws`: an even number, antithetic pairs.
-    - `smoothing`: the share of the previous curvature kept in each iteration, in [0, 1). It
+    - `smoothing`: the weight of the previous curvature in each iteration, in [0, 1). It
       averages the draws' noise over steps: steadier for stiff rewards; for smooth ones 0 has the
       smaller bias (on the checkerboard 1% of the trace instead of 6%).
-    - `variance`: `v(snr)`, from `calibrate(key, model)`, or any function; calibrated here by
-      default. Or `Probe()`.
+    - `variance`: `v(snr)`, from `calibrate(key, model)`, or any function, or `Probe()`. An
+      `Analytic` model alone needs none: its own is computed here.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of
       different widths in different directions.
 
-    The network is asked at `snr_t + c`: on a path with a cleanest level (`DiscreteVP`) end the grid
-    where that is still inside and jump, `times=[..., 1.0]`. Beyond the table `v` is NaN, which a
-    run reports.
+    The network is called at `snr_t + c`: on a path with a cleanest level (`DiscreteVP`) end the
+    grid where that is still inside and jump, `times=[..., 1.0]`. Beyond the table `v` is NaN, which
+    a run reports.
 
     `log_h` is exact for a conjugate reward on an `Analytic` model, and otherwise `None`: to weigh
     particles, use this as a proposal beside another twist.
@@ -176,7 +170,7 @@ class Conjugate(Guidance):
 
     model: Model
     reward: rewards.Reward
-    rest: rewards.Reward | None
+    remainder: rewards.Reward | None
     natural: Array
     precision: Array
     scale: Array
@@ -206,12 +200,10 @@ class Conjugate(Guidance):
         self.draws = _checks.count(draws, "draws")
         if self.draws % 2:
             raise ValueError(f"draws come in antithetic pairs: draws must be even, got {draws}")
-        self.smoothing = _checks.nonnegative(smoothing, "smoothing")
-        if _checks.concrete(self.smoothing) and np.asarray(self.smoothing) >= 1:
-            raise ValueError(f"keep must lie in [0, 1), got {float(self.smoothing):g}")
+        self.smoothing = _checks.in_range(smoothing, "smoothing", 0, 1, closed="left")
         self.anisotropic = _checks.flag(anisotropic, "anisotropic")
         zero = jnp.zeros((), model.dtype)
-        self.natural, self.precision, self.rest = _split(
+        self.natural, self.precision, self.remainder = _split(
             self.reward, (jnp.zeros(model.shape, model.dtype), zero)
         )
         if (
@@ -221,16 +213,20 @@ class Conjugate(Guidance):
             raise ValueError(
                 "the conjugate terms of this reward are convex together (c = "
                 f"{float(self.precision) * float(self.scale):g} < 0): at the noise "
-                "end their tilt does not exist. Tilted can be asked where snr_t + c > 0; PlugIn "
-                "guides from the start"
+                "end their tilt does not exist. Tilted can be evaluated where snr_t + c > 0; "
+                "PlugIn guides from the start"
             )
-        if self.rest is not None and variance is None:
+        if self.remainder is not None and variance is None:
+            if not isinstance(model, Analytic):
+                raise ValueError(
+                    "Conjugate needs variance=, the denoiser's mean squared error of this network: "
+                    "calibrate(key, model) measures it once, Probe() estimates it at each state by "
+                    "a derivative, or pass a function of the snr"
+                )
             variance = _variance_of(model)
-        self.variance = (
-            variance
-            if variance is None or isinstance(variance, eqx.Module)
-            else _pytree.Function(variance, "variance")
-        )
+        if variance is not None and not isinstance(variance, eqx.Module):
+            variance = _pytree.Function(variance, "variance")
+        self.variance = variance
 
     def init(self, x: Array) -> Fit:
         """No tilt; the stiffest direction is looked for from that of `x`."""
@@ -244,15 +240,15 @@ class Conjugate(Guidance):
         )
 
     def __call__(self, key: Array, t: Array, x: Array, state: Fit) -> tuple[Estimate, Fit]:
-        path = self.model.interpolant
-        snr = path.snr(t) + self.scale * self.precision
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x + self.scale * self.natural
+        interpolant = self.model.interpolant
+        snr = interpolant.snr(t) + self.scale * self.precision
+        natural = interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x + self.scale * self.natural
 
         def denoised(a: Array, c: Array) -> Array:
-            return self.model.denoise(*path.observe(snr + c, natural + a))
+            return self.model.denoise(*interpolant.observe(snr + c, natural + a))
 
-        rest = self.rest
-        if rest is None:
+        remainder = self.remainder
+        if remainder is None:
             log_h = None
             if isinstance(self.model, Analytic):
                 posterior = self.model.posterior(t, x)
@@ -261,7 +257,7 @@ class Conjugate(Guidance):
                 )
                 log_h = log_h + self.log_tilt(jnp.zeros_like(x))  # the reward's constant
             return Estimate(denoised(state.natural, state.precision), log_h=log_h), state
-        gradient = jax.grad(lambda x1: self.scale * rewards.value(rest, x1))
+        gradient = jax.grad(lambda x1: self.scale * rewards.value(remainder, x1))
 
         def refine(fit: Fit, key: Array) -> tuple[Fit, None]:
             a, c = fit.natural, fit.precision
@@ -277,49 +273,46 @@ class Conjugate(Guidance):
                 spread = jnp.sum(w**2) / (variance * len(w))
             else:
                 w, spread = width * draws, jnp.asarray(x.size, x.dtype)
-            ahead, behind = (
-                jax.vmap(lambda w, sign=sign: gradient(z + sign * w))(w) for sign in (1, -1)
-            )
-            bent = (behind - ahead) / 2
-            fitted = jnp.sum(w * bent) / (variance * len(w))
-            turned = (gradient(z - width * fit.stiff) - gradient(z + width * fit.stiff)) / (
+            plus = jax.vmap(lambda w: gradient(z + w))(w)
+            minus = jax.vmap(lambda w: gradient(z - w))(w)
+            curved = (minus - plus) / 2  # -H w of each draw
+            fitted = jnp.sum(w * curved) / (variance * len(w))
+            along_stiff = (gradient(z - width * fit.stiff) - gradient(z + width * fit.stiff)) / (
                 2 * width
             )
 
             mix = lambda old, new: self.smoothing * old + (1 - self.smoothing) * new
-            fresh = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
+            new = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
             # The fit may sharpen at once, and forgets by and by: draws that have jumped over a kink
             # see none of its curvature.
-            least = c - _FORGET / variance
-            fresh = fresh._replace(fitted=jnp.maximum(fresh.fitted, least * fresh.spread))
+            least = c - _LOST_PRECISION / variance
+            new = new._replace(fitted=jnp.maximum(new.fitted, least * new.spread))
             # z answers to `a` with the gain v, and `a` to z with c - stiffness. Where v (stiffness
-            # - c) > 1 that loop oscillates and grows: move by the share that would end it in one
+            # - c) > 1 that loop oscillates and grows: move by the fraction that would end it in one
             # step if it were linear.
             stiffness = jnp.maximum(
-                jnp.sum(fit.stiff * turned), jnp.max(jax.vmap(_steepness)(w, bent))
+                jnp.sum(fit.stiff * along_stiff), jnp.max(jax.vmap(_steepness)(w, curved))
             )
             gain = (
-                variance
-                if isinstance(self.variance, Probe)
-                else self.variance(snr + fresh.precision)
+                variance if isinstance(self.variance, Probe) else self.variance(snr + new.precision)
             )
-            excess = gain * (stiffness - fresh.precision)
-            share = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
-            slope = jnp.mean(ahead + behind, axis=0) / 2
+            excess = gain * (stiffness - new.precision)
+            fraction = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
+            slope = jnp.mean(plus + minus, axis=0) / 2
             # One step of the power method; the shift makes the most concave direction the dominant
             # one, not the most convex.
-            stiff = _unit(turned + _length(turned) * fit.stiff, fit.stiff)
+            stiff = _unit(along_stiff + _length(along_stiff) * fit.stiff, fit.stiff)
             # Where the posterior would move to if it were Gaussian: no further than the draws have
             # looked.
-            moved = (slope - a + c * z) / (1 / variance + fresh.precision - c)
-            share = jnp.minimum(
-                share, _REACH * jnp.sqrt(variance * x.size) / jnp.maximum(_length(moved), 1e-30)
+            move = (slope - a + c * z) / (1 / variance + new.precision - c)
+            fraction = jnp.minimum(
+                fraction, _WIDTHS * jnp.sqrt(variance * x.size) / jnp.maximum(_length(move), 1e-30)
             )
             point, slope = (
-                fit.point + share * (z - fit.point),
-                fit.slope + share * (slope - fit.slope),
+                fit.point + fraction * (z - fit.point),
+                fit.slope + fraction * (slope - fit.slope),
             )
-            return fresh._replace(point=point, slope=slope, stiff=stiff), None
+            return new._replace(point=point, slope=slope, stiff=stiff), None
 
         state, _ = jax.lax.scan(refine, state, jax.random.split(key, self.iterations))
         return Estimate(denoised(state.natural, state.precision)), state
@@ -336,12 +329,14 @@ def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Arra
     return z, jnp.maximum(slope, jnp.finfo(natural.dtype).tiny)
 
 
-def _steepness(w: Array, bent: Array) -> Array:
-    """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex one, which
+def _steepness(w: Array, curved: Array) -> Array:
+    """`|C w| / |w|` for `curved = C w`, at least the curvature along w; 0 along a convex one, which
     needs no restraint.
     """
     along = _length(w)
-    return jnp.where(_linalg.inner(w, bent) > 0, _length(bent) / jnp.where(along > 0, along, 1), 0)
+    return jnp.where(
+        _linalg.inner(w, curved) > 0, _length(curved) / jnp.where(along > 0, along, 1), 0
+    )
 
 
 def _length(x: Array) -> Array:
@@ -409,13 +404,15 @@ def toward(
 ) -> Toward:
     """A tilted model (`Tilted`, or a reward-fine-tuned network) as a guidance of the base `model`.
 
-    **Arguments:** `model`; `tilted`, on the same path and states; `reward` and `scale`, what it is
-    tilted by.
+    **Arguments:** `model`; `tilted`, of the same states and interpolant; `reward` and `scale`, what
+    it is tilted by.
 
     **Raises:** `ValueError` for models of other states, or on other paths.
     """
     _checks.instance(model, Denoiser, "model", "toward(model, tilted, reward, scale)")
     _checks.instance(tilted, Denoiser, "tilted", "such as Tilted(model, reward, scale)")
     if model.shape != tilted.shape or not _pytree.same(model.corruption, tilted.corruption):
-        raise ValueError("the tilted model must have the states and the path of the base model")
+        raise ValueError(
+            "the tilted model must have the states and the interpolant of the base model"
+        )
     return Toward(model, tilted, rewards.as_reward(reward), _checks.nonnegative(scale, "scale"))

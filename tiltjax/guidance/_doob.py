@@ -18,7 +18,7 @@ class Doob(Guidance):
     **Arguments:** `model`; `log_h(t, x) -> scalar`, differentiable in x and valid up to t = 1, such
     as `theory.log_h(prior, reward, scale)`.
 
-    **Raises:** `ValueError` for a `log_h` of another path. Source: Doob (1957).
+    **Raises:** `ValueError` for a `log_h` of another interpolant. Source: Doob (1957).
     """
 
     model: Model
@@ -26,13 +26,13 @@ class Doob(Guidance):
 
     def __init__(self, model: Model, log_h: Callable):
         _checks.instance(model, Model, "model", "Doob(model, log_h)")
-        path = getattr(log_h, "interpolant", model.interpolant)
-        if _checks.concrete((path, model.interpolant)) and not _pytree.same(
-            path, model.interpolant
+        interpolant = getattr(log_h, "interpolant", model.interpolant)
+        if _checks.concrete((interpolant, model.interpolant)) and not _pytree.same(
+            interpolant, model.interpolant
         ):
             raise ValueError(
-                f"log_h belongs to the path {path}, the model to {model.interpolant}: give both "
-                "the same one"
+                f"log_h belongs to the interpolant {interpolant}, the model to "
+                f"{model.interpolant}: give both the same one"
             )
         self.model = model
         self.log_h = _pytree.Function(log_h, "log_h")

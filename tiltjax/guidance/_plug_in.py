@@ -57,10 +57,10 @@ class PlugIn(Guidance):
         return self.posterior.model
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
-        path = self.model.interpolant
+        interpolant = self.model.interpolant
         # Apart, not split: a law that draws nothing has its key never hashed.
         key_scale, key_draws = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        scale = self.scale(key_scale, path.snr(t), t, jax.lax.stop_gradient(x))
+        scale = self.scale(key_scale, interpolant.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> tuple[Array, Array]:
             # Of the network, the step needs D(x) and a draw may: one call serves both, and the
@@ -71,7 +71,7 @@ class PlugIn(Guidance):
             return jax.nn.logsumexp(tilts) - jnp.log(self.k), denoised
 
         (value, denoised), score = jax.value_and_grad(log_h, has_aux=True)(x)
-        return Estimate.from_score(path, t, denoised, value, score), state
+        return Estimate.from_score(interpolant, t, denoised, value, score), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale.final * self.reward(x1)

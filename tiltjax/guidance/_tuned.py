@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, rewards
 from tiltjax.guidance._base import Estimate, Guidance
-from tiltjax.models import Model, Weight, check_pair, mixed, weight_at, weight_schedule
+from tiltjax.models import Model, Weight, average, check_pair, weight_at, weight_schedule
 from tiltjax.solvers import Ancestral, Solver
 
 
@@ -40,12 +40,12 @@ class Tuned(Guidance):
     `Annealed(base, tuned, weight)` does, and `log_h` says nothing. It sees every state of a path,
     also where a schedule weighs nothing: two denoiser calls for each.
 
-    **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: as in
-    `Annealed` (a function of t as an Equinox module), by default 1, and any finite number, also
-    outside [0, 1], where the weights of particles may have heavy tails and `p^(1 - g) q^g` must
-    have an integral; `reward` and `scale >= 0`: of the tilt. **Raises:** `ValueError` for models
-    that do not fit together, a weight that is not finite at some time, a scale without a reward;
-    `TypeError` for a function in the place of the weight.
+    **Arguments:** `base`, `tuned`: models of the same states with the same interpolant; `weight`:
+    as in `Annealed` (a function of t as an Equinox module), by default 1, and any finite number,
+    also outside [0, 1], where the weights of particles may have heavy tails and `p^(1 - g) q^g`
+    must have an integral; `reward` and `scale >= 0`: of the tilt. **Raises:** `ValueError` for
+    models that do not fit together, a weight that is not finite at some time, a scale without a
+    reward; `TypeError` for a function in the place of the weight.
     """
 
     base: Model
@@ -75,11 +75,10 @@ class Tuned(Guidance):
                 "reward=; a weight is a number, power(p), step(f), or a function of t as an "
                 "equinox.Module"
             )
-        self.weight = (
-            weight_schedule(weight, base.dtype, share=False)
-            if callable(weight)
-            else _checks.finite(weight, "weight", 0)
-        )
+        if callable(weight):
+            self.weight = weight_schedule(weight, base.dtype)
+        else:
+            self.weight = _checks.finite(weight, "weight", 0)
         self.reward = None if reward is None else rewards.as_reward(reward)
         self.scale = _checks.nonnegative(scale, "scale")
         if reward is None and not (_checks.concrete(scale) and np.asarray(scale) == 1):
@@ -95,19 +94,19 @@ class Tuned(Guidance):
     def needs_every_state(self) -> bool:
         return True
 
-    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
+    def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
         """Refuse times at which the tuned model was not trained, and weighted runs whose noise is
         not `Ancestral(1)`'s.
         """
         self.tuned.check_times(times)
-        if weighs is None:
+        if weighted_solver is None:
             return
-        eta = weighs.eta if isinstance(weighs, Ancestral) else None
+        eta = weighted_solver.eta if isinstance(weighted_solver, Ancestral) else None
         if eta is None or (_checks.concrete(eta) and np.asarray(eta) != 1):
             got = (
                 f"Ancestral({float(np.asarray(eta)):g})"
                 if eta is not None
-                else type(weighs).__name__
+                else type(weighted_solver).__name__
             )
             raise ValueError(
                 "Tuned weighs by the ratio of two models' densities, which paths tell under "
@@ -115,7 +114,7 @@ class Tuned(Guidance):
             )
 
     def init(self, x: Array) -> TunedState:
-        """Nothing is seen yet: no state comes after t = 1."""
+        """The memory before the first call: no state comes after t = 1."""
         zero = jnp.zeros((), x.dtype)
         return TunedState(
             jnp.ones((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros_like(x), zero
@@ -126,11 +125,10 @@ class Tuned(Guidance):
     ) -> tuple[Estimate, TunedState]:
         t = jnp.asarray(t, x.dtype)
         base, tuned = self.base.denoise(t, x), self.tuned.denoise(t, x)
-        log_ratio = state.log_ratio + self._gained(state, t, x)
-        share = weight_at(self.weight, t)
-        return Estimate(mixed(share, base, tuned), base, share * log_ratio), TunedState(
-            t, x, base, tuned, log_ratio
-        )
+        log_ratio = state.log_ratio + self._log_ratio_of_step(state, t, x)
+        g = weight_at(self.weight, t)
+        estimate = Estimate(average(g, base, tuned), base, g * log_ratio)
+        return estimate, TunedState(t, x, base, tuned, log_ratio)
 
     def log_tilt(self, x1: Array) -> Array:
         if self.reward is None:
@@ -145,19 +143,19 @@ class Tuned(Guidance):
             return self.log_tilt(x1)
         return weight_at(self.weight, jnp.ones_like(state.t)) * state.log_ratio
 
-    def _gained(self, seen: TunedState, t: Array, x: Array) -> Array:
-        """`log K_q / K_p` of the step from what was seen to `(t, x)`; 0 where that is no step
+    def _log_ratio_of_step(self, last: TunedState, t: Array, x: Array) -> Array:
+        """`log K_q / K_p` of the step from the last state to `(t, x)`; 0 where that is no step
         forward, as in stages of a flow's solver.
         """
-        later = t > seen.t
+        later = t > last.t
         # Any two times will do where there was no step: both sides of a select need a value.
         kernel = Ancestral(jnp.ones_like(t)).kernel(
-            self.base.interpolant, jnp.where(later, seen.t, 0.25), jnp.where(later, t, 0.5)
+            self.base.interpolant, jnp.where(later, last.t, 0.25), jnp.where(later, t, 0.5)
         )
         moves = later & (
             kernel.std > 0
         )  # times so close that rounding leaves no noise between them
         std = jnp.where(moves, kernel.std, 1.0)
-        noise = (x - kernel.keep * seen.x - kernel.gain * seen.base) / std
-        shift = kernel.gain * (seen.tuned - seen.base) / std
+        noise = (x - kernel.keep * last.x - kernel.gain * last.base) / std
+        shift = kernel.gain * (last.tuned - last.base) / std
         return jnp.where(moves, _linalg.inner(shift, noise - shift / 2), 0.0)

@@ -54,8 +54,8 @@ class Wrapper(Guidance):
     def final_log_potential(self, x1: Array, state: Any) -> Array:
         return self.guidance.final_log_potential(x1, state)
 
-    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
-        self.guidance.check_run(times, weighs)
+    def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
+        self.guidance.check_run(times, weighted_solver)
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         raise NotImplementedError
@@ -72,8 +72,8 @@ class Wrapper(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         estimate, state = self.guidance(key, t, x, state)
-        extra = (self.factor(t, estimate) - 1) * estimate.shift()
-        return estimate._replace(tilted=estimate.tilted + extra), state
+        change = (self.factor(t, estimate) - 1) * estimate.shift()
+        return estimate._replace(tilted=estimate.tilted + change), state
 
 
 class Clipped(Wrapper):
@@ -128,10 +128,10 @@ class Unscaled(Wrapper):
 
 
 class Window(Wrapper):
-    """`guidance` at the times `start <= t < stop`; at others nothing is pulled, and neither its
+    """`guidance` at the times `start <= t < stop`; at others there is no guidance, and neither its
     reward nor its draws are evaluated.
 
-    Outside its `log_h` is 0, a twist that knows nothing: weights stay exact, as they end with
+    Outside its `log_h` is 0, a twist without information: weights stay exact, as they end with
     `log_tilt`, and become uneven. Its memory rests. The steps i to j - 1 of a grid are the window
     `(times[i], times[j])`.
 
@@ -147,14 +147,12 @@ class Window(Wrapper):
     def __init__(self, guidance: Guidance, start: float | Array, stop: float | Array = 1.0):
         _check_memoryless(guidance, "Window")
         self.guidance = guidance
-        self.start, self.stop = _checks.nonnegative(start, "start"), _checks.positive(stop, "stop")
-        if (
-            _checks.concrete((self.start, self.stop))
-            and not float(self.start) < float(self.stop) <= 1
-        ):
+        self.start = _checks.in_range(start, "start", 0, 1, closed="left")
+        self.stop = _checks.in_range(stop, "stop", 0, 1, closed="right")
+        ends = self.start, self.stop
+        if _checks.concrete(ends) and not np.asarray(self.start) < np.asarray(self.stop):
             raise ValueError(
-                "a window lies between 0 and 1 and begins before it ends: start < stop <= 1, got "
-                f"[{float(self.start):g}, {float(self.stop):g})"
+                f"start must be below stop, got [{float(self.start):g}, {float(self.stop):g})"
             )
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
@@ -215,7 +213,7 @@ class NormDamped(Wrapper):
 
 
 class Averaged(Guidance):
-    """k independent draws of a random guidance, weighed by what each found:
+    """k independent draws of a random guidance, weighed by what each log_hs:
     `log h = log mean exp(log h_i)`, `s = sum_i softmax(log h)_i s_i`.
 
     Of a plug-in of one draw it is the plug-in of k. It differs where each draw is wrapped by
@@ -251,28 +249,28 @@ class Averaged(Guidance):
             return *estimate, state
 
         keys = jax.random.split(key, self.k)
-        tilted, denoised, found, state = jax.vmap(draw, out_axes=(0, None, 0, 0))(keys, state)
-        if found is None or denoised is None:
+        tilted, denoised, log_hs, state = jax.vmap(draw, out_axes=(0, None, 0, 0))(keys, state)
+        if log_hs is None or denoised is None:
             raise ValueError(
                 f"{type(self.guidance).__name__} gives no log_h or no unguided denoiser, by which "
                 "its draws would be averaged"
             )
-        weights = jax.nn.softmax(found).astype(x.dtype)
-        pull = jnp.tensordot(weights, tilted - denoised[None], 1)
-        log_h = jax.nn.logsumexp(found) - jnp.log(np.asarray(self.k, found.dtype))
-        return Estimate(denoised + pull, denoised, log_h), state
+        weights = jax.nn.softmax(log_hs).astype(x.dtype)
+        shift = jnp.tensordot(weights, tilted - denoised[None], 1)
+        log_h = jax.nn.logsumexp(log_hs) - jnp.log(np.asarray(self.k, log_hs.dtype))
+        return Estimate(denoised + shift, denoised, log_h), state
 
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
 
-    def check_run(self, times: Array, weighs: Solver | None = None) -> None:
-        self.guidance.check_run(times, weighs)
+    def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
+        self.guidance.check_run(times, weighted_solver)
 
 
 def _check_memoryless(guidance: Guidance, name: str) -> None:
     _checks.instance(guidance, Guidance, "guidance", f"{name} wraps one, such as PlugIn")
     if guidance.needs_every_state:
         raise ValueError(
-            f"{type(guidance).__name__} has to see every state of its own path, and can be neither "
+            f"{type(guidance).__name__} needs every state of its own trajectory and can be neither "
             "interrupted nor drawn several times at a state"
         )

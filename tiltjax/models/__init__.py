@@ -8,17 +8,15 @@ r"""Models of the base law: anything that knows the denoiser `D_t(x) = E[X_1 | X
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
 
-`Denoiser` is what samplers ask of any model; `Model` is that of states that are numbers.
+`Model` is their base class, `Denoiser` that of models of any states, also of tokens.
 """
 
 from tiltjax.models._analytic import Analytic
 from tiltjax.models._annealed import (
     Annealed,
-    Power,
-    Step,
     Weight,
+    average,
     check_pair,
-    mixed,
     power,
     step,
     weight_at,
@@ -29,8 +27,7 @@ from tiltjax.models._checkerboard import SCALE, Checkerboard
 from tiltjax.models._network import (
     Net,
     Network,
-    ask,
-    checked,
+    call_network,
     from_denoiser,
     from_noise,
     from_velocity,

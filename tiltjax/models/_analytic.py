@@ -17,16 +17,14 @@ _NODES = 256  # of each component
 
 
 def _normal_nodes(num: int, dim: int) -> np.ndarray:
-    """`num` quasi-random points of `N(0, I)`, `(num, dim)`: the lattice of the generalized golden
-    ratio, in pairs of opposites.
+    """`num` quasi-random points of `N(0, I)`, `(num, dim)`, in pairs of opposites: the additive
+    recurrence of the generalized golden ratio, the root of `phi^(dim + 1) = phi + 1`.
     """
-    ratio = 2.0
+    phi = 2.0
     for _ in range(32):
-        ratio = (1 + ratio) ** (1 / (dim + 1))
-    uniform = (0.5 + np.outer(np.arange(1, num // 2 + 1), ratio ** -np.arange(1.0, dim + 1))) % 1
-    half = np.asarray(
-        [[NormalDist().inv_cdf(u) for u in row] for row in np.clip(uniform, 1e-12, 1 - 1e-12)]
-    )
+        phi = (1 + phi) ** (1 / (dim + 1))
+    uniform = (0.5 + np.outer(np.arange(1, num // 2 + 1), phi ** -np.arange(1.0, dim + 1))) % 1
+    half = np.vectorize(NormalDist().inv_cdf)(uniform)
     return np.concatenate([half, -half])
 
 
@@ -61,8 +59,9 @@ class Analytic(Model):
         return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
 
     def prepare(self, t: Array) -> Any:
-        path = self.interpolant
-        return noisy_components(self.mixture, path.alpha(t), path.sigma(t)) if self._prepares else t
+        if not self._prepares:
+            return t
+        return noisy_components(self.mixture, self.interpolant.alpha(t), self.interpolant.sigma(t))
 
     def denoise_prepared(self, prepared: Any, x: Array) -> Array:
         return posterior_mean(prepared, x) if self._prepares else self.denoise(prepared, x)
@@ -80,19 +79,20 @@ class Analytic(Model):
             mixture.covs + sigma**2 * jnp.eye(d, dtype=nodes.dtype)[None]
         )
 
-        def spread(x: Array) -> Array:
-            return jnp.trace(mixture.condition(jnp.ones_like(sigma), sigma, x).cov())
+        def trace_of_cov(x: Array) -> Array:
+            posterior = mixture.condition(jnp.ones_like(sigma), sigma, x)
+            between = jnp.sum((posterior.means - posterior.mean()[None]) ** 2, axis=1)
+            return posterior.weights @ (jnp.trace(posterior.covs, axis1=1, axis2=2) + between)
 
         def component(weight: Array, mean: Array, root: Array) -> Array:
-            return weight * jnp.mean(jax.vmap(lambda node: spread(mean + root @ node))(nodes))
+            return weight * jnp.mean(jax.vmap(lambda node: trace_of_cov(mean + root @ node))(nodes))
 
         return jnp.sum(jax.vmap(component)(mixture.weights, mixture.means, roots)) / d
 
     @property
     def _prepares(self) -> bool:
-        return (
-            is_small(self.mixture) and type(self).denoise is Analytic.denoise
-        )  # a subclass may know another one
+        # A subclass may define another denoiser.
+        return is_small(self.mixture) and type(self).denoise is Analytic.denoise
 
     def posterior(self, t: Array, x: Array) -> GaussianMixture:
         """The law of `X_1` given `X_t = x`."""

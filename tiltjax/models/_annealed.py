@@ -1,7 +1,7 @@
 r"""Between a base model and one that was fine-tuned on a reward: `Annealed`, a model, and `Tuned`,
 a guidance whose weights make it exact.
 
-With the share `g(t)` of the tuned model, rising from 0 (noise) to 1 (data),
+With the weight `g(t)` of the tuned model, rising from 0 (noise) to 1 (data),
 
     D = (1 - g) D_base + g D_tuned,
 
@@ -39,9 +39,9 @@ is the kernel at D, up to a factor, so that a step weighs
 
 and weighted particles are `p_t^(1 - g) q_t^g` at each time, up to its integral, whose log at `g(1)`
 is `log_norm`. For a constant g this is the Feynman-Kac corrector of geometric means (Skreta et al.,
-arXiv 2503.02819); at g = 1 and g = 0 the chains of the two models, without weights. A share beyond
+arXiv 2503.02819); at g = 1 and g = 0 the chains of the two models, without weights. A weight beyond
 [0, 1] extrapolates: with an unconditional base and a conditional `tuned`, g > 1 is classifier-free
-guidance, corrected. No step of a constant share in [0, 1] weighs more than 1; beyond, all weigh at
+guidance, corrected. No step of a constant weight in [0, 1] weighs more than 1; beyond, all weigh at
 least 1, without a bound, and weights may have heavy tails.
 
 Which schedule leads to `g(1)` is a matter of variance and of the laws on the way: the potentials of
@@ -50,7 +50,7 @@ chain Q. What finite steps cost: a kernel of variance s^2 leaves out how `X_1` v
 so that L strays from `log q_t / p_t` by about the square root of a step, and the end,
 `E_P[exp(g(1) L) ...]` exactly, is off the geometric mean by the order of one.
 
-**With a reward** the same object is an amortized proposal: the pull is the tuned model's, and the
+**With a reward** the same object is an amortized proposal: the shift is the tuned model's, and the
 twist is the value function it has learned. At the optimum of KL-regularized fine-tuning q is the
 tilt, and `L_t = log h_t(x_t) - log Z` along each path; weights are then even, and say otherwise how
 far from the tilt the tuned model is (`audit`). The target is the tilt of the base, whatever was
@@ -70,10 +70,10 @@ from tiltjax import _checks, _pytree, rewards
 from tiltjax.interpolants import Interpolant
 from tiltjax.models._base import Model
 
-_LOOKS = 1000  # at how many times of a default run a schedule is tried
+_CHECKED_TIMES = 1000  # of a weight schedule
 
 
-class Power(eqx.Module):
+class PowerWeight(eqx.Module):
     """`t^p`; what `power` builds."""
 
     p: Array
@@ -82,7 +82,7 @@ class Power(eqx.Module):
         return t**self.p
 
 
-class Step(eqx.Module):
+class StepWeight(eqx.Module):
     """0 before `at`, then 1; what `step` builds."""
 
     at: Array
@@ -91,14 +91,14 @@ class Step(eqx.Module):
         return jnp.where(t < self.at, jnp.zeros_like(t), jnp.ones_like(t))
 
 
-def power(p: float | Array = 2.0) -> Power:
+def power(p: float | Array = 2.0) -> PowerWeight:
     """The weight `t^p`, p > 0: the larger, the longer the base model speaks."""
-    return Power(_checks.positive(p, "p"))
+    return PowerWeight(_checks.positive(p, "p"))
 
 
-def step(at: float | Array = 0.6) -> Step:
+def step(at: float | Array = 0.6) -> StepWeight:
     """The base model before time `at`, the tuned one from then on. `at` is a scalar."""
-    return Step(_share(at, "at"))
+    return StepWeight(_checks.in_range(at, "at", 0, 1))
 
 
 Weight = Callable[[Array], Array] | float | Array | None
@@ -112,7 +112,7 @@ class Annealed(Model):
 
     **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: `power(p)`
     (by default of 1) or `step(f)`, any function of t with values in [0, 1], or a number.
-    **Raises:** `ValueError` for models that do not fit together, or a weight that is no share at
+    **Raises:** `ValueError` for models that do not fit together, or a weight outside [0, 1] at
     some time.
     """
 
@@ -123,12 +123,11 @@ class Annealed(Model):
     def __init__(self, base: Model, tuned: Model, weight: Weight = None):
         check_pair(base, tuned, "Annealed")
         self.base, self.tuned = base, tuned
-        weight = Power(jnp.ones(())) if weight is None else weight
-        self.weight = (
-            weight_schedule(weight, base.dtype, share=True)
-            if callable(weight)
-            else _share(weight, "weight")
-        )
+        weight = PowerWeight(jnp.ones(())) if weight is None else weight
+        if callable(weight):
+            self.weight = weight_schedule(weight, base.dtype, unit_range=True)
+        else:
+            self.weight = _checks.in_range(weight, "weight", 0, 1)
 
     @property
     def interpolant(self) -> Interpolant:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -151,11 +150,11 @@ class Annealed(Model):
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, self.dtype)
-        return mixed(weight_at(self.weight, t), self.base.denoise(t, x), self.tuned.denoise(t, x))
+        return average(weight_at(self.weight, t), self.base.denoise(t, x), self.tuned.denoise(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, self.dtype)
-        return mixed(
+        return average(
             weight_at(self.weight, t), self.base.denoise_batch(t, x), self.tuned.denoise_batch(t, x)
         )
 
@@ -173,16 +172,16 @@ def check_pair(base: Model, tuned: Model, name: str) -> None:
         )
     if not _pytree.same(base.interpolant, tuned.interpolant):
         raise ValueError(
-            f"base and tuned must be on the same path, got {base.interpolant} and "
+            f"base and tuned must have the same interpolant, got {base.interpolant} and "
             f"{tuned.interpolant}: "
             "Rescheduled(tuned, base.interpolant) is the tuned one on the other's"
         )
 
 
-def mixed(share: Array, base: Array, tuned: Array) -> Array:
+def average(weight: Array, base: Array, tuned: Array) -> Array:
     """`(1 - share) base + share tuned`."""
     # In this form one of two equal models is returned to the last bit.
-    return base + share * (tuned - base)
+    return base + weight * (tuned - base)
 
 
 def weight_at(weight: Any, t: Array) -> Array:
@@ -193,16 +192,9 @@ def weight_at(weight: Any, t: Array) -> Array:
     return value
 
 
-def _share(value: float | Array, name: str) -> Array:
-    value = _checks.nonnegative(value, name)
-    if _checks.concrete(value) and np.asarray(value) > 1:
-        raise ValueError(f"{name} is a share, a number in [0, 1], got {float(value):g}")
-    return value
-
-
-def weight_schedule(weight: Callable, dtype: Any, *, share: bool) -> eqx.Module:
+def weight_schedule(weight: Callable, dtype: Any, *, unit_range: bool = False) -> eqx.Module:
     """A function of t as a module, tried at the times of a fine run if its values can be read:
-    finite, and in [0, 1] if it is to be a share.
+    finite, and in [0, 1] for `unit_range`.
     """
     if isinstance(weight, rewards.Reward | type):
         what = (
@@ -218,19 +210,15 @@ def weight_schedule(weight: Callable, dtype: Any, *, share: bool) -> eqx.Module:
     if not _checks.concrete(module):
         return module
     with jax.ensure_compile_time_eval():
-        times = jnp.linspace(1e-3, 1.0, _LOOKS, dtype=dtype)
+        times = jnp.linspace(1e-3, 1.0, _CHECKED_TIMES, dtype=dtype)
         values = jax.vmap(lambda t: weight_at(module, t))(times)
     if not _checks.concrete(values):  # a function of something that is being traced
         return module
-    values, slack = np.asarray(values), 8 * float(jnp.finfo(dtype).eps) if share else np.inf
+    values, slack = np.asarray(values), 8 * float(jnp.finfo(dtype).eps) if unit_range else np.inf
     wrong = ~np.isfinite(values) | (values < -slack) | (values > 1 + slack)
     if np.any(wrong):
         first = int(np.argmax(wrong))
-        rule = (
-            "a share, in [0, 1] (Tuned takes others, and weighs them)"
-            if share
-            else "a finite number"
-        )
+        rule = "in [0, 1] (Tuned takes any number)" if unit_range else "a finite number"
         raise ValueError(
             f"weight(t) must be {rule}, got {values[first]:g} at t = {float(times[first]):.4g}"
         )

@@ -159,7 +159,7 @@ class Model(Denoiser):
             )
 
     def check_guided_start(self, t: Array) -> None:
-        """Refuse to guide from where nothing of the data is seen: a guidance moves the state by
+        """Refuse to guide from where `alpha_t = 0`: a guidance moves the state by
         `sigma^2 / alpha` times a score.
         """
         if (
@@ -172,25 +172,25 @@ class Model(Denoiser):
             )
 
     def network_query(self) -> tuple[Interpolant, Array | float]:
-        """`(path, ahead)`: at time t the network at the bottom of this model is asked where `path`
-        has the snr `snr_t + ahead`.
+        """`(interpolant, added)`: at time t this model calls its network where the network's
+        `interpolant` has the snr `snr_t + added`.
         """
         return self.interpolant, 0.0
 
     def _trained_everywhere(self) -> bool:
         """Whether no time can be wrong: a network of this very path, trained on all of it."""
-        path, ahead = self.network_query()
-        itself = path is self.interpolant and isinstance(ahead, float) and ahead == 0
-        return itself and type(path).snr_range is Interpolant.snr_range
+        interpolant, added = self.network_query()
+        itself = interpolant is self.interpolant and isinstance(added, float) and added == 0
+        return itself and type(interpolant).snr_range is Interpolant.snr_range
 
     def check_times(self, times: Array) -> None:
-        """Refuse, with a `ValueError`, times below 1 at which the network would be asked where it
+        """Refuse, with a `ValueError`, times below 1 at which the network would be called where it
         was not trained.
         """
         if not _checks.concrete((self, times)) or self._trained_everywhere():
             return
         with jax.ensure_compile_time_eval():
-            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+            snr, lowest, highest, start, end = map(np.asarray, _network_snr(self, times))
         # Near t = 1 an snr takes more rounding, 1 / (1 - t) of a time's, and levels are far apart.
         early, late = snr < (1 - _ROUNDING) * lowest, snr > 1.001 * highest
         outside = (early | late) & (np.asarray(times) < 1)
@@ -198,7 +198,7 @@ class Model(Denoiser):
             return
         first = np.argmax(outside)
         where = (
-            f"at t = {np.asarray(times)[first]:g} the network would be asked at snr = "
+            f"at t = {np.asarray(times)[first]:g} the network would be called at snr = "
             f"{snr[first]:.4g}, and was trained from "
             f"{lowest:.4g} to {highest:.4g}: "
         )
@@ -221,7 +221,7 @@ class Model(Denoiser):
         if not _checks.concrete(self) or self._trained_everywhere():
             return times
         with jax.ensure_compile_time_eval():
-            snr, lowest, highest, start, end = map(np.asarray, _asked(self, times))
+            snr, lowest, highest, start, end = map(np.asarray, _network_snr(self, times))
             early, late = 0 <= snr[0] < lowest, snr[-2] > highest
             start = max(np.ceil(1e6 * start) / 1e6, 1e-3) if early else 1e-3
             end = (
@@ -234,18 +234,18 @@ class Model(Denoiser):
             return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times
 
     def grid_at(self, network_times: _checks.Numbers) -> Array:
-        """The grid, for `sample(..., times=)`, on which the network is asked at the given times of
+        """The grid, for `sample(..., times=)`, on which the network is called at the given times of
         its own path, and at no others.
 
         For networks that know certain noise levels only: `model.grid_at(interpolant.clock(levels))`
-        with a `DiscreteVP`. They are the times at which `snr_t + ahead` is the network's snr, and 1
+        with a `DiscreteVP`. They are the times at which `snr_t + added` is the network's snr, and 1
         at the end, the jump to the denoiser.
 
         **Arguments:** `network_times`, increasing, below 1. **Raises:** `ValueError` for those at
         which this model never asks.
         """
         network_times = _checks.finite(network_times, "network_times", 1)
-        times, snr, lowest, earliest = _outer_times(self, network_times)
+        times, snr, lowest, earliest = _own_times(self, network_times)
         if _checks.concrete(times):
             never = (np.asarray(snr) < (1 - _ROUNDING) * np.asarray(lowest)) | (
                 np.asarray(network_times) >= 1
@@ -280,31 +280,31 @@ class Model(Denoiser):
 
 
 @eqx.filter_jit
-def _asked(model: Model, times: Array) -> tuple[Array, ...]:
-    """The snr at which the network is asked, the range on which it was trained, and that range in
+def _network_snr(model: Model, times: Array) -> tuple[Array, ...]:
+    """The snr at which the network is called, the range on which it was trained, and that range in
     times of the model.
     """
     model, times = _pytree.cast((model, times), model.dtype)
-    own, (path, ahead) = model.interpolant, model.network_query()
-    lowest, highest = path.snr_range()
+    own, (interpolant, added) = model.interpolant, model.network_query()
+    lowest, highest = interpolant.snr_range()
     return (
-        jax.vmap(own.snr)(times) + ahead,
+        jax.vmap(own.snr)(times) + added,
         lowest,
         highest,
-        own.time(lowest - ahead),
-        own.time(highest - ahead),
+        own.time(lowest - added),
+        own.time(highest - added),
     )
 
 
 @eqx.filter_jit
-def _outer_times(model: Model, inner: Array) -> tuple[Array, ...]:
+def _own_times(model: Model, network_times: Array) -> tuple[Array, ...]:
     """The model's times for those of its network, the snr of these, the least one it asks at, and
     the time of that.
     """
-    model, inner = _pytree.cast((model, inner), model.dtype)
-    own, (path, ahead) = model.interpolant, model.network_query()
-    start = own.snr(jnp.zeros((), inner.dtype))
-    snr = jax.vmap(path.snr)(inner)
+    model, network_times = _pytree.cast((model, network_times), model.dtype)
+    own, (interpolant, added) = model.interpolant, model.network_query()
+    start = own.snr(jnp.zeros((), network_times.dtype))
+    snr = jax.vmap(interpolant.snr)(network_times)
     # A level that is the start itself may come out a rounding error before it.
-    times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - ahead, start)), 0)
-    return times, snr, start + ahead, path.time(start + ahead)
+    times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - added, start)), 0)
+    return times, snr, start + added, interpolant.time(start + added)

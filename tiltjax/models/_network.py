@@ -1,5 +1,4 @@
-r"""A user's network `fn(t, x)` as a pytree, and its answer for one sample, alone or as a row of a
-batch.
+r"""A user's network `fn(t, x)` as a pytree and as a model.
 
 Everything around a network is written for one sample and vmapped. One that wants a batch is called
 with as many rows as the `vmap`s around the call make, forwards and backwards: its kernels never see
@@ -37,13 +36,14 @@ class Net(_pytree.KeepsDtype):
         return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
 
 
-def ask(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
-    """The answer of a network, of `shape`, for one sample; one that wants a batch gets as many rows
-    as `vmap`s around this make.
+def call_network(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
+    """The output of a network, of `shape`, for one sample; a network of batches gets as many rows
+    as the `vmap`s around this call make.
     """
     if batched:
-        return checked(_call_in_batches(net, t[None], x[None]), (1, *shape), x.shape, batched)[0]
-    return checked(net(t, x), shape, x.shape, batched)
+        output = _call_in_batches(net, t[None], x[None])
+        return _check_output(output, (1, *shape), x.shape, batched)[0]
+    return _check_output(net(t, x), shape, x.shape, batched)
 
 
 def _check_signature(fn: Callable, params: PyTree) -> None:
@@ -60,7 +60,9 @@ def _check_signature(fn: Callable, params: PyTree) -> None:
         return
 
 
-def checked(output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool) -> Array:
+def _check_output(
+    output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool
+) -> Array:
     """What a network has returned, if it is of `shape`. **Raises:** `ValueError` if not."""
     got = getattr(output, "shape", None)
     if got != shape:
@@ -161,19 +163,17 @@ class Network(Model):
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
-        output = ask(self.net, t, x, x.shape, self.batched)
+        output = call_network(self.net, t, x, x.shape, self.batched)
         return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
         if not self.batched:
             return super().denoise_batch(t, x)
         t = jnp.asarray(t, x.dtype)
-        output = checked(
-            self.net(jnp.broadcast_to(t, len(x)), x), x.shape, x.shape[1:], True
-        ).astype(x.dtype)
-        return jax.vmap(lambda x, output: self.to_denoised(self.interpolant, t, x, output))(
-            x, output
-        )
+        output = self.net(jnp.broadcast_to(t, len(x)), x)
+        output = _check_output(output, x.shape, x.shape[1:], True).astype(x.dtype)
+        to_denoised = lambda x, output: self.to_denoised(self.interpolant, t, x, output)
+        return jax.vmap(to_denoised)(x, output)
 
 
 def from_velocity(

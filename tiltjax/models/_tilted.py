@@ -26,9 +26,10 @@ starts from pure noise nothing is off,
     Tilted(Rescheduled(model, Linear()), reward, scale),
 
 and with `c` at least the network's lowest snr, it is asked nothing noisier than it was trained on.
-A network that knows a table of levels is asked at these only on the grid
-`times(path.clock(levels))`, which starts at the first level whose snr is at least c: in pure noise,
-at t = 0, if c is that snr, and with data forgotten as above the further that level is away.
+A network that knows a table of levels is evaluated at these only on the grid
+`grid_at(interpolant.clock(levels))`, which starts at the first level whose snr is at least c: in
+pure noise, at t = 0, if c is that snr, and with data forgotten as above the further that level is
+away.
 """
 
 from typing import Any
@@ -47,9 +48,9 @@ class Rescheduled(Model):
     as much.
 
     Exact for posterior means, which a denoiser under classifier-free guidance, or a thresholded
-    one, is not. It is a model like any other: to sample, to tilt, to guide. The network is asked at
-    `snr_t` of the new path; `sample` refuses times at which that is outside of what it was trained
-    on.
+    one, is not. It is a model like any other: to sample, to tilt, to guide. The network is
+    evaluated at `snr_t` of the new interpolant; `sample` refuses times at which that is outside of
+    what it was trained on.
 
     **Arguments:** `model`; `interpolant`, the new path, `Linear()` by default.
     """
@@ -76,15 +77,15 @@ class Rescheduled(Model):
         return self.model.dtype
 
     def denoise(self, t: Array, x: Array) -> Array:
-        return self.model.denoise(*self._asked(t, x))
+        return self.model.denoise(*self._query(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
-        return self.model.denoise_batch(*self._asked(t, x))
+        return self.model.denoise_batch(*self._query(t, x))
 
-    def _asked(self, t: Array, x: Array) -> tuple[Array, Array]:
+    def _query(self, t: Array, x: Array) -> tuple[Array, Array]:
         """`(t*, x*)`, for one state or a batch of them."""
-        path = self.interpolant
-        return self.model.interpolant.observe(path.snr(t), path.alpha(t) / path.sigma(t) ** 2 * x)
+        new = self.interpolant
+        return self.model.interpolant.observe(new.snr(t), new.alpha(t) / new.sigma(t) ** 2 * x)
 
     def network_query(self) -> tuple[Interpolant, Array | float]:
         return self.model.network_query()
@@ -94,14 +95,14 @@ class Tilted(Model):
     """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one call of the
     inner denoiser.
 
-    For `-l |x - y|^2` (c = 2 l) the inner model is asked at `snr_t + c`, later than the clock says.
-    For linear rewards (c = 0) it is asked at the same time at a displaced state: at the start, t =
-    eps, at `|x*|` about `scale |a| sigma^2 / eps`, far outside what a network was trained on, so
-    that there "exact" is a statement about exact denoisers. For c < 0 the denoiser is right
-    wherever `snr_t + c > 0`, but sampling has no closed-form start. A diffusion model is better
+    For `-l |x - y|^2` (c = 2 l) the inner model is evaluated at `snr_t + c`, later than t. For
+    linear rewards (c = 0) it is evaluated at t, at a displaced state: at the start, t = eps, at
+    `|x*|` about `scale |a| sigma^2 / eps`, far outside what a network was trained on, so that there
+    "exact" is a statement about exact denoisers. For c < 0 the denoiser is right wherever
+    `snr_t + c > 0`, but sampling has no closed-form start. A diffusion model is better
     rescheduled first (see above).
 
-    **Arguments:** `model`; `reward`, `rewards.Linear`, `rewards.Quadratic` with a scalar weight,
+    **Arguments:** `model`; `reward`, `LinearReward`, `rewards.Quadratic` with a scalar weight,
     sums and multiples; `scale >= 0`.
 
     **Raises:** `ValueError` if the reward is not conjugate.
@@ -142,20 +143,21 @@ class Tilted(Model):
         return self.model.dtype
 
     def denoise(self, t: Array, x: Array) -> Array:
-        return self.model.denoise(*self._asked(t, x))
+        return self.model.denoise(*self._query(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
-        return self.model.denoise_batch(*self._asked(t, x))
+        return self.model.denoise_batch(*self._query(t, x))
 
-    def _asked(self, t: Array, x: Array) -> tuple[Array, Array]:
+    def _query(self, t: Array, x: Array) -> tuple[Array, Array]:
         """`(t*, x*)`, for one state or a batch of them."""
-        path = self.interpolant
-        natural = path.alpha(t) / path.sigma(t) ** 2 * x + jnp.broadcast_to(self.natural, x.shape)
-        return path.observe(path.snr(t) + self.precision, natural)
+        interpolant = self.interpolant
+        likelihood = interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x
+        natural = likelihood + jnp.broadcast_to(self.natural, x.shape)
+        return interpolant.observe(interpolant.snr(t) + self.precision, natural)
 
     def network_query(self) -> tuple[Interpolant, Array | float]:
-        path, ahead = self.model.network_query()
-        return path, ahead + self.precision
+        interpolant, added = self.model.network_query()
+        return interpolant, added + self.precision
 
     def check_start(self, t: Array) -> None:
         self.model.check_start(t)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding, external, grids
-from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.guidance import Estimate, Guidance, check, failure_flags
 from tiltjax.models import Denoiser
 from tiltjax.particles import FAILURES, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -117,7 +117,7 @@ def _sample(
             )
         estimate = _pytree.cast(estimate, model.dtype)
         # What follows a first failure in the same step is its consequence.
-        return estimate.tilted, (memory, failed | (failures(x, estimate) & ~jnp.any(failed)))
+        return estimate.tilted, (memory, failed | (failure_flags(x, estimate) & ~jnp.any(failed)))
 
     def advance(carry, scanned):
         x, memory = carry

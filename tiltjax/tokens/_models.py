@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from tiltjax import _checks, _sharding
-from tiltjax.models import Denoiser, Net, ask
+from tiltjax.models import Denoiser, Net, call_network
 from tiltjax.solvers import Solver
 from tiltjax.tokens._unmask import Masking, Unmask
 
@@ -235,7 +235,7 @@ class Logits(Masked):
     def predict(self, x: Array) -> Array:
         # The fraction that is shown is the network's only time.
         t = jnp.mean(x != self.mask, dtype=self.dtype)
-        logits = ask(self.net, t, x, self.denoised_shape, self.batched)
+        logits = call_network(self.net, t, x, self.denoised_shape, self.batched)
         return jax.nn.softmax(logits.astype(self.dtype), axis=-1)
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
-from tiltjax.guidance import Estimate, Guidance, failures
+from tiltjax.guidance import Estimate, Guidance, failure_flags
 from tiltjax.models import Denoiser
 from tiltjax.particles import FAILURES, Particles, Trace, effective, weight_dtype
 from tiltjax.samplers import check_run, map_particles
@@ -267,7 +267,7 @@ def _smc(
             )
         else:
             denoised = base()
-        failed = failures(x, Estimate(denoised + guidance_shift, denoised, log_h))
+        failed = failure_flags(x, Estimate(denoised + guidance_shift, denoised, log_h))
         return denoised, guidance_shift, log_h, (of_guidance, of_twist), failed
 
     def start(i: Array) -> _Particle:

@@ -196,7 +196,7 @@ class FluxModel(models.Model):
         # guided step serves its gradient too.
         batched = parts.transformer.attention != "xla"
         net = models.Net(_velocity if batched else _velocity_of_one, arguments)
-        return x + (t - end) * models.ask(net, times, x, x.shape, batched=batched)
+        return x + (t - end) * models.call_network(net, times, x, x.shape, batched=batched)
 
 
 class Lookahead(Posterior):
