@@ -78,8 +78,8 @@ def test_a_bonus_is_largest_where_nothing_is_known():
 
 def test_heads_agree_where_queries_were_and_differ_elsewhere():
     learned = fit(tj.search.surrogates.Bootstrap(6, width=32, steps=300))
-    seen = jax.vmap(learned.answers)(jnp.asarray(X))
-    unseen = jax.vmap(learned.answers)(jnp.asarray(4 * X))
+    seen = jax.vmap(learned.values)(jnp.asarray(X))
+    unseen = jax.vmap(learned.values)(jnp.asarray(4 * X))
     assert np.mean((np.asarray(seen).mean(1) - Y) ** 2) < 0.1 * Y.var()
     assert np.asarray(unseen).std(1).mean() > 3 * np.asarray(seen).std(1).mean()
     np.testing.assert_allclose(learned(jnp.asarray(X[0])), np.asarray(seen)[0].max(), rtol=1e-12)
