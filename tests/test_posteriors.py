@@ -307,5 +307,5 @@ def test_renoising_by_nothing_is_the_flow_map_and_by_much_forgets_the_state():
 
 
 def test_renoising_cannot_remove_noise():
-    with pytest.raises(ValueError, match=r"snr_factor must lie in \[1, inf\], got 0\.5"):
+    with pytest.raises(ValueError, match=r"snr_factor must lie in \[1, inf\), got 0\.5"):
         tj.posteriors.Renoise(tj.Analytic(contracts.planar()), 0.5)
