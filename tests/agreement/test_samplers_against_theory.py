@@ -84,7 +84,7 @@ METHODS = {
     "plug-in": (lambda m, r, s: tj.PlugIn(tj.Exact(m), r, s), theory.plug_in_field),
     "damped": (
         lambda m, r, s: tj.PlugIn(tj.Exact(m), r, tj.Damped(s, 0.8)),
-        lambda p, r, s, path: theory.plug_in_field(p, r, tj.Damped(s, 0.8), path),
+        lambda p, r, s, interpolant: theory.plug_in_field(p, r, tj.Damped(s, 0.8), interpolant),
     ),
     "dps": (tj.dps, theory.dps_field),
     "Laplace": (tj.Laplace, theory.doob_field),
@@ -95,25 +95,25 @@ METHODS = {
 SOLVERS = (tj.Euler(), tj.Heun(), tj.Heun(share_draw=True), tj.Ancestral(), tj.Ancestral(0.4))
 WIDE = tj.Linear(1.6)
 ROWS = (
-    [("plug-in", solver, path) for solver in SOLVERS for path in (tj.Linear(), WIDE)]
+    [("plug-in", solver, interpolant) for solver in SOLVERS for interpolant in (tj.Linear(), WIDE)]
     + [(method, tj.Heun(), WIDE) for method in METHODS if method != "plug-in"]
     + [(method, tj.Ancestral(0.4), WIDE) for method in METHODS if method != "plug-in"]
     + [(method, tj.Euler(), WIDE) for method in ("damped", "dps")]
 )
 
 
-@pytest.mark.parametrize(("method", "solver", "path"), ROWS)
-def test_a_guided_sampler_has_its_discrete_law(method, solver, path):
+@pytest.mark.parametrize(("method", "solver", "interpolant"), ROWS)
+def test_a_guided_sampler_has_its_discrete_law(method, solver, interpolant):
     prior, reward = general()
-    model, scale, times = tj.Analytic(single(prior), path), 1.5, jnp.linspace(1e-3, 1, 13)
+    model, scale, times = tj.Analytic(single(prior), interpolant), 1.5, jnp.linspace(1e-3, 1, 13)
     build, field = METHODS[method]
     if method == "Doob":
-        guidance = tj.Doob(model, theory.log_h(prior, reward, scale, path))
+        guidance = tj.Doob(model, theory.log_h(prior, reward, scale, interpolant))
     else:
         guidance = build(model, reward, scale)
     x = tj.sample(jax.random.key(1), model, guidance, num=100_000, times=times, solver=solver).x
     assert_moments(
-        x, theory.discrete_law(field(prior, reward, scale, path), times=times, solver=solver)
+        x, theory.discrete_law(field(prior, reward, scale, interpolant), times=times, solver=solver)
     )
 
 
@@ -227,16 +227,16 @@ def test_fmrg_has_its_law(s2, scale):
 
 
 @pytest.mark.parametrize(
-    ("name", "path"),
+    ("name", "interpolant"),
     [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")]
     + [("noniso", WIDE)],
 )
-def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, path):
+def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, interpolant):
     problem = tj.problems.get(name)
     truth = theory.tilt(problem.prior, problem.reward, problem.scale)
-    model, num, times = tj.Analytic(problem.prior, path), 20_000, jnp.linspace(1e-4, 1, 101)
+    model, num, times = tj.Analytic(problem.prior, interpolant), 20_000, jnp.linspace(1e-4, 1, 101)
     tilted = tj.Tilted(model, problem.reward, problem.scale)
-    doob = tj.Doob(model, theory.log_h(problem.prior, problem.reward, problem.scale, path))
+    doob = tj.Doob(model, theory.log_h(problem.prior, problem.reward, problem.scale, interpolant))
     statistics = {
         "x": lambda x: x,
         "squares": lambda x: x**2,
@@ -294,7 +294,7 @@ def test_softmax_of_n_tends_to_the_tilt():
     )
 
 
-@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("d", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_many_draws_have_their_law(d):
     # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.
     prior = tj.GaussianMixture([1.0], [np.zeros(d)], [0.5 * np.eye(d)])

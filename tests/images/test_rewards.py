@@ -363,7 +363,7 @@ def test_image_reward_says_what_is_cut_or_wrong():
     with pytest.warns(UserWarning, match="reads 35 tokens"):
         reward = rewards.image_reward("a" * 36, ImageReward().eval())
     with pytest.raises(ValueError, match="use Decoded on latents"):
-        reward.answer(np.zeros((1, 4, 4, 16)))
+        reward.evaluate(np.zeros((1, 4, 4, 16)))
 
 
 class Processor:

@@ -9,7 +9,7 @@ import pytest
 import theory
 import tiltjax as tj
 
-PATHS = [tj.Linear(), tj.Linear(1.7)]
+INTERPOLANTS = [tj.Linear(), tj.Linear(1.7)]
 
 
 @pytest.mark.parametrize("name", tj.problems.NAMES)
@@ -26,50 +26,54 @@ def test_log_h_is_log_norm_at_noise_and_the_reward_at_data(name):
 
 
 @pytest.mark.parametrize("name", ["noniso", "step", "bump", "double_well"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("interpolant", INTERPOLANTS)
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
-def test_log_h_matches_a_conditional_expectation_on_a_grid(name, path, t):
+def test_log_h_matches_a_conditional_expectation_on_a_grid(name, interpolant, t):
     problem = tj.problems.get(name)
     d = problem.prior.dim
     x = jnp.array([0.7, 1.1])[:d]
     grid = theory.quadrature.tilt(problem.prior, problem.reward, 0.0)
     t = jnp.asarray(t)
-    log_view = -jnp.sum((x[None] - path.alpha(t) * grid.centers) ** 2, axis=1) / (
-        2 * path.sigma(t) ** 2
+    log_view = -jnp.sum((x[None] - interpolant.alpha(t) * grid.centers) ** 2, axis=1) / (
+        2 * interpolant.sigma(t) ** 2
     )
     log_posterior = grid.log_masses + log_view
     reward = problem.scale * jax.vmap(problem.reward)(grid.centers)
     expected = jax.nn.logsumexp(log_posterior + reward) - jax.nn.logsumexp(log_posterior)
-    got = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))(t, x)
+    got = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, interpolant))(
+        t, x
+    )
     assert np.isclose(got, expected, rtol=0, atol=1e-4 if name == "double_well" else 1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_tilted_marginal_is_p_times_h_over_z(path):
+@pytest.mark.parametrize("interpolant", INTERPOLANTS)
+def test_the_tilted_marginal_is_p_times_h_over_z(interpolant):
     problem = tj.problems.noniso()
     tilt = theory.tilt(problem.prior, problem.reward, problem.scale)
-    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))
+    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, interpolant))
     for t in (0.2, 0.6, 0.95):
         x = jnp.array([0.5, 0.8])
-        left = theory.marginal(tilt.mixture, t, path).log_prob(x)
+        left = theory.marginal(tilt.mixture, t, interpolant).log_prob(x)
         right = (
-            theory.marginal(problem.prior, t, path).log_prob(x)
+            theory.marginal(problem.prior, t, interpolant).log_prob(x)
             + log_h(jnp.asarray(t), x)
             - tilt.log_norm
         )
         assert np.isclose(left, right, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_gradient_of_log_h_moves_the_denoiser_to_the_tilted_one(path):
+@pytest.mark.parametrize("interpolant", INTERPOLANTS)
+def test_the_gradient_of_log_h_moves_the_denoiser_to_the_tilted_one(interpolant):
     problem = tj.problems.quadratic()
-    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, path))
-    model = tj.Analytic(problem.prior, path)
-    tilted = tj.Analytic(theory.tilt(problem.prior, problem.reward, problem.scale).mixture, path)
+    log_h = eqx.filter_jit(theory.log_h(problem.prior, problem.reward, problem.scale, interpolant))
+    model = tj.Analytic(problem.prior, interpolant)
+    tilted = tj.Analytic(
+        theory.tilt(problem.prior, problem.reward, problem.scale).mixture, interpolant
+    )
     conjugate = tj.Tilted(model, problem.reward, problem.scale)
     for t in (0.1, 0.5, 0.9):
         t, x = jnp.asarray(t), jnp.array([0.3, 0.9])
-        moved = model.denoise(t, x) + path.tweedie(t) * jax.grad(log_h, argnums=1)(t, x)
+        moved = model.denoise(t, x) + interpolant.tweedie(t) * jax.grad(log_h, argnums=1)(t, x)
         np.testing.assert_allclose(moved, tilted.denoise(t, x), atol=1e-10)
         np.testing.assert_allclose(conjugate.denoise(t, x), tilted.denoise(t, x), atol=1e-10)
 

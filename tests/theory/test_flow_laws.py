@@ -108,14 +108,16 @@ class Trigonometric(tj.interpolants.Interpolant):
         return jnp.arctan(jnp.sqrt(snr)) * 2 / jnp.pi
 
 
-@pytest.mark.parametrize("path", [tj.Linear(), tj.Linear(1.7), Trigonometric()])
-def test_fmrg_law_solves_the_flow(path):
+@pytest.mark.parametrize("interpolant", [tj.Linear(), tj.Linear(1.7), Trigonometric()])
+def test_fmrg_law_solves_the_flow(interpolant):
     prior, reward = (
         line(0.5, 0.3),
         tj.rewards.Quadratic([2.0], weight=[0.8]) + tj.rewards.LinearReward([0.3]),
     )
-    law = theory.fmrg_law(prior, reward, 0.6, path)
-    mean, std = ode_law(theory.fmrg_field(prior, reward, 0.6, path), 0.5, path.sigma(jnp.zeros(())))
+    law = theory.fmrg_law(prior, reward, 0.6, interpolant)
+    mean, std = ode_law(
+        theory.fmrg_field(prior, reward, 0.6, interpolant), 0.5, interpolant.sigma(jnp.zeros(()))
+    )
     np.testing.assert_allclose(law.means[0, 0], mean, atol=2e-6)
     np.testing.assert_allclose(np.sqrt(law.covs[0, 0, 0]), std, atol=2e-6)
 

@@ -37,9 +37,11 @@ def weighted_mean(delta, q, k, nodes=1201):
     step = 0.2
     for tau in np.arange(-np.log(k) - 36, u.max() + 4, step):
         race = np.minimum(tau - u, 10.0)
-        kept = mass * np.exp(-np.exp(race))
-        total += step * k * (kept * np.exp(race) * r).sum(axis=1) * kept.sum(axis=1) ** (k - 1)
-        if kept.sum(axis=1).max() ** (k - 1) < 1e-12:
+        survival = mass * np.exp(-np.exp(race))
+        total += (
+            step * k * (survival * np.exp(race) * r).sum(axis=1) * survival.sum(axis=1) ** (k - 1)
+        )
+        if survival.sum(axis=1).max() ** (k - 1) < 1e-12:
             break
     return total
 
@@ -79,21 +81,23 @@ def test_the_shrinkage_in_more_dimensions_is_an_expectation_over_pairs_of_draws(
     z, dz = np.linspace(-8, 8, 61, retstep=True)
     mass = np.exp(-(z**2) / 2) * dz / np.sqrt(2 * np.pi)
     if d == 1:
-        rest, share = np.zeros(1), np.ones(1)
+        rest, weight_across = np.zeros(1), np.ones(1)
     else:
-        rest, share = np.polynomial.legendre.leggauss(80)
+        rest, weight_across = np.polynomial.legendre.leggauss(80)
         rest = (np.sqrt(d) + 7) * (rest + 1) / 2
-        share = share * np.exp((d - 2) * np.log(rest) - rest**2 / 2)
-        share /= share.sum()
+        weight_across = weight_across * np.exp((d - 2) * np.log(rest) - rest**2 / 2)
+        weight_across /= weight_across.sum()
     along = np.repeat(delta + z, len(rest))
-    weight = np.outer(mass, share).ravel()
+    weight = np.outer(mass, weight_across).ravel()
     u = q * (along**2 + np.tile(rest**2, len(z)))
     got = 2 * (weight * along) @ (scipy.special.expit(u[None, :] - u[:, None]) @ weight)
     phi = many_draws.shrinkage(jnp.asarray(q), jnp.asarray(q * delta**2), 2, d)
     np.testing.assert_allclose(phi * delta, got, rtol=1e-7 if d <= 20 else 1e-5)
 
 
-@pytest.mark.parametrize(("k", "scale", "y"), [(2, 3.0, 2.5), (64, 0.8, -1.5)])
+@pytest.mark.parametrize(
+    ("k", "scale", "y"), [pytest.param(2, 3.0, 2.5, marks=pytest.mark.slow), (64, 0.8, -1.5)]
+)
 def test_moments_and_quantiles_on_the_line_solve_the_flow(k, scale, y):
     s = 0.5**0.5
     a, target = scale * 0.5, y / s
@@ -165,10 +169,10 @@ def test_density_transport_and_sampling_are_of_one_law():
     got = law(8, d=d, mean=0.3)
     z = jnp.linspace(-1.0, 0.8, d)
     x, push = jax.linearize(got.transport, z)
-    pull = jax.linear_transpose(push, z)
+    transpose = jax.linear_transpose(push, z)
     jacobian, backward = (
         jax.vmap(fn, out_axes=axis)(jnp.eye(d))
-        for fn, axis in ((push, 1), (lambda y: pull(y)[0], 0))
+        for fn, axis in ((push, 1), (lambda y: transpose(y)[0], 0))
     )
     np.testing.assert_allclose(backward, jacobian, rtol=1e-12, atol=1e-12)
     normal = -jnp.sum(z**2) / 2 - d / 2 * jnp.log(2 * jnp.pi)
@@ -178,6 +182,7 @@ def test_density_transport_and_sampling_are_of_one_law():
     assert np.all(np.abs(np.mean(x, axis=0) - got.mean()) < error)
 
 
+@pytest.mark.slow
 def test_the_law_compiles_maps_and_differentiates():
     def moments(scale, s2, y):
         prior = tj.GaussianMixture([1.0], [[0.1, 0.0]], s2 * jnp.eye(2)[None])
@@ -206,6 +211,7 @@ def test_the_law_compiles_maps_and_differentiates():
         )
 
 
+@pytest.mark.slow
 def test_the_log_density_differentiates():
     def log_prob(scale, x):
         prior = tj.GaussianMixture([1.0], [[0.1]], [[[0.5]]])

@@ -145,6 +145,7 @@ def test_rewards_without_closed_form_go_by_quadrature():
     assert tilted.wasserstein(grid) < 2e-4
 
 
+@pytest.mark.slow
 def test_the_law_compiles_maps_and_its_masses_differentiate():
     prior, reward, _ = modes(3.0)
     law = lambda scale: theory.mean_drift_law(prior, reward, scale)
@@ -158,7 +159,7 @@ def test_the_law_compiles_maps_and_its_masses_differentiate():
 
 def test_refusals_say_why_and_what_to_use():
     prior, reward, scale = modes(3.0)
-    with pytest.raises(ValueError, match=r"Step has no gradient.*leave the prior as it is"):
+    with pytest.raises(ValueError, match=r"StepReward has no gradient.*leave the prior as it is"):
         theory.mean_drift_law(prior, 2.0 * tj.rewards.StepReward(1.0) + reward, scale)
     with pytest.raises(ValueError, match="got dimension 2"):
         theory.mean_drift_law(tj.problems.quadratic().prior, tj.rewards.Quadratic([0.0, 1.0]), 1.0)

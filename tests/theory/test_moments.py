@@ -101,12 +101,12 @@ def diffusion(scale):
     return end[:2], end[2:].reshape(2, 2)
 
 
-def flow_map(scale, path, breaks=()):
+def flow_map(scale, interpolant, breaks=()):
     """The same three particles under flow-map guidance, in the image of the flow map, by roots from
     an eigendecomposition.
     """
     values, axes = np.linalg.eigh(COV)
-    coefficients = jax.jit(lambda t: (path.alpha(t), path.sigma(t)))
+    coefficients = jax.jit(lambda t: (interpolant.alpha(t), interpolant.sigma(t)))
 
     def rhs(t, z):
         alpha, sigma = map(float, coefficients(t))
@@ -126,12 +126,14 @@ def witness(name):
         return diffusion(1.3)
     if name in ("plug-in", "damped"):
         return flow(1.3 if name == "plug-in" else tj.Damped(1.3, 0.8))
-    path = PATHS[name]
-    breaks = [float(LEVELS.clock(i)) for i in range(16, -1, -1)][1:] if path is LEVELS else ()
-    return flow_map(0.6, path, breaks)
+    interpolant = INTERPOLANTS[name]
+    breaks = (
+        [float(LEVELS.clock(i)) for i in range(16, -1, -1)][1:] if interpolant is LEVELS else ()
+    )
+    return flow_map(0.6, interpolant, breaks)
 
 
-PATHS = {
+INTERPOLANTS = {
     "linear": tj.Linear(1.7),
     "trigonometric": contracts.Trigonometric(0.6),
     "vp": tj.VP(),
@@ -142,8 +144,10 @@ LAWS = {
     "damped": lambda prior, reward: theory.plug_in_law(prior, reward, tj.Damped(1.3, 0.8)),
     "sde": lambda prior, reward: theory.sde_law(prior, reward, 1.3),
     **{
-        name: lambda prior, reward, path=path: theory.fmrg_law(prior, reward, 0.6, path)
-        for name, path in PATHS.items()
+        name: lambda prior, reward, interpolant=interpolant: theory.fmrg_law(
+            prior, reward, 0.6, interpolant
+        )
+        for name, interpolant in INTERPOLANTS.items()
     },
 }
 
@@ -167,13 +171,13 @@ def test_commuting_matrices_give_the_closed_forms(variances, strength):
         tj.rewards.Quadratic(TARGET, weight=[0.5, 1.0]),
     )
     form, scale = theory.quadratic_form(reward, 2), jnp.asarray(strength)
-    damped, path = tj.Damped(scale, 0.4), PATHS["vp"]
+    damped, interpolant = tj.Damped(scale, 0.4), INTERPOLANTS["vp"]
     pairs = [
         (_moments.plug_in_moments(prior, form, damped), theory.plug_in_law(prior, reward, damped)),
         (_moments.sde_moments(prior, form, damped), theory.sde_law(prior, reward, damped)),
         (
-            _moments.fmrg_moments(prior, form, scale, path),
-            theory.fmrg_law(prior, reward, scale, path),
+            _moments.fmrg_moments(prior, form, scale, interpolant),
+            theory.fmrg_law(prior, reward, scale, interpolant),
         ),
     ]
     for got, closed in pairs:
@@ -210,9 +214,9 @@ def test_runs_approach_the_laws():
 def test_runs_on_paths_that_begin_with_data_approach_the_law_of_flow_map_guidance(name):
     prior = contracts.gaussian([2.0, -1.0], COV)
     reward = tj.rewards.Quadratic(TARGET, weight=[1.0, 0.4])
-    law = theory.fmrg_law(prior, reward, 0.3, PATHS[name])
+    law = theory.fmrg_law(prior, reward, 0.3, INTERPOLANTS[name])
     mean, cov = extrapolated(
-        theory.fmrg_field(prior, reward, 0.3, PATHS[name]), tj.Euler(), 17 * 200
+        theory.fmrg_field(prior, reward, 0.3, INTERPOLANTS[name]), tj.Euler(), 17 * 200
     )
     np.testing.assert_allclose(mean, law.means, rtol=0, atol=2e-5)
     np.testing.assert_allclose(cov, law.covs, rtol=0, atol=2e-5)
@@ -355,7 +359,7 @@ def test_more_than_one_draw_is_refused_with_what_to_do_instead():
         theory.plug_in_law(plane, isotropic, tj.Damped(1.0, 0.7), k=4)
     with pytest.raises(
         ValueError,
-        match=r"mixture of 2: ask for one component, GaussianMixture.*PlugIn\(..., k=4\)",
+        match=r"mixture of 2: take one component, GaussianMixture.*PlugIn\(..., k=4\)",
     ):
         theory.plug_in_law(contracts.planar(), isotropic, 1.0, k=4)
     with pytest.raises(ValueError, match=r"isotropic covariance.*k=1.*PlugIn\(..., k=4\)"):

@@ -51,15 +51,15 @@ def witness(kind, scale, times, eta, c0):
             at, at0 = den, den0 - TARGET
             if kind == "plug_in":
                 at = at + np.linalg.cholesky(post) @ unit[1 + steps + j]
-            pull = -2 * scale * post @ WEIGHT
+            gain = -2 * scale * post @ WEIGHT
             if kind == "doob":
-                pull = -2 * scale * np.linalg.inv(eye + 2 * scale * post @ WEIGHT) @ post @ WEIGHT
+                gain = -2 * scale * np.linalg.inv(eye + 2 * scale * post @ WEIGHT) @ post @ WEIGHT
             s2 = eta**2 * (sigma_u**2 - (t * sigma_u**2 / (u * sigma_t)) ** 2)
             back = np.sqrt(sigma_u**2 - s2) / sigma_t
             x, x0 = u * den + back * (x - t * den), u * den0 + back * (x0 - t * den0)
             xi = np.sqrt(s2) * unit[1 + j]
             if guided:
-                delta, delta0 = (u - back * t) * pull @ at, (u - back * t) * pull @ at0
+                delta, delta0 = (u - back * t) * gain @ at, (u - back * t) * gain @ at0
                 x, x0 = x + delta, x0 + delta0
                 # -<delta, s xi> / s^2 - |delta|^2 / (2 s^2)
                 quad[0] -= delta0 @ delta0 / (2 * s2)
@@ -208,6 +208,7 @@ def test_exact_guidance_has_weights_of_no_variance_in_the_limit():
     np.testing.assert_allclose(2 * b - a, (np.log(4) - 0.75) / 2, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_laws_compile_map_and_differentiate_at_every_scale():
     times = jnp.linspace(0, 1, 41)
 

@@ -177,16 +177,21 @@ def test_what_was_measured_is_what_the_benchmarks_recorded():
     assert planner.MEASURED["Conjugate"] == pytest.approx(np.sqrt(np.mean(ratios)), abs=0.006)
 
 
+@pytest.mark.slow
 def test_the_least_k_that_beats_one_damped_draw():
     prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
     law = tj.Damped(3.0, 0.3)
     k = theory.matching_k(prior, reward, law, maximum=32)
     tilt = theory.tilt(prior, reward, 3.0).mixture
-    aim = theory.plug_in_law(prior, reward, law)
-    far = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0]))
-    aim = far(aim.means[0], aim.covs[0])
+    damped_distance = theory.plug_in_law(prior, reward, law)
+    distance = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0]))
+    damped_distance = distance(damped_distance.means[0], damped_distance.covs[0])
     before, after = (theory.plug_in_law(prior, reward, 3.0, k=n) for n in (k - 1, k))
-    assert far(after.mean(), after.cov()) < aim <= far(before.mean(), before.cov())
+    assert (
+        distance(after.mean(), after.cov())
+        < damped_distance
+        <= distance(before.mean(), before.cov())
+    )
     assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), maximum=8) is None
     # Little is worth two draws, and a search that starts at one must end there.
     assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), maximum=8) in (1, 2)

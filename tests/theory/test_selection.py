@@ -203,6 +203,7 @@ def test_matching_n_is_the_best_of_all():
         theory.matching_n(PLANE, LINEAR, 1e4, maximum=1000)
 
 
+@pytest.mark.slow
 def test_laws_compile_map_and_differentiate():
     prior = tj.GaussianMixture([0.4, 0.6], [[-1.0, 0.0], [1.0, 0.5]], [np.eye(2) / 2] * 2)
 

@@ -51,8 +51,8 @@ def test_the_tilt_is_the_sum_written_out():
     np.testing.assert_allclose(law.probs, mass / mass.sum(), atol=1e-12)
     mean = np.sum([m * r for m, (_, r) in zip(mass, truth.values(), strict=True)]) / mass.sum()
     np.testing.assert_allclose(law.expect(reward), mean, atol=1e-12)
-    share = np.sum([m for m, x in zip(mass, truth, strict=True) if x[0] == 1]) / mass.sum()
-    np.testing.assert_allclose(law.expect(lambda x: x[0] == 1), share, atol=1e-12)
+    fraction = np.sum([m for m, x in zip(mass, truth, strict=True) if x[0] == 1]) / mass.sum()
+    np.testing.assert_allclose(law.expect(lambda x: x[0] == 1), fraction, atol=1e-12)
     np.testing.assert_allclose(law.expect(lambda x: x).shape, (4,))
 
 
