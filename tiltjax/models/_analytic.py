@@ -79,10 +79,16 @@ class Analytic(Model):
             mixture.covs + sigma**2 * jnp.eye(d, dtype=nodes.dtype)[None]
         )
 
+        def posterior(x: Array) -> GaussianMixture:
+            return mixture.condition(jnp.ones_like(sigma), sigma, x)
+
+        # The posterior covariances are the same at all states.
+        within = jnp.trace(posterior(mixture.means[0]).covs, axis1=1, axis2=2)
+
         def trace_of_cov(x: Array) -> Array:
-            posterior = mixture.condition(jnp.ones_like(sigma), sigma, x)
-            between = jnp.sum((posterior.means - posterior.mean()[None]) ** 2, axis=1)
-            return posterior.weights @ (jnp.trace(posterior.covs, axis1=1, axis2=2) + between)
+            law = posterior(x)
+            between = jnp.sum((law.means - law.mean()[None]) ** 2, axis=1)
+            return law.weights @ (within + between)
 
         def component(weight: Array, mean: Array, root: Array) -> Array:
             return weight * jnp.mean(jax.vmap(lambda node: trace_of_cov(mean + root @ node))(nodes))
