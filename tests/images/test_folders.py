@@ -61,3 +61,10 @@ def test_images_that_are_not_finite_are_not_written(tmp_path):
     (tmp_path / "stray" / "0000.png").touch()
     with pytest.raises(ValueError, match=r"holds 0000\.png and no settings\.json"):
         folders.ImageFolder(tmp_path / "stray", {}, {})
+
+
+def test_a_folder_is_free_until_its_first_image(tmp_path):
+    folders.ImageFolder(tmp_path, {"size": 31}, {})
+    folders.ImageFolder(tmp_path, {"size": 32}, {}).add(0, np.full((4, 4, 3), 0.5), 1.0)
+    with pytest.raises(ValueError, match="size 32, now 31"):
+        folders.ImageFolder(tmp_path, {"size": 31}, {})

@@ -440,6 +440,10 @@ def test_what_has_no_meaning_for_tokens_is_refused():
             num=4,
             proposal=proposals.Shifted(),
         )
+    completions = tj.tokens.Completions(MODEL, reward)
+    for wrapper in (tj.guidance.Clipped, tj.guidance.Normalized, tj.guidance.GainCapped):
+        with pytest.raises(ValueError, match="states of MarkovChain have none: use Window"):
+            wrapper(completions, 1.0)
 
 
 def test_bad_input_says_what_to_do():

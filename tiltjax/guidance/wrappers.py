@@ -24,11 +24,12 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, scales
 from tiltjax.guidance._base import Estimate, Guidance
+from tiltjax.models import Model
 from tiltjax.solvers import Solver
 
 
 class Wrapper(Guidance):
-    """A guidance whose score is multiplied by a factor and everything else kept."""
+    """A guidance that passes on everything of another one, but for its estimate."""
 
     guidance: eqx.AbstractVar[Guidance]
 
@@ -57,6 +58,17 @@ class Wrapper(Guidance):
     def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
         self.guidance.check_run(times, weighted_solver)
 
+
+class Rescaled(Wrapper):
+    """A guidance whose score is multiplied by `factor(t, estimate)` and everything else kept."""
+
+    def __check_init__(self) -> None:
+        if isinstance(self.guidance, Guidance) and not isinstance(self.model, Model):
+            raise ValueError(
+                f"{type(self).__name__} changes the length of a score, and states of "
+                f"{type(self.model).__name__} have none: use Window or a smaller scale"
+            )
+
     def factor(self, t: Array, estimate: Estimate) -> Array:
         raise NotImplementedError
 
@@ -76,7 +88,7 @@ class Wrapper(Guidance):
         return estimate._replace(tilted=estimate.tilted + change), state
 
 
-class Clipped(Wrapper):
+class Clipped(Rescaled):
     """`guidance` with its score shortened to the length `limit` where it is longer. A deviation
     from the mathematics.
     """
@@ -92,7 +104,7 @@ class Clipped(Wrapper):
         return jnp.minimum(self.to_length(t, estimate, self.limit), 1.0)
 
 
-class Normalized(Wrapper):
+class Normalized(Rescaled):
     """`guidance` with its score brought to the length `length`, whatever it was. A deviation from
     the mathematics.
 
@@ -111,7 +123,7 @@ class Normalized(Wrapper):
         return self.to_length(t, estimate, self.length)
 
 
-class Unscaled(Wrapper):
+class Unscaled(Rescaled):
     """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2`
     that tilting requires.
 
@@ -168,7 +180,7 @@ class Window(Wrapper):
         return jax.lax.cond(inside, lambda state: self.guidance(key, t, x, state), unguided, state)
 
 
-class GainCapped(Wrapper):
+class GainCapped(Rescaled):
     """`guidance` whose score enters the flow's drift with `min(g_t^2 / 2, limit)` instead of
     `g_t^2 / 2`, which is infinite at t = 0.
 
@@ -186,7 +198,7 @@ class GainCapped(Wrapper):
         return jnp.minimum(2 * self.limit / self.model.interpolant.diffusion(t), 1.0)
 
 
-class NormDamped(Wrapper):
+class NormDamped(Rescaled):
     """`guidance` with its score s shortened to `s / (1 + 2 |s| v_t)`: `Damped`, where the length of
     the score is all that is known of a scale.
 

@@ -61,7 +61,7 @@ class ImageFolder:
                     f"{self.folder} holds {', '.join(strays[:4])} and no settings.json: give "
                     "another folder"
                 )
-            self._write("settings.json", {"settings": settings, "made": dict(notes)})
+        self._record = {"settings": settings, "made": dict(notes)}
 
     @property
     def rewards(self) -> dict[int, float]:
@@ -94,6 +94,9 @@ class ImageFolder:
                 f"image {number} is finite and its reward is {reward}: check the reward"
             )
         levels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+        # Written with the first image: a command that is refused before leaves a folder free.
+        if not (self.folder / "settings.json").is_file():
+            self._write("settings.json", self._record)
         path, part = self.path(number), self.folder / f".{number:04d}.part"
         pillow().fromarray(levels).save(part, format="PNG")
         os.replace(part, path)

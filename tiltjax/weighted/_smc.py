@@ -417,7 +417,6 @@ def _smc(
     # What fails at the start counts as a failure of the first step.
     failed = jnp.concatenate([failed, failed_at_end[None]])
     failed = failed[1:].at[0].set(failed[0] | failed[1])
-    bar.tick(steps - 1)
     trace = Trace(
         times,
         failed,
