@@ -55,12 +55,12 @@ class ImageFolder:
             raise ValueError(
                 f"{self.folder} holds images of other settings ({differ}): give another folder"
             )
-        if earlier is None:
-            if strays := sorted(path.name for path in self.folder.glob("[0-9]*.png")):
-                raise ValueError(
-                    f"{self.folder} holds {', '.join(strays[:4])} and no settings.json: give "
-                    "another folder"
-                )
+        strays = sorted(path.name for path in self.folder.glob("[0-9]*.png"))
+        if earlier is None and strays:
+            raise ValueError(
+                f"{self.folder} holds {', '.join(strays[:4])} and no settings.json: give another "
+                "folder"
+            )
         self._record = {"settings": settings, "made": dict(notes)}
 
     @property
