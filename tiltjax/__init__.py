@@ -62,7 +62,7 @@ from tiltjax.scales import Damped, SelfDamped
 from tiltjax.search import optimize
 from tiltjax.solvers import Adaptive, Ancestral, Euler, Heun
 from tiltjax.training import finetune, fit
-from tiltjax.weighted import audit, das, fk_steering, smc, tds
+from tiltjax.weighted import audit, das, fk_steering, smc, svdd, tds
 
 if TYPE_CHECKING:
     from tiltjax import images, pretrained
@@ -106,6 +106,7 @@ __all__ = [
     "fk_steering",
     "das",
     "tds",
+    "svdd",
     "audit",
     "optimize",
     "fit",

@@ -21,25 +21,54 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _sharding, resampling
 
-# What can fail in a step, in the order of cause and consequence.
-FAILURES = (
-    "the model's denoiser is not finite (for a fitted reward: look at its gradient, too)",
-    "the guidance's log_h is NaN or +inf: look at the reward's value",
-    "the guidance's shift of the denoiser is not finite: look at the reward's gradient",
-    (
-        "the state is not finite after the solver's step: look at the times, the scale, and "
-        "Adaptive's tolerance and max_steps"
-    ),
-    "no particle has a weight: the twist excludes all states that are reached, or is not finite",
+
+class Failures(NamedTuple):
+    """What can fail in a step, in the order of cause and consequence: whether the model's
+    `denoiser`, the guidance's `log_h`, its `shift` of the denoiser or the `state` after the
+    solver's step was not finite, and whether no particle had any of the `weights`. Booleans of one
+    shape.
+    """
+
+    denoiser: Any
+    log_h: Any
+    shift: Any
+    state: Any
+    weights: Any
+
+    @classmethod
+    def none(cls) -> "Failures":
+        """Nothing failed."""
+        return cls(*[jnp.zeros((), bool)] * 5)
+
+    def occurred(self) -> Array:
+        """Whether anything failed."""
+        return functools.reduce(jnp.logical_or, self)
+
+    def then(self, later: "Failures") -> "Failures":
+        """These, or `later` ones where there are none: what follows a failure is its
+        consequence.
+        """
+        before = self.occurred()
+        return Failures(*(a | (b & ~before) for a, b in zip(self, later, strict=True)))
+
+
+CAUSES = Failures(
+    denoiser="the model's denoiser is not finite (for a fitted reward: look at its gradient, too)",
+    log_h="the guidance's log_h is NaN or +inf: look at the reward's value",
+    shift="the guidance's shift of the denoiser is not finite: look at the reward's gradient",
+    state="the state is not finite after the solver's step: look at the times, the scale, and "
+    "Adaptive's tolerance and max_steps",
+    weights="no particle has a weight: the twist excludes all states that are reached, or is not "
+    "finite",
 )
 
 
 class Trace(eqx.Module):
     """What happened on the way.
 
-    `times`: `(steps + 1,)`. `failed`: `(steps, 5)`, whether in a step any particle met each of
-    `FAILURES`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they
-    were not saved.
+    `times`: `(steps + 1,)`. `failed`: what failed in each step for any particle, `Failures` of
+    shape `(steps,)`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if
+    they were not saved.
 
     Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the
     effective sample size; `tempering`, the factor of the twist; `resampled`. `roots` `(num,)`: from
@@ -47,7 +76,7 @@ class Trace(eqx.Module):
     """
 
     times: Array
-    failed: Array
+    failed: Failures
     trajectory: Array | None = None
     ess: Array | None = None
     tempering: Array | None = None
@@ -56,11 +85,13 @@ class Trace(eqx.Module):
 
     def check(self) -> None:
         """Raise `FloatingPointError` naming the first failed step and the cause."""
-        if not _checks.concrete(self.failed) or not np.any(np.asarray(self.failed)):
+        if not _checks.concrete(self.failed):
             return
-        failed = np.asarray(self.failed)
-        step = int(np.argmax(failed.any(axis=1)))
-        cause = FAILURES[int(np.argmax(failed[step]))]
+        failed = np.stack([np.asarray(flags) for flags in self.failed], axis=-1)
+        if not np.any(failed):
+            return
+        step = int(np.argmax(failed.any(axis=-1)))
+        cause = CAUSES[int(np.argmax(failed[step]))]
         raise FloatingPointError(
             f"sampling failed in step {step} of {len(failed)}, from t = "
             f"{float(self.times[step]):.4g}: {cause}"
@@ -155,12 +186,14 @@ class Particles(eqx.Module):
         all of which have to call it, the first one writes.
         """
         file = _checks.file_name(file, "file")
-        arrays = {
+        arrays: dict[str, Any] = {
             name: getattr(self, name) for name in ("x", "log_weights", "log_norm", "log_prob")
         }
         if self.trace is not None:
             for field in dataclasses.fields(Trace):
                 arrays[f"trace.{field.name}"] = getattr(self.trace, field.name)
+            failed = arrays.pop("trace.failed")
+            arrays |= {f"failed.{name}": flags for name, flags in failed._asdict().items()}
         if self.mixing is not None:
             arrays |= {f"mixing.{name}": value for name, value in self.mixing._asdict().items()}
         shared = not all(
@@ -198,11 +231,15 @@ class Particles(eqx.Module):
             }
             arrays = {name: jnp.asarray(array) for name, array in found.items()}
             arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in narrow}
-            of_trace = {
+            of_trace: dict[str, Any] = {
                 name.removeprefix("trace."): arrays.pop(name)
                 for name in list(arrays)
                 if name.startswith("trace.")
             }
+            if of_trace:
+                of_trace["failed"] = Failures(
+                    *(arrays.pop(f"failed.{name}") for name in Failures._fields)
+                )
             return Particles(
                 **arrays,
                 trace=Trace(**of_trace) if of_trace else None,

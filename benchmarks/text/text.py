@@ -212,12 +212,17 @@ def pick(key, x, log_weights, reward):
     return x[jnp.argmax(values)], x[jax.random.categorical(key, log_weights)]
 
 
-def steer(model, reward, n: int, runs: int, lean: float, settings: dict):
-    guide = tj.tokens.Completions(model, reward, SCALE, k=4, proposal_weight=lean)
+def weigh(key, model, reward, *, scale, num, guide, **settings):
+    """`smc` with its default settings."""
+    return tj.smc(key, model, guide(model, reward, scale), num=num, **settings)
+
+
+def steer(model, reward, n: int, runs: int, lean: float, method=weigh, **settings):
+    guide = functools.partial(tj.tokens.Completions, k=4, proposal_weight=lean)
 
     def one(key):
         key_run, key_pick = jax.random.split(key)
-        found = tj.smc(key_run, model, guide, num=n, **settings)
+        found = method(key_run, model, reward, scale=SCALE, num=n, guide=guide, **settings)
         return pick(key_pick, found.x, found.log_weights, reward)
 
     return jax.lax.map(one, jax.random.split(jax.random.key(n), runs), batch_size=50)
@@ -235,7 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="hardly any training, few runs")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "the effective share")
+    warnings.filterwarnings("ignore", "the effective sample size")
     steps, runs = (30, 20) if args.quick else (2000, 400)
     learned, _ = sentences(0, 20_000)
     labeled, tones = sentences(1, 3_000)
@@ -255,12 +260,12 @@ def main() -> None:
     methods = {
         "selection": functools.partial(select, model, reward),
         "steering": lambda n, runs: steer(
-            model, reward, n, runs, 0.0, {"proposal": tj.weighted.proposals.Base()}
+            model, reward, n, runs, 0.0, proposal=tj.weighted.proposals.Base()
         ),
         "steering, Max": lambda n, runs: steer(
-            model, reward, n, runs, 0.0, tj.fk_steering(schedule=window)
+            model, reward, n, runs, 0.0, tj.fk_steering, schedule=window
         ),
-        "steering, leaning": lambda n, runs: steer(model, reward, n, runs, 0.5, {}),
+        "steering, leaning": lambda n, runs: steer(model, reward, n, runs, 0.5),
     }
     rows = []
     print(

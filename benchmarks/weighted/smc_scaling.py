@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="up to 10,000 particles")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "the effective share")
+    warnings.filterwarnings("ignore", "the effective sample size")
     if args.row:
         return measure(args.row)
     ratios = {}

@@ -134,9 +134,9 @@ def judged(points, *, reward, target: np.ndarray, rng: np.random.Generator) -> d
 
 def methods(model: tj.Model, reward: tj.rewards.Reward, times) -> dict:
     """Functions of a key, each a run of weighted particles."""
-    dps, laplace = tj.dps(model, reward, 1.0), tj.Laplace(model, reward, 1.0)
-    run = lambda guidance, num=100, **settings: (
-        lambda key: tj.smc(key, model, guidance, num=num, times=times, **settings)
+    laplace = tj.Laplace(model, reward, 1.0)
+    run = lambda method, num=100, **settings: (
+        lambda key: method(key, model, reward, num=num, times=times, **settings)
     )
     loop = lambda **kept: lambda key: notebook(key, model, reward, times, 100, **kept)
     return {
@@ -144,15 +144,15 @@ def methods(model: tj.Model, reward: tj.rewards.Reward, times) -> dict:
         "DAS, caches forgotten": loop(descends=False, weighs_last=True),
         "DAS, last weights lost": loop(descends=True, weighs_last=False),
         "DAS, neither fault": loop(descends=True, weighs_last=True),
-        "DAS": run(dps, **tj.das(GAMMA)),
-        "DAS without gradient": run(dps, **tj.das(GAMMA, proposal=tj.weighted.proposals.Base())),
-        "DAS, 10 particles": run(dps, num=10, **tj.das(GAMMA)),
-        "TDS": run(dps, **tj.tds()),
-        "FK steering": run(dps, **tj.fk_steering()),
+        "DAS": run(tj.das, gamma=GAMMA),
+        "DAS without gradient": run(tj.das, gamma=GAMMA, proposal=tj.weighted.proposals.Base()),
+        "DAS, 10 particles": run(tj.das, num=10, gamma=GAMMA),
+        "TDS": run(tj.tds),
+        "FK steering": run(tj.fk_steering),
         "FK steering, difference": run(
-            dps, **tj.fk_steering(potential=tj.weighted.potentials.Difference())
+            tj.fk_steering, potential=tj.weighted.potentials.Difference()
         ),
-        "Laplace twist": run(laplace),
+        "Laplace twist": lambda key: tj.smc(key, model, laplace, num=100, times=times),
     }
 
 
@@ -162,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few runs")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "the effective share")
+    warnings.filterwarnings("ignore", "the effective sample size")
     runs = 20 if args.quick else 300
     path = tj.DiscreteVP(LEVELS)
     times = grid(path)

@@ -137,16 +137,19 @@ def trained(toy: Toy, path: tj.DiscreteVP, steps: int) -> tuple[tj.Model, float]
 @eqx.filter_jit
 def weighed(
     keys: jax.Array,
+    method: Callable,
     model: tj.Model,
-    guidance: tj.guidance.Guidance,
+    steered: tj.guidance.Guidance | tj.rewards.Reward,
     times: jax.Array,
     settings: dict,
 ) -> jax.Array:
-    """Points by run, `(runs, n, d)`, each of 100 weighted particles."""
+    """Points by run, `(runs, n, d)`, each of 100 weighted particles: `smc` of a guidance, or a
+    published method of a reward.
+    """
 
     def one(key):
         key_run, key_keep = jax.random.split(key)
-        particles = tj.smc(key_run, model, guidance, num=100, times=times, **settings)
+        particles = method(key_run, model, steered, num=100, times=times, **settings)
         return particles.resample(key_keep, toys.KEPT)
 
     return jax.lax.map(one, keys, batch_size=50)
@@ -188,8 +191,10 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
         settings = {"num": total, "times": times, "ess_threshold": 0.0}
         return lambda key: tj.smc(key, model, dps, proposal=proposal, **settings).x[:, None]
 
-    def weighted(guidance, times=times, **settings):
-        return lambda key: weighed(jax.random.split(key, runs), model, guidance, times, settings)
+    def weighted(method, steered, times=times, **settings):
+        return lambda key: weighed(
+            jax.random.split(key, runs), method, model, steered, times, settings
+        )
 
     many = lambda key: tj.sample(key, model, num=16 * total, times=times, solver=tj.Ancestral())
     plug_in = lambda k, scale=1.0: sampled(tj.PlugIn(glass, reward, scale, k=k))
@@ -211,11 +216,11 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
             jax.random.key(6), many(key), reward, 16, 1.0
         ).x[:, None],
         "DAS, both faults": lambda key: faulty(jax.random.split(key, runs), model, reward, times),
-        "DAS": weighted(dps, **tj.das(toys.GAMMA)),
-        "TDS": weighted(dps, **tj.tds()),
-        "FK steering": weighted(dps, **tj.fk_steering()),
-        "Laplace twist": weighted(laplace),
-        "Conjugate, Laplace twist": weighted(conjugate, times=inner, twist=laplace),
+        "DAS": weighted(tj.das, reward, gamma=toys.GAMMA),
+        "TDS": weighted(tj.tds, reward),
+        "FK steering": weighted(tj.fk_steering, reward),
+        "Laplace twist": weighted(tj.smc, laplace),
+        "Conjugate, Laplace twist": weighted(tj.smc, conjugate, times=inner, twist=laplace),
     }
 
 
@@ -255,7 +260,7 @@ def main() -> None:
         "--quick", action="store_true", help="500 training steps, few runs; nothing is written"
     )
     quick = parser.parse_args().quick
-    warnings.filterwarnings("ignore", "the effective share")
+    warnings.filterwarnings("ignore", "the effective sample size")
     runs, steps = (20, 500) if quick else (200, 8000)
     path = tj.DiscreteVP(toys.LEVELS)
     times = toys.grid(path)

@@ -223,7 +223,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few particles and steps")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "the effective share")  # it is in the table
+    warnings.filterwarnings("ignore", "the effective sample size")  # it is in the table
     num, runs, long = (300, 2, 200) if args.quick else (2000, 5, 1000)
     print("\n| bump on the line | P(X >= 0) | z |\n|---|---|---|")
     on_line = line(num, 2 * runs)

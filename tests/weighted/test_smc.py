@@ -5,6 +5,8 @@ The truth is the base chain's own normalizing constant, by a transfer operator o
 (`chain_log_norm`): no sampler, no limit.
 """
 
+import functools
+import math
 import sys
 
 import jax
@@ -367,18 +369,69 @@ def test_states_of_any_shape():
     assert particles.standard_error().shape == (2, 3, 1)
 
 
-def test_recipes_run_and_take_overrides():
-    for recipe in (
-        tj.fk_steering(schedule=tj.weighted.potentials.ResampleSchedule(4, start=4, stop=16)),
-        tj.das(0.05),
-        tj.tds(),
-        tj.tds(resample=R.ssp),
-    ):
-        particles = tj.smc(jax.random.key(6), MODEL, DPS, num=40, steps=STEPS, **recipe)
-        assert np.isfinite(float(particles.log_norm))
-    assert tj.das(ess_threshold=0.9)["ess_threshold"] == 0.9
+METHODS = {
+    "fk_steering": (tj.fk_steering, {}),
+    "das": (tj.das, {}),
+    "das, gamma": (tj.das, {"gamma": 0.05}),
+    "tds": (tj.tds, {}),
+    "tds, ssp": (tj.tds, {"resample": R.ssp}),
+    "svdd": (tj.svdd, {"children": 4}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_methods_have_the_right_normalizing_constant(name, truths):
+    method, settings = METHODS[name]
+    run = lambda key: method(key, MODEL, REWARD, scale=SCALE, num=NUM, steps=STEPS, **settings)
+    values = jax.vmap(lambda key: run(key).log_norm)(jax.random.split(jax.random.key(6), RUNS))
+    score, _, _ = deviation(np.asarray(values), truths[1.0])
+    assert abs(score) < 5
+
+
+def test_schedules_of_published_methods_scale_with_the_steps():
+    key = jax.random.key(0)
+    run = lambda method, steps: method(key, MODEL, REWARD, scale=SCALE, num=8, steps=steps).trace
+    for steps in (10, 100):
+        resampled = np.flatnonzero(run(tj.fk_steering, steps).resampled)
+        assert set(resampled) <= {steps * i // 5 for i in range(1, 5)}
+    np.testing.assert_allclose(run(tj.das, 100).tempering[:5], 1.008 ** np.arange(5) - 1)
+    assert run(tj.das, 10).tempering[-2] == 1
     with pytest.raises(ValueError, match="tempering must end at one"):
-        tj.smc(jax.random.key(6), MODEL, DPS, num=40, steps=STEPS, **tj.das())
+        tj.das(key, MODEL, REWARD, scale=SCALE, num=8, steps=STEPS, gamma=0.008)
+
+
+def test_rewards_without_a_gradient_steer():
+    """A jump has no gradient, and neither method asks for one."""
+    jump = tj.external.External(lambda x: np.where(x[:, 0] > 0, 0.0, -2.0))
+    for method in (tj.fk_steering, functools.partial(tj.svdd, children=3)):
+        particles = method(jax.random.key(1), MODEL, jump, num=400, steps=STEPS)
+        mass = particles.mean(lambda x: x[0] > 0)
+        assert abs(mass - 1 / (1 + math.exp(-2))) < 5 * 0.5 / 400**0.5
+
+
+@pytest.mark.parametrize("row", [0, 3, 4, 21])  # one evaluation, children, tempering, a twist
+def test_the_loop_can_be_written_by_hand(row):
+    guidance, proposal, potential, resample, threshold, temper, over = ROWS[row]
+    settings = {
+        "num": NUM, "steps": STEPS, "proposal": proposal, "potential": potential,
+        "resample": resample, "ess_threshold": threshold, "tempering": temper,
+    } | over  # fmt: skip
+    key = jax.random.key(3)
+    run = tj.weighted.SMC(MODEL, guidance, **settings)
+    keys = run.keys(key)
+    state, info = tj.weighted.init(keys[0], run)
+    infos = [info]
+    for keys_step in keys[1:-1]:
+        state, info = tj.weighted.step(keys_step, run, state)
+        infos.append(info)
+    particles = tj.weighted.finish(keys[-1], run, state)
+    expected = tj.smc(key, MODEL, guidance, **settings)
+    np.testing.assert_allclose(particles.x, expected.x, rtol=1e-9)
+    np.testing.assert_allclose(particles.log_weights, expected.log_weights, atol=1e-9)
+    np.testing.assert_allclose(particles.log_norm, expected.log_norm, atol=1e-9)
+    np.testing.assert_array_equal(particles.trace.roots, expected.trace.roots)
+    ess = [float(info.ess) for info in infos[1:]] + [float(particles.ess)]
+    np.testing.assert_allclose(ess, expected.trace.ess, rtol=1e-9)
 
 
 def test_constraints_and_failures_are_told():

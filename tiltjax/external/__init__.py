@@ -8,7 +8,7 @@ r"""Functions that run outside of JAX: a NumPy function, a PyTorch module, a ser
 | `failures()` | within it, an error of a reward is raised as itself |
 """
 
-from tiltjax.external._callback import failures
+from tiltjax._callbacks import failures
 from tiltjax.external._external import External
 from tiltjax.external._record import Record
 from tiltjax.external._torch import from_torch

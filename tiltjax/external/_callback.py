@@ -1,8 +1,5 @@
 """Python functions inside compiled programs: one flat batch for each call, errors as themselves."""
 
-import collections
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,23 +8,7 @@ import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array
 
-_recent_errors: collections.deque[BaseException] = collections.deque(maxlen=8)  # the latest last
-
-
-@contextlib.contextmanager
-def failures() -> Iterator[None]:
-    """`with failures(): ...` or `@failures()`: an error of an external reward in a compiled program
-    is raised as itself.
-    """
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either
-        for cause in reversed(_recent_errors):
-            name, text = type(cause).__name__, str(cause)
-            if (f"{name}: {text}" if text else name) in str(error):
-                _recent_errors.remove(cause)
-                raise cause from None
-        raise
+from tiltjax import _callbacks
 
 
 class Callback(NamedTuple):
@@ -50,7 +31,7 @@ class Callback(NamedTuple):
         try:
             parts = self.reward.evaluate(x.reshape(-1, *shape), self.gradient)
         except BaseException as error:
-            _recent_errors.append(error)
+            _callbacks.remember(error)
             raise
         return tuple(part.reshape(leading + part.shape[1:]) for part in parts)
 

@@ -39,6 +39,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _pytree
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Denoiser
+from tiltjax.particles import Failures
 from tiltjax.solvers import Solver
 
 
@@ -129,20 +130,18 @@ def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
         )
 
 
-def failure_flags(x: Array, estimate: Estimate) -> Array:
-    """Which of `particles.FAILURES` an estimate at a state shows, `(5,)`: a state that is not
-    finite explains everything after it.
+def failures(x: Array, estimate: Estimate) -> Failures:
+    """What an estimate at a state shows to have failed: a state that is not finite explains
+    everything after it.
     """
     unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
     finite = lambda value: jnp.all(jnp.isfinite(value))
     # -inf is a value like any other: a constraint that is violated.
     log_h = jnp.ones((), bool) if estimate.log_h is None else estimate.log_h < jnp.inf
-    return jnp.stack(
-        [
-            finite(x) & ~finite(unguided),
-            finite(x) & ~log_h,
-            finite(x) & ~finite(estimate.tilted),
-            ~finite(x),
-            jnp.zeros((), bool),
-        ]
+    return Failures(
+        denoiser=finite(x) & ~finite(unguided),
+        log_h=finite(x) & ~log_h,
+        shift=finite(x) & ~finite(estimate.tilted),
+        state=~finite(x),
+        weights=jnp.zeros((), bool),
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree
+from tiltjax import _callbacks, _checks, _pytree
 
 
 class Reward(eqx.Module):
@@ -139,7 +139,7 @@ def values(reward: Reward, x: Array) -> Array:
 
     Not compiled by itself: variables that a user's function captures may change between two calls.
     """
-    return jax.vmap(lambda x: value(reward, x))(x)
+    return _callbacks.run(jax.vmap(lambda x: value(reward, x)), x)
 
 
 def check_same_shape(x: Array, other: Array, name: str) -> None:

@@ -14,7 +14,13 @@ from tiltjax.samplers._calibrate import calibrate
 from tiltjax.samplers._density import sample_with_log_prob
 from tiltjax.samplers._flow import Flow, flow
 from tiltjax.samplers._gibbs import gibbs
-from tiltjax.samplers._sample import check_run, map_particles, resolve_times, sample
+from tiltjax.samplers._sample import (
+    check_run,
+    initial_states,
+    map_particles,
+    resolve_times,
+    sample,
+)
 from tiltjax.samplers._selection import best_of_n, softmax_of_n
 
 __all__ = [

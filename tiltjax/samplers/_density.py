@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, external
+from tiltjax import _callbacks, _checks, _pytree
 from tiltjax.guidance import Guidance
 from tiltjax.models import Model
 from tiltjax.particles import Particles, unweighted
@@ -32,7 +32,6 @@ from tiltjax.samplers._sample import check_run, sample, start_key
 from tiltjax.solvers import Adaptive, Heun, Solver
 
 
-@external.failures()
 def sample_with_log_prob(
     key: Array,
     model: Model,
@@ -110,7 +109,7 @@ def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
     return False
 
 
-@eqx.filter_jit
+@_callbacks.compiled
 def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
     """The tilted denoiser of one state in the middle of a run."""
     model, guidance, times = _pytree.cast((model, guidance, times), model.dtype)
@@ -118,7 +117,7 @@ def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Arr
     return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted
 
 
-@eqx.filter_jit
+@_callbacks.compiled
 def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
     model, guidance, solver, times = _pytree.cast((model, guidance, solver, times), model.dtype)
     key_start = start_key(key, len(times) - 1)

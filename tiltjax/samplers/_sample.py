@@ -9,23 +9,22 @@ Scan outside, vmap inside. A particle's randomness depends on its index and the 
 particles, other batches or devices leave the first ones as they were.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _progress, _pytree, _sharding, external, grids
-from tiltjax.guidance import Estimate, Guidance, check, failure_flags
+from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding, grids
+from tiltjax.guidance import Estimate, Guidance, check, failures
 from tiltjax.models import Denoiser
-from tiltjax.particles import FAILURES, Particles, Trace, unweighted
+from tiltjax.particles import Failures, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
 
 
-@external.failures()
 def sample(
     key: Array,
     model: Denoiser,
@@ -87,58 +86,102 @@ def sample(
     return particles
 
 
-@eqx.filter_jit
+class State(NamedTuple):
+    """What a step starts from: the states `x`, `(num, *shape)`, and the memory of the guidance
+    along each trajectory.
+    """
+
+    x: Array
+    memory: Any
+
+
+@_callbacks.compiled
 def _sample(
     key, model, guidance, solver, times, start, bar, num, chunk_size, sharding, save_trajectory
 ) -> Particles:
     model, guidance, solver, times, start = _pytree.cast(
         (model, guidance, solver, times, start), model.dtype
     )
-    steps = len(times) - 1
-    keys = _keys(key, steps)
-    indices = jnp.arange(num)
+    keys = _keys(key, len(times) - 1)
+    step = functools.partial(_step, model, guidance, solver, chunk_size)
 
-    initial = lambda i: model.initial(jax.random.fold_in(keys[0, 0], i), times[0])
-    x = map_particles(initial, chunk_size)(indices) if start is None else start
+    def advance(state: State, row: tuple) -> tuple[State, tuple]:
+        number, keys_step, t, u = row
+        state, failed = step(keys_step, t, u, state)
+        bar.tick(number)
+        return state, (failed, state.x if save_trajectory else None)
+
+    x = initial_states(keys[0, 0], model, times[0], num, chunk_size) if start is None else start
+    state = _start(x, guidance, sharding)
+    rows = (jnp.arange(len(times) - 1), keys[1:], times[:-1], times[1:])
+    end, (failed, states) = jax.lax.scan(advance, state, rows)
+    trajectory = None if states is None else jnp.concatenate([state.x[None], states])
+    return unweighted(end.x, Trace(times, failed, trajectory))
+
+
+def _start(x: Array, guidance: Guidance | None, sharding: jax.sharding.Sharding | None) -> State:
+    """The state of a run that starts from `x`."""
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
-    memory = jax.vmap(guidance.init)(x) if guidance is not None else ()
+    return State(x, () if guidance is None else jax.vmap(guidance.init)(x))
 
-    def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
-        memory, failed = state
-        if guidance is None:
-            estimate = Estimate(tilted=model.denoise(t, x))
-        else:
-            estimate, memory = guidance(key, t, x, memory)
-        if estimate.tilted.shape != model.denoised_shape:
-            raise ValueError(
-                f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
-                f"shape {x.shape}: build it on the model that is sampled"
-            )
-        estimate = _pytree.cast(estimate, model.dtype)
-        # What follows a first failure in the same step is its consequence.
-        return estimate.tilted, (memory, failed | (failure_flags(x, estimate) & ~jnp.any(failed)))
 
-    def advance(carry, scanned):
-        x, memory = carry
-        step, key_step, t, u = scanned
+def _step(
+    model: Denoiser,
+    guidance: Guidance | None,
+    solver: Solver,
+    chunk_size: int | None,
+    keys: Array,
+    t: Array,
+    u: Array,
+    state: State,
+) -> tuple[State, Failures]:
+    """All particles from time t to u, and what failed for any of them; `keys` are those of the
+    step's `Streams`.
+    """
+    field = functools.partial(_field, model, guidance)
 
-        def one(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Array]:
-            keys = Streams(*(jax.random.fold_in(stream, i) for stream in key_step))
-            x, (memory, failed) = solver.step(
-                keys, model.corruption, field, t, u, x, (memory, jnp.zeros(len(FAILURES), bool))
-            )
-            return x, memory, failed.at[3].set(~jnp.all(jnp.isfinite(x)))
+    def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures]:
+        streams = Streams(*(jax.random.fold_in(stream, i) for stream in keys))
+        x, (memory, failed) = solver.step(
+            streams, model.corruption, field, t, u, x, (memory, Failures.none())
+        )
+        return x, memory, failed._replace(state=~jnp.all(jnp.isfinite(x)))
 
-        x, memory, failed = map_particles(one, chunk_size)(indices, x, memory)
-        bar.tick(step)
-        return (x, memory), (jnp.any(failed, axis=0), x if save_trajectory else None)
+    indices = jnp.arange(len(state.x))
+    x, memory, failed = map_particles(move, chunk_size)(indices, state.x, state.memory)
+    return State(x, memory), jax.tree.map(jnp.any, failed)
 
-    scanned = (jnp.arange(steps), keys[1:], times[:-1], times[1:])
-    (end, _), (failed, trajectory) = jax.lax.scan(advance, (x, memory), scanned)
-    if trajectory is not None:
-        trajectory = jnp.concatenate([x[None], trajectory])
-    return unweighted(end, Trace(times, failed, trajectory))
+
+def _field(
+    model: Denoiser,
+    guidance: Guidance | None,
+    key: Array,
+    t: Array,
+    x: Array,
+    state: tuple[Any, Failures],
+) -> tuple[Array, tuple[Any, Failures]]:
+    """The denoiser that a run follows, guided where it is guided."""
+    memory, failed = state
+    if guidance is None:
+        estimate = Estimate(tilted=model.denoise(t, x))
+    else:
+        estimate, memory = guidance(key, t, x, memory)
+    if estimate.tilted.shape != model.denoised_shape:
+        raise ValueError(
+            f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
+            f"shape {x.shape}: build it on the model that is sampled"
+        )
+    estimate = _pytree.cast(estimate, model.dtype)
+    return estimate.tilted, (memory, failed.then(failures(x, estimate)))
+
+
+def initial_states(
+    key: Array, model: Denoiser, t: Array, num: int, chunk_size: int | None
+) -> Array:
+    """The starting states of a run, `(num, *shape)`."""
+    initial = lambda i: model.initial(jax.random.fold_in(key, i), t)
+    return map_particles(initial, chunk_size)(jnp.arange(num))
 
 
 def map_particles(fn: Callable, chunk_size: int | None) -> Callable:

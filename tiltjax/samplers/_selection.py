@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, external, rewards
+from tiltjax import _checks, _pytree, rewards
 from tiltjax.particles import Particles, unweighted
 
 
-@external.failures()
 def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     """The particle of largest reward in each consecutive group of `n`.
 
@@ -32,7 +31,6 @@ def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
 
 
-@external.failures()
 def softmax_of_n(
     key: Array, particles: Particles, reward: Callable, n: int, scale: float | Array
 ) -> Particles:

@@ -16,7 +16,7 @@ follows it; a guidance tilts it.
 | `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions |
 
 Feynman-Kac steering of a token model is
-`smc(key, model, Completions(model, reward, scale), num=n, **fk_steering(schedule=every))` with
+`fk_steering(key, model, reward, scale=scale, num=n, guide=Completions, schedule=every)` with
 `every = ResampleSchedule(1)` (the published window is for a hundred steps and more); the reward
 sees whole sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524, masked
 diffusion); Singhal et al. (arXiv 2501.06848).

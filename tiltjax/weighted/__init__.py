@@ -1,20 +1,28 @@
-r"""Weighted particles: sequential Monte Carlo, its published settings, and audits.
+r"""Weighted particles: sequential Monte Carlo, the published methods, and audits.
 
-`smc` samples with weights; `fk_steering`, `das` and `tds` are published settings of it; `audit`
-measures how far a guidance is from the tilt. What a run is made of: `weighted.proposals`,
-`weighted.potentials`, `weighted.tempering`, and `tiltjax.resampling`.
+`smc` samples with weights; `fk_steering`, `das`, `tds` and `svdd` are the published methods;
+`audit` measures how far a guidance is from the tilt. What a run is made of: `weighted.proposals`,
+`weighted.potentials`, `weighted.tempering`, and `tiltjax.resampling`. With `SMC`, `init`, `step`
+and `finish` the loop of `smc` is yours to write.
 """
 
 from tiltjax.weighted import potentials, proposals, tempering
 from tiltjax.weighted._audit import Audit, Estimated, audit, pareto_shape, report
-from tiltjax.weighted._methods import das, fk_steering, tds
-from tiltjax.weighted._smc import smc
+from tiltjax.weighted._methods import das, fk_steering, svdd, tds
+from tiltjax.weighted._smc import SMC, Info, State, finish, init, smc, step
 
 __all__ = [
     "smc",
     "fk_steering",
     "das",
     "tds",
+    "svdd",
+    "SMC",
+    "State",
+    "Info",
+    "init",
+    "step",
+    "finish",
     "audit",
     "Audit",
     "Estimated",

@@ -37,7 +37,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _sharding, external
+from tiltjax import _callbacks, _checks, _sharding
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
 from tiltjax.particles import Particles
@@ -130,7 +130,6 @@ class Audit(eqx.Module):
         return "\n".join([self.verdict, *lines])
 
 
-@external.failures()
 def audit(
     key: Array,
     model: Denoiser,
@@ -176,7 +175,7 @@ def audit(
     return report(particles, rewards, f"{sampler}, {steps} steps, {num} particles")
 
 
-@eqx.filter_jit
+@_callbacks.compiled
 def _rewards(guidance: Guidance, x: Array, chunk_size: int) -> Array:
     return jax.lax.map(guidance.log_tilt, x, batch_size=chunk_size)
 

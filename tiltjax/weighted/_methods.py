@@ -1,52 +1,178 @@
-"""Published methods as settings of `smc`: Feynman-Kac steering, DAS, TDS."""
+r"""Published methods of weighted particles: Feynman-Kac steering, DAS, TDS, SVDD.
 
+| method | proposal | potential, tempering | resampling |
+|---|---|---|---|
+| `fk_steering` | `Base()` | `Max()` | multinomial, at every fifth of the run but its ends |
+| `das` | `Shifted()` | `Difference()`, `Exponential` | ssp, where half of the sample size is lost |
+| `tds` | `Guided()` | `Difference()` | systematic, after every step |
+| `svdd` | `Children(m)` | `Difference()` | none: each particle chooses among its m children |
+
+Each of them is `smc` with these settings, and takes its other arguments. What the published codes
+do differently from the mathematics is repaired: weights stay exact.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
 
-from tiltjax import resampling
+from tiltjax import _checks, resampling
+from tiltjax.guidance import Guidance, dps
+from tiltjax.models import Denoiser, Model
+from tiltjax.particles import Particles
+from tiltjax.rewards import ValueOnly
+from tiltjax.solvers import Ancestral
+from tiltjax.weighted._smc import smc
 from tiltjax.weighted.potentials import Max, ResampleSchedule
-from tiltjax.weighted.proposals import Base, Guided, Shifted
+from tiltjax.weighted.proposals import Base, Children, Guided, Shifted
 from tiltjax.weighted.tempering import Exponential
 
+# (model, reward, scale) -> Guidance
+Guide = Callable[..., Guidance]
 
-def fk_steering(**over: Any) -> dict[str, Any]:
-    """Settings of Feynman-Kac steering: base proposals, `Max` potentials, multinomial resampling
-    every 20 steps from the 20th to the 80th.
 
-    As published for text to image (Singhal et al., arXiv 2501.06848), but for two faults of the
-    code: the last potential completes the reward, and weights that no resampling used stay.
-    `over`: settings of `smc` to replace.
+def gradient(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
+    """`dps`, of models whose states are numbers."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"states of {type(model).__name__} have no gradient to guide by: give "
+            "guide=tiltjax.tokens.Completions"
+        )
+    return dps(model, reward, scale)
+
+
+def values_only(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
+    """`dps` of a reward without a gradient: a twist, and no shift."""
+    return gradient(model, ValueOnly(reward), scale)
+
+
+def fk_steering(
+    key: Array,
+    model: Denoiser,
+    reward: Callable,
+    *,
+    scale: float | Array = 1.0,
+    num: int,
+    guide: Guide = values_only,
+    **settings: Any,
+) -> Particles:
+    """Feynman-Kac steering: base proposals, `Max` potentials, multinomial resampling. No gradient.
+
+    Published for text to image with 100 steps, of which the 20th, 40th, 60th and 80th resample; a
+    run of N steps resamples at the same fractions of N. Two faults of the published code are
+    repaired: the last potential completes the reward, and weights that no resampling used stay.
+
+    **Arguments:** `key`, `model`, `num`; `reward`, any function of one sample, and `scale`;
+    `guide(model, reward, scale)`, the guidance that twists, by default `dps` without gradients (for
+    tokens: `tokens.Completions`); `settings` of `smc`, also to replace these.
+
+    **Returns**, **raises:** as `smc`. Source: Singhal et al. (arXiv 2501.06848).
     """
-    return {
+    if "schedule" not in settings:
+        settings["schedule"] = _fifths(model, settings)
+    defaults: dict[str, Any] = {
         "proposal": Base(),
         "potential": Max(),
         "resample": resampling.multinomial,
-        "schedule": ResampleSchedule(20, start=20, stop=80),
         "ess_threshold": 1.0,
-    } | over
+    }
+    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
 
 
-def das(gamma: float | Array = 0.008, **over: Any) -> dict[str, Any]:
-    """Settings of DAS: `Shifted` proposals, exponential tempering, ssp resampling below half of
-    the effective sample size.
+def das(
+    key: Array,
+    model: Denoiser,
+    reward: Callable,
+    *,
+    scale: float | Array = 1.0,
+    num: int,
+    gamma: float | Array | None = None,
+    guide: Guide = gradient,
+    **settings: Any,
+) -> Particles:
+    """DAS: `Shifted` proposals, exponential tempering, ssp resampling below half of the effective
+    sample size.
 
-    As published for 100 steps (Kim et al., arXiv 2501.05803); every cache follows its ancestor,
-    which the published code forgets of twists. `gamma` must let the tempering end: at least
-    `2^(1 / (steps - 1)) - 1`. `over`: settings of `smc` to replace.
+    **Arguments:** as in `fk_steering`, with a reward that has a gradient; `gamma` of the tempering
+    `(1 + gamma)^i - 1`, by default the published .008 for 100 steps, and for N steps the one that
+    rises as far, `1.008^(99 / (N - 1)) - 1`. The published code forgets twists when it resamples;
+    here everything follows its ancestor. Source: Kim et al. (arXiv 2501.05803).
     """
-    return {
+    if gamma is None:
+        gamma = 1.008 ** (99 / max(_steps(model, settings) - 1, 1)) - 1
+    defaults: dict[str, Any] = {
         "proposal": Shifted(),
         "tempering": Exponential(gamma),
         "resample": resampling.ssp,
         "ess_threshold": 0.5,
-    } | over
+    }
+    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
 
 
-def tds(**over: Any) -> dict[str, Any]:
-    """Settings of the twisted diffusion sampler: the kernel at the twisted denoiser, systematic
-    resampling after every step.
+def tds(
+    key: Array,
+    model: Denoiser,
+    reward: Callable,
+    *,
+    scale: float | Array = 1.0,
+    num: int,
+    guide: Guide = gradient,
+    **settings: Any,
+) -> Particles:
+    """The twisted diffusion sampler: the kernel at the twisted denoiser, systematic resampling
+    after every step.
 
-    Wu et al. (arXiv 2306.17775). `over`: settings of `smc` to replace.
+    **Arguments:** as in `fk_steering`, with a reward that has a gradient. Source: Wu et al. (arXiv
+    2306.17775).
     """
-    return {"proposal": Guided(), "resample": resampling.systematic, "ess_threshold": 1.0} | over
+    defaults: dict[str, Any] = {
+        "proposal": Guided(),
+        "resample": resampling.systematic,
+        "ess_threshold": 1.0,
+    }
+    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+
+
+def svdd(
+    key: Array,
+    model: Denoiser,
+    reward: Callable,
+    *,
+    scale: float | Array = 1.0,
+    num: int,
+    children: int = 20,
+    guide: Guide = values_only,
+    **settings: Any,
+) -> Particles:
+    """Soft value-based decoding: in every step each particle proposes `children` states by the base
+    kernel and goes on as one of them, chosen in proportion to `exp(scale * r)` at its denoiser. No
+    gradient, and no resampling between particles.
+
+    The published method ignores what a choice costs, and its particles (`particles.x` without
+    weights) are not the tilt; the `log_weights` returned make them exact. A step costs `children`
+    network evaluations a particle.
+
+    **Arguments:** as in `fk_steering`; `children`, published with 20. Source: Li et al. (arXiv
+    2408.08252).
+    """
+    defaults: dict[str, Any] = {"proposal": Children(children), "ess_threshold": 0.0}
+    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+
+
+def _steps(model: Denoiser, settings: dict[str, Any]) -> int:
+    """The number of steps of a run with these settings."""
+    steps, times = settings.get("steps"), settings.get("times")
+    if times is not None:
+        return len(times) - 1
+    if steps is not None:
+        return _checks.count(steps, "steps")
+    if model.steps is not None:
+        return model.steps
+    solver = settings.get("solver")
+    return (model.default_solver(Ancestral()) if solver is None else solver).steps
+
+
+def _fifths(model: Denoiser, settings: dict[str, Any]) -> ResampleSchedule:
+    """The steps at one to four fifths of a run."""
+    fifth = max(1, round(_steps(model, settings) / 5))
+    return ResampleSchedule(fifth, start=fifth, stop=4 * fifth)

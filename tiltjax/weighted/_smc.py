@@ -1,7 +1,9 @@
 r"""`smc`: the guided sampler with weights, asymptotically exact for any guidance.
 
-    x_t, estimate --> proposal --> x_u, log p/q --> twist V_u(x_u)
-        --> log w += log p/q + A_u - A_t --> resample, if the weights are uneven
+    propose    x_u from the shifted kernel q, and log p/q
+    look       D, D~ - D and the twist V_u at x_u
+    weigh      log w += log p/q + A_u - A_t
+    resample   if the weights are uneven
 
 The base chain takes the steps of `Ancestral(eta)` and ends with the jump to the denoiser, which is
 not guided: it has no noise to weigh. With `Z_N = E[exp(scale * r(x_N))]` of this chain, and N the
@@ -15,11 +17,14 @@ judged by how even its weights are (`ess`), not trusted. What a run is made of:
 `tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`, `tiltjax.weighted.tempering`,
 `tiltjax.resampling`.
 
-| published method | here |
-|---|---|
-| FK (arXiv 2501.06848) | `smc(key, model, dps(model, reward, scale), num=n, **fk_steering())` |
-| DAS (arXiv 2501.05803) | `smc(key, model, dps(model, reward, scale), num=n, **das())` |
-| TDS (arXiv 2306.17775) | `smc(key, model, dps(model, reward, scale), num=n, **tds())` |
+The loop can be written by hand, to record, to stop early, or to add a move:
+
+    run = SMC(model, guidance, num=1000, steps=50)
+    keys = run.keys(key)
+    state, info = init(keys[0], run)
+    for keys_step in keys[1:-1]:
+        state, info = step(keys_step, run, state)
+    particles = finish(keys[-1], run, state)      # those of smc(key, model, guidance, ...)
 """
 
 import math
@@ -32,11 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
-from tiltjax.guidance import Estimate, Guidance, failure_flags
+from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding, resampling
+from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.models import Denoiser
-from tiltjax.particles import FAILURES, Particles, Trace, effective, weight_dtype
-from tiltjax.samplers import check_run, map_particles
+from tiltjax.particles import Failures, Particles, Trace, effective, weight_dtype
+from tiltjax.samplers import check_run, initial_states, map_particles
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
 from tiltjax.weighted.proposals import Guided, Proposal
@@ -45,7 +50,188 @@ from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 _FEW = 0.05
 
 
-@external.failures()
+class Particle(NamedTuple):
+    """All that a particle inherits; leaves have a leading axis of `num`.
+
+    - `x`; `denoised`, `shift`: D and `D~ - D` there; `log_h`: the twist there.
+    - `applied`, `history`: the sum of the log-potentials so far, and the potential's memory.
+    - `memory`: that of the guidance and of the twist. `root`: the index of its ancestor at the
+      start.
+    """
+
+    x: Array
+    denoised: Array
+    shift: Array
+    log_h: Array
+    applied: Array
+    history: Any
+    memory: Any
+    root: Array
+
+
+class State(NamedTuple):
+    """Weighted particles before step `number`: `log_weights` `(num,)`, what earlier resampling put
+    into `log_norm`, and the factor by which the guidance's shift counts, `tempering`.
+    """
+
+    number: Array
+    particles: Particle
+    log_weights: Array
+    log_norm: Array
+    tempering: Array
+
+
+class Info(NamedTuple):
+    """What a step shows: `failed`; the effective sample size `ess` before it resampled; the factor
+    of the twist, `tempering`; and whether the particles were `resampled`.
+    """
+
+    failed: Failures
+    ess: Array
+    tempering: Array
+    resampled: Array
+
+
+class _Step(NamedTuple):
+    """One step from t to u (the first one, number -1, does not move); whether it `weighs`, by what
+    factor of the twist.
+    """
+
+    number: Array
+    t: Array
+    u: Array
+    weighs: Array
+    tempering: Array
+
+
+class SMC(eqx.Module):
+    """A weighted run, checked and complete: what `init`, `step` and `finish` need.
+
+    **Arguments:** those of `smc`, but for the key and `progress`. **Raises:** as `smc`.
+
+    `steps` is the number of steps; `times` their times, `(steps + 1,)`.
+    """
+
+    model: Denoiser
+    guidance: Guidance
+    proposing: Guidance | None
+    twist: Guidance | None
+    proposal: Proposal
+    potential: Potential
+    tempering: Tempering | None
+    solver: Any  # a Stochastic one
+    times: Array
+    factors: Array
+    weighs: tuple[bool, ...] = eqx.field(static=True)
+    resample: resampling.Resampler = eqx.field(static=True)
+    ess_threshold: float = eqx.field(static=True)
+    num: int = eqx.field(static=True)
+    chunk_size: int | None = eqx.field(static=True)
+    sharding: jax.sharding.Sharding | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model: Denoiser,
+        guidance: Guidance,
+        *,
+        num: int,
+        steps: int | None = None,
+        times: Array | None = None,
+        twist: Guidance | None = None,
+        proposal: Proposal | None = None,
+        potential: Potential | None = None,
+        tempering: Tempering | None = None,
+        resample: resampling.Resampler = resampling.systematic,
+        schedule: ResampleSchedule | None = None,
+        ess_threshold: float = 0.5,
+        solver: Solver | None = None,
+        chunk_size: int | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        self.proposal = Guided() if proposal is None else proposal
+        self.potential = Difference() if potential is None else potential
+        schedule = ResampleSchedule() if schedule is None else schedule
+        _checks.instance(self.proposal, Proposal, "proposal", "such as proposals.Guided()")
+        _checks.instance(self.potential, Potential, "potential", "such as potentials.Difference()")
+        _checks.instance(
+            schedule, ResampleSchedule, "schedule", "use ResampleSchedule(n, start, stop)"
+        )
+        _checks.function(resample, "resample")
+        self.ess_threshold = _checks.number(ess_threshold, "ess_threshold", 0, 1)
+        _check_noise(solver)
+        run = check_run(
+            model, guidance, num=num, steps=steps, times=times, solver=solver,
+            usual_solver=Ancestral(), chunk_size=chunk_size, weighted=True, twist=twist,
+        )  # fmt: skip
+        _sharding.check_divides(sharding, (run.num,), "num")  # weights have the particle axis alone
+        _check_end(run.times)
+        self.solver, self.times, self.num, self.chunk_size = run
+        self.model, self.guidance, self.resample, self.sharding = (
+            model,
+            guidance,
+            resample,
+            sharding,
+        )
+        # A proposal that is not guided evaluates its guidance at no state, unless the guidance
+        # needs every state. Where the guidance is evaluated anyway it is the twist, too.
+        proposes = self.proposal.guided or guidance.needs_every_state
+        self.proposing = guidance if proposes else None
+        self.twist = guidance if twist is None and not proposes else twist
+        weighs = self.ess_threshold > 0 or self.proposal.num_children > 1
+        self.weighs = tuple(
+            (schedule.steps(self.steps) if weighs else np.zeros(self.steps, bool)).tolist()
+        )
+        self.tempering = tempering
+        if tempering is not None:
+            _check_tempering(tempering, self.proposal, self.potential, self.ess_threshold)
+        self.factors = jnp.ones(self.steps)
+        if tempering is not None and not isinstance(tempering, AdaptiveTempering):
+            self.factors = tempering.factors(self.steps)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def log_dtype(self) -> Any:
+        """The dtype of the log-weights."""
+        return weight_dtype(self.model.dtype)
+
+    def keys(self, key: Array) -> Array:
+        """The keys of all steps, `(steps + 1, 2)`: of the particles, and of resampling. The first
+        row is that of `init`, the last that of `finish`.
+        """
+        return jax.random.split(key, (self.steps + 1, 2))
+
+    def _cast(self) -> "SMC":
+        """The run in the dtype of the model."""
+        numbers = lambda run: (
+            run.model,
+            run.guidance,
+            run.proposing,
+            run.twist,
+            run.solver,
+            run.times,
+        )
+        is_none = lambda leaf: leaf is None
+        run = eqx.tree_at(
+            numbers, self, _pytree.cast(numbers(self), self.model.dtype), is_leaf=is_none
+        )
+        return eqx.tree_at(lambda run: run.factors, run, self.factors.astype(self.log_dtype))
+
+    def _step(self, number: Array) -> _Step:
+        moves = number >= 0
+        before = jnp.ones_like if self.tempering is None else jnp.zeros_like
+        here = jnp.maximum(number, 0)
+        return _Step(
+            number,
+            self.times[here],
+            self.times[number + 1],
+            moves & jnp.asarray(self.weighs)[here],
+            jnp.where(moves, self.factors[here], before(self.factors[0])),
+        )
+
+
 def smc(
     key: Array,
     model: Denoiser,
@@ -92,65 +278,303 @@ def smc(
     5% of `num`: estimates rest on few particles then.
     """
     key = _checks.key(key)
-    proposal = Guided() if proposal is None else proposal
-    potential = Difference() if potential is None else potential
-    schedule = ResampleSchedule() if schedule is None else schedule
-    _checks.instance(proposal, Proposal, "proposal", "such as proposals.Guided()")
-    _checks.instance(potential, Potential, "potential", "such as potentials.Difference()")
-    _checks.instance(schedule, ResampleSchedule, "schedule", "use ResampleSchedule(n, start, stop)")
-    _checks.function(resample, "resample")
-    threshold = _checks.number(ess_threshold, "ess_threshold", 0, 1)
-    _check_noise(solver)
-    run = check_run(
-        model, guidance, num=num, steps=steps, times=times, solver=solver,
-        usual_solver=Ancestral(), chunk_size=chunk_size, weighted=True, twist=twist,
+    run = SMC(
+        model, guidance, num=num, steps=steps, times=times, twist=twist, proposal=proposal,
+        potential=potential, tempering=tempering, resample=resample, schedule=schedule,
+        ess_threshold=ess_threshold, solver=solver, chunk_size=chunk_size, sharding=sharding,
     )  # fmt: skip
-    _sharding.check_divides(sharding, (run.num,), "num")  # weights have the particle axis alone
-    if _checks.concrete(run.times) and float(np.asarray(run.times)[-1]) != 1:
-        raise ValueError(
-            "weights are complete at t = 1 only: times must end there, got "
-            f"{float(np.asarray(run.times)[-1]):g}"
-        )
-    if tempering is not None:
-        _check_tempering(tempering, proposal, potential, threshold)
-    steps = len(run.times) - 1
-    weighs = threshold > 0 or proposal.num_children > 1
-    weighs_at = schedule.steps(steps) if weighs else np.zeros(steps, bool)
-    factors = jnp.ones(steps)
-    if tempering is not None and not isinstance(tempering, AdaptiveTempering):
-        factors = tempering.factors(steps)
-    settings = _Settings(proposal, potential, tempering, resample, threshold)
-    with _progress.bar("weighing", steps, enabled=progress) as bar:
-        particles = _smc(
-            key, model, guidance, twist, settings, run.solver, run.times, factors,
-            tuple(weighs_at.tolist()), bar, run.num, run.chunk_size, sharding,
-        )  # fmt: skip
+    with _progress.bar("weighing", run.steps, enabled=progress) as bar:
+        particles = _smc(key, run, bar)
         if _checks.concrete(particles):
             assert particles.trace is not None
             particles.trace.check()
-            if threshold > 0:
+            if run.ess_threshold > 0:
                 _warn(particles)
     return particles
 
 
-class _Settings(NamedTuple):
-    proposal: Proposal
-    potential: Potential
-    tempering: Tempering | None
-    resample: resampling.Resampler
-    threshold: float
+@_callbacks.compiled
+def init(keys: Array, run: SMC) -> tuple[State, Info]:
+    """`num` particles at the start, evaluated there, with equal weights."""
+    run = run._cast()
+    return _advance(keys, run, _start(keys, run))
 
 
-class _Particle(NamedTuple):
-    """All that a particle inherits; `root` is the index of its ancestor at the start."""
+@_callbacks.compiled
+def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
+    """The next of the `run.steps - 1` steps that move by a kernel: propose, look, weigh,
+    resample.
+    """
+    return _advance(keys, run._cast(), state)
 
-    x: Array
-    denoised: Array
-    guidance_shift: Array
-    applied: Array
-    history: Any
-    memory: Any
-    root: Array
+
+@_callbacks.compiled
+def finish(keys: Array, run: SMC, state: State) -> Particles:
+    """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
+    the potentials: particles at t = 1, with a `trace` of this step.
+    """
+    particles, info = _finish(keys[0], run._cast(), state)
+    info = jax.tree.map(lambda leaf: leaf[None], info)
+    return _traced(particles, run.times[-2:], info, state.particles.root)
+
+
+@_callbacks.compiled
+def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
+    run = run._cast()
+    keys = run.keys(key)
+
+    def advance(state: State, keys: Array) -> tuple[State, Info]:
+        bar.tick(state.number)
+        return _advance(keys, run, state)
+
+    # The start is evaluated by a step that does not move: a program contains each guidance once.
+    state, infos = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
+    particles, last = _finish(keys[-1, 0], run, state)
+    infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
+    # What fails at the start counts as a failure of the first step.
+    failed = jax.tree.map(lambda flags: flags[1:].at[0].set(flags[0] | flags[1]), infos.failed)
+    infos = jax.tree.map(lambda leaves: leaves[1:], infos)
+    return _traced(particles, run.times, infos._replace(failed=failed), state.particles.root)
+
+
+def _start(keys: Array, run: SMC) -> State:
+    """Particles at the first time, before anything is known of them."""
+    x = initial_states(keys[1], run.model, run.times[0], run.num, run.chunk_size)
+
+    def particle(i: Array, x: Array) -> Particle:
+        unknown = jnp.zeros(run.model.denoised_shape, run.model.dtype)
+        zero = jnp.zeros((), run.log_dtype)
+        memory = run.guidance.init(x), () if run.twist is None else run.twist.init(x)
+        return Particle(x, unknown, unknown, zero, zero, run.potential.init(), memory, i)
+
+    particles = jax.vmap(particle)(jnp.arange(run.num), x)
+    if run.sharding is not None:
+        particles = jax.lax.with_sharding_constraint(particles, run.sharding)
+    zero = jnp.zeros((), run.log_dtype)
+    number = jnp.asarray(-1)
+    return State(
+        number, particles, jnp.zeros(run.num, zero.dtype), zero, run._step(number).tempering
+    )
+
+
+def _advance(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
+    key_particles, key_resample = keys
+    step = run._step(state.number)
+
+    def move(i: Array, particle: Particle) -> tuple[Particle, Array, Failures]:
+        return propagate(particle_key(key_particles, i), run, step, state.tempering, particle)
+
+    particles, log_ratio, failed = map_particles(move, run.chunk_size)(
+        jnp.arange(run.num), state.particles
+    )
+    state = weigh(run, step, state._replace(particles=particles), log_ratio)
+    state, ess, resampled = resample(key_resample, run, step, state)
+    failed = jax.tree.map(jnp.any, failed)
+    failed = failed.then(Failures.none()._replace(weights=~jnp.isfinite(ess)))
+    info = Info(failed, ess, state.tempering, resampled)
+    return state._replace(number=state.number + 1), info
+
+
+def particle_key(key_step: Array, i: Array) -> Array:
+    """The key of particle i in one step."""
+    return jax.random.fold_in(key_step, i)
+
+
+def propagate(
+    key: Array, run: SMC, step: _Step, tempering: Array, particle: Particle
+) -> tuple[Particle, Array, Failures]:
+    """One particle after a step, `log p/q` of its move, and what failed: `propose` and `look`, or
+    the choice among several children that do so.
+    """
+
+    def child(key: Array) -> tuple[Particle, Array, Failures]:
+        key_noise, *keys = jax.random.split(key, 3)
+        x, log_ratio = propose(key_noise, run, step, tempering, particle)
+        moved, failed = look(keys, run, step, particle._replace(x=x))
+        return moved, log_ratio, failed
+
+    num = run.proposal.num_children
+    if num == 1:
+        return child(key)
+    key_choice, *keys = jax.random.split(key, num + 1)
+    children, log_ratio, failed = jax.vmap(child)(jnp.stack(keys))
+    apply = lambda child: apply_potential(run.potential, step.weighs, child, step.tempering)[0]
+    gain = log_ratio + jax.vmap(lambda child: increment(apply(child), child.applied))(children)
+    chosen = jax.random.categorical(key_choice, gain)
+    # The chosen one's own gain is added by `weigh`: what is carried is the mean of all.
+    mean = jax.nn.logsumexp(gain) - math.log(num)
+    moved = jax.tree.map(lambda leaf: leaf[chosen], children)
+    return moved, log_ratio[chosen] + mean - gain[chosen], jax.tree.map(jnp.any, failed)
+
+
+def propose(
+    key: Array, run: SMC, step: _Step, tempering: Array, particle: Particle
+) -> tuple[Array, Array]:
+    """A state drawn from the shifted kernel, and `log p/q` there."""
+
+    def move() -> tuple[Array, Array]:
+        kernel = run.solver.kernel(run.model.corruption, step.t, step.u)
+        shift = run.proposal.shift(kernel, tempering.astype(run.model.dtype) * particle.shift)
+        x, log_ratio = kernel.propose(key, particle.x, particle.denoised, shift)
+        return x, log_ratio.astype(run.log_dtype)
+
+    stay = lambda: (particle.x, jnp.zeros((), run.log_dtype))
+    return jax.lax.cond(step.number < 0, stay, move)
+
+
+def look(keys: list[Array], run: SMC, step: _Step, particle: Particle) -> tuple[Particle, Failures]:
+    """Evaluate the guidance and the twist at a new state: D, `D~ - D`, log h, and memories."""
+    (key_guidance, key_twist), (of_guidance, of_twist) = keys, particle.memory
+    t, x, weighing = step.u, particle.x, any(run.weighs[:-1])
+    shift, log_h = jnp.zeros_like(particle.shift), jnp.zeros((), run.log_dtype)
+    unguided = lambda: run.model.denoise(t, x).astype(run.model.dtype)
+    if run.proposing is not None:
+        denoised, shift, log_h, of_guidance = estimate(
+            run, run.proposing, key_guidance, t, x, of_guidance, weighing and run.twist is None
+        )
+        unguided = lambda: denoised
+    if run.twist is None:
+        denoised = unguided()
+    else:
+        twist = run.twist
+
+        # The twist is evaluated only where it counts, unless it needs every state.
+        def twisted(memory: Any) -> tuple[Array, Array, Any]:
+            of_twist, _, log_h, memory = estimate(run, twist, key_twist, t, x, memory, True)
+            return of_twist if run.proposing is None else unguided(), log_h, memory
+
+        denoised, log_h, of_twist = jax.lax.cond(
+            step.weighs | twist.needs_every_state,
+            twisted, lambda memory: (unguided(), log_h, memory), of_twist,
+        )  # fmt: skip
+    failed = failures(x, Estimate(denoised + shift, denoised, log_h))
+    memory = of_guidance, of_twist
+    return particle._replace(denoised=denoised, shift=shift, log_h=log_h, memory=memory), failed
+
+
+def estimate(
+    run: SMC, guidance: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
+) -> tuple[Array, Array, Array, Any]:
+    """D, `D~ - D`, log h (0 unless `weighing`) and the memory of a guidance at a state."""
+    found, memory = guidance(key, t, x, memory)
+    found = _pytree.cast(found, run.model.dtype)
+    if found.tilted.shape != run.model.denoised_shape:
+        raise ValueError(
+            f"the guidance returns a denoiser of shape {found.tilted.shape} for a state of shape "
+            f"{x.shape}"
+        )
+    if weighing and found.log_h is None:
+        raise ValueError(
+            f"{type(guidance).__name__} has no log_h to weigh particles by: give twist=, such as "
+            "Laplace(model, reward, scale) or dps(model, reward, scale), or weigh at the end "
+            "alone, ess_threshold=0"
+        )
+    # The base chain needs the unguided denoiser.
+    unguided = lambda: run.model.denoise(t, x).astype(run.model.dtype)
+    denoised = unguided() if found.denoised is None else found.denoised
+    log_h = 0.0 if found.log_h is None or not weighing else found.log_h
+    return denoised, found.tilted - denoised, jnp.asarray(log_h, run.log_dtype), memory
+
+
+def weigh(run: SMC, step: _Step, state: State, log_ratio: Array) -> State:
+    """`log w += log p/q + A_u - A_t`, with the tempering of this step."""
+    log_weights, particles = state.log_weights + log_ratio, state.particles
+    tempering = step.tempering
+    if isinstance(run.tempering, AdaptiveTempering):
+        chosen = choose_tempering(run, run.tempering, step, particles, log_weights)
+        tempering = jnp.where(step.weighs, chosen, state.tempering)
+    apply = lambda particle: apply_potential(run.potential, step.weighs, particle, tempering)
+    applied, history = jax.vmap(apply)(particles)
+    log_weights = log_weights + increment(applied, particles.applied)
+    particles = particles._replace(applied=applied, history=history)
+    return state._replace(particles=particles, log_weights=log_weights, tempering=tempering)
+
+
+def choose_tempering(
+    run: SMC, tempering: AdaptiveTempering, step: _Step, particles: Particle, log_weights: Array
+) -> Array:
+    """The factor of the twist that leaves the effective sample size asked for."""
+    # Many sums of the weights, one of which is chosen: exchanged between devices once.
+    known = particles.applied, particles.history, particles.log_h, log_weights
+    applied, history, log_h, log_weights = jax.tree.map(
+        lambda array: replicate(array, run.sharding), known
+    )
+    particles = particles._replace(applied=applied, history=history, log_h=log_h)
+
+    def weights(factor: Array) -> Array:
+        gain = lambda particle: (
+            apply_potential(run.potential, step.weighs, particle, factor)[0] - particle.applied
+        )
+        return log_weights + jax.vmap(gain)(particles)
+
+    return tempering.choose(weights, run.num, run.log_dtype)
+
+
+def apply_potential(
+    potential: Potential, weighs: Array, particle: Particle, tempering: Array
+) -> tuple[Array, Any]:
+    """The sum of the log-potentials of a particle after a step, and the potential's memory."""
+    # A twist of -inf is not believed before the end: what it excludes too early may yet be allowed.
+    # Any number is unbiased.
+    counts = weighs & (particle.log_h > -jnp.inf)
+    value = jnp.where(counts, tempering * jnp.where(counts, particle.log_h, 0.0), 0.0)
+    applied, history = potential(particle.applied, particle.history, value)
+    choose = lambda new, old: jnp.where(counts, new, old)
+    history = jax.tree.map(choose, history, particle.history)
+    return choose(applied, particle.applied), history
+
+
+def resample(key: Array, run: SMC, step: _Step, state: State) -> tuple[State, Array, Array]:
+    """The next generation, if the weights are uneven; the effective sample size, and whether."""
+    # One exchange of the weights instead of one for each sum of them, and sums that are the same on
+    # any number of devices.
+    log_weights = replicate(state.log_weights, run.sharding)
+    ess = effective(log_weights)
+
+    def renew(state: State) -> State:
+        ancestors = replicate(run.resample(key, log_weights), run.sharding)
+        log_norm = state.log_norm + jax.nn.logsumexp(log_weights) - math.log(run.num)
+        return state._replace(
+            particles=inherit(state.particles, ancestors),
+            log_weights=jnp.zeros_like(log_weights),
+            log_norm=log_norm,
+        )
+
+    threshold = run.ess_threshold
+    uneven = step.weighs & (ess < threshold * run.num) if threshold > 0 else jnp.zeros((), bool)
+    # Weights that are not finite stay, for the report.
+    return jax.lax.cond(uneven & jnp.isfinite(ess), renew, lambda s: s, state), ess, uneven
+
+
+def inherit(particles: Particle, ancestors: Array) -> Particle:
+    """The next generation: everything that a particle carries is its ancestor's."""
+    return jax.tree.map(lambda leaf: leaf[ancestors], particles)
+
+
+def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info]:
+    particles = state.particles
+
+    def end(i: Array, particle: Particle) -> tuple[Array, Array]:
+        x = run.solver.finish(particle_key(key, i), particle.x, particle.denoised)
+        log_potential = run.guidance.final_log_potential(x, particle.memory[0])
+        return x, log_potential.astype(run.log_dtype)
+
+    x, log_potential = map_particles(end, run.chunk_size)(jnp.arange(run.num), particles)
+    log_weights = state.log_weights + increment(log_potential, particles.applied)
+    all_log_weights = replicate(log_weights, run.sharding)
+    log_norm = state.log_norm + jax.nn.logsumexp(all_log_weights) - math.log(run.num)
+    ess = effective(all_log_weights)
+    wrong = jnp.any(jnp.isnan(log_potential) | (log_potential == jnp.inf))
+    failed = Failures.none()._replace(log_h=wrong, weights=~wrong & ~jnp.isfinite(ess))
+    info = Info(failed, ess, jnp.ones((), run.log_dtype), jnp.zeros((), bool))
+    return Particles(x, log_weights, log_norm), info
+
+
+def _traced(particles: Particles, times: Array, infos: Info, roots: Array) -> Particles:
+    """The particles with a trace of the steps at `times`."""
+    failed, ess, tempering, resampled = infos
+    trace = Trace(times, failed, ess=ess, tempering=tempering, resampled=resampled, roots=roots)
+    return Particles(particles.x, particles.log_weights, particles.log_norm, trace)
 
 
 def _check_noise(solver: Solver | None) -> None:
@@ -164,6 +588,14 @@ def _check_noise(solver: Solver | None) -> None:
         raise ValueError(
             "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) "
             "with eta > 0"
+        )
+
+
+def _check_end(times: Array) -> None:
+    if _checks.concrete(times) and float(np.asarray(times)[-1]) != 1:
+        raise ValueError(
+            "weights are complete at t = 1 only: times must end there, got "
+            f"{float(np.asarray(times)[-1]):g}"
         )
 
 
@@ -184,265 +616,11 @@ def _check_tempering(
         )
 
 
-@eqx.filter_jit
-def _smc(
-    key,
-    model,
-    guidance,
-    twist,
-    settings,
-    solver,
-    times,
-    factors,
-    weighs_at,
-    bar,
-    num,
-    chunk_size,
-    sharding,
-) -> Particles:
-    model, guidance, twist, solver, times = _pytree.cast(
-        (model, guidance, twist, solver, times), model.dtype
-    )
-    proposal, potential, tempering, resample, threshold = settings
-    dtype = model.dtype
-    log_dtype = weight_dtype(dtype)
-    steps = len(times) - 1
-    over_particles = lambda fn: map_particles(fn, chunk_size)
-    factors = factors.astype(log_dtype)
-    # A proposal that is not guided evaluates its guidance at no state, unless the guidance needs
-    # every state.
-    uses_guidance = proposal.guided or guidance.needs_every_state
-    twisting, separate = (
-        guidance if twist is None else twist,
-        twist is not None or not uses_guidance,
-    )
-
-    unguided = lambda t, x: model.denoise(t, x).astype(dtype)
-
-    def estimated(
-        guide: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
-    ) -> tuple[Array, ...]:
-        """D, D~ - D, log h (0 unless `weighing`) and the memory of a guidance."""
-        estimate, memory = guide(key, t, x, memory)
-        estimate = _pytree.cast(estimate, dtype)
-        if estimate.tilted.shape != model.denoised_shape:
-            raise ValueError(
-                f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
-                f"shape {x.shape}"
-            )
-        if weighing and estimate.log_h is None:
-            raise ValueError(
-                f"{type(guide).__name__} has no log_h to weigh particles by: give twist=, such as "
-                "Laplace(model, reward, scale) or dps(model, reward, scale), or weigh at the end "
-                "alone, ess_threshold=0"
-            )
-        # The base chain needs the unguided denoiser.
-        denoised = unguided(t, x) if estimate.denoised is None else estimate.denoised
-        log_h = 0.0 if estimate.log_h is None or not weighing else estimate.log_h
-        return denoised, estimate.tilted - denoised, jnp.asarray(log_h, log_dtype), memory
-
-    def evaluate(
-        key_guidance: Array, key_twist: Array, t: Array, x: Array, memory: Any, weigh: Array
-    ) -> tuple[Array, Array, Array, Any, Array]:
-        """At a new state: D, D~ - D, log h (if it is to be weighed), memories, failures."""
-        of_guidance, of_twist = memory
-        if uses_guidance:
-            weighing = not separate and any(weighs_at[:-1])
-            denoised, guidance_shift, log_h, of_guidance = estimated(
-                guidance, key_guidance, t, x, of_guidance, weighing
-            )
-            base = lambda: denoised
-        else:
-            base = lambda: unguided(t, x)
-            guidance_shift, log_h = jnp.zeros(model.denoised_shape, dtype), jnp.zeros((), log_dtype)
-        if separate:
-            # The twist is evaluated only where it counts, unless it needs every state.
-            def with_twist(of_twist: Any) -> tuple[Array, Array, Any]:
-                denoised, _, log_h, of_twist = estimated(twisting, key_twist, t, x, of_twist, True)
-                return (base() if uses_guidance else denoised), log_h, of_twist
-
-            without_twist = lambda of_twist: (base(), log_h, of_twist)
-            denoised, log_h, of_twist = jax.lax.cond(
-                weigh | twisting.needs_every_state, with_twist, without_twist, of_twist
-            )
-        else:
-            denoised = base()
-        failed = failure_flags(x, Estimate(denoised + guidance_shift, denoised, log_h))
-        return denoised, guidance_shift, log_h, (of_guidance, of_twist), failed
-
-    def start(i: Array) -> _Particle:
-        x = model.initial(particle_key(keys[0, 1], i), times[0])
-        memory = guidance.init(x), twisting.init(x) if separate else ()
-        unknown = jnp.zeros(model.denoised_shape, dtype)
-        return _Particle(x, unknown, unknown, jnp.zeros((), log_dtype), potential.init(), memory, i)
-
-    def advance(carry, scanned):
-        particles, log_weights, log_norm, factor = carry
-        step, (key_step, key_resample), t, u, weigh, tempering_factor = scanned
-
-        def child(key: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
-            key_noise, key_guidance, key_twist = jax.random.split(key, 3)
-
-            def move() -> tuple[Array, Array]:
-                kernel = solver.kernel(model.corruption, t, u)
-                shift = proposal.shift(kernel, factor.astype(dtype) * particle.guidance_shift)
-                x, log_ratio = kernel.propose(key_noise, particle.x, particle.denoised, shift)
-                return x, log_ratio.astype(log_dtype)
-
-            stay = lambda: (particle.x, jnp.zeros((), log_dtype))
-            x, log_ratio = jax.lax.cond(step < 0, stay, move)
-            denoised, guidance_shift, value, memory, failed = evaluate(
-                key_guidance, key_twist, u, x, particle.memory, weigh
-            )
-            moved = particle._replace(
-                x=x, denoised=denoised, guidance_shift=guidance_shift, memory=memory
-            )
-            return moved, value, log_ratio, failed
-
-        def apply(particle: _Particle, value: Array, factor: Array) -> tuple[Array, Any]:
-            # A twist of -inf is not believed before the end: what it excludes too early may yet be
-            # allowed. Any number is unbiased.
-            counts = weigh & (value > -jnp.inf)
-            value = jnp.where(counts, factor * jnp.where(counts, value, 0.0), 0.0)
-            applied, history = potential(particle.applied, particle.history, value)
-            choose = lambda new, old: jnp.where(counts, new, old)
-            history = jax.tree.map(choose, history, particle.history)
-            return choose(applied, particle.applied), history
-
-        def propagate(i: Array, particle: _Particle) -> tuple[_Particle, Array, Array, Array]:
-            key = particle_key(key_step, i)
-            if proposal.num_children == 1:
-                return child(key, particle)
-            key_choice, *keys = jax.random.split(key, proposal.num_children + 1)
-            moved, value, log_ratio, failed = jax.vmap(lambda key: child(key, particle))(
-                jnp.stack(keys)
-            )
-            gain = log_ratio + jax.vmap(
-                lambda value: increment(
-                    apply(particle, value, tempering_factor)[0], particle.applied
-                )
-            )(value)
-            chosen = jax.random.categorical(key_choice, gain)
-            # The chosen one's own gain is added below: what is carried is the mean of all.
-            log_ratio = (
-                log_ratio[chosen]
-                + jax.nn.logsumexp(gain)
-                - math.log(proposal.num_children)
-                - gain[chosen]
-            )
-            moved, value = jax.tree.map(lambda leaf: leaf[chosen], (moved, value))
-            return moved, value, log_ratio, jnp.any(failed, axis=0)
-
-        moved, value, log_ratio, failed = over_particles(propagate)(jnp.arange(num), particles)
-        log_weights = log_weights + log_ratio
-        if isinstance(tempering, AdaptiveTempering):
-            # Many sums of the weights, one of which is chosen: exchanged once, too.
-            known = moved.applied, moved.history, value, log_weights
-            applied, history, values, sums = jax.tree.map(
-                lambda array: replicate(array, sharding), known
-            )
-            candidates = moved._replace(applied=applied, history=history)
-            gain = lambda one, value, factor: apply(one, value, factor)[0] - one.applied
-            weigh_by = lambda factor: (
-                sums + jax.vmap(gain, in_axes=(0, 0, None))(candidates, values, factor)
-            )
-            tempering_factor = jnp.where(weigh, tempering.choose(weigh_by, num, log_dtype), factor)
-        applied, history = jax.vmap(lambda one, value: apply(one, value, tempering_factor))(
-            moved, value
-        )
-        log_weights = log_weights + increment(applied, moved.applied)
-        moved = moved._replace(applied=applied, history=history)
-        # One exchange of the weights instead of one for each sum of them, and sums that are the
-        # same on any number of devices.
-        all_log_weights = replicate(log_weights, sharding)
-        ess = effective(all_log_weights)
-        uneven = weigh & (ess < threshold * num) if threshold > 0 else jnp.zeros((), bool)
-
-        def renew(moved, log_weights, log_norm):
-            ancestors = replicate(resample(key_resample, all_log_weights), sharding)
-            log_norm = log_norm + jax.nn.logsumexp(all_log_weights) - math.log(num)
-            return inherit(moved, ancestors), jnp.zeros_like(log_weights), log_norm
-
-        unchanged = lambda *state: state
-        # Weights that are not finite stay, for the report.
-        moved, log_weights, log_norm = jax.lax.cond(
-            uneven & jnp.isfinite(ess), renew, unchanged, moved, log_weights, log_norm
-        )
-        failed = jnp.any(failed, axis=0)
-        failed = failed.at[4].set(~jnp.any(failed) & ~jnp.isfinite(ess))
-        bar.tick(step)
-        carry = moved, log_weights, log_norm, tempering_factor
-        return carry, (failed, ess, tempering_factor, uneven)
-
-    inner, indices = steps - 1, jnp.arange(num)
-    # Of particles and of resampling, at each step; the first row draws and evaluates the start.
-    keys = jax.random.split(key, (steps + 1, 2))
-    particles = over_particles(start)(indices)
-    if sharding is not None:
-        particles = jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), particles
-        )
-    # The first evaluation, at the start, is a step that does not move: so the program contains each
-    # guidance once.
-    before = jnp.ones((), log_dtype) if tempering is None else jnp.zeros((), log_dtype)
-    carry = particles, jnp.zeros(num, log_dtype), jnp.zeros((), log_dtype), before
-    scanned = (
-        jnp.arange(-1, inner), keys[:steps], jnp.concatenate([times[:1], times[:-2]]), times[:-1],
-        jnp.asarray((False, *weighs_at[:inner])), jnp.concatenate([before[None], factors[:inner]]),
-    )  # fmt: skip
-    (particles, log_weights, log_norm, _), (failed, *per_step) = jax.lax.scan(
-        advance, carry, scanned
-    )
-    ess, tempered, resampled = (leaf[1:] for leaf in per_step)
-
-    # The last step jumps to the denoiser, and completes the reward (or what a guidance has of its
-    # own to complete).
-    finish = lambda i, particle: solver.finish(
-        particle_key(keys[steps, 0], i), particle.x, particle.denoised
-    )
-    x = over_particles(finish)(indices, particles)
-    log_tilt = over_particles(guidance.final_log_potential)(x, particles.memory[0]).astype(
-        log_dtype
-    )
-    log_weights = log_weights + increment(log_tilt, particles.applied)
-    all_log_weights = replicate(log_weights, sharding)
-    log_norm = log_norm + jax.nn.logsumexp(all_log_weights) - math.log(num)
-    last = effective(all_log_weights)
-    failed_at_end = (
-        jnp.zeros(len(FAILURES), bool)
-        .at[1]
-        .set(jnp.any(jnp.isnan(log_tilt) | (log_tilt == jnp.inf)))
-    )
-    failed_at_end = failed_at_end.at[4].set(~jnp.any(failed_at_end) & ~jnp.isfinite(last))
-    # What fails at the start counts as a failure of the first step.
-    failed = jnp.concatenate([failed, failed_at_end[None]])
-    failed = failed[1:].at[0].set(failed[0] | failed[1])
-    trace = Trace(
-        times,
-        failed,
-        ess=jnp.append(ess, last),
-        tempering=jnp.append(tempered, 1),
-        resampled=jnp.append(resampled, False),
-        roots=particles.root,
-    )
-    return Particles(x, log_weights, log_norm, trace)
-
-
-def inherit(particles: _Particle, ancestors: Array) -> _Particle:
-    """The next generation: everything that a particle carries is its ancestor's."""
-    return jax.tree.map(lambda leaf: leaf[ancestors], particles)
-
-
 def replicate(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
     """The whole of an array on every device of a mesh."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return array
     return jax.lax.with_sharding_constraint(array, _sharding.replicated(sharding))
-
-
-def particle_key(key_step: Array, i: Array) -> Array:
-    """The key of particle i in one step."""
-    return jax.random.fold_in(key_step, i)
 
 
 def increment(new: Array, old: Array) -> Array:
