@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding, external, grids
 from tiltjax.guidance import Estimate, Guidance, check, failure_flags
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import FAILURES, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -91,8 +92,8 @@ def sample(
 def _sample(
     key, model, guidance, solver, times, start, bar, num, chunk_size, sharding, save_trajectory
 ) -> Particles:
-    model, guidance, solver, times, start = _pytree.cast(
-        (model, guidance, solver, times, start), model.dtype
+    model, guidance, solver, times, start = decomposed(
+        _pytree.cast((model, guidance, solver, times, start), model.dtype)
     )
     steps = len(times) - 1
     keys = _keys(key, steps)

@@ -34,6 +34,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree, _sharding, external, resampling
 from tiltjax.guidance import Estimate, Guidance, failure_flags
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import FAILURES, Particles, Trace, effective, weight_dtype
 from tiltjax.samplers import check_run, map_particles
@@ -200,8 +201,8 @@ def _smc(
     chunk_size,
     sharding,
 ) -> Particles:
-    model, guidance, twist, solver, times = _pytree.cast(
-        (model, guidance, twist, solver, times), model.dtype
+    model, guidance, twist, solver, times = decomposed(
+        _pytree.cast((model, guidance, twist, solver, times), model.dtype)
     )
     proposal, potential, tempering, resample, threshold = settings
     dtype = model.dtype
