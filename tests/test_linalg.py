@@ -2,6 +2,8 @@
 (float64, 1e-10).
 """
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,45 +31,78 @@ def test_inner_products(shape):
     )
 
 
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 2), (3, 1, 2)])
+def test_entries_are_an_array(shape):
+    a, b = np.random.default_rng(0).uniform(0.5, 2, size=(2, *shape))
+    x, y = _linalg.unrolled(jnp.asarray(a)), _linalg.unrolled(jnp.asarray(b))
+    got = [x + y, x - 2.0, 2.0 - x, jnp.float64(3) * x / y, x[None], x[..., 0], x.sum()]
+    expected = [a + b, a - 2, 2 - a, 3 * a / b, a[None], a[..., 0], a.sum(-1)]
+    got = [_linalg.array(part) for part in got]
+    chex.assert_trees_all_close(got, expected, rtol=1e-15)
+    chex.assert_trees_all_close(x.max(), a.max(), rtol=0)
+    mapped = jax.jit(lambda e: jax.tree.map(jnp.exp, e))(x)
+    chex.assert_trees_all_close(_linalg.array(mapped), np.exp(a), rtol=1e-15)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+@pytest.mark.parametrize("taken_apart", [_linalg.unrolled, lambda array: array])
+def test_softmax_and_its_derivatives(num, taken_apart):
+    x = np.random.default_rng(num).normal(size=num)
+    ours = lambda x: _linalg.array(_linalg.softmax(taken_apart(x)))
+    for way in (lambda fn: fn, jax.jacfwd, jax.jacrev, lambda fn: jax.jacfwd(jax.jacrev(fn))):
+        chex.assert_trees_all_close(way(ours)(x), way(jax.nn.softmax)(x), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_solves_and_determinants(d):
-    matrix, b = positive(d), np.random.default_rng(1).normal(size=d)
-    factor = _linalg.cholesky(jnp.asarray(matrix))
-    assert isinstance(factor, list) == (d <= _linalg.UNROLL)
-    half = _linalg.half_solve(factor, jnp.asarray(b))
-    solved = jnp.asarray(_linalg.back_solve(factor, half))
+    matrix, b = positive(d), np.random.default_rng(1).normal(size=(d, 2))
+    solved, half_logdet = _linalg.solve(jnp.asarray(matrix), jnp.asarray(b))
     chex.assert_trees_all_close(solved, np.linalg.solve(matrix, b), rtol=1e-10)
     chex.assert_trees_all_close(
-        jnp.sum(jnp.asarray(half) ** 2), b @ np.linalg.solve(matrix, b), rtol=1e-10
+        half_logdet, np.linalg.slogdet(matrix)[1] / 2, rtol=1e-10, atol=1e-12
     )
-    chex.assert_trees_all_close(
-        _linalg.half_logdet(factor), np.linalg.slogdet(matrix)[1] / 2, rtol=1e-10, atol=1e-12
-    )
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_solves_of_what_is_positive_definite_up_to_a_scaling(d):
+    scaling = np.geomspace(1e-8, 1e8, d)
+    matrix, b = np.eye(d) + scaling[:, None] * positive(d), np.eye(d)
+    solved, half_logdet = _linalg.solve(jnp.asarray(matrix), jnp.asarray(b))
+    exact = np.linalg.solve(np.diag(1 / scaling) + positive(d), np.diag(1 / scaling))
+    chex.assert_trees_all_close(solved, exact, rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(half_logdet, np.linalg.slogdet(matrix)[1] / 2, rtol=1e-10)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
-def test_the_unrolled_path_equals_lapack(d, monkeypatch):
-    matrix, b = jnp.asarray(positive(d, 2)), jnp.asarray(np.random.default_rng(3).normal(size=d))
-
-    def everything():
-        factor = _linalg.cholesky(matrix)
-        half = _linalg.half_solve(factor, b)
-        return (
-            jnp.asarray(half),
-            jnp.asarray(_linalg.back_solve(factor, half)),
-            _linalg.half_logdet(factor),
-        )
-
-    small = everything()
+def test_the_unrolled_path_equals_the_loop(d, monkeypatch):
+    matrix, b = jnp.asarray(positive(d, 2)), np.random.default_rng(3).normal(size=(d, 1))
+    small = _linalg.solve(matrix, jnp.asarray(b))
     monkeypatch.setattr(_linalg, "UNROLL", 0)
-    assert not isinstance(_linalg.cholesky(matrix), list)
-    chex.assert_trees_all_close(small, everything(), rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(
+        small, _linalg.solve(matrix, jnp.asarray(b)), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("d", [2, 5])
 def test_an_indefinite_matrix_gives_nan_not_a_number(d):
-    factor = _linalg.cholesky(-jnp.eye(d))
-    assert np.all(np.isnan(_linalg.half_logdet(factor)))
+    assert np.isnan(_linalg.solve(-jnp.eye(d), jnp.zeros((d, 1)))[1])
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 6, 9, 24])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_rotations_diagonalize(d, dtype):
+    eps, eye = float(jnp.finfo(dtype).eps), np.eye(d)
+    root = np.random.default_rng(d).normal(size=(d, d))
+    flat = np.outer(root[0], root[0])
+    cases = [root + root.T, flat, -flat, eye, np.zeros((d, d)), np.diag(root[0]), np.ones((d, d))]
+    matrices = jnp.asarray(np.stack([*cases, 1e-12 * flat + eye]), dtype)
+    values, axes = jax.jit(jax.vmap(_linalg.rotations))(matrices)
+    for matrix, value, axis in zip(*map(np.float64, (matrices, values, axes)), strict=True):
+        size = np.abs(matrix).max()
+        np.testing.assert_allclose(axis @ axis.T, eye, atol=50 * d * eps)
+        np.testing.assert_allclose(axis * value @ axis.T, matrix, atol=50 * d * eps * size)
+        expected = np.linalg.eigvalsh(matrix)
+        np.testing.assert_allclose(np.sort(value), expected, atol=50 * d * eps * size)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
@@ -126,8 +161,9 @@ def test_square_root_closes_negative_directions():
 def test_spectral_functions_and_their_derivatives_where_eigenvalues_coincide(d):
     tangent = np.random.default_rng(0).normal(size=(d, d))
     tangent = jnp.asarray(tangent + tangent.T)
-    for matrix in (jnp.eye(d), jnp.diag(jnp.arange(1.0, d + 1)), jnp.eye(d).at[0, 0].set(-1.0)):
-        value, slope = jax.jvp(lambda a: _linalg.spectral(jnp.exp, a), (matrix,), (tangent,))
+    matrices = (jnp.eye(d), jnp.diag(jnp.arange(1.0, d + 1)), jnp.eye(d).at[0, 0].set(-1.0))
+    for matrix, eigh in itertools.product(matrices, (jnp.linalg.eigh, _linalg.rotations)):
+        value, slope = jax.jvp(lambda a: _linalg.spectral(jnp.exp, a, eigh), (matrix,), (tangent,))  # noqa: B023
         np.testing.assert_allclose(value, jax.scipy.linalg.expm(matrix), rtol=1e-10, atol=1e-12)
         step = 1e-5
         up, down = (jax.scipy.linalg.expm(matrix + sign * step * tangent) for sign in (1, -1))

@@ -3,6 +3,7 @@ the condition number of the map itself), statistical (5 standard errors).
 """
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from helpers import contracts
 from scipy import stats
 
 import tiltjax as tj
-from tiltjax import _linalg
+from tiltjax import mixtures
 
 TOLERANCE = 1e-10
 CASES = {
@@ -90,7 +91,7 @@ def test_against_quadrature_on_the_line():
 
 
 @pytest.mark.parametrize("d", [1, 2, 4])
-def test_the_slope_in_the_state_alone_equals_lapack(d, monkeypatch):
+def test_the_slope_in_the_state_alone_equals_that_of_arrays(d, monkeypatch):
     mixture, x = contracts.random_mixture(3, d, seed=d), point(d, 2)
 
     def slopes(mixture, x):
@@ -101,7 +102,7 @@ def test_the_slope_in_the_state_alone_equals_lapack(d, monkeypatch):
         return ends, jax.jacfwd(of)(x, 0.6), jax.jacfwd(jax.jacrev(of))(x, 0.6)
 
     small = jax.jit(lambda *args: slopes(*args))(mixture, x)
-    monkeypatch.setattr(_linalg, "UNROLL", 0)
+    monkeypatch.setattr(mixtures, "_UNROLL", 0)
     chex.assert_trees_all_close(
         small, jax.jit(lambda *args: slopes(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE
     )
@@ -123,7 +124,7 @@ def test_the_way_back_keeps_a_matrix_of_each_call():
 
 
 @pytest.mark.parametrize("d", [1, 2, 4])
-def test_the_unrolled_path_equals_lapack(d, monkeypatch):
+def test_entries_equal_arrays(d, monkeypatch):
     mixture, x = contracts.random_mixture(3, d, seed=d), point(d, 2)
 
     def everything(mixture, x):
@@ -136,9 +137,103 @@ def test_the_unrolled_path_equals_lapack(d, monkeypatch):
         return values, denoised(mixture, x), of_mixture.weights, of_mixture.means, of_covs, of_x
 
     small = jax.jit(lambda *args: everything(*args))(mixture, x)
-    monkeypatch.setattr(_linalg, "UNROLL", 0)
+    monkeypatch.setattr(mixtures, "_UNROLL", 0)
     chex.assert_trees_all_close(
         small, jax.jit(lambda *args: everything(*args))(mixture, x), rtol=1e-9, atol=TOLERANCE
+    )
+
+
+def dense_denoise(log_weights, means, covs, alpha, sigma, x):
+    """The posterior mean by dense algebra."""
+    noisy = alpha**2 * covs + sigma**2 * jnp.eye(len(x))[None]
+    residuals = x[None] - alpha * means
+    solved = jnp.linalg.solve(noisy, residuals[..., None])[..., 0]
+    log_probs = -(jnp.linalg.slogdet(noisy)[1] + jnp.sum(residuals * solved, axis=1)) / 2
+    moved = means + alpha * jnp.einsum("kij,kj->ki", covs, solved)
+    return jax.nn.softmax(log_weights + log_probs) @ moved
+
+
+def ours(log_weights, means, covs, alpha, sigma, x):
+    base = tj.GaussianMixture(jnp.ones(len(means)), means, covs)
+    return base.replace(log_weights, means, covs).denoise(alpha, sigma, x)
+
+
+@pytest.mark.parametrize(
+    ("case", "covs"),
+    [
+        ((1, 3), "isotropic"),
+        ((2, 2), "singular"),
+        ((3, 4), "distinct"),
+        ((6, 6), "distinct"),
+        ((6, 6), "isotropic"),
+    ],
+    ids=str,
+)
+def test_derivatives_of_any_order_against_dense_algebra(case, covs):
+    """First, second and third ones, pure and mixed, along random directions of all arguments and of
+    each alone, forward over reverse and the other way around.
+    """
+    (k, d), rng = case, np.random.default_rng(case)
+    mixture = contracts.random_mixture(k, d, seed=k * d)
+    matrices = {
+        "distinct": mixture.covs,
+        "isotropic": jnp.asarray(rng.uniform(0.5, 2, size=(k, 1, 1)) * np.eye(d)[None]),
+        "singular": mixture.covs.at[:, 0, :].set(0).at[:, :, 0].set(0),
+    }[covs]
+    at = (mixture.log_weights, mixture.means, matrices, *map(jnp.asarray, (0.6, 0.4)), point(d, 3))
+
+    def direction():
+        *rest, of_covs, of_alpha, of_sigma, of_x = (
+            jnp.asarray(rng.normal(size=a.shape)) for a in at
+        )
+        return (*rest, of_covs + jnp.swapaxes(of_covs, 1, 2), of_alpha, of_sigma, of_x)
+
+    full, other = direction(), direction()
+    alone = lambda which: tuple(jnp.where(i == which, v, 0 * v) for i, v in enumerate(full))
+    directions = [full, *map(alone, range(len(at)))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+
+    def derivatives(fn):
+        along = lambda fn, v: lambda *args: jax.jvp(fn, args, v)[1]
+        total = lambda *args: jnp.sum(fn(*args) * jnp.arange(1.0, d + 1))
+
+        def all_of(v):
+            second = along(along(fn, v), other)
+            of_x = jax.jacfwd(jax.jacrev(fn, argnums=5), argnums=5)
+            back = jax.vjp(along(total, v), *at)[1](1.0)
+            inner = sum(jnp.sum(a * b) for a, b in zip(back, other, strict=True))
+            return along(fn, v)(*at), second(*at), along(second, v)(*at), along(of_x, v)(*at), inner
+
+        return jax.jit(jax.vmap(all_of))(stacked)
+
+    got, expected = derivatives(ours), derivatives(dense_denoise)
+    chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_mixtures_are_decomposed_where_a_program_begins():
+    """A loop over times has no decomposition inside, also not of a mixture inside a function; and
+    nobody's covariances go stale.
+    """
+    prior = contracts.random_mixture(3, 2)
+    model = tj.Analytic(prior)
+
+    def run(model):
+        step = lambda x, t: (model.denoise(t, x), None)
+        return jax.lax.scan(step, point(2), jnp.linspace(0.2, 0.8, 5))[0]
+
+    assert "eigh" in str(jax.make_jaxpr(run)(model))
+    assert "eigh" not in str(jax.make_jaxpr(run)(mixtures.decomposed(model)))
+    function = tj._pytree.Function(mixtures.GaussianMixture.log_prob.__get__(prior))
+    assert "eigh" not in str(jax.make_jaxpr(mixtures.decomposed(function))(point(2)))
+    wider = eqx.tree_at(lambda m: m.covs, prior, 2 * prior.covs)
+    expected = tj.GaussianMixture(prior.weights, prior.means, 2 * prior.covs)
+    chex.assert_trees_all_close(
+        wider.denoise(0.5, 0.5, point(2)), expected.denoise(0.5, 0.5, point(2))
+    )
+    posterior = mixtures.decomposed(prior).condition(0.6, 0.4, point(2))
+    fresh = prior.condition(0.6, 0.4, point(2))
+    chex.assert_trees_all_close(
+        posterior.log_prob(point(2, 1)), fresh.log_prob(point(2, 1)), rtol=1e-12
     )
 
 
@@ -223,8 +318,8 @@ def test_derivatives_where_two_components_tie():
 
 
 def test_embedding_in_a_higher_dimension_changes_nothing():
-    """A plane inside six dimensions, the rest a point mass at zero: LAPACK's path, singular
-    covariances, same numbers.
+    """A plane inside six dimensions, the rest a point mass at zero: arrays, singular covariances,
+    same numbers.
     """
     mixture, d = contracts.planar(), 6
     means = jnp.zeros((2, d)).at[:, :2].set(mixture.means)

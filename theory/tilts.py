@@ -43,9 +43,9 @@ import numpy as np
 from jaxtyping import Array
 
 from theory import quadrature
-from tiltjax import _checks, _pytree, rewards
+from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.mixtures import GaussianMixture, check_mixture
+from tiltjax.mixtures import GaussianMixture, check_mixture, decomposed
 
 
 class QuadraticForm(NamedTuple):
@@ -160,24 +160,26 @@ def tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> T
 
 @eqx.filter_jit
 def _tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
+    prior = prior.decomposed()
     eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
 
-    def component(log_weight: Array, mean: Array, cov: Array) -> tuple[Array, Array, Array]:
-        matrix = eye + 2 * scale * cov @ form.matrix
-        inverse = jnp.linalg.inv(matrix)
-        offset = mean - form.center
+    def component(log_weight: Array, mean: Array, axes: Array, cov: Array) -> tuple:
+        # Along the axes of S, where S is diagonal, I + 2 scale S H is positive definite up to a
+        # scaling of its rows and columns.
+        matrix = axes.T @ form.matrix @ axes
+        gradient, offset = axes.T @ form.gradient, axes.T @ (mean - form.center)
+        inverse, half_logdet = _linalg.solve(eye + 2 * scale * cov @ matrix, eye)
         moved = inverse @ offset
         tilted = inverse @ cov
         tilted = (tilted + tilted.T) / 2
-        log_weight = (
-            log_weight - jnp.linalg.slogdet(matrix)[1] / 2 - scale * offset @ form.matrix @ moved
-        )
-        log_weight = log_weight + scale * form.gradient @ (
-            moved + scale * tilted @ form.gradient / 2
-        )
-        return log_weight, form.center + moved + scale * tilted @ form.gradient, tilted
+        log_weight = log_weight - half_logdet - scale * offset @ matrix @ moved
+        log_weight = log_weight + scale * gradient @ (moved + scale * tilted @ gradient / 2)
+        mean = form.center + axes @ (moved + scale * tilted @ gradient)
+        return log_weight, mean, axes @ tilted @ axes.T
 
-    log_weights, means, covs = jax.vmap(component)(prior.log_weights, prior.means, prior.covs)
+    axes, _, rotated = prior.spectrum
+    parts = prior.log_weights, prior.means, axes, rotated
+    log_weights, means, covs = jax.vmap(component)(*parts)
     mixture = prior.replace(log_weights, means, covs)
     return Tilt(mixture, jax.nn.logsumexp(log_weights) + scale * form.value)
 
@@ -208,7 +210,7 @@ class LogH(eqx.Module):
     interpolant: Interpolant
 
     def __call__(self, t: Array, x: Array) -> Array:
-        law = _pytree.cast(self, x.dtype)
+        law = decomposed(_pytree.cast(self, x.dtype))
         posterior = law.prior.condition(law.interpolant.alpha(t), law.interpolant.sigma(t), x)
         if is_quadratic(law.reward):
             return tilt(posterior, law.reward, law.scale).log_norm

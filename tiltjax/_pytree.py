@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,10 +52,19 @@ class Function(KeepsDtype):
             ) from None
 
     def __call__(self, *args: Any) -> Any:
+        fn, *bound = self.parts()
+        return fn(*bound, *args)
+
+    def parts(self) -> tuple:
+        """The callable; of a method the function and its object."""
         pairs = zip(self.arrays, self.static, strict=True)
         leaves = [static if array is None else array for array, static in pairs]
-        fn, *bound = jax.tree.unflatten(self.treedef, leaves)
-        return fn(*bound, *args)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    @classmethod
+    def of(cls, fn: Callable, *bound: Any) -> "Function":
+        """The inverse of `parts`."""
+        return cls(types.MethodType(fn, *bound) if bound else fn)
 
 
 def _refuse_captured_modules(fn: Callable) -> None:

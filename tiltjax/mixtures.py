@@ -5,22 +5,26 @@ For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy view `x = alpha X_1 + sigma X_0` 
 `e_k = x - alpha mu_k`,
 
     weights      w_k N(x; alpha mu_k, C_k) / p(x)
-    means        mu_k + alpha S_k C_k^-1 e_k
-    covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute).
+    means        m_k = mu_k + A_k e_k,  A_k = alpha S_k C_k^-1
+    covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute),
 
-and the derivative of its mean D is, with `A_k = alpha S_k C_k^-1`, `g_k = C_k^-1 e_k` and the means
-m_k and weights p_k above,
+and, for the weights p_k above, its mean D has the derivative
 
-    ∂D/∂x = sum_k p_k (A_k - (m_k - D) g_k^T).
+    ∂D/∂x = sum_k p_k (A_k + (alpha / sigma^2) (m_k - D) (m_k - D)^T).
 
 No difference of large numbers appears at either end of time, and `S_k` may be singular as long as
-sigma > 0. Everything goes through Cholesky factors of `C_k`: an eigendecomposition would be
-reusable across times, but its gradient is NaN where eigenvalues coincide, which is where isotropic
-priors live.
+sigma > 0.
+
+**One decomposition.** With `S_k = V_k diag(lambda_k) V_k^T` everything is elementwise in the
+coordinates `V_k^T e_k`, at every time. `GaussianMixture.decomposed` finds it where a compiled
+program begins, so that no loop over particles or times calls LAPACK. Its derivative would be
+infinite where eigenvalues coincide, which is where isotropic priors live. So `V_k` and `lambda_k`
+are constants, and derivatives with respect to `S_k` pass through `R_k = V_k^T S_k V_k`, a matrix
+that happens to be diagonal: `C_k^-1` is the solution of a linear system, and is differentiated as
+such.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -28,9 +32,47 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg
+from tiltjax import _checks, _linalg, _pytree
 
-_UNROLL_COMPONENTS = 8
+_UNROLL = 40  # K d^2, up to which a formula is written out in entries; at 200 that is slower
+
+Numbers = Any  # an array, or `_linalg.Entries` of a small one
+T = TypeVar("T")
+
+
+class Spectrum(NamedTuple):
+    """`S_k = V_k R_k V_k^T`, with constant axes V_k and a matrix R_k that is `diag(values)`, of
+    shapes `(K, d, d)`, `(K, d)`, `(K, d, d)`.
+    """
+
+    axes: Array
+    values: Array
+    rotated: Array
+
+
+class View(NamedTuple):
+    """What of the posteriors of a mixture does not depend on the state: of `alpha` and `sigma`.
+
+    `log_weights` `log w_k - log det(C_k) / 2`; `centers` `alpha mu_k`; `data` `alpha^2`, `noise`
+    `sigma^2`; `inverse`, the diagonal of `C_k^-1` along the axes; `gains` A_k; `slope`
+    `alpha / sigma^2`.
+    """
+
+    log_weights: Numbers
+    centers: Numbers
+    data: Array
+    noise: Array
+    inverse: Numbers
+    gains: Numbers
+    slope: Array
+
+
+class _Constants(NamedTuple):
+    """What depends neither on the state nor on `alpha` and `sigma`: the means, `V_k^T` and R_k."""
+
+    means: Numbers
+    to_axes: Numbers
+    rotated: Numbers
 
 
 class GaussianMixture(eqx.Module):
@@ -51,6 +93,7 @@ class GaussianMixture(eqx.Module):
     log_weights: Array
     means: Array
     covs: Array
+    _spectrum: Spectrum | None
 
     def __init__(self, weights: _checks.Numbers, means: _checks.Numbers, covs: _checks.Numbers):
         weights = _checks.finite(weights, "weights", 1)
@@ -79,6 +122,7 @@ class GaussianMixture(eqx.Module):
             self.log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
+        self._spectrum = None  # found by `decomposed`: here it would outlive another `covs`
 
     @property
     def dim(self) -> int:
@@ -94,8 +138,31 @@ class GaussianMixture(eqx.Module):
         """Another mixture from parts that are right by construction: log-weights are normalized,
         nothing is checked.
         """
-        parts = jax.nn.log_softmax(log_weights), means, covs
-        return eqx.tree_at(lambda m: (m.log_weights, m.means, m.covs), self, parts)
+        return self._replace(jax.nn.log_softmax(log_weights), means, covs, None)
+
+    def _replace(self, *parts: Any) -> "GaussianMixture":
+        where = lambda m: (m.log_weights, m.means, m.covs, m._spectrum)
+        return eqx.tree_at(where, self, parts, is_leaf=lambda leaf: leaf is None)
+
+    def decomposed(self) -> "GaussianMixture":
+        """The same mixture with the eigendecomposition of its covariances: for use inside of one
+        compiled program, where nobody replaces `covs`.
+        """
+        if self._spectrum is not None:
+            return self
+        return self._replace(self.log_weights, self.means, self.covs, self.spectrum)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The eigendecomposition of the covariances."""
+        if self._spectrum is not None:
+            return self._spectrum
+        values, axes = jnp.linalg.eigh(jax.lax.stop_gradient(self.covs))
+        values = jnp.maximum(values, 0)
+        # The difference is zero to the last bit; its derivative is not.
+        rotated = jnp.swapaxes(axes, 1, 2) @ self.covs @ axes
+        rotated = rotated - jax.lax.stop_gradient(rotated) + _diagonal(values)
+        return Spectrum(axes, values, rotated)
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -130,28 +197,53 @@ class GaussianMixture(eqx.Module):
         """`log w_k + log N(x; mu_k, S_k)`, shape `(K,)`: their `softmax` is the probability of each
         component.
         """
-        return self._view(1.0, 0.0, x)[0] - self.dim / 2 * jnp.log(2 * jnp.pi)
+        one, zero = jnp.ones((), self.means.dtype), jnp.zeros((), self.means.dtype)
+        return self._at(one, zero, x)[0] - self.dim / 2 * jnp.log(2 * jnp.pi)
 
     def condition(self, alpha: Array, sigma: Array, x: Array) -> "GaussianMixture":
         """The law of `X_1` given `alpha X_1 + sigma X_0 = x`, for scalars `alpha`, `sigma > 0` and
         `x` of shape `(d,)`.
         """
-        log_weights, means = self._view(alpha, sigma, x)
-        eye = jnp.eye(self.dim, dtype=self.means.dtype)
-
-        def posterior_cov(cov: Array) -> Array:
-            # sigma^2 S C^-1, symmetric because S and C commute; symmetrized to the last bit.
-            product = sigma**2 * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov)
-            return (product + product.T) / 2
-
-        return self.replace(log_weights, means, jax.vmap(posterior_cov)(self.covs))
+        mixture = self.decomposed()
+        log_weights, means = mixture._at(alpha, sigma, x)
+        axes, values, rotated = mixture.spectrum
+        noise = jnp.asarray(sigma, self.means.dtype) ** 2
+        data = jnp.asarray(alpha, self.means.dtype) ** 2
+        ratio = noise * _ratio(rotated, values, data, noise)
+        covs = axes @ ratio @ jnp.swapaxes(axes, 1, 2)
+        covs = (covs + jnp.swapaxes(covs, 1, 2)) / 2
+        # Along the same axes. A mixture that was not decomposed gives one that is not.
+        values = noise * values / (data * values + noise)
+        spectrum = None if self._spectrum is None else Spectrum(axes, values, ratio)
+        return self._replace(jax.nn.log_softmax(log_weights), means, covs, spectrum)
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
         """`E[X_1 | alpha X_1 + sigma X_0 = x]`, shape `(d,)`: the mean of `condition`."""
-        if is_small(self):
-            return posterior_mean(noisy_components(self, alpha, sigma), x)
-        log_weights, means = self._view(alpha, sigma, x)
-        return jax.nn.softmax(log_weights) @ means
+        mixture = self.decomposed()
+        return mixture.denoise_view(mixture.view(alpha, sigma), x)
+
+    def view(self, alpha: Array, sigma: Array) -> View:
+        """What `denoise` needs of `alpha` and `sigma`, whatever the state: a tree of arrays."""
+        axes, values, rotated = self.spectrum
+        dtype = self.means.dtype
+        alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
+        data, noise = alpha**2, sigma**2
+        ratio = axes @ _ratio(rotated, values, data, noise) @ jnp.swapaxes(axes, 1, 2)
+        view = View(
+            self.log_weights - _half_logdet(rotated, values, data, noise),
+            alpha * self.means,
+            data,
+            noise,
+            1 / (data * values + noise),
+            alpha * ratio,
+            alpha / noise,
+        )
+        return jax.tree.map(lambda leaf: self._entries(leaf) if leaf.ndim else leaf, view)
+
+    def denoise_view(self, view: View, x: Array) -> Array:
+        """`denoise`, of what `view(alpha, sigma)` has returned."""
+        check_state(x, self.dim)
+        return _linalg.array(_posterior_mean(view, self._constants(), self._entries(x)))
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
         """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a
@@ -161,195 +253,161 @@ class GaussianMixture(eqx.Module):
         `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`, where
         `K^-1 = I + precision S`.
         """
+        axes, values, rotated = self.spectrum
+        one = jnp.ones_like(precision)
+        shift = natural[None] - precision * self.means
+        along = _linalg.product(jnp.swapaxes(axes, 1, 2), shift)
+        gain = _linalg.product(_ratio(rotated, values, precision, one), along)
+        log_means = self.means @ natural - precision * jnp.sum(self.means**2, axis=1) / 2
+        log_means = log_means + jnp.sum(along * gain, axis=1) / 2
+        log_means = log_means - _half_logdet(rotated, values, precision, one)
+        return jax.nn.logsumexp(self.log_weights + log_means)
 
-        def component(mean: Array, cov: Array) -> Array:
-            factor = jnp.linalg.cholesky(jnp.eye(self.dim, dtype=cov.dtype) + precision * cov)
-            shift = natural - precision * mean
-            gain = shift @ jax.scipy.linalg.cho_solve((factor, True), cov @ shift)
-            return (
-                natural @ mean
-                - precision * jnp.sum(mean**2) / 2
-                + gain / 2
-                - jnp.sum(jnp.log(jnp.diag(factor)))
-            )
-
-        return jax.nn.logsumexp(self.log_weights + jax.vmap(component)(self.means, self.covs))
-
-    def _view(self, alpha: Any, sigma: Any, x: Array) -> tuple[Array, Array]:
+    def _at(self, alpha: Any, sigma: Any, x: Array) -> tuple[Array, Array]:
         """Log-weights `(K,)`, up to `-d/2 log 2 pi`, and posterior means `(K, d)`."""
-        d = self.dim
-        check_state(x, d)
-        if is_small(self):
-            views = _views(noisy_components(self, alpha, sigma), x)
-            return jnp.stack([view.log_weight for view in views]), jnp.asarray(
-                [view.mean for view in views]
-            )
+        check_state(x, self.dim)
+        mixture = self.decomposed()
+        view, constants = mixture.view(alpha, sigma), mixture._constants()
+        residuals, log_weights = _residuals(view, constants, mixture._entries(x))
+        means = constants.means + _linalg.product(view.gains, residuals)
+        return _linalg.array(log_weights), _linalg.array(means)
 
-        def component(log_weight, mean, cov, noisy):
-            factor = _linalg.cholesky(noisy)
-            half = jnp.asarray(_linalg.half_solve(factor, x - alpha * mean))
-            log_weight = log_weight - _linalg.half_logdet(factor) - jnp.sum(half**2) / 2
-            return log_weight, mean + alpha * cov @ jnp.asarray(_linalg.back_solve(factor, half))
+    def _constants(self) -> _Constants:
+        axes, _, rotated = self.spectrum
+        constants = _Constants(self.means, jnp.swapaxes(axes, 1, 2), rotated)
+        return _Constants(*map(self._entries, constants))
 
-        noisy = alpha**2 * self.covs + (sigma**2 * jnp.eye(d, dtype=self.means.dtype))[None]
-        return jax.vmap(component)(self.log_weights, self.means, self.covs, noisy)
-
-
-class NoisyComponent(NamedTuple):
-    """One component of a small mixture at one noise level, in entries: the part of its posterior
-    that does not depend on the state.
-
-    `log_weight`, less half of log det C_k; `mean` mu_k; `center` `alpha mu_k`; `inverse` of the
-    Cholesky factor of C_k, a lower triangle; `slope` A_k.
-    """
-
-    log_weight: Array
-    mean: list[Array]
-    center: list[Array]
-    inverse: list[list[Array]]
-    slope: list[list[Array]]
+    def _entries(self, array: Array) -> Numbers:
+        """An array as its entries, if the mixture is small."""
+        small = self.means.size * self.dim <= _UNROLL
+        return _linalg.unrolled(array) if small else array
 
 
-class _View(NamedTuple):
-    """The same at a state, in entries: `mean` is m_k, `half` is `L^-1 e_k`."""
+def decomposed(tree: T) -> T:
+    """A tree with all its mixtures `decomposed`: for the first line of a compiled program."""
+    is_mixture = lambda node: isinstance(node, GaussianMixture)
 
-    log_weight: Array
-    mean: list[Array]
-    half: list[Array]
+    def convert(node: Any) -> Any:
+        if is_mixture(node):
+            return node.decomposed()
+        if isinstance(node, _pytree.Function):  # such as `theory.log_h(prior, reward)`
+            parts = node.parts()
+            if any(map(is_mixture, jax.tree.leaves(parts, is_leaf=is_mixture))):
+                return _pytree.Function.of(*decomposed(parts))
+        return node
 
-
-def is_small(mixture: GaussianMixture) -> bool:
-    """Whether a mixture is written out entry by entry."""
-    k, d = mixture.means.shape
-    return d <= _linalg.UNROLL and k <= _UNROLL_COMPONENTS
-
-
-def noisy_components(mixture: GaussianMixture, alpha: Array, sigma: Array) -> list[NoisyComponent]:
-    """What the posteriors of a small mixture need of `alpha` and `sigma`, whatever the state."""
-    noise, d = sigma**2 * jnp.eye(mixture.dim, dtype=mixture.means.dtype), mixture.dim
-    components = []
-    for log_weight, mean, cov in zip(mixture.log_weights, mixture.means, mixture.covs, strict=True):
-        factor = _linalg.cholesky(alpha**2 * cov + noise)
-        # Row i is `alpha C^-1 S e_i`: what rounding does to it is then divided by sigma^2 only
-        # where the state's residual is small.
-        slope = [
-            _linalg.back_solve(factor, _linalg.half_solve(factor, [cov[j, i] for j in range(d)]))
-            for i in range(d)
-        ]
-        components.append(
-            NoisyComponent(
-                log_weight - _linalg.half_logdet(factor),
-                [mean[i] for i in range(d)],
-                [alpha * mean[i] for i in range(d)],
-                _linalg.inverse_factor(factor),
-                [[alpha * entry for entry in row] for row in slope],
-            )
-        )
-    return components
+    special = lambda node: is_mixture(node) or isinstance(node, _pytree.Function)
+    return jax.tree.map(convert, tree, is_leaf=special)
 
 
-def _residual(component: NoisyComponent, x: Array) -> list[Array]:
-    """The residual e_k."""
-    check_state(x, len(component.center))
-    # The derivative of slices is a padding of each, at twice the cost of all the rest.
-    return [entry - center for entry, center in zip(jnp.unstack(x), component.center, strict=True)]
+def _diagonal(values: Array) -> Array:
+    return values[:, :, None] * jnp.eye(values.shape[1], dtype=values.dtype)[None]
 
 
-def _component_mean(component: NoisyComponent, residual: list[Array]) -> list[Array]:
-    """The posterior mean m_k, affine in the state."""
-    return [
-        mean + _dot(row, residual)
-        for mean, row in zip(component.mean, component.slope, strict=True)
-    ]
+# C = data R + noise I, for R = diag(values), as functions of R, `(K, d, d)`, that have derivatives
+# in all directions, of any order. Their values are elementwise.
 
 
-def _views(components: list[NoisyComponent], x: Array) -> list[_View]:
-    views = []
-    for component in components:
-        residual = _residual(component, x)
-        half = [_dot(row, residual) for row in component.inverse]
-        log_weight = component.log_weight - sum(h**2 for h in half) / 2
-        views.append(_View(log_weight, _component_mean(component, residual), half))
-    return views
-
-
-def _dot(row: list[Array], entries: list[Array]) -> Array:
-    """The inner product of a row with as many of the first entries."""
-    return functools.reduce(jnp.add, [a * b for a, b in zip(row, entries, strict=False)])
-
-
-def _softmax(log_weights: list[Array]) -> list[Array]:
-    """The softmax of scalars, by one division and, of two, one exponential: each costs as much as
-    all the rest.
-    """
-    if len(log_weights) == 2:
-        return list(_softmax_of_two(*log_weights))
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, log_weights))
-    masses = [jnp.exp(log_weight - largest) for log_weight in log_weights]
-    total = 1 / sum(masses[1:], masses[0])
-    return [mass * total for mass in masses]
+def _noisy(rotated: Array, data: Array, noise: Array) -> Array:
+    return data * rotated + noise * jnp.eye(rotated.shape[-1], dtype=rotated.dtype)[None]
 
 
 @jax.custom_jvp
-def _softmax_of_two(one: Array, other: Array) -> tuple[Array, Array]:
-    """The softmax of two numbers, by the smaller probability, whose sign, also that of a zero, says
-    which of the two it is.
-
-    As everything after it depends on this one number, the compiler neither stores the exponential
-    nor repeats it. The derivative is written out, as powers of `inverse` would overflow.
-    """
-    one_is_smaller = other > one
-    inverse = 1 + jnp.exp(jnp.where(one_is_smaller, other - one, one - other))
-    smaller = 1 / jnp.where(one_is_smaller, inverse, -inverse)
-    is_other = jnp.signbit(smaller)
-    return jnp.where(is_other, 1 + smaller, smaller), jnp.where(is_other, -smaller, 1 - smaller)
+def _inverse(rotated: Array, values: Array, data: Array, noise: Array) -> Array:
+    """`C^-1`."""
+    return _diagonal(1 / (data * values + noise))
 
 
-@_softmax_of_two.defjvp
-def _softmax_of_two_jvp(primals: tuple, tangents: tuple) -> tuple:
-    probabilities = _softmax_of_two(*primals)
-    tangent = probabilities[0] * probabilities[1] * (tangents[0] - tangents[1])
-    return probabilities, (tangent, -tangent)
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    inverse = _inverse(*primals)
+    return inverse, -inverse @ _noisy_tangent(primals, tangents) @ inverse
 
 
-def _average(views: list[_View]) -> tuple[list[Array], list[Array]]:
-    """The probability of each component, and the mean of all, in entries."""
-    probabilities = _softmax([view.log_weight for view in views])
-    d = len(views[0].mean)
-    return probabilities, [_dot(probabilities, [view.mean[i] for view in views]) for i in range(d)]
+@jax.custom_jvp
+def _ratio(rotated: Array, values: Array, data: Array, noise: Array) -> Array:
+    """`R C^-1`."""
+    return _diagonal(values / (data * values + noise))
 
 
-def _plain_mean(components: list[NoisyComponent], x: Array) -> Array:
-    if len(components) == 1:
-        return jnp.stack(_component_mean(components[0], _residual(components[0], x)))
-    return jnp.stack(_average(_views(components, x))[1])
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # Of dR as `noise C^-1 dR C^-1`, where a product rule has a difference of large numbers.
+    inverse, ratio = _inverse(*primals), _ratio(*primals)
+    rotated, _, _, noise = primals
+    of_rotated, _, of_data, of_noise = tangents
+    moved = noise * inverse @ of_rotated - ratio @ _noisy(rotated, of_data, of_noise)
+    return ratio, moved @ inverse
 
 
-# The posterior mean of a small mixture. Differentiated step by step, a scan stores some thirty
-# numbers a call for the backward pass. The derivative in x, which guidance needs most often, is a
-# symmetric matrix of a few numbers, and of one Gaussian the same for all states.
-posterior_mean = eqx.filter_custom_jvp(_plain_mean)
+@jax.custom_jvp
+def _half_logdet(rotated: Array, values: Array, data: Array, noise: Array) -> Array:
+    """`log det(C) / 2`, `(K,)`."""
+    return jnp.sum(jnp.log(data * values + noise), axis=-1) / 2
 
 
-@posterior_mean.def_jvp
+@_half_logdet.defjvp
+def _half_logdet_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    tangent = jnp.einsum("kij,kji->k", _inverse(*primals), _noisy_tangent(primals, tangents)) / 2
+    return _half_logdet(*primals), tangent
+
+
+def _noisy_tangent(primals: tuple, tangents: tuple) -> Array:
+    rotated, _, data, _ = primals
+    of_rotated, _, of_data, of_noise = tangents
+    return data * of_rotated + _noisy(rotated, of_data, of_noise)
+
+
+def _residuals(view: View, constants: _Constants, x: Numbers) -> tuple[Numbers, Numbers]:
+    """The residuals e_k, and the logarithms of the posterior's weights, not normalized."""
+    residuals = x[None] - view.centers
+    along = _linalg.product(constants.to_axes, residuals)
+    # The value is `inverse * along`. Its derivative is that of a linear system in R.
+    whitened = jax.lax.custom_linear_solve(
+        lambda y: view.data * _linalg.product(constants.rotated, y) + view.noise * y,
+        along,
+        lambda _, b: view.inverse * b,
+        symmetric=True,
+    )
+    return residuals, view.log_weights - (along * whitened).sum(-1) * 0.5
+
+
+def _plain_mean(view: View, constants: _Constants, x: Numbers) -> Numbers:
+    residuals, log_weights = _residuals(view, constants, x)
+    if log_weights.shape == (1,):
+        return constants.means[0] + _linalg.product(view.gains, residuals)[0]
+    p = _linalg.softmax(log_weights)
+    return _mixed(p, constants.means + _linalg.product(view.gains, residuals))
+
+
+# The posterior mean. Differentiated step by step, a loop stores some thirty numbers a call for the
+# backward pass. The derivative in the state, which guidance needs most often, is a symmetric
+# matrix of a few numbers where the mixture is small, and of one Gaussian the same for all states.
+_posterior_mean = eqx.filter_custom_jvp(_plain_mean)
+
+
+@_posterior_mean.def_jvp
 def _posterior_mean_jvp(primals, tangents):
-    components, x = primals
-    of_components, of_x = tangents
-    if of_x is None or len(components) == 1 or jax.tree.leaves(of_components):
+    view, constants, x = primals
+    *of_mixture, of_x = tangents
+    small = isinstance(x, _linalg.Entries) and view.log_weights.shape != (1,)
+    if of_x is None or not small or jax.tree.leaves(of_mixture):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
-    views, d = _views(components, x), len(x)
-    probabilities, mean = _average(views)
-    jacobian: list = [[0.0] * d for _ in range(d)]
-    for probability, view, component in zip(probabilities, views, components, strict=True):
-        for j in range(d):
-            gain = sum(component.inverse[m][j] * view.half[m] for m in range(j, d))
-            for i in range(j + 1):
-                within = component.slope[i][j] - (view.mean[i] - mean[i]) * gain
-                jacobian[i][j] += probability * within
-    entries = jnp.unstack(of_x)
-    rows = [[jacobian[min(i, j)][max(i, j)] for j in range(d)] for i in range(d)]
-    tangent = [sum(row[j] * entries[j] for j in range(d)) for row in rows]
-    return jnp.stack(mean), jnp.stack(tangent)
+    residuals, log_weights = _residuals(view, constants, x)
+    p = _linalg.softmax(log_weights)
+    means = constants.means + _linalg.product(view.gains, residuals)
+    mean = _mixed(p, means)
+    i, j = np.triu_indices(x.shape[0])
+    apart = means - mean[None]
+    upper = _mixed(p, view.gains[:, i, j] + view.slope * (apart[:, i] * apart[:, j]))
+    where = np.zeros((x.shape[0],) * 2, int)
+    where[i, j] = where[j, i] = np.arange(len(i))
+    return mean, (upper[where] * of_x[None]).sum()
+
+
+def _mixed(p: Numbers, values: Numbers) -> Numbers:
+    """`sum_k p_k v_k`."""
+    return (p[:, None] * values).sum(0) if isinstance(p, _linalg.Entries) else p @ values
 
 
 def check_mixture(value: Any, name: str) -> None:

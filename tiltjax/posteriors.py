@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg
-from tiltjax.mixtures import check_state
+from tiltjax.mixtures import check_state, decomposed
 from tiltjax.models import Analytic, Model
 
 _MODEL_HINT = (
@@ -113,14 +113,14 @@ class Exact(Posterior):
         alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
         key_component, key_data, key_noise = jax.random.split(key, 3)
         check_state(x, mixture.dim)
-        parts = mixture.means, mixture.covs, jax.vmap(_linalg.square_root)(mixture.covs)
+        gains = _linalg.array(mixture.view(alpha, sigma).gains)
+        parts = mixture.means, gains, jax.vmap(_linalg.square_root)(mixture.covs)
         normal = lambda key: jax.random.normal(key, (k, *x.shape), x.dtype)
 
         def correct(part: tuple[Array, Array, Array], data: Array, noise: Array) -> Array:
-            mean, cov, root = part
+            mean, gain, root = part
             data = mean + root @ data
-            noisy = alpha**2 * cov + sigma**2 * jnp.eye(mixture.dim, dtype=x.dtype)
-            return data + alpha * cov @ _linalg.solve(noisy, x - alpha * data - sigma * noise)
+            return data + gain @ (x - alpha * data - sigma * noise)
 
         if len(mixture.means) == 1:  # the same matrices for all particles and draws
             only = jax.tree.map(lambda part: part[0], parts)
@@ -167,7 +167,7 @@ class Glass(Posterior):
 
     def _flow(self, xi: Array, t: Array, x: Array, denoised: Array) -> Array:
         """The end of the inner flow that starts from the noise `width * xi`."""
-        interpolant = self.model.interpolant
+        model, interpolant = decomposed(self.model), self.model.interpolant
         precision = interpolant.snr(t)
         natural = _linalg.entries(interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x)
         base = interpolant.sigma(jnp.zeros_like(t))
@@ -184,30 +184,27 @@ class Glass(Posterior):
         left = np.arange(self.inner_steps - 1, 0, -1)
         extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
         # All coefficients, for all steps at once: in the loop each would be an operation.
-        prepared = jax.vmap(self.model.prepare)(times)
+        prepared = jax.vmap(model.prepare)(times)
         table = prepared, scale, scale * s[1:] / noise, remaining[1:], extrapolate
         coefficients, from_row = _linalg.rows(table)
 
-        def advance(z: list[Array], fraction: Array, denoised: list[Array]) -> list[Array]:
-            pairs = zip(z, denoised, strict=True)
-            return [fraction * one + (1 - fraction) * end for one, end in pairs]
+        def advance(z: Any, fraction: Array, denoised: Any) -> Any:
+            return fraction * z + (1 - fraction) * denoised
 
-        def step(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
+        def step(carry: tuple[Any, Any], row: Array) -> tuple[tuple[Any, Any], None]:
             z, previous = carry
             prepared, of_natural, of_z, fraction, extrapolate = from_row(row)
-            state = [of_natural * a + of_z * b for a, b in zip(natural, z, strict=True)]
-            state = _linalg.array(state, x.shape)
-            denoised = _linalg.entries(self.model.denoise_prepared(prepared, state))
+            state = _linalg.array(of_natural * natural + of_z * z)
+            denoised = _linalg.entries(model.denoise_prepared(prepared, state))
             z = advance(z, fraction, denoised)
             if self.order == 2:
-                changes = zip(z, denoised, previous, strict=True)
-                z = [one + extrapolate * (new - old) for one, new, old in changes]
+                z = z + extrapolate * (denoised - previous)
             return (z, denoised), None
 
         start, first = _linalg.entries(width * xi), _linalg.entries(denoised)
         carry = advance(start, remaining[0], first), first
         (end, _), _ = jax.lax.scan(step, carry, coefficients)
-        return _linalg.array(end, x.shape)
+        return _linalg.array(end)
 
 
 class FlowMap(Posterior):
@@ -232,7 +229,7 @@ class FlowMap(Posterior):
         self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        interpolant = self.model.interpolant
+        model, interpolant = decomposed(self.model), self.model.interpolant
         last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
         noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
         ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)
@@ -252,22 +249,20 @@ class FlowMap(Posterior):
         weights = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
         # A correction and the prediction after it are at the same time.
         which = (np.arange(2 * self.inner_steps + 1) + 1) // 2
-        prepared = jax.tree.map(lambda leaf: leaf[which], jax.vmap(self.model.prepare)(times))
+        prepared = jax.tree.map(lambda leaf: leaf[which], jax.vmap(model.prepare)(times))
         stages, from_row = _linalg.rows((prepared, *weights.T))
 
-        def stage(carry: tuple[list, list], row: Array) -> tuple[tuple[list, list], None]:
+        def stage(carry: tuple[Any, Any], row: Array) -> tuple[tuple[Any, Any], None]:
             x, previous = carry
             prepared, of_x, of_new, of_old = from_row(row)
-            state = _linalg.array(x, shape)
-            denoised = _linalg.entries(self.model.denoise_prepared(prepared, state))
-            terms = zip(x, denoised, previous, strict=True)
-            x = [of_x * a + of_new * new + of_old * old for a, new, old in terms]
-            return (x, denoised), None
+            state = _linalg.array(x)
+            denoised = _linalg.entries(model.denoise_prepared(prepared, state))
+            return (of_x * x + of_new * denoised + of_old * previous, denoised), None
 
-        shape, start = x.shape, _linalg.entries(x)
-        carry = start, [jnp.zeros_like(entry) for entry in start]
+        start = _linalg.entries(x)
+        carry = start, jax.tree.map(jnp.zeros_like, start)
         (end, _), _ = jax.lax.scan(stage, carry, stages)
-        return _linalg.array(end, shape)
+        return _linalg.array(end)
 
 
 class Renoise(Posterior):

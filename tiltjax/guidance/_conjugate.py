@@ -48,6 +48,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.guidance._base import Estimate, Guidance
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model
 
 _LOST_PRECISION = (
@@ -76,7 +77,7 @@ class Variance(eqx.Module):
 @eqx.filter_jit
 def _variance_of(model: Analytic) -> Variance:
     """The table of a mixture, without a network."""
-    model = _pytree.cast(model, model.dtype)
+    model = decomposed(_pytree.cast(model, model.dtype))
     interpolant = model.interpolant
     widest = (
         jnp.asarray(_SNR_RANGE, model.dtype) / interpolant.sigma(jnp.zeros((), model.dtype)) ** 2

@@ -57,17 +57,12 @@ class Laplace(Guidance):
 
         value, gradient = jax.value_and_grad(reward)(mean)
         # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
-        root = _linalg.square_root(_linalg.spectral(jax.nn.relu, -jax.hessian(reward)(mean)))
-        factor = _linalg.cholesky(jnp.eye(size, dtype=x.dtype) + self.scale * root.T @ cov @ root)
-        solved = jnp.asarray(
-            _linalg.back_solve(factor, _linalg.half_solve(factor, root.T @ cov @ gradient))
-        )
-        damped = self.scale * (gradient - self.scale * root @ solved)
-        log_h = (
-            self.scale * value
-            - _linalg.half_logdet(factor)
-            + self.scale * damped @ cov @ gradient / 2
-        )
+        concave = _linalg.spectral(jax.nn.relu, -jax.hessian(reward)(mean), _linalg.rotations)
+        root = _linalg.square_root(concave)
+        system = jnp.eye(size, dtype=x.dtype) + self.scale * root.T @ cov @ root
+        solved, half_logdet = _linalg.solve(system, (root.T @ cov @ gradient)[:, None])
+        damped = self.scale * (gradient - self.scale * root @ solved[:, 0])
+        log_h = self.scale * value - half_logdet + self.scale * damped @ cov @ gradient / 2
         # tweedie * J^T damped, with the symmetrized Jacobian already in cov.
         return Estimate(
             (mean + tweedie * jacobian.T @ damped).reshape(shape), mean.reshape(shape), log_h

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.mixtures import GaussianMixture, is_small, noisy_components, posterior_mean
+from tiltjax.mixtures import GaussianMixture
 from tiltjax.models._base import Model
 
 _NODES = 256  # of each component
@@ -61,10 +61,12 @@ class Analytic(Model):
     def prepare(self, t: Array) -> Any:
         if not self._prepares:
             return t
-        return noisy_components(self.mixture, self.interpolant.alpha(t), self.interpolant.sigma(t))
+        return self.mixture.view(self.interpolant.alpha(t), self.interpolant.sigma(t))
 
     def denoise_prepared(self, prepared: Any, x: Array) -> Array:
-        return posterior_mean(prepared, x) if self._prepares else self.denoise(prepared, x)
+        if not self._prepares:
+            return self.denoise(prepared, x)
+        return self.mixture.denoise_view(prepared, x)
 
     def posterior_variance(self, snr: Array) -> Array:
         """`E|X_1 - D_t(X_t)|^2 / d` at the time of signal-to-noise ratio `snr`, as
@@ -73,7 +75,7 @@ class Analytic(Model):
         The expectation over `X_t` is the mean over quasi-random nodes of each component: no random
         key, no network.
         """
-        mixture, sigma, d = self.mixture, jax.lax.rsqrt(snr), self.mixture.dim
+        mixture, sigma, d = self.mixture.decomposed(), jax.lax.rsqrt(snr), self.mixture.dim
         nodes = jnp.asarray(_normal_nodes(_NODES, d), mixture.means.dtype)
         roots = jax.vmap(_linalg.square_root)(
             mixture.covs + sigma**2 * jnp.eye(d, dtype=nodes.dtype)[None]
@@ -98,7 +100,7 @@ class Analytic(Model):
     @property
     def _prepares(self) -> bool:
         # A subclass may define another denoiser.
-        return is_small(self.mixture) and type(self).denoise is Analytic.denoise
+        return type(self).denoise is Analytic.denoise
 
     def posterior(self, t: Array, x: Array) -> GaussianMixture:
         """The law of `X_1` given `X_t = x`."""

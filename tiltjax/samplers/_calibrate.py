@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree
 from tiltjax.guidance import Variance
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.samplers._sample import sample
 
@@ -55,7 +56,7 @@ def calibrate(
 
 @eqx.filter_jit
 def _calibrate(model: Model, key: Array, data: Array, levels: int, chunk_size: int) -> Variance:
-    model = _pytree.cast(model, model.dtype)
+    model = decomposed(_pytree.cast(model, model.dtype))
     interpolant = model.interpolant
     base = interpolant.sigma(jnp.zeros((), data.dtype))
     # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.

@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from tiltjax import _callbacks, _checks, _pytree
 from tiltjax.guidance import Guidance
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.particles import Particles, unweighted
 from tiltjax.samplers._sample import check_run, sample, start_key
@@ -112,14 +113,16 @@ def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
 @_callbacks.compiled
 def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
     """The tilted denoiser of one state in the middle of a run."""
-    model, guidance, times = _pytree.cast((model, guidance, times), model.dtype)
+    model, guidance, times = decomposed(_pytree.cast((model, guidance, times), model.dtype))
     x = model.initial(jax.random.key(0), times[0])
     return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted
 
 
 @_callbacks.compiled
 def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
-    model, guidance, solver, times = _pytree.cast((model, guidance, solver, times), model.dtype)
+    model, guidance, solver, times = decomposed(
+        _pytree.cast((model, guidance, solver, times), model.dtype)
+    )
     key_start = start_key(key, len(times) - 1)
 
     def one(i: Array) -> tuple[Array, Array]:

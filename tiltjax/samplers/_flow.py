@@ -23,6 +23,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _pytree
 from tiltjax.guidance import Guidance, check
 from tiltjax.interpolants import Interpolant
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.solvers import Adaptive, FlowSegment
 
@@ -139,7 +140,7 @@ def _flow(
     key: Any,
     solver: Adaptive,
 ) -> tuple[Flow, Array]:
-    model, guidance, solver = _pytree.cast((model, guidance, solver), model.dtype)
+    model, guidance, solver = decomposed(_pytree.cast((model, guidance, solver), model.dtype))
     interpolant: Interpolant = model.interpolant
 
     def field(t: Array, x: Array) -> Array:

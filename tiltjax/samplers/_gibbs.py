@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.particles import Mixing, Particles, unweighted
 from tiltjax.posteriors import Glass
@@ -184,7 +185,7 @@ def _decompose(
 def _run(
     key: Array, glass: Glass, natural: Array, precision: Array, root: Array, x: Array, sweeps: int
 ) -> Array:
-    interpolant = glass.model.interpolant
+    glass, interpolant = decomposed(glass), glass.model.interpolant
     spread = lambda x: (root @ x.reshape(-1)).reshape(x.shape)
 
     def sweep(key: Array, x: Array) -> Array:

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding, grids
 from tiltjax.guidance import Estimate, Guidance, check, failures
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
@@ -99,8 +100,8 @@ class State(NamedTuple):
 def _sample(
     key, model, guidance, solver, times, start, bar, num, chunk_size, sharding, save_trajectory
 ) -> Particles:
-    model, guidance, solver, times, start = _pytree.cast(
-        (model, guidance, solver, times, start), model.dtype
+    model, guidance, solver, times, start = decomposed(
+        _pytree.cast((model, guidance, solver, times, start), model.dtype)
     )
     keys = _keys(key, len(times) - 1)
     step = functools.partial(_step, model, guidance, solver, chunk_size)

@@ -39,6 +39,7 @@ from jaxtyping import Array
 
 from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding, resampling
 from tiltjax.guidance import Estimate, Guidance, failures
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, effective, weight_dtype
 from tiltjax.samplers import check_run, initial_states, map_particles
@@ -203,21 +204,9 @@ class SMC(eqx.Module):
         """
         return jax.random.split(key, (self.steps + 1, 2))
 
-    def _cast(self) -> "SMC":
-        """The run in the dtype of the model."""
-        numbers = lambda run: (
-            run.model,
-            run.guidance,
-            run.proposing,
-            run.twist,
-            run.solver,
-            run.times,
-        )
-        is_none = lambda leaf: leaf is None
-        run = eqx.tree_at(
-            numbers, self, _pytree.cast(numbers(self), self.model.dtype), is_leaf=is_none
-        )
-        return eqx.tree_at(lambda run: run.factors, run, self.factors.astype(self.log_dtype))
+    def _ready(self) -> "SMC":
+        """The run in the dtype of the model, for use inside of one compiled program."""
+        return decomposed(_pytree.cast(self, self.model.dtype))
 
     def _step(self, number: Array) -> _Step:
         moves = number >= 0
@@ -296,7 +285,7 @@ def smc(
 @_callbacks.compiled
 def init(keys: Array, run: SMC) -> tuple[State, Info]:
     """`num` particles at the start, evaluated there, with equal weights."""
-    run = run._cast()
+    run = run._ready()
     return _advance(keys, run, _start(keys, run))
 
 
@@ -305,7 +294,7 @@ def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     """The next of the `run.steps - 1` steps that move by a kernel: propose, look, weigh,
     resample.
     """
-    return _advance(keys, run._cast(), state)
+    return _advance(keys, run._ready(), state)
 
 
 @_callbacks.compiled
@@ -313,14 +302,14 @@ def finish(keys: Array, run: SMC, state: State) -> Particles:
     """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
     the potentials: particles at t = 1, with a `trace` of this step.
     """
-    particles, info = _finish(keys[0], run._cast(), state)
+    particles, info = _finish(keys[0], run._ready(), state)
     info = jax.tree.map(lambda leaf: leaf[None], info)
     return _traced(particles, run.times[-2:], info, state.particles.root)
 
 
 @_callbacks.compiled
 def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
-    run = run._cast()
+    run = run._ready()
     keys = run.keys(key)
 
     def advance(state: State, keys: Array) -> tuple[State, Info]:
