@@ -10,7 +10,7 @@ from helpers import contracts
 
 import theory
 import tiltjax as tj
-from tiltjax.guidance import Variance
+from tiltjax.guidance import Variance, _conjugate
 
 MODEL = tj.Analytic(contracts.planar(), tj.Linear(1.3))
 KEY, T, X = jax.random.key(0), jnp.asarray(0.4), jnp.asarray([0.3, -0.8])
@@ -77,15 +77,16 @@ def test_calibration_measures_the_posterior_variance():
     assert table(snr[0]) == jnp.exp(table.log_variance[0])
 
 
-def test_a_network_needs_its_variance_and_takes_a_table_a_function_or_a_probe():
+def test_a_network_needs_its_variance_a_function_a_number_a_table_or_a_probe():
     network = tj.from_denoiser(
         lambda t, x: MODEL.denoise(t, x), shape=(2,), interpolant=MODEL.interpolant
     )
     bump = tj.rewards.Bump([0.0, 1.0])
-    with pytest.raises(ValueError, match=r"needs variance=.*calibrate\(key, model\).*Probe\(\)"):
+    named = r"needs variance=.*function of the snr.*number.*calibrate\(key, model\).*Probe\(\)"
+    with pytest.raises(ValueError, match=named):
         tj.Conjugate(network, bump)
     table = tj.calibrate(KEY, network, num=64, levels=8, data=MODEL.mixture.sample(KEY, 64))
-    for variance in (table, lambda snr: 1 / (1 + snr), tj.guidance.Probe()):
+    for variance in (table, lambda snr: 1 / (1 + snr), 0.5, jnp.asarray(2), tj.guidance.Probe()):
         guidance = tj.Conjugate(network, bump, variance=variance)
         assert np.all(np.isfinite(guidance(KEY, T, X, guidance.init(X))[0].tilted))
     assert tj.Conjugate(network, tj.rewards.Quadratic([0.0, 1.0])).variance is None
@@ -278,6 +279,73 @@ def test_a_probe_measures_the_variance_at_the_state():
     np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
 
 
+def test_a_number_is_the_variance_of_isotropic_data():
+    """Exact for one isotropic Gaussian, in its table and in what is sampled with it."""
+    s2, reward = 0.6, lambda x: -jnp.sum(x**2)
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)))
+    variance = tj.Conjugate(model, reward, variance=s2).variance
+    snr = jnp.logspace(-6, 6, 9)
+    exact = [model.posterior_variance(q) for q in snr]
+    np.testing.assert_allclose(jax.vmap(variance)(snr), exact, rtol=1e-12)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, variance=s2), num=2000, steps=30).x
+    np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
+
+
+def _steps(variance, c=0.0, slope=0.0):
+    """A fit of precision c at the origin of the line, the posterior there, and an expansion."""
+    one = jnp.ones(1)
+    fit = _conjugate.Fit(0 * one, 0 * one, jnp.asarray(c), jnp.asarray(1.0), one)
+    posterior = _conjugate.Gaussian(0 * one, jnp.asarray(variance))
+    return fit, posterior, _conjugate.Expansion(slope * one, 0 * one, 0 * one)
+
+
+def test_a_fit_that_sees_no_curvature_widens_by_two_at_most():
+    """It had the precision `1 / v`, of which `c - c'` is lost."""
+    fit, posterior, _ = _steps(0.2, c=4.5)
+    new = _conjugate.keep_precision(fit._replace(fitted=jnp.zeros(())), fit, posterior)
+    width = 1 / np.sqrt(1 / 0.2 + new.precision - 4.5)
+    np.testing.assert_allclose(width, 2 * np.sqrt(0.2), rtol=1e-12)
+    sharper = fit._replace(fitted=jnp.asarray(9.0))
+    assert _conjugate.keep_precision(sharper, fit, posterior).precision == 9
+
+
+def test_the_damped_loop_ends_in_one_iteration():
+    """On the line with `z = v a / (1 + v c)`, gradient `-k (z - y)`: however stiff, the slope at
+    the fixed point follows from any other.
+    """
+    v, k, y = 0.5, 40.0, 1.3
+    fit, posterior, _ = _steps(v)
+    for start in (-1.0, 7.0):
+        z = v * start  # a = slope, as c = 0
+        fraction = _conjugate.damping_fraction(fit, v * k)
+        expansion = _conjugate.Expansion(-k * (z - y) * jnp.ones(1), jnp.ones(1), jnp.ones(1))
+        before = fit._replace(slope=start * jnp.ones(1))
+        after = _conjugate.move(before, fraction, posterior._replace(mean=z), expansion)
+        np.testing.assert_allclose(after.slope, k * y / (1 + k * v), rtol=1e-12)
+    first = fit._replace(spread=jnp.zeros(()))
+    assert _conjugate.damping_fraction(first, v * k) == 1
+
+
+def test_a_trusted_move_ends_two_widths_away():
+    v, slope = 0.3, 50.0
+    fit, posterior, expansion = _steps(v, slope=slope)
+    fraction = _conjugate.trust_fraction(fit, fit, posterior, expansion)
+    np.testing.assert_allclose(fraction * slope * v, 2 * np.sqrt(v), rtol=1e-12)
+
+
+def test_the_draws_expand_a_quadratic_exactly():
+    curvature, posterior = jnp.asarray([3.0, 0.4]), _conjugate.Gaussian(X, jnp.asarray(0.7))
+    gradient = lambda x: -curvature * (x - 1)
+    w = jnp.asarray([[0.3, -0.2], [1.0, 2.0], [-0.1, 0.5]])
+    draws, stiff = _conjugate.Draws(w, jnp.sum(w**2) / (3 * 0.7)), jnp.asarray([0.6, 0.8])
+    expansion = _conjugate.expand(gradient, posterior, draws, stiff)
+    np.testing.assert_allclose(expansion.slope, gradient(X), rtol=1e-12)
+    np.testing.assert_allclose(expansion.bent, curvature[None] * w, rtol=1e-12)
+    np.testing.assert_allclose(expansion.bent_stiff, curvature * stiff, rtol=1e-12)
+    c = _conjugate.curvature(posterior, draws, expansion) / draws.spread
+    np.testing.assert_allclose(c, jnp.sum(curvature[None] * w**2) / jnp.sum(w**2), rtol=1e-12)
+
+
 def test_a_multiple_of_a_sum_is_split_too():
     quadratic, other = (
         tj.rewards.Quadratic([0.5, 1.0]),
@@ -352,6 +420,10 @@ def test_batches_and_single_precision():
         (
             lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])),
             r"states of shape \(1,\), the model's have \(2,\)",
+        ),
+        (
+            lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), variance=0.0),
+            "variance must be positive, got 0",
         ),
         (lambda: tj.calibrate(KEY, MODEL, levels=1), "at least two levels"),
         (
