@@ -34,7 +34,7 @@ y)^2 dtau`, the Laplace transform of a Gaussian process squared (Cameron and Mar
 infinite for `a >= 3 pi / 8`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -257,11 +257,12 @@ def forward(moments: Moments, step: Step) -> Moments:
     size = (
         delta @ delta + jnp.sum((step.shift_matrix @ cov) * step.shift_matrix) + jnp.sum(noise**2)
     )
+    twice = jnp.where(variance > 0, 2 * variance, 1.0)  # a step without noise is not guided
     guided = matrix + step.shift_matrix
     return Moments(
         mean=matrix @ mean + step.constant + delta,
         cov=guided @ cov @ guided.T + noise @ noise.T + variance * eye,
-        cost=moments.cost + _over(size, 2 * variance),
+        cost=moments.cost + jnp.where(variance > 0, size / twice, 0.0),
         base_mean=matrix @ moments.base_mean + step.constant,
         base_cov=matrix @ moments.base_cov @ matrix.T + variance * eye,
         response=matrix @ moments.response,
@@ -284,7 +285,8 @@ def backward(value: _Exponential, step: Step) -> _Exponential:
         jnp.concatenate([step.matrix - step.shift_matrix, -step.noise], axis=1),
         step.constant - step.shift_constant,
     )
-    cost, shift = _over(2.0, step.variance), step.shift_constant
+    noisy, shift = step.variance > 0, step.shift_constant
+    cost = jnp.where(noisy, 2 / jnp.where(noisy, step.variance, 1.0), 0.0)
     shift_matrix = jnp.concatenate([step.shift_matrix, step.noise], axis=1)
     with_cost = _Exponential(
         value.constant + cost * shift @ shift / 2,
@@ -311,11 +313,6 @@ def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: A
         + log_h.linear @ spread @ base_cov @ log_h.linear / 2
     )
     return expected - start * jnp.sum((curvature @ response) * response) / 2
-
-
-def _over(value: Any, variance: Array) -> Array:
-    """`value / variance`, and 0 for a step without noise, which is not guided."""
-    return jnp.where(variance > 0, value / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 
 def path_limit(
