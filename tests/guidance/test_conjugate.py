@@ -2,6 +2,7 @@
 Tiers: exact, statistical.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import contracts
 import theory
 import tiltjax as tj
 from tiltjax.guidance import Variance, _conjugate
+from tiltjax.samplers import _calibrate
 
 MODEL = tj.Analytic(contracts.planar(), tj.Linear(1.3))
 KEY, T, X = jax.random.key(0), jnp.asarray(0.4), jnp.asarray([0.3, -0.8])
@@ -66,7 +68,7 @@ def test_calibration_measures_the_posterior_variance():
     s2, num = 0.6, 4096
     model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)), tj.Linear(1.4))
     data = model.mixture.sample(jax.random.key(1), num)
-    table = tj.calibrate(jax.random.key(2), model, data=data)
+    table = tj.calibrate(jax.random.key(2), model, budget=24 * num, data=data)
     snr = jnp.exp(table.log_snr)
     ratio = jnp.exp(table.log_variance) / (s2 / (1 + s2 * snr))
     assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (2 * num)))
@@ -85,7 +87,7 @@ def test_a_network_needs_its_variance_a_function_a_number_a_table_or_a_probe():
     named = r"needs variance=.*function of the snr.*number.*calibrate\(key, model\).*Probe\(\)"
     with pytest.raises(ValueError, match=named):
         tj.Conjugate(network, bump)
-    table = tj.calibrate(KEY, network, num=64, levels=8, data=MODEL.mixture.sample(KEY, 64))
+    table = tj.calibrate(KEY, network, levels=8, data=MODEL.mixture.sample(KEY, 64))
     for variance in (table, lambda snr: 1 / (1 + snr), 0.5, jnp.asarray(2), tj.guidance.Probe()):
         guidance = tj.Conjugate(network, bump, variance=variance)
         assert np.all(np.isfinite(guidance(KEY, T, X, guidance.init(X))[0].tilted))
@@ -207,12 +209,12 @@ def test_the_most_concave_direction_is_found():
 def test_the_table_stays_where_the_network_was_trained():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
     model = tj.Analytic(contracts.planar(), path)
-    table = tj.calibrate(KEY, model, num=64, levels=8)
+    table = tj.calibrate(KEY, model, levels=8)
     np.testing.assert_allclose(
         jnp.exp(table.log_snr[jnp.asarray([0, -1])]), jnp.stack(path.snr_range()), rtol=1e-10
     )
     ahead = tj.Tilted(tj.models.Rescheduled(model), tj.rewards.Quadratic([0.0, 1.0]), 2.0)
-    table = tj.calibrate(KEY, ahead, num=64, levels=8, data=jnp.zeros((64, 2)))
+    table = tj.calibrate(KEY, ahead, levels=8, data=jnp.zeros((64, 2)))
     np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
 
 
@@ -236,7 +238,11 @@ def test_calibration_averages_the_posterior_variance_of_a_mixture():
     mixture = tj.GaussianMixture([0.3, 0.7], [[-2.0], [1.0]], [[[0.4]], [[0.2]]])
     model, num = tj.Analytic(mixture), 4000
     table = tj.calibrate(
-        jax.random.key(2), model, num=num, levels=29, data=mixture.sample(jax.random.key(1), num)
+        jax.random.key(2),
+        model,
+        budget=29 * num,
+        levels=29,
+        data=mixture.sample(jax.random.key(1), num),
     )
     grid = jnp.linspace(-12, 12, 4001)[:, None]
 
@@ -254,10 +260,70 @@ def test_calibration_averages_the_posterior_variance_of_a_mixture():
             density * 3 * posterior**2
         ) / jnp.sum(density)
 
-    for level in range(8, 29, 4):  # snr from 1e-3 on
+    for level in range(32, 113, 16):  # snr from 1e-3 on, every fourth level
         exact, square = moments(jnp.exp(table.log_snr[level]))
         measured = jnp.exp(table.log_variance[level])
         assert abs(float(measured - exact)) < 5 * float(jnp.sqrt((square - exact**2) / num))
+
+
+class Counted(tj.Model):
+    """A model that counts the evaluations of its network."""
+
+    calls: list = eqx.field(static=True)
+    interpolant: tj.Linear
+    shape = (2,)
+    dtype = jnp.dtype("float64")
+
+    def denoise(self, t, x):
+        jax.debug.callback(lambda x: self.calls.append(x), x)  # once for each state
+        return MODEL.denoise(t, x)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_calibration_evaluates_the_network_as_often_as_its_budget_allows(given):
+    model = Counted([], MODEL.interpolant)
+    data = MODEL.mixture.sample(KEY, 1000) if given else None
+    tj.calibrate(KEY, model, data=data)
+    jax.effects_barrier()
+    assert 4000 < len(model.calls) <= 4096
+
+
+@pytest.mark.parametrize("problem", ["quadratic", "nine dimensions"])
+def test_the_default_calibration_is_as_accurate_as_it_says(problem):
+    """The mean over levels of the relative error, root mean square over keys."""
+    prior, stated = tj.problems.get("quadratic").prior, 0.05
+    if problem == "nine dimensions":
+        prior, stated = contracts.random_mixture(4, 9), 0.04
+    model = tj.Analytic(prior)
+    log_snr = jnp.linspace(-9, 9, 37)
+    exact = jax.lax.map(lambda q: model.posterior_variance(jnp.exp(q)), log_snr)
+    errors = [
+        jax.vmap(tj.calibrate(jax.random.key(seed), model))(jnp.exp(log_snr)) / exact - 1
+        for seed in range(8)
+    ]
+    size = np.sqrt(np.mean(np.square(errors), axis=0))
+    assert size.mean() < 1.3 * stated
+    assert size.max() < 0.2
+    assert size[-1] < 0.005  # all but the noise's own variance
+
+
+def test_between_levels_the_table_of_a_gaussian_is_exact():
+    s2 = 0.6
+    log_snr = jnp.linspace(-9.0, 9.0, 5)
+    table = _calibrate.refined(log_snr, 1 / (1 / s2 + jnp.exp(log_snr)))
+    exact = 1 / (1 / s2 + jnp.exp(table.log_snr))
+    np.testing.assert_allclose(jnp.exp(table.log_variance), exact, rtol=1e-10)
+
+
+def test_balanced_noise_leaves_the_variance_of_the_data_alone():
+    """The error of one isotropic Gaussian at snr q is `|x - m - sqrt(q) s^2 noise|^2` but for a
+    factor.
+    """
+    data = 1 + jax.random.normal(KEY, (20, 3))
+    noise = _calibrate.balanced(jax.random.normal(jax.random.key(1), data.shape), data)
+    centered = data - jnp.mean(data, axis=0, keepdims=True)
+    mean_square = jnp.mean((centered - 0.7 * noise) ** 2)
+    np.testing.assert_allclose(mean_square, jnp.mean(centered**2) + 0.49, rtol=1e-12)
 
 
 def test_a_probe_measures_the_variance_at_the_state():
@@ -425,7 +491,8 @@ def test_batches_and_single_precision():
             lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), variance=0.0),
             "variance must be positive, got 0",
         ),
-        (lambda: tj.calibrate(KEY, MODEL, levels=1), "at least two levels"),
+        (lambda: tj.calibrate(KEY, MODEL, levels=1), "levels must be at least 2"),
+        (lambda: tj.calibrate(KEY, MODEL, budget=46), "budget must be at least 47, got 46"),
         (
             lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((4, 2)), chunk_size=-3),
             "chunk_size must be at least 1",
