@@ -186,7 +186,7 @@ def test_gibbs_samples_an_anisotropic_tilt_of_images():
 
 def test_calibration_of_images():
     data = STD * jax.random.normal(KEY, (512, *SHAPE))
-    measured = tj.calibrate(KEY, model(SHAPE, jnp.float32), data=data, levels=12)
+    measured = tj.calibrate(KEY, model(SHAPE, jnp.float32), budget=512 * 12, data=data, levels=12)
     ratio = np.exp(measured.log_variance) / table(np.exp(np.asarray(measured.log_snr)))
     assert measured.log_variance.dtype == jnp.float32
     assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (512 * SIZE)))

@@ -11,7 +11,9 @@ The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884); the recur
 whatever is affine.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +24,28 @@ from theory.tilts import QuadraticForm, quadratic_form
 from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales, solvers
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
+
+
+class Affine(NamedTuple):
+    """`matrix x + constant + noise z` with `z ~ N(0, I)`: a denoiser, a velocity, or a step."""
+
+    matrix: Array
+    constant: Array
+    noise: Array
+
+
+class Moments(NamedTuple):
+    """The mean `(d,)` and the covariance `(d, d)` of a Gaussian state."""
+
+    mean: Array
+    cov: Array
+
+    def after(self, step: Affine) -> "Moments":
+        """Those of the state after a step, whose noise is independent of the state."""
+        matrix, constant, noise = step
+        return Moments(
+            matrix @ self.mean + constant, matrix @ self.cov @ matrix.T + noise @ noise.T
+        )
 
 
 class AffineField(eqx.Module):
@@ -38,7 +62,7 @@ class AffineField(eqx.Module):
     interpolant: Interpolant
     shift: Callable = eqx.field(static=True)
 
-    def at(self, t: Array) -> tuple[Array, Array, Array]:
+    def at(self, t: Array) -> Affine:
         """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
         interpolant, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
         alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
@@ -54,7 +78,7 @@ class AffineField(eqx.Module):
         matrix, constant, noise = self.shift(
             interpolant, t, self.form, strength, mean, cov, gain, offset, draw
         )
-        return gain + matrix, offset + constant, noise
+        return Affine(gain + matrix, offset + constant, noise)
 
 
 def plug_in_field(
@@ -216,80 +240,95 @@ def discrete_law(
 
 def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:
     interpolant, d = field.interpolant, field.prior.dim
-    eye, zero = jnp.eye(d, dtype=times.dtype), jnp.zeros(d, times.dtype)
-
-    def velocity(
-        t: Array, matrix: Array, constant: Array, noise: Array
-    ) -> tuple[Array, Array, Array]:
-        return (
-            interpolant.velocity(t, eye, matrix),
-            interpolant.velocity(t, zero, constant),
-            interpolant.velocity(t, jnp.zeros_like(noise), noise),
-        )
-
-    def euler(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
-        slope, constant, noise = velocity(t, *at_t)
-        return eye + (u - t) * slope, (u - t) * constant, (u - t) * noise
-
-    def heun(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
-        dt = u - t
-        first, constant, noise = velocity(t, *at_t)
-        second, constant_u, noise_u = velocity(u, *at_u)
-        noise_t = noise + dt * second @ noise
-        draws = [noise_t + noise_u, jnp.zeros_like(noise)] if share_draw else [noise_t, noise_u]
-        matrix = eye + dt / 2 * (first + second @ (eye + dt * first))
-        return (
-            matrix,
-            dt / 2 * (constant + constant_u + dt * second @ constant),
-            dt / 2 * jnp.concatenate(draws, axis=1),
-        )
-
-    def ancestral(t: Array, u: Array, at_t: tuple, at_u: tuple) -> tuple[Array, Array, Array]:
-        matrix, constant, noise = at_t
-        decay, gain, variance = ancestral_step(interpolant, t, u, eta)
-        return (
-            decay * eye + gain * matrix,
-            gain * constant,
-            jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
-        )
-
-    match solver:
-        case solvers.Euler():
-            inner = euler
-        case solvers.Heun(share_draw=share_draw):
-            inner = heun
-        case solvers.Ancestral():
-            inner, eta = ancestral, solver.eta.astype(times.dtype)
-        case _:
-            raise ValueError(
-                f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one"
-            )
-
-    def applied(
-        moments: tuple[Array, Array], transition: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array]:
-        (mean, cov), (matrix, constant, spread) = moments, transition
-        return matrix @ mean + constant, matrix @ cov @ matrix.T + spread @ spread.T
-
-    def advance(moments: tuple[Array, Array], interval: tuple) -> tuple[tuple[Array, Array], None]:
-        t, u, at_t, at_u = interval
-        # As the solvers do: a step to t = 1 jumps to the denoiser, where the field has no value any
-        # more.
-        step = lambda: applied(moments, inner(t, u, at_t, at_u))
-        # At t = 1 a further step changes nothing: where times are traced, ones may make grids
-        # equally long.
-        last = lambda: jax.tree.map(
-            lambda new, old: jnp.where(t < 1, new, old), applied(moments, at_t), moments
-        )
-        return jax.lax.cond(u < 1, step, last), None
-
-    moments = zero, interpolant.sigma(times[0]) ** 2 * eye
+    step = functools.partial(_step_of(solver, times.dtype), interpolant)
+    eye = jnp.eye(d, dtype=times.dtype)
+    start = Moments(jnp.zeros(d, times.dtype), interpolant.sigma(times[0]) ** 2 * eye)
     # Once for every time: an end of one step is the start of the next. Nothing reads what stands
     # for t = 1.
     fields = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
     at_t, at_u = jax.tree.map(lambda x: x[:-1], fields), jax.tree.map(lambda x: x[1:], fields)
-    (mean, cov), _ = jax.lax.scan(advance, moments, (times[:-1], times[1:], at_t, at_u))
+    advance = lambda moments, interval: (_advance(step, moments, *interval), None)
+    (mean, cov), _ = jax.lax.scan(advance, start, (times[:-1], times[1:], at_t, at_u))
     return field.prior.replace(field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None])
 
 
 _compiled = eqx.filter_jit(_recursion)
+
+
+def _advance(
+    step: Callable, moments: Moments, t: Array, u: Array, at_t: Affine, at_u: Affine
+) -> Moments:
+    """The moments after a step from t to u, as the solvers take it: a step to t = 1 jumps to the
+    denoiser, where the field has no value any more.
+    """
+    inner = lambda: moments.after(step(t, u, at_t, at_u))
+    # At t = 1 a further step changes nothing: where times are traced, ones may make grids equally
+    # long.
+    jump = lambda: jax.tree.map(
+        lambda new, old: jnp.where(t < 1, new, old), moments.after(at_t), moments
+    )
+    return jax.lax.cond(u < 1, inner, jump)
+
+
+def _step_of(solver: solvers.Solver, dtype: Any) -> Callable:
+    """A solver's step, `(interpolant, t, u, at_t, at_u) -> Affine`."""
+    match solver:
+        case solvers.Euler():
+            return euler_step
+        case solvers.Heun(share_draw=share_draw):
+            return functools.partial(heun_step, share_draw)
+        case solvers.Ancestral():
+            return functools.partial(_noisy_step, solver.eta.astype(dtype))
+    raise ValueError(
+        f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one"
+    )
+
+
+def velocity(interpolant: Interpolant, t: Array, denoiser: Affine) -> Affine:
+    """The velocity of the flow of an affine denoiser."""
+    matrix, constant, noise = denoiser
+    return Affine(
+        interpolant.velocity(t, jnp.eye(len(matrix), dtype=matrix.dtype), matrix),
+        interpolant.velocity(t, jnp.zeros_like(constant), constant),
+        interpolant.velocity(t, jnp.zeros_like(noise), noise),
+    )
+
+
+def euler_step(interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine) -> Affine:
+    """`x + (u - t) b_t(x)`."""
+    slope, constant, noise = velocity(interpolant, t, at_t)
+    eye = jnp.eye(len(slope), dtype=slope.dtype)
+    return Affine(eye + (u - t) * slope, (u - t) * constant, (u - t) * noise)
+
+
+def heun_step(
+    share_draw: bool, interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine
+) -> Affine:
+    """`x + (u - t) (b_t(x) + b_u(x')) / 2` with `x'` of Euler, and the draws of both velocities
+    side by side; a shared one is the same in both.
+    """
+    dt = u - t
+    first, constant, noise = velocity(interpolant, t, at_t)
+    second, constant_u, noise_u = velocity(interpolant, u, at_u)
+    eye = jnp.eye(len(first), dtype=first.dtype)
+    noise_t = noise + dt * second @ noise
+    draws = [noise_t + noise_u, jnp.zeros_like(noise)] if share_draw else [noise_t, noise_u]
+    return Affine(
+        eye + dt / 2 * (first + second @ (eye + dt * first)),
+        dt / 2 * (constant + constant_u + dt * second @ constant),
+        dt / 2 * jnp.concatenate(draws, axis=1),
+    )
+
+
+def _noisy_step(
+    eta: Array, interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine
+) -> Affine:
+    """A step of `Ancestral(eta)`: its noise stands beside that of the draw."""
+    matrix, constant, noise = at_t
+    decay, gain, variance = ancestral_step(interpolant, t, u, eta)
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return Affine(
+        decay * eye + gain * matrix,
+        gain * constant,
+        jnp.concatenate([gain * noise, jnp.sqrt(variance) * eye], axis=1),
+    )

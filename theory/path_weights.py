@@ -34,6 +34,8 @@ y)^2 dtau`, the Laplace transform of a Gaussian process squared (Cameron and Mar
 infinite for `a >= 3 pi / 8`.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -158,110 +160,159 @@ def path_law(
 @eqx.filter_jit
 def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
     """`path_law`, and the law of the base chain's end."""
-    dtype, d, interpolant = field.prior.means.dtype, field.prior.dim, field.interpolant
-    form, scale = field.form, field.law.final
-    zero_scale = scales.Constant(jnp.zeros((), dtype))
-    unguided = AffineField(field.prior, form, zero_scale, interpolant, finite_steps.shift_at_mean)
-    eye = jnp.eye(d, dtype=dtype)
-
-    def step(t: Array, u: Array) -> tuple[Array, ...]:
-        """`(M, m, E, e, N, s^2)`: the base chain's mean `M x + m`, the guidance's
-        `delta = E x + e + N z`.
-        """
-        matrix, constant, _ = unguided.at(t)
-
-        def guided_step() -> tuple[Array, ...]:
-            guided, shift_constant, noise = field.at(t)
-            decay, gain, variance = finite_steps.ancestral_step(interpolant, t, u, eta)
-            shifts = gain * (guided - matrix), gain * (shift_constant - constant), gain * noise
-            return decay * eye + gain * matrix, gain * constant, *shifts, variance
-
-        def last_step() -> tuple[Array, ...]:
-            zero = jnp.zeros_like(eye)
-            return (
-                matrix,
-                constant,
-                zero,
-                jnp.zeros_like(constant),
-                jnp.zeros((d, 2 * d), dtype),
-                jnp.zeros((), dtype),
-            )
-
-        return jax.lax.cond(u < 1, guided_step, last_step)
-
-    steps = jax.lax.map(lambda interval: step(*interval), (times[:-1], times[1:]))
-    start = interpolant.sigma(times[0]) ** 2
-
-    def forward(
-        moments: tuple[Array, ...], step: tuple[Array, ...]
-    ) -> tuple[tuple[Array, ...], None]:
-        mean, cov, cost, base_mean, base_cov, response = moments
-        matrix, constant, shift_matrix, shift_constant, noise, variance = step
-        delta = shift_matrix @ mean + shift_constant
-        size = delta @ delta + jnp.sum((shift_matrix @ cov) * shift_matrix) + jnp.sum(noise**2)
-        cost = cost + jnp.where(
-            variance > 0, size / jnp.where(variance > 0, 2 * variance, 1.0), 0.0
-        )
-        guided = matrix + shift_matrix
-        mean, base_mean = matrix @ mean + constant + delta, matrix @ base_mean + constant
-        cov = guided @ cov @ guided.T + noise @ noise.T + variance * eye
-        # The base chain given its start: x_N is N(response x_0 + base_mean, base_cov).
-        return (
-            mean,
-            cov,
-            cost,
-            base_mean,
-            matrix @ base_cov @ matrix.T + variance * eye,
-            matrix @ response,
-        ), None
-
-    zero, nothing = jnp.zeros(d, dtype), jnp.zeros((d, d), dtype)
-    moments = zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye
-    (mean, cov, cost, base_mean, base_cov, response), _ = jax.lax.scan(forward, moments, steps)
-    one = lambda mean, cov: field.prior.replace(
-        field.prior.log_weights, mean[None], ((cov + cov.T) / 2)[None]
+    form, scale, start = field.form, field.law.final, field.interpolant.sigma(times[0]) ** 2
+    one_step = lambda interval: chain_step(field, eta, *interval)
+    steps = jax.lax.map(one_step, (times[:-1], times[1:]))
+    moments, _ = jax.lax.scan(
+        lambda moments, step: (forward(moments, step), None), _start(field, start), steps
     )
-    last = one(base_mean, base_cov + start * response @ response.T)
-    log_norm = tilts.tilt_by_form(last, form, scale).log_norm
+    base_end = moments.base_end(field.prior, start)
+    log_norm = tilts.tilt_by_form(base_end, form, scale).log_norm
+    bound = evidence_bound(form, scale, moments)
+    value, _ = jax.lax.scan(
+        lambda value, step: (backward(value, step), None),
+        _exponential(form, 2 * scale),
+        steps,
+        reverse=True,
+    )
+    second = value.smoothed(start)
+    log_second = jnp.where(second.finite, second.constant, jnp.inf)
+    ess = jnp.where(second.finite, jnp.exp(2 * log_norm - second.constant), 0.0)
+    floor = log_norm - expected_log_h(form, scale, moments, start)
+    return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, floor), base_end
+
+
+class Step(NamedTuple):
+    """One step of both chains: the base chain's mean is `matrix x + constant`, the guidance's
+    `delta = shift_matrix x + shift_constant + noise z`, and `variance` is `s^2`, 0 in the last
+    step.
+    """
+
+    matrix: Array
+    constant: Array
+    shift_matrix: Array
+    shift_constant: Array
+    noise: Array
+    variance: Array
+
+
+class Moments(NamedTuple):
+    """What goes forward: `mean` and `cov` of Q; `cost`, the sum of `E_Q|delta|^2 / (2 s^2)`; and
+    the base chain given its start, `N(response x_0 + base_mean, base_cov)`.
+    """
+
+    mean: Array
+    cov: Array
+    cost: Array
+    base_mean: Array
+    base_cov: Array
+    response: Array
+
+    def base_end(self, prior: GaussianMixture, start: Array) -> GaussianMixture:
+        """The law of the base chain, started from `N(0, start I)`."""
+        cov = self.base_cov + start * self.response @ self.response.T
+        return prior.replace(prior.log_weights, self.base_mean[None], ((cov + cov.T) / 2)[None])
+
+
+def _start(field: AffineField, start: Array) -> Moments:
+    d, dtype = field.prior.dim, field.prior.means.dtype
+    zero, nothing, eye = jnp.zeros(d, dtype), jnp.zeros((d, d), dtype), jnp.eye(d, dtype=dtype)
+    return Moments(zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye)
+
+
+def chain_step(field: AffineField, eta: Array, t: Array, u: Array) -> Step:
+    """The step from t to u; that to 1 jumps to the denoiser, unguided."""
+    no_scale = scales.Constant(jnp.zeros((), field.prior.means.dtype))
+    unguided = AffineField(
+        field.prior, field.form, no_scale, field.interpolant, finite_steps.shift_at_mean
+    )
+    base = unguided.at(t)
+    matrix, constant = base.matrix, base.constant
+
+    def guided() -> Step:
+        denoiser = field.at(t)
+        decay, gain, variance = finite_steps.ancestral_step(field.interpolant, t, u, eta)
+        return Step(
+            decay * jnp.eye(len(matrix), dtype=matrix.dtype) + gain * matrix,
+            gain * constant,
+            gain * (denoiser.matrix - matrix),
+            gain * (denoiser.constant - constant),
+            gain * denoiser.noise,
+            variance,
+        )
+
+    def jump() -> Step:
+        shift, shift_constant, noise = jax.tree.map(jnp.zeros_like, base)
+        return Step(matrix, constant, shift, shift_constant, noise, jnp.zeros((), matrix.dtype))
+
+    return jax.lax.cond(u < 1, guided, jump)
+
+
+def forward(moments: Moments, step: Step) -> Moments:
+    """The moments after a step."""
+    mean, cov = moments.mean, moments.cov
+    matrix, noise, variance = step.matrix, step.noise, step.variance
+    eye = jnp.eye(len(mean), dtype=mean.dtype)
+    delta = step.shift_matrix @ mean + step.shift_constant
+    size = (
+        delta @ delta + jnp.sum((step.shift_matrix @ cov) * step.shift_matrix) + jnp.sum(noise**2)
+    )
+    twice = jnp.where(variance > 0, 2 * variance, 1.0)  # a step without noise is not guided
+    guided = matrix + step.shift_matrix
+    return Moments(
+        mean=matrix @ mean + step.constant + delta,
+        cov=guided @ cov @ guided.T + noise @ noise.T + variance * eye,
+        cost=moments.cost + jnp.where(variance > 0, size / twice, 0.0),
+        base_mean=matrix @ moments.base_mean + step.constant,
+        base_cov=matrix @ moments.base_cov @ matrix.T + variance * eye,
+        response=matrix @ moments.response,
+    )
+
+
+def evidence_bound(form: QuadraticForm, scale: Array, moments: Moments) -> Array:
+    """`E_Q[log w] = scale E_Q[r(x_N)] - cost`."""
+    mean, cov, cost = moments.mean, moments.cov, moments.cost
     bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - cost
     # A chain whose steps are too long for the guidance's stiffness explodes, past the largest
     # number.
-    bound = jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + cost), bound, -jnp.inf)
+    return jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + cost), bound, -jnp.inf)
 
-    def backward(value: _Exponential, step: tuple[Array, ...]) -> tuple[_Exponential, None]:
-        matrix, constant, shift_matrix, shift_constant, noise, variance = step
-        # As a function of (x, z): the mean, less delta, then the cost of delta.
-        value = value.smoothed(variance).composed(
-            jnp.concatenate([matrix - shift_matrix, -noise], axis=1), constant - shift_constant
-        )
-        cost = jnp.where(variance > 0, 2 / jnp.where(variance > 0, variance, 1.0), 0.0)
-        shift_matrix = jnp.concatenate([shift_matrix, noise], axis=1)
-        value = _Exponential(
-            value.constant + cost * shift_constant @ shift_constant / 2,
-            value.linear + cost * shift_matrix.T @ shift_constant,
-            value.curvature - cost * shift_matrix.T @ shift_matrix,
-            value.finite,
-        )
-        return value.marginal(d), None
 
-    end = _exponential(form, 2 * scale)
-    first, _ = jax.lax.scan(backward, end, steps, reverse=True)
-    second = first.smoothed(start)
-    log_second = jnp.where(second.finite, second.constant, jnp.inf)
-    # E log h_0: the end of the base chain given x_0, tilted, is the exponential of a quadratic in
-    # x_0.
+def backward(value: _Exponential, step: Step) -> _Exponential:
+    """`V_j` of `V_{j+1}`."""
+    # As a function of (x, z): V at the mean less delta, then the cost of delta.
+    value = value.smoothed(step.variance).composed(
+        jnp.concatenate([step.matrix - step.shift_matrix, -step.noise], axis=1),
+        step.constant - step.shift_constant,
+    )
+    noisy, shift = step.variance > 0, step.shift_constant
+    cost = jnp.where(noisy, 2 / jnp.where(noisy, step.variance, 1.0), 0.0)
+    shift_matrix = jnp.concatenate([step.shift_matrix, step.noise], axis=1)
+    with_cost = _Exponential(
+        value.constant + cost * shift @ shift / 2,
+        value.linear + cost * shift_matrix.T @ shift,
+        value.curvature - cost * shift_matrix.T @ shift_matrix,
+        value.finite,
+    )
+    return with_cost.marginal(len(step.matrix))
+
+
+def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: Array) -> Array:
+    """`E log h_0(X_0)`: the end of the base chain given `x_0`, tilted, is the exponential of a
+    quadratic function of `x_0`.
+    """
+    base_cov, response = moments.base_cov, moments.response
+    eye = jnp.eye(len(base_cov), dtype=base_cov.dtype)
     log_h = _exponential(form, scale)
     spread = jnp.linalg.inv(eye + base_cov @ log_h.curvature)
-    log_h = log_h.composed(eye, base_mean)
+    log_h = log_h.composed(eye, moments.base_mean)
     curvature = log_h.curvature @ spread
     expected = (
         log_h.constant
         + jnp.linalg.slogdet(spread)[1] / 2
         + log_h.linear @ spread @ base_cov @ log_h.linear / 2
     )
-    expected = expected - start * jnp.sum((curvature @ response) * response) / 2
-    ess = jnp.where(second.finite, jnp.exp(2 * log_norm - second.constant), 0.0)
-    return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, log_norm - expected), last
+    return expected - start * jnp.sum((curvature @ response) * response) / 2
 
 
 def path_limit(

@@ -64,6 +64,7 @@ _SHIFTS = (
     finite_steps.shift_at_end,
 )
 _PATH_STEPS = 25  # of a weighted path
+_MAX_STRENGTH = 1e4  # `scale h s^2` up to which the law of many draws is computed
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -153,106 +154,149 @@ def recommend(
             "recommend compares numbers of steps and draws: call it outside of jit, vmap and grad"
         )
     tilt = tilts.tilt(prior, reward, strength).mixture
-    options = _options(
-        prior, reward, form, strength, tilt, budget, conjugate, inner_steps, pullback
-    )
-    return Plan(tuple(sorted(options, key=lambda option: option.error)), tilt, budget)
+    task = _Task(prior, reward, form, strength, tilt, budget, inner_steps, pullback)
+    return Plan(tuple(sorted(_options(task, conjugate), key=lambda o: o.error)), tilt, budget)
 
 
-def _options(
-    prior, reward, form, scale, tilt, budget, conjugate, inner_steps, pullback
-) -> Iterator[Option]:
-    d, one_mode = prior.dim, len(prior.log_weights) == 1
-    scale_text = f"{float(scale):g}"
-    spread = float(_spread(tilt))
-    isotropic = bool(np.allclose(form.matrix, form.matrix[0, 0] * np.eye(d), rtol=1e-6, atol=0))
-    concave = bool(np.all(np.linalg.eigvalsh(np.asarray(form.matrix, np.float64)) >= 0))
-    curvature = float(jnp.trace(form.matrix)) / d
-    exact = AffineField(prior, form, scales.Constant(scale), Linear(), finite_steps.exact_shift)
+class _Task(NamedTuple):
+    """What the options have in common: the arguments of `recommend`, the reward's form, the tilt.
+    A method is an option of this law, or none where it cannot afford a step.
+    """
 
-    def guided_by(shift: Callable) -> AffineField:
-        return AffineField(prior, form, exact.law, exact.interpolant, shift)
+    prior: GaussianMixture
+    reward: rewards.Reward
+    form: QuadraticForm
+    scale: Array
+    tilt: GaussianMixture
+    budget: float
+    inner_steps: int
+    pullback: float
 
-    basis_of_laws = _EXACT if one_mode else _ALONE
+    @property
+    def one_mode(self) -> bool:
+        return len(self.prior.log_weights) == 1
+
+    @property
+    def isotropic(self) -> bool:
+        """Whether the reward is."""
+        matrix = self.form.matrix
+        eye = np.eye(self.prior.dim)
+        return bool(np.allclose(matrix, matrix[0, 0] * eye, rtol=1e-6, atol=0))
+
+    @property
+    def concave(self) -> bool:
+        return bool(np.all(np.linalg.eigvalsh(np.asarray(self.form.matrix, np.float64)) >= 0))
+
+    @property
+    def curvature(self) -> float:
+        """The mean eigenvalue of H."""
+        return float(jnp.trace(self.form.matrix)) / self.prior.dim
+
+    @property
+    def basis(self) -> str:
+        """What the law of a guided flow rests on."""
+        return _EXACT if self.one_mode else _ALONE
+
+    def call(self, method: str, settings: str = "") -> str:
+        return f"{method}reward, {float(self.scale):g}{settings})"
+
+    def plug_in(self, rest: str) -> str:
+        return f"PlugIn(Glass(model, {self.inner_steps}), {rest})"
+
+    def draws_cost(self, k: int) -> float:
+        """The first call of all k draws is that of the field itself."""
+        return (1 + k * (self.inner_steps - 1)) * (1 + self.pullback)
+
+    def guided(self, shift: Callable) -> AffineField:
+        law = scales.Constant(self.scale)
+        return AffineField(self.prior, self.form, law, Linear(), shift)
+
+    def unguided(self) -> AffineField:
+        silent = jnp.zeros_like(self.scale)
+        field = self.guided(finite_steps.shift_at_mean)
+        return eqx.tree_at(lambda field: field.law.final, field, silent)
 
     def flow(
-        method: str, cost: float, field: AffineField, weights: Array, basis: str = basis_of_laws
+        self, method: str, cost: float, field: AffineField, *, tilted: bool = False, basis: str = ""
     ) -> Iterator[Option]:
-        steps = _affordable(budget, cost)
-        if steps >= 1:
-            law = _run(field, weights, steps)
-            yield Option(method, steps, (2 * steps - 1) * cost, _distance(law, tilt), basis, law)
+        """A guided flow, with the weights of the prior or of the tilt."""
+        if (steps := _affordable(self.budget, cost)) >= 1:
+            law = _run(field, (self.tilt if tilted else self.prior).log_weights, steps)
+            error, calls = _distance(law, self.tilt), (2 * steps - 1) * cost
+            yield Option(method, steps, calls, error, basis or self.basis, law)
 
-    prior_weights, one_draw = prior.log_weights, inner_steps * (1 + pullback)
-    unguided = eqx.tree_at(
-        lambda f: f.law.final, guided_by(finite_steps.shift_at_mean), jnp.zeros_like(scale)
-    )
-    yield from flow("no guidance", 1, unguided, prior_weights)
-    if conjugate and isotropic and curvature >= 0:
-        yield from flow(f"Tilted(model, reward, {scale_text})", 1, exact, tilt.log_weights)
-    if concave:
-        name = f"Conjugate(model, reward, {scale_text})"
-        if one_mode or isotropic:  # its fixed point is the tilt
-            yield from flow(name, 2, exact, tilt.log_weights, _FIXED)
-        elif (steps := _affordable(budget, 2)) >= 1:
-            yield Option(
-                name, steps, 2 * (2 * steps - 1), MEASURED["Conjugate"] * spread, _MEASURED
-            )
-        name, cost = f"Laplace(model, reward, {scale_text})", 1 + d * pullback
-        if one_mode:
-            yield from flow(name, cost, exact, prior_weights)
-        elif (steps := _affordable(budget, cost)) >= 1:
-            yield Option(
-                name, steps, cost * (2 * steps - 1), MEASURED["Laplace"] * spread, _MEASURED
-            )
-    glass = f"PlugIn(Glass(model, {inner_steps}), "
-    yield from flow(
-        f"{glass}reward, {scale_text})",
-        one_draw,
-        guided_by(finite_steps.shift_at_draw),
-        prior_weights,
-    )
-    name = f"dps(model, reward, {scale_text})"
-    yield from flow(name, 1 + pullback, guided_by(finite_steps.shift_at_mean), prior_weights)
-    cost = 2 * inner_steps + 2 + (2 * inner_steps + 1) * pullback
-    yield from flow(
-        f"fmrg(model, reward, {scale_text}, inner_steps={inner_steps})",
-        cost,
-        guided_by(finite_steps.shift_at_end),
-        prior_weights,
-    )
-    yield from _selected(prior, reward, scale, tilt, unguided, budget, basis_of_laws)
-    if concave and curvature > 0:
-        # Damping belongs to the reward -|x - y|^2: its weight goes into the scale.
-        width = float(
-            jnp.sqrt(
-                prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix) / (d * curvature)
-            )
-        )
-        damped = scales.Damped(scale * curvature, width)
-        label = (
-            f"reward{'' if np.isclose(curvature, 1) else f' * {1 / curvature:.3g}'}, "
-            f"Damped({float(damped.final):g}, {width:.3g})"
-        )
-        field = AffineField(
-            prior, _divided(form, curvature), damped, exact.interpolant, finite_steps.shift_at_draw
-        )
-        yield from flow(f"{glass}{label})", one_draw, field, prior_weights)
-        if one_mode:
-            yield from _weighted(prior, field, tilt, budget, one_draw, label)
-        if one_mode and isotropic and _is_isotropic(prior) and float(scale) > 0:
-            strength = float(scale) * curvature * float(prior.covs[0, 0, 0])
-            if strength <= 1e4:
-                yield from _many_draws(
-                    prior,
-                    reward,
-                    scale,
-                    tilt,
-                    guided_by(finite_steps.shift_at_draw),
-                    budget,
-                    inner_steps,
-                    pullback,
-                )
+    def measured(self, method: str, cost: float, error: float) -> Iterator[Option]:
+        """A guided flow without a law, whose error is in units of the tilt's deviation."""
+        if (steps := _affordable(self.budget, cost)) >= 1:
+            error *= float(_spread(self.tilt))
+            yield Option(method, steps, cost * (2 * steps - 1), error, _MEASURED)
+
+
+def _options(task: _Task, conjugate: bool) -> Iterator[Option]:
+    """All methods that the reward admits, in the order of the table."""
+    yield from task.flow("no guidance", 1, task.unguided())
+    if conjugate and task.isotropic and task.curvature >= 0:
+        exact = task.guided(finite_steps.exact_shift)
+        yield from task.flow(task.call("Tilted(model, "), 1, exact, tilted=True)
+    if task.concave:
+        yield from _conjugate(task)
+        yield from _laplace(task)
+    yield from _one_draw(task)
+    yield from _dps(task)
+    yield from _fmrg(task)
+    yield from _selected(task)
+    if task.concave and task.curvature > 0:
+        yield from _damped(task)
+        yield from _many_draws(task)
+
+
+def _conjugate(task: _Task) -> Iterator[Option]:
+    name = task.call("Conjugate(model, ")
+    if not (task.one_mode or task.isotropic):
+        return task.measured(name, 2, MEASURED["Conjugate"])
+    exact = task.guided(finite_steps.exact_shift)  # its fixed point is the tilt
+    return task.flow(name, 2, exact, tilted=True, basis=_FIXED)
+
+
+def _laplace(task: _Task) -> Iterator[Option]:
+    name, cost = task.call("Laplace(model, "), 1 + task.prior.dim * task.pullback
+    if not task.one_mode:
+        return task.measured(name, cost, MEASURED["Laplace"])
+    return task.flow(name, cost, task.guided(finite_steps.exact_shift))
+
+
+def _one_draw(task: _Task) -> Iterator[Option]:
+    name = task.plug_in(f"reward, {float(task.scale):g}")
+    return task.flow(name, task.draws_cost(1), task.guided(finite_steps.shift_at_draw))
+
+
+def _dps(task: _Task) -> Iterator[Option]:
+    field = task.guided(finite_steps.shift_at_mean)
+    return task.flow(task.call("dps(model, "), 1 + task.pullback, field)
+
+
+def _fmrg(task: _Task) -> Iterator[Option]:
+    g = task.inner_steps
+    name = task.call("fmrg(model, ", f", inner_steps={g}")
+    cost = 2 * g + 2 + (2 * g + 1) * task.pullback
+    return task.flow(name, cost, task.guided(finite_steps.shift_at_end))
+
+
+def _damped(task: _Task) -> Iterator[Option]:
+    """One damped draw, and weighted paths of it. Damping belongs to the reward `-|x - y|^2`: its
+    weight goes into the scale.
+    """
+    prior, form, curvature = task.prior, task.form, task.curvature
+    mean_square = prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix)
+    width = float(jnp.sqrt(mean_square / (prior.dim * curvature)))
+    law = scales.Damped(task.scale * curvature, width)
+    unit = "reward" if np.isclose(curvature, 1) else f"reward * {1 / curvature:.3g}"
+    label = f"{unit}, Damped({float(law.final):g}, {width:.3g})"
+    shift = finite_steps.shift_at_draw
+    field = AffineField(prior, _divided(form, curvature), law, Linear(), shift)
+    yield from task.flow(task.plug_in(label), task.draws_cost(1), field)
+    if task.one_mode:
+        yield from _weighted(task, field, label)
 
 
 @eqx.filter_jit
@@ -317,79 +361,72 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
     return float(w2_bounds(law, tilt).upper)
 
 
-def _many_draws(
-    prior, reward, scale, tilt, one_draw, budget, inner_steps, pullback
-) -> Iterator[Option]:
-    """Plug-in of k > 1 draws: the law of small steps, moved by what steps do to one draw's law."""
-    one_law = flow_laws.plug_in_law(prior, reward, scale)
-    parameters = _draws_parameters(prior, reward, scale)
+def _many_draws(task: _Task) -> Iterator[Option]:
+    """Plug-in of k > 1 draws, for one isotropic Gaussian: the law of small steps, moved by what
+    steps do to one draw's law.
+    """
+    prior, scale = task.prior, task.scale
+    if not (task.one_mode and task.isotropic and _is_isotropic(prior) and float(scale) > 0):
+        return
+    if float(scale) * task.curvature * float(prior.covs[0, 0, 0]) > _MAX_STRENGTH:
+        return
+    one_law = flow_laws.plug_in_law(prior, task.reward, scale)
+    parameters = _draws_parameters(prior, task.reward, scale)
     for k in (2, 8, 32):
-        # The first call of all draws is that of the field itself.
-        cost = (1 + k * (inner_steps - 1)) * (1 + pullback)
-        steps = _affordable(budget, cost)
+        cost = task.draws_cost(k)
+        steps = _affordable(task.budget, cost)
         if steps < 4:  # that law is far from any at so few steps
             return
-        coarse = _run(one_draw, prior.log_weights, steps)
+        coarse = _run(task.guided(finite_steps.shift_at_draw), prior.log_weights, steps)
         mean, cov = draws_moments(*parameters, jnp.asarray(k, prior.means.dtype))
         # Fresh draws leave 1/k of one draw's variance.
         mean = mean + coarse.means[0] - one_law.means[0]
         cov = cov + (coarse.covs[0] - one_law.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
-        method = f"PlugIn(Glass(model, {inner_steps}), reward, {float(scale):g}, k={k})"
-        yield Option(
-            method, steps, (2 * steps - 1) * cost, _distance(moments, tilt), _LIMIT, moments
-        )
+        method = task.plug_in(f"reward, {float(scale):g}, k={k}")
+        error, calls = _distance(moments, task.tilt), (2 * steps - 1) * cost
+        yield Option(method, steps, calls, error, _LIMIT, moments)
 
 
-def _selected(prior, reward, scale, tilt, unguided, budget, basis) -> Iterator[Option]:
+def _selected(task: _Task) -> Iterator[Option]:
     """The best number of candidates, for best-of-n and for softmax-of-n."""
-    scale_text = f"{float(scale):g}"
-    cells = {1: 10_000, 2: 300}.get(prior.dim)
+    reward, scale, unguided = task.reward, task.scale, task.unguided()
+    cells = {1: 10_000, 2: 300}.get(task.prior.dim)
+    best = lambda base, n: selection.best_of_n(base, reward, n, cells=cells)
+    softmax = lambda base, n: selection.softmax_of_n(base, reward, n, scale)
     rules = {
-        "best_of_n(particles, reward, {})": lambda base, n: selection.best_of_n(
-            base, reward, n, cells=cells
-        ),
-        f"softmax_of_n(key, particles, reward, {{}}, {scale_text})": lambda base, n: (
-            selection.softmax_of_n(base, reward, n, scale)
-        ),
+        "best_of_n(particles, reward, {})": best,
+        f"softmax_of_n(key, particles, reward, {{}}, {float(scale):g})": softmax,
     }
     for name, rule in rules.items():
         options = []
         for n in _COUNTS:
-            steps = _affordable(budget / n, 1)
+            steps = _affordable(task.budget / n, 1)
             if steps < 1:
                 break
             try:
-                law = rule(_run(unguided, prior.log_weights, steps), n).mixture()
+                law = rule(_run(unguided, task.prior.log_weights, steps), n).mixture()
             except ValueError:  # beyond closed forms and quadrature there is no prediction
                 break
-            options.append(
-                Option(name.format(n), steps, n * (2 * steps - 1), _distance(law, tilt), basis, law)
-            )
+            error, calls = _distance(law, task.tilt), n * (2 * steps - 1)
+            options.append(Option(name.format(n), steps, calls, error, task.basis, law))
         if options:
             yield min(options, key=lambda option: option.error)
 
 
-def _weighted(prior, damped, tilt, budget, cost, label) -> Iterator[Option]:
+def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
     """One of as many weighted paths of the damped diffusion as there can be."""
-    n = int(budget / (_PATH_STEPS * cost))
+    cost = _PATH_STEPS * task.draws_cost(1)
+    n = int(task.budget / cost)
     if n < 1:
         return
-    ess = float(
-        path_weights.path_law(
-            damped, times=jnp.linspace(1e-3, 1, _PATH_STEPS + 1, dtype=prior.means.dtype)
-        ).ess
-    )
+    times = jnp.linspace(1e-3, 1, _PATH_STEPS + 1, dtype=task.prior.means.dtype)
+    ess = float(path_weights.path_law(damped, times=times).ess)
     if ess > 0:
-        widest = float(np.linalg.eigvalsh(np.asarray(tilt.covs[0], np.float64))[-1])
+        widest = float(np.linalg.eigvalsh(np.asarray(task.tilt.covs[0], np.float64))[-1])
         error = float(np.sqrt(2 * widest * np.log1p((1 / ess - 1) / n)))
-        yield Option(
-            f"one of {n} weighted paths, {label}",
-            _PATH_STEPS,
-            n * _PATH_STEPS * cost,
-            error,
-            _BOUND,
-        )
+        name = f"one of {n} weighted paths, {label}"
+        yield Option(name, _PATH_STEPS, n * cost, error, _BOUND)
 
 
 def _draws_parameters(

@@ -165,23 +165,11 @@ def comparison(
         raise ValueError("panels must hold at least one Panel(title, x), got an empty list")
     bounds = _window(bounds)
     field = None if log_density is None else _evaluate(log_density, bounds)
-    figure_class, lines, patches = _matplotlib("figure", "lines", "patches")
-
     columns = _columns(len(panels)) if columns is None else _checks.count(columns, "columns")
-    rows = -(-len(panels) // columns)
-    width = 10.0
-    aspect = (
-        0.8 if len(bounds) == 1 else float(np.clip(np.ptp(bounds[1]) / np.ptp(bounds[0]), 0.5, 2.0))
-    )
-    height = rows * (width / columns * aspect * 0.94 + 0.42) + 0.35 + 0.4 * bool(suptitle)
-    figure = figure_class.Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, hspace=0.03, wspace=0.02)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=len(bounds) == 2, squeeze=False)
-    for index, ax in enumerate(axes.flat):
-        if index >= len(panels):
-            ax.remove()
-            continue
-        _draw_panel(ax, panels[index], bounds, field, color, any(entry.note for entry in panels))
+    figure, axes = _grid(len(panels), columns, bounds, bool(suptitle))
+    noted = any(entry.note for entry in panels)
+    for index, (ax, entry) in enumerate(zip(axes, panels, strict=True)):
+        _draw_panel(ax, entry, bounds, field, color, noted)
         # Ticks where no neighbor below or to the left has them.
         ax.tick_params(
             labelbottom=index + columns >= len(panels),
@@ -189,29 +177,8 @@ def comparison(
         )
     if suptitle:
         figure.suptitle(suptitle, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
-    handles = []
-    if field is not None:
-        truth = (
-            "the tilt" if len(bounds) == 1 else "the tilt: regions of " + _percent(LEVELS) + " mass"
-        )
-        patch = patches.Patch(facecolor=_LAND[2], edgecolor=_CONTOUR, linewidth=0.8, label=truth)
-        handles.append(
-            patch
-            if len(bounds) == 2
-            else lines.Line2D([], [], color=_INK, linewidth=1.4, label=truth)
-        )
-    if len(bounds) == 2:
-        handles.append(
-            lines.Line2D(
-                [], [], color=color, marker="o", markersize=4, linestyle="", label="samples"
-            )
-        )
-    else:
-        handles.append(patches.Patch(facecolor=color, alpha=0.5, label="samples"))
-    if any(entry.trajectory is not None for entry in panels):
-        handles.append(
-            lines.Line2D([], [], color=VERMILION, linewidth=1.2, label="trajectories, fading in")
-        )
+    moving = any(entry.trajectory is not None for entry in panels)
+    handles = _legend(len(bounds), color, density=field is not None, trajectories=moving)
     figure.legend(
         handles=handles,
         loc="outside lower left",
@@ -221,6 +188,41 @@ def comparison(
         labelcolor=_MUTED,
     )
     return figure
+
+
+def _grid(num: int, columns: int, bounds: np.ndarray, titled: bool) -> tuple[Any, list]:
+    """A figure ten inches wide, and `num` axes of the window's aspect in reading order."""
+    (figure_class,) = _matplotlib("figure")
+    rows, planar = -(-num // columns), len(bounds) == 2
+    aspect = float(np.clip(np.ptp(bounds[1]) / np.ptp(bounds[0]), 0.5, 2.0)) if planar else 0.8
+    width = 10.0
+    height = rows * (width / columns * aspect * 0.94 + 0.42) + 0.35 + 0.4 * titled
+    figure = figure_class.Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, hspace=0.03, wspace=0.02)
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=planar, squeeze=False).flat)
+    for ax in axes[num:]:
+        ax.remove()
+    return figure, axes[:num]
+
+
+def _legend(dim: int, color: str, *, density: bool, trajectories: bool) -> list:
+    """What the density, the samples and the trajectories look like, on the line or in the plane."""
+    lines, patches = _matplotlib("lines", "patches")
+    line = lambda label, **style: lines.Line2D([], [], label=label, **style)
+    handles = []
+    if density and dim == 2:
+        truth = "the tilt: regions of " + _percent(LEVELS) + " mass"
+        region = {"facecolor": _LAND[2], "edgecolor": _CONTOUR, "linewidth": 0.8}
+        handles.append(patches.Patch(label=truth, **region))
+    elif density:
+        handles.append(line("the tilt", color=_INK, linewidth=1.4))
+    if dim == 2:
+        handles.append(line("samples", color=color, marker="o", markersize=4, linestyle=""))
+    else:
+        handles.append(patches.Patch(facecolor=color, alpha=0.5, label="samples"))
+    if trajectories:
+        handles.append(line("trajectories, fading in", color=VERMILION, linewidth=1.2))
+    return handles
 
 
 def audit(report: Audit) -> Any:

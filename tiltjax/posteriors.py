@@ -20,7 +20,7 @@ Both inner flows use the exponential form of the probability flow,
 end, for any interpolant.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg
+from tiltjax.interpolants import Interpolant
 from tiltjax.mixtures import check_state, decomposed
 from tiltjax.models import Analytic, Model
 
@@ -170,41 +171,60 @@ class Glass(Posterior):
         model, interpolant = decomposed(self.model), self.model.interpolant
         precision = interpolant.snr(t)
         natural = _linalg.entries(interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x)
-        base = interpolant.sigma(jnp.zeros_like(t))
-        width = 1 / jnp.sqrt(precision + base**-2)
+        width = 1 / jnp.sqrt(precision + interpolant.sigma(jnp.zeros_like(t)) ** -2)
+        remaining, steps = _glass_steps(model, precision, width, self.inner_steps, x.dtype)
+        rows, from_row = _linalg.rows(steps)
 
-        # From s to s + 1/steps along s X_1 + (1 - s) width noise, the denoiser held constant.
-        s = jnp.arange(self.inner_steps, dtype=x.dtype) / self.inner_steps
-        remaining = (1 - s - 1 / self.inner_steps) / (1 - s)
-        noise = ((1 - s[1:]) * width) ** 2
-        precisions = precision + s[1:] ** 2 / noise
-        times, scale = jax.vmap(interpolant.observe)(precisions, jnp.ones_like(precisions))
-        # What a denoiser linear in s adds, in units of its change over a step: with m steps to go
-        # 1 + (m - 1) log((m - 1) / m).
-        left = np.arange(self.inner_steps - 1, 0, -1)
-        extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), x.dtype)
-        # All coefficients, for all steps at once: in the loop each would be an operation.
-        prepared = jax.vmap(model.prepare)(times)
-        table = prepared, scale, scale * s[1:] / noise, remaining[1:], extrapolate
-        coefficients, from_row = _linalg.rows(table)
-
-        def advance(z: Any, fraction: Array, denoised: Any) -> Any:
-            return fraction * z + (1 - fraction) * denoised
+        def advance(z: Any, remaining: Array, denoised: Any) -> Any:
+            return remaining * z + (1 - remaining) * denoised
 
         def step(carry: tuple[Any, Any], row: Array) -> tuple[tuple[Any, Any], None]:
-            z, previous = carry
-            prepared, of_natural, of_z, fraction, extrapolate = from_row(row)
-            state = _linalg.array(of_natural * natural + of_z * z)
-            denoised = _linalg.entries(model.denoise_prepared(prepared, state))
-            z = advance(z, fraction, denoised)
+            (z, previous), now = carry, from_row(row)
+            state = _linalg.array(now.of_natural * natural + now.of_z * z)
+            denoised = _linalg.entries(model.denoise_prepared(now.prepared, state))
+            z = advance(z, now.remaining, denoised)
             if self.order == 2:
-                z = z + extrapolate * (denoised - previous)
+                z = z + now.extrapolate * (denoised - previous)
             return (z, denoised), None
 
         start, first = _linalg.entries(width * xi), _linalg.entries(denoised)
-        carry = advance(start, remaining[0], first), first
-        (end, _), _ = jax.lax.scan(step, carry, coefficients)
+        (end, _), _ = jax.lax.scan(step, (advance(start, remaining, first), first), rows)
         return _linalg.array(end)
+
+
+class _GlassStep(NamedTuple):
+    """A step of the inner flow from s on, along `Z_s = s X_1 + (1 - s) width noise`.
+
+    - `prepared`: the model at the time of both views, `X_t` and `Z_s`, taken together.
+    - `of_natural`, `of_z`: its state there, `of_natural eta + of_z z`, with eta the natural
+      parameter of `X_t`.
+    - `remaining`: what the step leaves of `z - D`.
+    - `extrapolate`: what a denoiser that is linear in s adds, in units of its change over a step.
+    """
+
+    prepared: Any
+    of_natural: Array
+    of_z: Array
+    remaining: Array
+    extrapolate: Array
+
+
+def _glass_steps(
+    model: Model, precision: Array, width: Array, num: int, dtype: Any
+) -> tuple[Array, _GlassStep]:
+    """`remaining` of the first of `num` steps, at which the denoiser is known, and the others."""
+    s = jnp.arange(num, dtype=dtype) / num
+    remaining = (1 - s - 1 / num) / (1 - s)
+    noise = ((1 - s[1:]) * width) ** 2
+    precisions = precision + s[1:] ** 2 / noise
+    times, of_natural = jax.vmap(model.interpolant.observe)(precisions, jnp.ones_like(precisions))
+    # With m steps to go: 1 + (m - 1) log((m - 1) / m).
+    left = np.arange(num - 1, 0, -1)
+    extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), dtype)
+    # All coefficients, for all steps at once: in the loop each would be an operation.
+    prepared = jax.vmap(model.prepare)(times)
+    of_z = of_natural * s[1:] / noise
+    return remaining[0], _GlassStep(prepared, of_natural, of_z, remaining[1:], extrapolate)
 
 
 class FlowMap(Posterior):
@@ -229,40 +249,48 @@ class FlowMap(Posterior):
         self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        model, interpolant = decomposed(self.model), self.model.interpolant
-        last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
-        noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
-        ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)
-        exponent = jnp.arange(1, self.inner_steps + 1, dtype=x.dtype) / self.inner_steps
-        grid = jax.vmap(interpolant.time)((noise_ratio * ratio**exponent) ** -2)
-        times = jnp.concatenate([t[None], grid])
-        sigma, alpha = jax.vmap(interpolant.sigma)(times), jax.vmap(interpolant.alpha)(times)
-        # One step is `contraction * x + gain * D`.
-        contraction = sigma[1:] / sigma[:-1]
-        gain = alpha[1:] - alpha[:-1] * contraction
-        # Predictions, corrections and the jump are all sums of the state, its denoiser and the
-        # previous one: one loop, in which the network is compiled once.
-        zero, one = jnp.zeros_like(gain), jnp.ones_like(gain)
-        predict = jnp.stack([contraction, gain, zero], axis=1)
-        correct = jnp.stack([one, gain / 2, -gain / 2], axis=1)
-        jump = jnp.asarray([[0.0, 1.0, 0.0]], x.dtype)
-        weights = jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
+        model, times = decomposed(self.model), self._times(t, x.dtype)
         # A correction and the prediction after it are at the same time.
         which = (np.arange(2 * self.inner_steps + 1) + 1) // 2
         prepared = jax.tree.map(lambda leaf: leaf[which], jax.vmap(model.prepare)(times))
-        stages, from_row = _linalg.rows((prepared, *weights.T))
+        rows, from_row = _linalg.rows((prepared, *_heun_weights(model.interpolant, times).T))
 
         def stage(carry: tuple[Any, Any], row: Array) -> tuple[tuple[Any, Any], None]:
             x, previous = carry
             prepared, of_x, of_new, of_old = from_row(row)
-            state = _linalg.array(x)
-            denoised = _linalg.entries(model.denoise_prepared(prepared, state))
+            denoised = _linalg.entries(model.denoise_prepared(prepared, _linalg.array(x)))
             return (of_x * x + of_new * denoised + of_old * previous, denoised), None
 
         start = _linalg.entries(x)
         carry = start, jax.tree.map(jnp.zeros_like, start)
-        (end, _), _ = jax.lax.scan(stage, carry, stages)
+        (end, _), _ = jax.lax.scan(stage, carry, rows)
         return _linalg.array(end)
+
+    def _times(self, t: Array, dtype: Any) -> Array:
+        """From t on, `(inner_steps + 1,)`: the logarithm of `sigma / alpha` falls evenly."""
+        interpolant = self.model.interpolant
+        last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
+        noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
+        ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)
+        exponent = jnp.arange(1, self.inner_steps + 1, dtype=dtype) / self.inner_steps
+        grid = jax.vmap(interpolant.time)((noise_ratio * ratio**exponent) ** -2)
+        return jnp.concatenate([t[None], grid])
+
+
+def _heun_weights(interpolant: Interpolant, times: Array) -> Array:
+    """Heun's method between n + 1 times and the jump at the end, as weights of the state, of its
+    denoiser and of the previous one, `(2 n + 1, 3)`: one loop, in which the network is compiled
+    once.
+    """
+    sigma, alpha = jax.vmap(interpolant.sigma)(times), jax.vmap(interpolant.alpha)(times)
+    # One step is `contraction * x + gain * D`.
+    contraction = sigma[1:] / sigma[:-1]
+    gain = alpha[1:] - alpha[:-1] * contraction
+    zero, one = jnp.zeros_like(gain), jnp.ones_like(gain)
+    predict = jnp.stack([contraction, gain, zero], axis=1)
+    correct = jnp.stack([one, gain / 2, -gain / 2], axis=1)
+    jump = jnp.asarray([[0.0, 1.0, 0.0]], times.dtype)
+    return jnp.concatenate([jnp.stack([predict, correct], axis=1).reshape(-1, 3), jump])
 
 
 class Renoise(Posterior):
@@ -284,12 +312,7 @@ class Renoise(Posterior):
     inner_steps: int = eqx.field(static=True)
 
     def __init__(self, model: Model, snr_factor: float | Array, inner_steps: int = 20):
-        _checks.instance(
-            model,
-            Model,
-            "model",
-            _MODEL_HINT,
-        )
+        _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
         self.snr_factor = _checks.in_range(snr_factor, "snr_factor", 1)
         self.inner_steps = _checks.count(inner_steps, "inner_steps")

@@ -199,7 +199,7 @@ def main() -> None:
         flush=True,
     )
 
-    variance = tj.calibrate(jax.random.key(1), board)
+    variance = tj.calibrate(jax.random.key(1), board, budget=2**18)
     conjugate = lambda **settings: tj.Conjugate(board, REWARD, SCALE, variance=variance, **settings)
     many, few = (
         (2000, 0) if args.quick else (20_000, 500) if args.network is None else (10_000, 200)

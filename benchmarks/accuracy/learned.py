@@ -86,7 +86,8 @@ def main() -> None:
 
     data = prior.sample(jax.random.key(1), 8192)
     tables = {
-        name: tj.calibrate(jax.random.key(2), model, data=data) for name, model in models.items()
+        name: tj.calibrate(jax.random.key(2), model, budget=2**18, data=data)
+        for name, model in models.items()
     }
     ratio = np.exp(np.asarray(tables["network"].log_variance - tables["exact"].log_variance))
     snr = np.exp(np.asarray(tables["exact"].log_snr))

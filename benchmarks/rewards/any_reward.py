@@ -91,7 +91,10 @@ def right_share(law: theory.quadrature.GridTilt) -> float:
 
 
 def methods(model: tj.Model, reward: Callable, scale: float) -> dict[str, tj.guidance.Guidance]:
-    glass, variance = tj.Glass(model, inner_steps=20), tj.calibrate(jax.random.key(1), model)
+    glass, variance = (
+        tj.Glass(model, inner_steps=20),
+        tj.calibrate(jax.random.key(1), model, budget=2**18),
+    )
     rows: dict[str, tj.guidance.Guidance] = {
         "plug-in": tj.PlugIn(glass, reward, scale),
         "damped": tj.PlugIn(glass, reward, tj.Damped(scale, VARIANCE**0.5)),

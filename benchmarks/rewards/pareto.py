@@ -47,7 +47,7 @@ class Opaque(eqx.Module):
 
 def methods(model: tj.Analytic, num: int) -> dict[str, Callable]:
     """Functions `(key, reward) -> (num, 2)`."""
-    variance = tj.calibrate(jax.random.key(0), model)
+    variance = tj.calibrate(jax.random.key(0), model, budget=2**18)
     run = lambda key, model, guidance=None, n=1: tj.sample(
         key, model, guidance, num=n * num, steps=STEPS
     )

@@ -83,7 +83,7 @@ def tiltjax_runs(problem: tj.problems.Problem, num: int) -> dict[str, Run]:
         chosen, guidance, name = tj.Tilted(model, reward, scale), None, "Tilted"
         weighted: dict[str, Any] = {"guidance": tj.Laplace(model, reward, scale)}
     else:
-        variance = tj.calibrate(jax.random.key(0), model)
+        variance = tj.calibrate(jax.random.key(0), model, budget=2**18)
         chosen, guidance, name = (
             model,
             tj.Conjugate(model, reward, scale, variance=variance),

@@ -33,7 +33,7 @@ def guidances(problem: tj.problems.Problem, model: tj.Analytic) -> dict[str, tj.
         "DPS": tj.dps(model, reward, SCALE),
         "Laplace": tj.Laplace(model, reward, SCALE),
         "Conjugate": tj.Conjugate(
-            model, reward, SCALE, variance=tj.calibrate(jax.random.key(0), model)
+            model, reward, SCALE, variance=tj.calibrate(jax.random.key(0), model, budget=2**18)
         ),
     }
     if theory.is_quadratic(reward):

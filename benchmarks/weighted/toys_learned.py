@@ -175,7 +175,9 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
     """Functions of a key: points by run, `(runs, n, d)`."""
     reward, total = toy.clamped, runs * toys.KEPT
     dps, laplace = tj.dps(model, reward, 1.0), tj.Laplace(model, reward, 1.0)
-    conjugate = tj.Conjugate(model, reward, 1.0, variance=tj.calibrate(jax.random.key(0), model))
+    conjugate = tj.Conjugate(
+        model, reward, 1.0, variance=tj.calibrate(jax.random.key(0), model, budget=2**18)
+    )
     glass = tj.Glass(model, inner_steps=5, order=2)
     # It asks closer to the data than its time says, and no closer than level 0 is the network
     # trained: the jump comes ten levels earlier.

@@ -43,7 +43,7 @@ def smooth(problem: tj.problems.Problem, model: tj.Model) -> Settings:
 
 def wells(problem: tj.problems.Problem, model: tj.Model) -> Settings:
     dps, base = tj.dps(model, problem.reward, problem.scale), tj.weighted.proposals.Base()
-    variance = tj.calibrate(jax.random.key(0), model)
+    variance = tj.calibrate(jax.random.key(0), model, budget=2**18)
     conjugate = tj.Conjugate(model, problem.reward, problem.scale, variance=variance)
     return {
         "Laplace, Guided": {"guidance": tj.Laplace(model, problem.reward, problem.scale)},
@@ -173,7 +173,11 @@ def board(num: int, runs: int) -> dict:
         {"tempering": tj.weighted.tempering.Exponential()},
     )
     drift = tj.Conjugate(
-        model, reward, scale, variance=tj.calibrate(jax.random.key(0), model), smoothing=0.0
+        model,
+        reward,
+        scale,
+        variance=tj.calibrate(jax.random.key(0), model, budget=2**18),
+        smoothing=0.0,
     )
     base = {"guidance": twist, "proposal": tj.weighted.proposals.Base()}
     exact = tilted_board(reward, scale)

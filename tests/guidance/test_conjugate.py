@@ -2,6 +2,7 @@
 Tiers: exact, statistical.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ from helpers import contracts
 
 import theory
 import tiltjax as tj
-from tiltjax.guidance import Variance
+from tiltjax.guidance import Variance, _conjugate
+from tiltjax.samplers import _calibrate
 
 MODEL = tj.Analytic(contracts.planar(), tj.Linear(1.3))
 KEY, T, X = jax.random.key(0), jnp.asarray(0.4), jnp.asarray([0.3, -0.8])
@@ -66,7 +68,7 @@ def test_calibration_measures_the_posterior_variance():
     s2, num = 0.6, 4096
     model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)), tj.Linear(1.4))
     data = model.mixture.sample(jax.random.key(1), num)
-    table = tj.calibrate(jax.random.key(2), model, data=data)
+    table = tj.calibrate(jax.random.key(2), model, budget=24 * num, data=data)
     snr = jnp.exp(table.log_snr)
     ratio = jnp.exp(table.log_variance) / (s2 / (1 + s2 * snr))
     assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / (2 * num)))
@@ -77,15 +79,16 @@ def test_calibration_measures_the_posterior_variance():
     assert table(snr[0]) == jnp.exp(table.log_variance[0])
 
 
-def test_a_network_needs_its_variance_and_takes_a_table_a_function_or_a_probe():
+def test_a_network_needs_its_variance_a_function_a_number_a_table_or_a_probe():
     network = tj.from_denoiser(
         lambda t, x: MODEL.denoise(t, x), shape=(2,), interpolant=MODEL.interpolant
     )
     bump = tj.rewards.Bump([0.0, 1.0])
-    with pytest.raises(ValueError, match=r"needs variance=.*calibrate\(key, model\).*Probe\(\)"):
+    named = r"needs variance=.*function of the snr.*number.*calibrate\(key, model\).*Probe\(\)"
+    with pytest.raises(ValueError, match=named):
         tj.Conjugate(network, bump)
-    table = tj.calibrate(KEY, network, num=64, levels=8, data=MODEL.mixture.sample(KEY, 64))
-    for variance in (table, lambda snr: 1 / (1 + snr), tj.guidance.Probe()):
+    table = tj.calibrate(KEY, network, levels=8, data=MODEL.mixture.sample(KEY, 64))
+    for variance in (table, lambda snr: 1 / (1 + snr), 0.5, jnp.asarray(2), tj.guidance.Probe()):
         guidance = tj.Conjugate(network, bump, variance=variance)
         assert np.all(np.isfinite(guidance(KEY, T, X, guidance.init(X))[0].tilted))
     assert tj.Conjugate(network, tj.rewards.Quadratic([0.0, 1.0])).variance is None
@@ -206,12 +209,12 @@ def test_the_most_concave_direction_is_found():
 def test_the_table_stays_where_the_network_was_trained():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
     model = tj.Analytic(contracts.planar(), path)
-    table = tj.calibrate(KEY, model, num=64, levels=8)
+    table = tj.calibrate(KEY, model, levels=8)
     np.testing.assert_allclose(
         jnp.exp(table.log_snr[jnp.asarray([0, -1])]), jnp.stack(path.snr_range()), rtol=1e-10
     )
     ahead = tj.Tilted(tj.models.Rescheduled(model), tj.rewards.Quadratic([0.0, 1.0]), 2.0)
-    table = tj.calibrate(KEY, ahead, num=64, levels=8, data=jnp.zeros((64, 2)))
+    table = tj.calibrate(KEY, ahead, levels=8, data=jnp.zeros((64, 2)))
     np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
 
 
@@ -235,7 +238,11 @@ def test_calibration_averages_the_posterior_variance_of_a_mixture():
     mixture = tj.GaussianMixture([0.3, 0.7], [[-2.0], [1.0]], [[[0.4]], [[0.2]]])
     model, num = tj.Analytic(mixture), 4000
     table = tj.calibrate(
-        jax.random.key(2), model, num=num, levels=29, data=mixture.sample(jax.random.key(1), num)
+        jax.random.key(2),
+        model,
+        budget=29 * num,
+        levels=29,
+        data=mixture.sample(jax.random.key(1), num),
     )
     grid = jnp.linspace(-12, 12, 4001)[:, None]
 
@@ -253,10 +260,70 @@ def test_calibration_averages_the_posterior_variance_of_a_mixture():
             density * 3 * posterior**2
         ) / jnp.sum(density)
 
-    for level in range(8, 29, 4):  # snr from 1e-3 on
+    for level in range(32, 113, 16):  # snr from 1e-3 on, every fourth level
         exact, square = moments(jnp.exp(table.log_snr[level]))
         measured = jnp.exp(table.log_variance[level])
         assert abs(float(measured - exact)) < 5 * float(jnp.sqrt((square - exact**2) / num))
+
+
+class Counted(tj.Model):
+    """A model that counts the evaluations of its network."""
+
+    calls: list = eqx.field(static=True)
+    interpolant: tj.Linear
+    shape = (2,)
+    dtype = jnp.dtype("float64")
+
+    def denoise(self, t, x):
+        jax.debug.callback(lambda x: self.calls.append(x), x)  # once for each state
+        return MODEL.denoise(t, x)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_calibration_evaluates_the_network_as_often_as_its_budget_allows(given):
+    model = Counted([], MODEL.interpolant)
+    data = MODEL.mixture.sample(KEY, 1000) if given else None
+    tj.calibrate(KEY, model, data=data)
+    jax.effects_barrier()
+    assert 4000 < len(model.calls) <= 4096
+
+
+@pytest.mark.parametrize("problem", ["quadratic", "nine dimensions"])
+def test_the_default_calibration_is_as_accurate_as_it_says(problem):
+    """The mean over levels of the relative error, root mean square over keys."""
+    prior, stated = tj.problems.get("quadratic").prior, 0.05
+    if problem == "nine dimensions":
+        prior, stated = contracts.random_mixture(4, 9), 0.04
+    model = tj.Analytic(prior)
+    log_snr = jnp.linspace(-9, 9, 37)
+    exact = jax.lax.map(lambda q: model.posterior_variance(jnp.exp(q)), log_snr)
+    errors = [
+        jax.vmap(tj.calibrate(jax.random.key(seed), model))(jnp.exp(log_snr)) / exact - 1
+        for seed in range(8)
+    ]
+    size = np.sqrt(np.mean(np.square(errors), axis=0))
+    assert size.mean() < 1.3 * stated
+    assert size.max() < 0.2
+    assert size[-1] < 0.005  # all but the noise's own variance
+
+
+def test_between_levels_the_table_of_a_gaussian_is_exact():
+    s2 = 0.6
+    log_snr = jnp.linspace(-9.0, 9.0, 5)
+    table = _calibrate.refined(log_snr, 1 / (1 / s2 + jnp.exp(log_snr)))
+    exact = 1 / (1 / s2 + jnp.exp(table.log_snr))
+    np.testing.assert_allclose(jnp.exp(table.log_variance), exact, rtol=1e-10)
+
+
+def test_balanced_noise_leaves_the_variance_of_the_data_alone():
+    """The error of one isotropic Gaussian at snr q is `|x - m - sqrt(q) s^2 noise|^2` but for a
+    factor.
+    """
+    data = 1 + jax.random.normal(KEY, (20, 3))
+    noise = _calibrate.balanced(jax.random.normal(jax.random.key(1), data.shape), data)
+    centered = data - jnp.mean(data, axis=0, keepdims=True)
+    mean_square = jnp.mean((centered - 0.7 * noise) ** 2)
+    np.testing.assert_allclose(mean_square, jnp.mean(centered**2) + 0.49, rtol=1e-12)
 
 
 def test_a_probe_measures_the_variance_at_the_state():
@@ -276,6 +343,73 @@ def test_a_probe_measures_the_variance_at_the_state():
         KEY, model, tj.Conjugate(model, reward, variance=tj.guidance.Probe()), num=2000, steps=30
     ).x
     np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
+
+
+def test_a_number_is_the_variance_of_isotropic_data():
+    """Exact for one isotropic Gaussian, in its table and in what is sampled with it."""
+    s2, reward = 0.6, lambda x: -jnp.sum(x**2)
+    model = tj.Analytic(contracts.gaussian([0.3, -0.2], s2 * np.eye(2)))
+    variance = tj.Conjugate(model, reward, variance=s2).variance
+    snr = jnp.logspace(-6, 6, 9)
+    exact = [model.posterior_variance(q) for q in snr]
+    np.testing.assert_allclose(jax.vmap(variance)(snr), exact, rtol=1e-12)
+    x = tj.sample(KEY, model, tj.Conjugate(model, reward, variance=s2), num=2000, steps=30).x
+    np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
+
+
+def _steps(variance, c=0.0, slope=0.0):
+    """A fit of precision c at the origin of the line, the posterior there, and an expansion."""
+    one = jnp.ones(1)
+    fit = _conjugate.Fit(0 * one, 0 * one, jnp.asarray(c), jnp.asarray(1.0), one)
+    posterior = _conjugate.Gaussian(0 * one, jnp.asarray(variance))
+    return fit, posterior, _conjugate.Expansion(slope * one, 0 * one, 0 * one)
+
+
+def test_a_fit_that_sees_no_curvature_widens_by_two_at_most():
+    """It had the precision `1 / v`, of which `c - c'` is lost."""
+    fit, posterior, _ = _steps(0.2, c=4.5)
+    new = _conjugate.keep_precision(fit._replace(fitted=jnp.zeros(())), fit, posterior)
+    width = 1 / np.sqrt(1 / 0.2 + new.precision - 4.5)
+    np.testing.assert_allclose(width, 2 * np.sqrt(0.2), rtol=1e-12)
+    sharper = fit._replace(fitted=jnp.asarray(9.0))
+    assert _conjugate.keep_precision(sharper, fit, posterior).precision == 9
+
+
+def test_the_damped_loop_ends_in_one_iteration():
+    """On the line with `z = v a / (1 + v c)`, gradient `-k (z - y)`: however stiff, the slope at
+    the fixed point follows from any other.
+    """
+    v, k, y = 0.5, 40.0, 1.3
+    fit, posterior, _ = _steps(v)
+    for start in (-1.0, 7.0):
+        z = v * start  # a = slope, as c = 0
+        fraction = _conjugate.damping_fraction(fit, v * k)
+        expansion = _conjugate.Expansion(-k * (z - y) * jnp.ones(1), jnp.ones(1), jnp.ones(1))
+        before = fit._replace(slope=start * jnp.ones(1))
+        after = _conjugate.move(before, fraction, posterior._replace(mean=z), expansion)
+        np.testing.assert_allclose(after.slope, k * y / (1 + k * v), rtol=1e-12)
+    first = fit._replace(spread=jnp.zeros(()))
+    assert _conjugate.damping_fraction(first, v * k) == 1
+
+
+def test_a_trusted_move_ends_two_widths_away():
+    v, slope = 0.3, 50.0
+    fit, posterior, expansion = _steps(v, slope=slope)
+    fraction = _conjugate.trust_fraction(fit, fit, posterior, expansion)
+    np.testing.assert_allclose(fraction * slope * v, 2 * np.sqrt(v), rtol=1e-12)
+
+
+def test_the_draws_expand_a_quadratic_exactly():
+    curvature, posterior = jnp.asarray([3.0, 0.4]), _conjugate.Gaussian(X, jnp.asarray(0.7))
+    gradient = lambda x: -curvature * (x - 1)
+    w = jnp.asarray([[0.3, -0.2], [1.0, 2.0], [-0.1, 0.5]])
+    draws, stiff = _conjugate.Draws(w, jnp.sum(w**2) / (3 * 0.7)), jnp.asarray([0.6, 0.8])
+    expansion = _conjugate.expand(gradient, posterior, draws, stiff)
+    np.testing.assert_allclose(expansion.slope, gradient(X), rtol=1e-12)
+    np.testing.assert_allclose(expansion.bent, curvature[None] * w, rtol=1e-12)
+    np.testing.assert_allclose(expansion.bent_stiff, curvature * stiff, rtol=1e-12)
+    c = _conjugate.curvature(posterior, draws, expansion) / draws.spread
+    np.testing.assert_allclose(c, jnp.sum(curvature[None] * w**2) / jnp.sum(w**2), rtol=1e-12)
 
 
 def test_a_multiple_of_a_sum_is_split_too():
@@ -353,7 +487,12 @@ def test_batches_and_single_precision():
             lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])),
             r"states of shape \(1,\), the model's have \(2,\)",
         ),
-        (lambda: tj.calibrate(KEY, MODEL, levels=1), "at least two levels"),
+        (
+            lambda: tj.Conjugate(MODEL, tj.rewards.Bump([0.0, 1.0]), variance=0.0),
+            "variance must be positive, got 0",
+        ),
+        (lambda: tj.calibrate(KEY, MODEL, levels=1), "levels must be at least 2"),
+        (lambda: tj.calibrate(KEY, MODEL, budget=46), "budget must be at least 47, got 46"),
         (
             lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((4, 2)), chunk_size=-3),
             "chunk_size must be at least 1",

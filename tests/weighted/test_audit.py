@@ -96,7 +96,7 @@ def test_verdicts():
 def test_a_guidance_without_log_h_is_audited_too():
     tilted = tj.guidance.toward(MODEL, tj.Tilted(MODEL, REWARD, 1.0), REWARD, 1.0)
     conjugate = tj.Conjugate(
-        MODEL, lambda x: REWARD(x), 1.0, variance=tj.calibrate(jax.random.key(0), MODEL, num=300)
+        MODEL, lambda x: REWARD(x), 1.0, variance=tj.calibrate(jax.random.key(0), MODEL)
     )
     for guidance in (tilted, conjugate):
         report = tj.audit(jax.random.key(3), MODEL, guidance, num=2000, steps=50)

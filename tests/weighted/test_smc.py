@@ -320,7 +320,7 @@ def test_the_genealogys_standard_error_is_that_of_repeated_runs():
 @pytest.mark.parametrize("drift", ["tilted", "conjugate"])
 def test_drifts_that_weigh_nothing_take_any_twist(drift):
     scale = 1.0
-    table = tj.calibrate(jax.random.key(0), MODEL, num=200)
+    table = tj.calibrate(jax.random.key(0), MODEL)
     guidance = {
         "tilted": tj.guidance.toward(MODEL, tj.Tilted(MODEL, REWARD, scale), REWARD, scale),
         "conjugate": tj.Conjugate(MODEL, lambda x: REWARD(x), scale, variance=table),

@@ -88,10 +88,11 @@ def demo(
         demo.run(problem, scale=scale, num=num, steps=steps, seed=seed, output=output)
 
 
-_model = partial(Option, rich_help_panel="Model")
-_reward = partial(Option, rich_help_panel="Reward")
-_method = partial(Option, rich_help_panel="Method")
-_computation = partial(Option, rich_help_panel="Computation")
+# The options of `images`, in the panels of its help.
+_of_model = partial(Option, rich_help_panel="Model")
+_of_reward = partial(Option, rich_help_panel="Reward")
+_of_method = partial(Option, rich_help_panel="Method")
+_of_computation = partial(Option, rich_help_panel="Computation")
 _Reward = Literal[
     "blueness",
     "blue-minus-red-green",
@@ -104,97 +105,119 @@ _Reward = Literal[
     "clip",
 ]
 _Method = Literal["none", "plug-in", "fmrg", "damped", "best-of-n", "conjugate", "weighted"]
+_Model = Annotated[
+    str,
+    Option(
+        help="A folder laid out as published, a name of the Hugging Face hub, or `tiny`, the "
+        "small model that comes with tiltjax."
+    ),
+]
+_Prompt = Annotated[str, Option(help="The text that the images show.")]
+_Output = Annotated[str, Option(help="Folder of the images.")]
+_Images = Annotated[int, Option(min=1, help="Number of images.")]
+_Adapters = Annotated[
+    str | None,
+    _of_model(help="Safetensors of low-rank adapters to merge, such as those of a flow map."),
+]
+_Size = Annotated[
+    str | None,
+    _of_model(
+        metavar="N|HxW",
+        help="Multiples of 16.",
+        show_default="512, or what a smaller model was trained on",
+    ),
+]
+_Steps = Annotated[int, _of_model(min=1, help="Euler steps.")]
+_Cfg = Annotated[
+    float | None,
+    _of_model(help="The distilled guidance scale.", show_default="3.5 where the model takes one"),
+]
+_RewardName = Annotated[
+    _Reward, _of_reward(metavar="NAME", help=f"One of {', '.join(get_args(_Reward))}.")
+]
+_Scale = Annotated[float, _of_reward(help="Scale of the reward in weights and in the tilt.")]
+_Region = Annotated[Literal["top-right", "center", "bottom"], _of_reward(help="For brightness.")]
+_Palette = Annotated[str, _of_reward(help="For palette: its name, or one color R,G,B in [0, 1].")]
+_Clip = Annotated[
+    str | None,
+    _of_reward(
+        help="For clip: the folder of a CLIP with both towers.",
+        show_default="the one that comes with the model",
+    ),
+]
+_MethodName = Annotated[
+    _Method, _of_method(metavar="NAME", help=f"One of {', '.join(get_args(_Method))}.")
+]
+_Particles = Annotated[
+    int,
+    _of_method(
+        min=1,
+        help="Draws of plug-in and damped, candidates of best-of-n, particles of weighted.",
+    ),
+]
+_Length = Annotated[
+    float,
+    _of_method(help="Length of every gradient; 0: the gradient times the scale."),
+]
+_SnrFactor = Annotated[
+    float, _of_method(help="Factor by which noise lowers the SNR before the look-ahead.")
+]
+_Sigma = Annotated[float, _of_method(help="Width of the damping, in units of a latent.")]
+_Limit = Annotated[float, _of_method(help="Maximum of the coefficient (1 - t) / t.")]
+_First = Annotated[int, _of_method(help="The first guided step, from 0.")]
+_Guided = Annotated[int, _of_method(help="Number of guided steps.")]
+_ChunkSize = Annotated[
+    int | None,
+    _of_computation(min=1, help="Particles evaluated at once.", show_default="all"),
+]
+_Dtype = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    _of_computation(
+        help="Of parameters and computation.",
+        show_default="float32 on a CPU, otherwise bfloat16",
+    ),
+]
+_Remat = Annotated[
+    bool,
+    _of_computation(
+        "--remat", help="Compute blocks again for the gradient: less memory, more time."
+    ),
+]
+_Attention = Annotated[
+    Literal["xla", "cudnn"], _of_computation(help="cudnn, on a GPU, takes less memory.")
+]
+_Quiet = Annotated[bool, _of_computation("--quiet", help="No progress bar.")]
 
 
 @app.command()
 def images(
-    model: Annotated[
-        str,
-        Option(
-            help="A folder laid out as published, a name of the Hugging Face hub, or `tiny`, the "
-            "small model that comes with tiltjax."
-        ),
-    ],
-    prompt: Annotated[str, Option(help="The text that the images show.")],
-    output: Annotated[str, Option(help="Folder of the images.")] = "images",
-    images: Annotated[int, Option(min=1, help="Number of images.")] = 1,
+    model: _Model,
+    prompt: _Prompt,
+    output: _Output = "images",
+    images: _Images = 1,
     seed: _Seed = 0,
-    adapters: Annotated[
-        str | None,
-        _model(help="Safetensors of low-rank adapters to merge, such as those of a flow map."),
-    ] = None,
-    size: Annotated[
-        str | None,
-        _model(
-            metavar="N|HxW",
-            help="Multiples of 16.",
-            show_default="512, or what a smaller model was trained on",
-        ),
-    ] = None,
-    steps: Annotated[int, _model(min=1, help="Euler steps.")] = 28,
-    cfg: Annotated[
-        float | None,
-        _model(help="The distilled guidance scale.", show_default="3.5 where the model takes one"),
-    ] = None,
-    reward: Annotated[
-        _Reward, _reward(metavar="NAME", help=f"One of {', '.join(get_args(_Reward))}.")
-    ] = "blueness",
-    scale: Annotated[float, _reward(help="Scale of the reward in weights and in the tilt.")] = 1.0,
-    region: Annotated[
-        Literal["top-right", "center", "bottom"], _reward(help="For brightness.")
-    ] = "center",
-    palette: Annotated[
-        str, _reward(help="For palette: its name, or one color R,G,B in [0, 1].")
-    ] = "ocean",
-    clip: Annotated[
-        str | None,
-        _reward(
-            help="For clip: the folder of a CLIP with both towers.",
-            show_default="the one that comes with the model",
-        ),
-    ] = None,
-    method: Annotated[
-        _Method, _method(metavar="NAME", help=f"One of {', '.join(get_args(_Method))}.")
-    ] = "plug-in",
-    particles: Annotated[
-        int,
-        _method(
-            min=1,
-            help="Draws of plug-in and damped, candidates of best-of-n, particles of weighted.",
-        ),
-    ] = 1,
-    length: Annotated[
-        float,
-        _method(help="Length of every gradient; 0: the gradient times the scale."),
-    ] = 10.0,
-    snr_factor: Annotated[
-        float, _method(help="Factor by which noise lowers the SNR before the look-ahead.")
-    ] = 5.0,
-    sigma: Annotated[float, _method(help="Width of the damping, in units of a latent.")] = 1.0,
-    limit: Annotated[float, _method(help="Maximum of the coefficient (1 - t) / t.")] = 20.0,
-    first: Annotated[int, _method(help="The first guided step, from 0.")] = 1,
-    guided: Annotated[int, _method(help="Number of guided steps.")] = 5,
-    chunk_size: Annotated[
-        int | None,
-        _computation(min=1, help="Particles evaluated at once.", show_default="all"),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        _computation(
-            help="Of parameters and computation.",
-            show_default="float32 on a CPU, otherwise bfloat16",
-        ),
-    ] = None,
-    remat: Annotated[
-        bool,
-        _computation(
-            "--remat", help="Compute blocks again for the gradient: less memory, more time."
-        ),
-    ] = False,
-    attention: Annotated[
-        Literal["xla", "cudnn"], _computation(help="cudnn, on a GPU, takes less memory.")
-    ] = "xla",
-    quiet: Annotated[bool, _computation("--quiet", help="No progress bar.")] = False,
+    adapters: _Adapters = None,
+    size: _Size = None,
+    steps: _Steps = 28,
+    cfg: _Cfg = None,
+    reward: _RewardName = "blueness",
+    scale: _Scale = 1.0,
+    region: _Region = "center",
+    palette: _Palette = "ocean",
+    clip: _Clip = None,
+    method: _MethodName = "plug-in",
+    particles: _Particles = 1,
+    length: _Length = 10.0,
+    snr_factor: _SnrFactor = 5.0,
+    sigma: _Sigma = 1.0,
+    limit: _Limit = 20.0,
+    first: _First = 1,
+    guided: _Guided = 5,
+    chunk_size: _ChunkSize = None,
+    dtype: _Dtype = None,
+    remat: _Remat = False,
+    attention: _Attention = "xla",
+    quiet: _Quiet = False,
 ) -> None:
     """Make images of FLUX.1 guided by a reward.
 

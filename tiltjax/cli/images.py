@@ -266,7 +266,12 @@ def _conjugate(
     settings = _unguided_settings(model, grid, options)
     data = tj.sample(key_samples, num=_CALIBRATION["num"], **settings).x
     variance = tj.calibrate(
-        key_levels, model, levels=_CALIBRATION["levels"], data=data, chunk_size=options.chunk_size
+        key_levels,
+        model,
+        levels=_CALIBRATION["levels"],
+        data=data,
+        chunk_size=options.chunk_size,
+        progress=not options.quiet,
     )
     of_latent = rewards.Decoded(model.decode, reward)
     guidance = tj.Conjugate(model, of_latent, options.scale, variance=variance)

@@ -23,9 +23,9 @@ parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance `P P / 
 
 **Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by
 more than `1 / v` this loop would oscillate and grow. The draws and the power method find the
-stiffest direction, and the fit moves by the fraction that stops it; in one iteration it moves no
-further than two widths of the posterior, where its draws have looked, and widens by no more than
-two.
+stiffest direction, and the fit moves by the fraction that stops the loop (`damping_fraction`). In
+one iteration it moves no further than two widths of the posterior, as far as its draws reach
+(`trust_fraction`), and widens by a factor of no more than two (`keep_precision`).
 
 The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity
 in place of a reward's form.
@@ -46,16 +46,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax import _checks, _linalg, _pytree, rewards, scales
 from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model
 
-_LOST_PRECISION = (
-    0.75  # the fraction of its precision that the fitted posterior may lose in one iteration
-)
 _SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a table of the variance: over the noise's own variance
-_WIDTHS = 2.0  # how far its mean may move, in widths
+# The safeguards of one iteration of the fit; `keep_precision` and `trust_fraction` derive them.
+_WIDENING = 2.0  # how much wider the fitted posterior may become
+_LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of its precision that this costs
+_WIDTHS = 2.0  # how many of its widths its mean may move
 
 
 class Variance(eqx.Module):
@@ -90,11 +90,38 @@ def _variance_of(model: Analytic) -> Variance:
     )
 
 
+class GaussianVariance(eqx.Module):
+    """`v(snr) = s^2 / (1 + s^2 snr)`: that of data `N(mu, s^2 I)`, for `variance=s^2`."""
+
+    data_variance: Array
+
+    def __call__(self, snr: Array) -> Array:
+        return scales.gaussian_variance(jnp.sqrt(self.data_variance), snr)
+
+
+class Gaussian(NamedTuple):
+    """`N(mean, variance I)`, which stands for the tilted posterior of `X_1`."""
+
+    mean: Array
+    variance: Array
+
+    @property
+    def width(self) -> Array:
+        return jnp.sqrt(self.variance)
+
+
 class Probe(eqx.Module):
     """`variance=Probe()`: the tilted posterior's variance at each state by Tweedie's identity,
     `v = tr(∂D/∂eta) / d`, from one Hutchinson probe. No calibration and no average over states, but
     one pullback through the denoiser each iteration.
     """
+
+    def posterior(self, key: Array, denoised: Callable, natural: Array) -> Gaussian:
+        """`N(z, v I)` of a denoiser as a function of the natural parameter."""
+        z, slope = _linalg.hutchinson(key, denoised, natural)
+        # The floor: the Jacobian of a learned denoiser may have a negative trace, but a variance
+        # is positive. The least positive number keeps `1 / v` finite.
+        return Gaussian(z, jnp.maximum(slope, jnp.finfo(natural.dtype).tiny))
 
 
 class Fit(NamedTuple):
@@ -114,17 +141,50 @@ class Fit(NamedTuple):
 
     @property
     def precision(self) -> Array:
-        """`c`, not negative: a convex reward is fitted by a linear one."""
-        return jnp.where(
-            self.spread > 0,
-            jnp.maximum(self.fitted / jnp.where(self.spread > 0, self.spread, 1), 0),
-            0,
-        )
+        """`c`: 0 before the first draws, and for a convex reward, fitted by a linear one."""
+        ratio = self.fitted / jnp.where(self.spread > 0, self.spread, 1)
+        return jnp.where(self.spread > 0, jnp.maximum(ratio, 0), 0)
 
     @property
     def natural(self) -> Array:
         """`a`."""
         return self.slope + self.precision * self.point
+
+
+class View(NamedTuple):
+    """What a state says of `X_1`: the model's posterior given `X_t = x`, tilted by the conjugate
+    terms of the reward, as a view of precision `snr` and natural parameter `natural`.
+    """
+
+    model: Model
+    snr: Array
+    natural: Array
+
+    def denoised(self, a: Array, c: Array) -> Array:
+        """The posterior mean under one more tilt, by `<a, x> - c |x|^2 / 2`."""
+        return self.model.denoise(*self.model.interpolant.observe(self.snr + c, self.natural + a))
+
+
+class Draws(NamedTuple):
+    """Displacements `w` `(n, *shape)` from the posterior's mean, each of them taken both ways; and
+    `spread`, the mean of `|w|^2` in units of the variance.
+    """
+
+    w: Array
+    spread: Array
+
+
+class Expansion(NamedTuple):
+    """The scaled reward about a posterior, from its gradients g at the draws; -C is its Hessian.
+
+    - `slope`: `E[g]`.
+    - `bent`: `C w` of each draw.
+    - `bent_stiff`: `C u` of the unit vector u that `Fit.stiff` is.
+    """
+
+    slope: Array
+    bent: Array
+    bent_stiff: Array
 
 
 class Conjugate(Guidance):
@@ -153,8 +213,10 @@ class Conjugate(Guidance):
     - `smoothing`: the weight of the previous curvature in each iteration, in [0, 1). It
       averages the draws' noise over steps: steadier for stiff rewards; for smooth ones 0 has the
       smaller bias (on the checkerboard 1% of the trace instead of 6%).
-    - `variance`: `v(snr)`, from `calibrate(key, model)`, or any function, or `Probe()`. An
-      `Analytic` model alone needs none: its own is computed here.
+    - `variance`: `v(snr)`, the denoiser's mean squared error a coordinate. One of: any function of
+      the snr; a number, the variance `s^2` of the data, for `v(snr) = s^2 / (1 + s^2 snr)`, exact
+      for one isotropic Gaussian; `calibrate(key, model)`, measured; `Probe()`, estimated at each
+      state by a derivative. An `Analytic` model alone needs none: its own is computed here.
     - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of
       different widths in different directions.
 
@@ -166,7 +228,7 @@ class Conjugate(Guidance):
     particles, use this as a proposal beside another twist.
 
     **Raises:** `ValueError` for conjugate terms that are convex together, an odd number of draws, a
-    `smoothing` outside [0, 1).
+    `smoothing` outside [0, 1), a network without `variance`, a number that is not positive.
     """
 
     model: Model
@@ -190,7 +252,7 @@ class Conjugate(Guidance):
         iterations: int = 1,
         draws: int = 4,
         smoothing: float | Array = 0.3,
-        variance: Callable | None = None,
+        variance: float | Array | Callable | Probe | None = None,
         anisotropic: bool = False,
     ):
         _checks.instance(model, Model, "model", "Conjugate(model, reward, scale)")
@@ -207,27 +269,9 @@ class Conjugate(Guidance):
         self.natural, self.precision, self.remainder = _split(
             self.reward, (jnp.zeros(model.shape, model.dtype), zero)
         )
-        if (
-            _checks.concrete((self.precision, self.scale))
-            and np.asarray(self.precision) * np.asarray(self.scale) < 0
-        ):
-            raise ValueError(
-                "the conjugate terms of this reward are convex together (c = "
-                f"{float(self.precision) * float(self.scale):g} < 0): at the noise "
-                "end their tilt does not exist. Tilted can be evaluated where snr_t + c > 0; "
-                "PlugIn guides from the start"
-            )
-        if self.remainder is not None and variance is None:
-            if not isinstance(model, Analytic):
-                raise ValueError(
-                    "Conjugate needs variance=, the denoiser's mean squared error of this network: "
-                    "calibrate(key, model) measures it once, Probe() estimates it at each state by "
-                    "a derivative, or pass a function of the snr"
-                )
-            variance = _variance_of(model)
-        if variance is not None and not isinstance(variance, eqx.Module):
-            variance = _pytree.Function(variance, "variance")
-        self.variance = variance
+        _check_concave(self.precision, self.scale)
+        needed = self.remainder is not None
+        self.variance = _variance(variance, model) if needed or variance is not None else None
 
     def init(self, x: Array) -> Fit:
         """No tilt; the stiffest direction is looked for from that of `x`."""
@@ -241,103 +285,162 @@ class Conjugate(Guidance):
         )
 
     def __call__(self, key: Array, t: Array, x: Array, state: Fit) -> tuple[Estimate, Fit]:
+        view = self._view(t, x)
+        if self.remainder is None:
+            return Estimate(
+                view.denoised(state.natural, state.precision), log_h=self._log_h(t, x)
+            ), state
+        refine = lambda fit, key: (self._refine(view, fit, key), None)
+        state, _ = jax.lax.scan(refine, state, jax.random.split(key, self.iterations))
+        return Estimate(view.denoised(state.natural, state.precision)), state
+
+    def _view(self, t: Array, x: Array) -> View:
         interpolant = self.model.interpolant
         snr = interpolant.snr(t) + self.scale * self.precision
         natural = interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x + self.scale * self.natural
+        return View(self.model, snr, natural)
 
-        def denoised(a: Array, c: Array) -> Array:
-            return self.model.denoise(*interpolant.observe(snr + c, natural + a))
+    def _refine(self, view: View, fit: Fit, key: Array) -> Fit:
+        """One iteration: draw from the posterior of the fit, expand the reward there, and move
+        toward the conjugate reward of that expansion, as far as is stable and was seen.
+        """
+        key_draws, key_probe = jax.random.split(key)
+        posterior = self._posterior(view, fit, key_probe)
+        draws = self._draws(view, fit, posterior, key_draws)
+        expansion = expand(self._gradient, posterior, draws, fit.stiff)
+        new = average(fit, curvature(posterior, draws, expansion), draws.spread, self.smoothing)
+        new = keep_precision(new, fit, posterior)
+        gain = self._gain(view, new, posterior)
+        fraction = damping_fraction(fit, gain * (stiffness(fit, draws, expansion) - new.precision))
+        fraction = jnp.minimum(fraction, trust_fraction(fit, new, posterior, expansion))
+        return move(new, fraction, posterior, expansion)
 
-        remainder = self.remainder
-        if remainder is None:
-            log_h = None
-            if isinstance(self.model, Analytic):
-                posterior = self.model.posterior(t, x)
-                log_h = posterior.log_mean_exp(
-                    self.scale * self.natural, self.scale * self.precision
-                )
-                log_h = log_h + self.log_tilt(jnp.zeros_like(x))  # the reward's constant
-            return Estimate(denoised(state.natural, state.precision), log_h=log_h), state
-        gradient = jax.grad(lambda x1: self.scale * rewards.value(remainder, x1))
+    def _posterior(self, view: View, fit: Fit, key: Array) -> Gaussian:
+        """`N(z, v I)` for the posterior that the fit tilts."""
+        denoised = lambda a: view.denoised(a, fit.precision)
+        if isinstance(self.variance, Probe):
+            return self.variance.posterior(key, denoised, fit.natural)
+        return Gaussian(denoised(fit.natural), self.variance(view.snr + fit.precision))
 
-        def refine(fit: Fit, key: Array) -> tuple[Fit, None]:
-            a, c = fit.natural, fit.precision
-            key, key_probe = jax.random.split(key)
-            if isinstance(self.variance, Probe):
-                z, variance = _probed(key_probe, lambda a: denoised(a, c), a)
-            else:
-                z, variance = denoised(a, c), self.variance(snr + c)
-            width = jnp.sqrt(variance)
-            draws = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
-            if self.anisotropic:
-                w = jax.vmap(lambda e: denoised(a + e / width, c) - z)(draws)
-                spread = jnp.sum(w**2) / (variance * len(w))
-            else:
-                w, spread = width * draws, jnp.asarray(x.size, x.dtype)
-            plus = jax.vmap(lambda w: gradient(z + w))(w)
-            minus = jax.vmap(lambda w: gradient(z - w))(w)
-            curved = (minus - plus) / 2  # -H w of each draw
-            fitted = jnp.sum(w * curved) / (variance * len(w))
-            along_stiff = (gradient(z - width * fit.stiff) - gradient(z + width * fit.stiff)) / (
-                2 * width
-            )
+    def _gain(self, view: View, fit: Fit, posterior: Gaussian) -> Array:
+        """`dz / da`, the variance at the precision of the fit; a probe's is that of the posterior
+        before.
+        """
+        if isinstance(self.variance, Probe):
+            return posterior.variance
+        return self.variance(view.snr + fit.precision)
 
-            mix = lambda old, new: self.smoothing * old + (1 - self.smoothing) * new
-            new = fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
-            # The fit may sharpen at once, and forgets by and by: draws that have jumped over a kink
-            # see none of its curvature.
-            least = c - _LOST_PRECISION / variance
-            new = new._replace(fitted=jnp.maximum(new.fitted, least * new.spread))
-            # z answers to `a` with the gain v, and `a` to z with c - stiffness. Where v (stiffness
-            # - c) > 1 that loop oscillates and grows: move by the fraction that would end it in one
-            # step if it were linear.
-            stiffness = jnp.maximum(
-                jnp.sum(fit.stiff * along_stiff), jnp.max(jax.vmap(_steepness)(w, curved))
-            )
-            gain = (
-                variance if isinstance(self.variance, Probe) else self.variance(snr + new.precision)
-            )
-            excess = gain * (stiffness - new.precision)
-            fraction = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
-            slope = jnp.mean(plus + minus, axis=0) / 2
-            # One step of the power method; the shift makes the most concave direction the dominant
-            # one, not the most convex.
-            stiff = _unit(along_stiff + _length(along_stiff) * fit.stiff, fit.stiff)
-            # Where the posterior would move to if it were Gaussian: no further than the draws have
-            # looked.
-            move = (slope - a + c * z) / (1 / variance + new.precision - c)
-            fraction = jnp.minimum(
-                fraction, _WIDTHS * jnp.sqrt(variance * x.size) / jnp.maximum(_length(move), 1e-30)
-            )
-            point, slope = (
-                fit.point + fraction * (z - fit.point),
-                fit.slope + fraction * (slope - fit.slope),
-            )
-            return new._replace(point=point, slope=slope, stiff=stiff), None
+    def _draws(self, view: View, fit: Fit, posterior: Gaussian, key: Array) -> Draws:
+        """Half the draws, `sqrt(v) eps`, or the responses of the denoiser to `eps / sqrt(v)`."""
+        x = posterior.mean
+        normal = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
+        if not self.anisotropic:
+            return Draws(posterior.width * normal, jnp.asarray(x.size, x.dtype))
+        shifted = lambda e: view.denoised(fit.natural + e / posterior.width, fit.precision)
+        w = jax.vmap(lambda e: shifted(e) - x)(normal)
+        return Draws(w, jnp.sum(w**2) / (posterior.variance * len(w)))
 
-        state, _ = jax.lax.scan(refine, state, jax.random.split(key, self.iterations))
-        return Estimate(denoised(state.natural, state.precision)), state
+    def _gradient(self, x1: Array) -> Array:
+        """That of the terms that are fitted."""
+        remainder: Any = self.remainder
+        return jax.grad(lambda x1: self.scale * rewards.value(remainder, x1))(x1)
+
+    def _log_h(self, t: Array, x: Array) -> Array | None:
+        """`log h` of a conjugate reward, where it has a closed form."""
+        if not isinstance(self.model, Analytic):
+            return None
+        log_h = self.model.posterior(t, x).log_mean_exp(
+            self.scale * self.natural, self.scale * self.precision
+        )
+        return log_h + self.log_tilt(jnp.zeros_like(x))  # the reward's constant
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * rewards.value(self.reward, x1)
 
 
-def _probed(key: Array, denoised: Callable, natural: Array) -> tuple[Array, Array]:
-    """The denoiser and `tr(∂D/∂eta) / d` there; a learned Jacobian may say less than nothing, which
-    is taken as rounding's worth.
+def expand(gradient: Callable, posterior: Gaussian, draws: Draws, stiff: Array) -> Expansion:
+    """The expansion of a reward by two gradients a draw, and two along `stiff`."""
+    z, along = posterior.mean, posterior.width * stiff
+    ahead = jax.vmap(lambda w: gradient(z + w))(draws.w)
+    behind = jax.vmap(lambda w: gradient(z - w))(draws.w)
+    bent_stiff = (gradient(z - along) - gradient(z + along)) / (2 * posterior.width)
+    return Expansion(jnp.mean(ahead + behind, axis=0) / 2, (behind - ahead) / 2, bent_stiff)
+
+
+def curvature(posterior: Gaussian, draws: Draws, expansion: Expansion) -> Array:
+    """`E<w, C w> / v`: `c` of the fit is this over the spread."""
+    return jnp.sum(draws.w * expansion.bent) / (posterior.variance * len(draws.w))
+
+
+def stiffness(fit: Fit, draws: Draws, expansion: Expansion) -> Array:
+    """The largest curvature that was seen: along `fit.stiff`, or in the direction of a draw."""
+    along_stiff = jnp.sum(fit.stiff * expansion.bent_stiff)
+    return jnp.maximum(along_stiff, jnp.max(jax.vmap(_steepness)(draws.w, expansion.bent)))
+
+
+def average(fit: Fit, fitted: Array, spread: Array, smoothing: Array) -> Fit:
+    """The fit with new sums, of weight `1 - smoothing`."""
+    mix = lambda old, new: smoothing * old + (1 - smoothing) * new
+    return fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
+
+
+def keep_precision(new: Fit, fit: Fit, posterior: Gaussian) -> Fit:
+    """Lost precision: `c` may rise at once, and falls by at most `(1 - 1 / widening^2) / v`.
+
+    A Gaussian of precision `1 / v` that loses this much has `1 / (widening^2 v)` left: its width
+    grows by the factor `widening`. Draws that have jumped over a kink see none of its curvature,
+    and without this bound the fit would forget the kink in one iteration.
     """
-    z, slope = _linalg.hutchinson(key, denoised, natural)
-    return z, jnp.maximum(slope, jnp.finfo(natural.dtype).tiny)
+    least = fit.precision - _LOST_PRECISION / posterior.variance
+    return new._replace(fitted=jnp.maximum(new.fitted, least * new.spread))
 
 
-def _steepness(w: Array, curved: Array) -> Array:
-    """`|C w| / |w|` for `curved = C w`, at least the curvature along w; 0 along a convex one, which
-    needs no restraint.
+def damping_fraction(fit: Fit, excess: Array) -> Array:
+    """Fraction: how far to move where the curvature exceeds `c` by `excess / v`.
+
+    There z answers to `a` with the gain v, and `a` to z with `-excess / v`, so that a move by the
+    fraction f multiplies the error by `1 - f (1 + excess)`. The whole move diverges from an excess
+    of 1 on, and `f = 1 / (1 + excess)` ends the error in one iteration. The first fit is taken
+    whole, as there is none before it to move from.
+    """
+    return jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
+
+
+def trust_fraction(fit: Fit, new: Fit, posterior: Gaussian, expansion: Expansion) -> Array:
+    """Widths: the fraction of a move that takes the posterior's mean `widths * sqrt(v d)` far.
+
+    A Gaussian of precision `1 / v` and natural parameter `z / v` has the mean
+    `(z / v + E[g] + c' z - a) / (1 / v + c' - c)` once the new conjugate reward
+    `(E[g] + c' z, c')` replaces `(a, c)`. The draws have seen the reward about `sqrt(v d)` from z,
+    and further away their expansion means nothing.
+    """
+    z, variance, c = posterior.mean, posterior.variance, fit.precision
+    shift = (expansion.slope - fit.natural + c * z) / (1 / variance + new.precision - c)
+    return _WIDTHS * jnp.sqrt(variance * z.size) / jnp.maximum(_length(shift), 1e-30)
+
+
+def move(fit: Fit, fraction: Array, posterior: Gaussian, expansion: Expansion) -> Fit:
+    """The fit expanded a fraction of the way from its point to the posterior's mean, and its
+    stiffest direction turned by one step of the power method.
+    """
+    toward = lambda old, new: old + fraction * (new - old)
+    # The shift of the power method makes the most concave direction the dominant one, not the most
+    # convex.
+    bent = expansion.bent_stiff
+    return fit._replace(
+        point=toward(fit.point, posterior.mean),
+        slope=toward(fit.slope, expansion.slope),
+        stiff=_unit(bent + _length(bent) * fit.stiff, fit.stiff),
+    )
+
+
+def _steepness(w: Array, bent: Array) -> Array:
+    """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex direction,
+    which needs no restraint.
     """
     along = _length(w)
-    return jnp.where(
-        _linalg.inner(w, curved) > 0, _length(curved) / jnp.where(along > 0, along, 1), 0
-    )
+    ratio = _length(bent) / jnp.where(along > 0, along, 1)
+    return jnp.where(_linalg.inner(w, bent) > 0, ratio, 0)
 
 
 def _length(x: Array) -> Array:
@@ -350,6 +453,34 @@ def _unit(x: Array, otherwise: Array) -> Array:
     """`x / |x|`, or `otherwise` where x vanishes."""
     length = _length(x)
     return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), otherwise)
+
+
+def _variance(value: Any, model: Model) -> Any:
+    """`v(snr)` of `variance=`, as a module."""
+    if value is None and isinstance(model, Analytic):
+        return _variance_of(model)
+    if value is None:
+        raise ValueError(
+            "Conjugate needs variance=, the mean squared error of this network's denoiser: a "
+            "function of the snr, or the data's variance as a number; calibrate(key, model), "
+            "which measures it once; or Probe(), which estimates it at each state by a derivative"
+        )
+    if isinstance(value, eqx.Module):
+        return value
+    if callable(value):
+        return _pytree.Function(value, "variance")
+    return GaussianVariance(_checks.positive(value, "variance"))
+
+
+def _check_concave(precision: Array, scale: Array) -> None:
+    if not _checks.concrete((precision, scale)):
+        return
+    if (c := float(np.asarray(precision) * np.asarray(scale))) < 0:
+        raise ValueError(
+            f"the conjugate terms of this reward are convex together (c = {c:g} < 0): at the noise "
+            "end their tilt does not exist. Tilted can be evaluated where snr_t + c > 0; PlugIn "
+            "guides from the start"
+        )
 
 
 def _split(

@@ -1,81 +1,128 @@
-"""The mean squared error of a model's denoiser, measured at each signal-to-noise ratio."""
+r"""The mean squared error of a model's denoiser, measured at each signal-to-noise ratio.
+
+    v(snr) = E|X_1 - D(snr X_1 + sqrt(snr) Z)|^2 / d,      Z ~ N(0, I)
+
+at `levels` of the snr, with D as a function of the natural parameter. The same data and noise serve
+all levels, which keeps the table smooth. The noise is made orthogonal to the data and of mean
+square 1: for one isotropic Gaussian, whose error is a quadratic form of both, all that is left at
+random is the variance of the data. Between two levels `1 / v` is linear in the snr, as it is
+everywhere for one isotropic Gaussian.
+"""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree
+from tiltjax import _checks, _progress, _pytree
 from tiltjax.guidance import Variance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.samplers._sample import sample
+from tiltjax.solvers import Heun
+
+_SNR_RANGE = (1e-7, 1e7)  # over the noise's own variance
+_STEPS = 12  # of Heun's method, for a clean sample
+_FINER = 4  # entries of the table for each level
 
 
 def calibrate(
     key: Array,
     model: Model,
     *,
-    num: int = 4096,
-    levels: int = 48,
+    budget: int = 4096,
+    levels: int = 24,
     data: Array | None = None,
     chunk_size: int | None = None,
+    progress: bool = False,
 ) -> Variance:
     """Measure `v(snr)`, once per model.
 
-    **Arguments:** `model`; `num`, samples a level; `levels`, of snr, evenly spaced in its logarithm
-    from 1e-7 to 1e7 over the noise's own variance, as far as the network was trained there
-    (`Interpolant.snr_range`); `data`, `(num, *shape)`, clean samples (drawn from the model by
-    default); `chunk_size`, as in `sample`.
+    **Cost:** at most `budget` evaluations of the network, one for each sample and level. Without
+    `data`, samples are drawn from the model first, at 23 evaluations each: by default 87 samples,
+    4,089 evaluations.
 
-    **Raises:** `ValueError` for data of another shape, or fewer than two levels.
+    **Accuracy** of the default, root mean square over keys against
+    `Analytic.posterior_variance`: 5% on average over the levels and 13% at worst for two modes in
+    the plane, 3% and 7% for four modes in nine dimensions. The worst is where the noise begins to
+    hide which mode a sample is from. The random part falls as `1 / sqrt(budget d)`. What remains,
+    5% there, is that of `1 / v` between 24 levels, and falls with their number.
+
+    **Arguments:**
+
+    - `model`.
+    - `budget`: evaluations of the network, in all.
+    - `levels`: of snr, evenly spaced in its logarithm from 1e-7 to 1e7 over the noise's own
+      variance, as far as the network was trained there (`Interpolant.snr_range`).
+    - `data`: clean samples, `(n, *shape)`, of which the first `budget // levels` are used.
+    - `chunk_size`: as in `sample`.
+    - `progress`: show a bar.
+
+    **Raises:** `ValueError` for data of another shape, fewer than two levels, or a budget that does
+    not cover one sample.
     """
     _checks.instance(model, Model, "model", "calibrate(key, model)")
     key_data, key_noise = jax.random.split(_checks.key(key))
-    num = _checks.count(num, "num")
+    levels = _checks.count(levels, "levels", 2)
+    each = levels if data is not None else levels + 2 * _STEPS - 1
+    num = _checks.count(budget, "budget", each) // each
+    if chunk_size is not None:
+        chunk_size = _checks.count(chunk_size, "chunk_size")
     if data is None:
-        data = sample(key_data, model, num=num, chunk_size=chunk_size).x
-    data = _checks.finite(data, "data").astype(model.dtype)
-    if data.shape[1:] != model.shape:
+        run = {"steps": _STEPS, "solver": Heun(), "chunk_size": chunk_size, "progress": progress}
+        data = sample(key_data, model, num=num, **run).x
+    data = _checks.finite(data, "data").astype(model.dtype)[:num]
+    if data.shape[1:] != model.shape or not len(data):
         raise ValueError(
             f"data must hold states of shape {model.shape}, got an array of shape {data.shape}"
         )
-    if _checks.count(levels, "levels") < 2 or not len(data):
-        raise ValueError(
-            f"a table needs at least two levels and one sample, got levels = {levels} and "
-            f"{len(data)} samples"
-        )
-    return _calibrate(
-        model,
-        key_noise,
-        data,
-        levels,
-        len(data) if chunk_size is None else _checks.count(chunk_size, "chunk_size"),
-    )
+    with _progress.bar("calibrating", levels, enabled=progress) as bar:
+        return _calibrate(model, key_noise, data, levels, chunk_size or len(data), bar)
 
 
 @eqx.filter_jit
-def _calibrate(model: Model, key: Array, data: Array, levels: int, chunk_size: int) -> Variance:
+def _calibrate(
+    model: Model, key: Array, data: Array, levels: int, chunk_size: int, bar: _progress.Ticker
+) -> Variance:
     model = decomposed(_pytree.cast(model, model.dtype))
-    interpolant = model.interpolant
-    base = interpolant.sigma(jnp.zeros((), data.dtype))
-    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
-    (network, ahead), widest = model.network_query(), jnp.asarray([1e-7, 1e7], data.dtype) / base**2
-    lowest, highest = (end.astype(data.dtype) - ahead for end in network.snr_range())
-    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
-    log_snr = jnp.linspace(first, last, levels)
-    noise = jax.random.normal(key, data.shape, data.dtype)
+    log_snr = _log_snr(model, levels)
+    noise = balanced(jax.random.normal(key, data.shape, data.dtype), data)
 
-    def level(log_snr: Array) -> Array:
-        # An observation of precision q: natural parameter q X_1 + sqrt(q) noise. The same noise at
-        # all levels keeps the table smooth.
-        q = jnp.exp(log_snr)
-
-        def error(pair: tuple[Array, Array]) -> Array:
-            x, noise = pair
-            t, noisy = interpolant.observe(q, q * x + jnp.sqrt(q) * noise)
-            return jnp.mean((x - model.denoise(t, noisy)) ** 2)
-
+    def level(numbered: tuple[Array, Array]) -> Array:
+        number, log_snr = numbered
+        error = lambda pair: squared_error(model, jnp.exp(log_snr), *pair)
+        bar.tick(number)
         return jnp.mean(jax.lax.map(error, (data, noise), batch_size=chunk_size))
 
-    return Variance(log_snr, jnp.log(jax.lax.map(level, log_snr)))
+    return refined(log_snr, jax.lax.map(level, (jnp.arange(levels), log_snr)))
+
+
+def _log_snr(model: Model, levels: int) -> Array:
+    base = model.interpolant.sigma(jnp.zeros((), model.dtype))
+    widest = jnp.asarray(_SNR_RANGE, model.dtype) / base**2
+    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
+    network, ahead = model.network_query()
+    lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
+    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
+    return jnp.linspace(first, last, levels)
+
+
+def squared_error(model: Model, snr: Array, x: Array, noise: Array) -> Array:
+    """`|x - D(snr x + sqrt(snr) noise)|^2 / d`."""
+    noisy = model.interpolant.observe(snr, snr * x + jnp.sqrt(snr) * noise)
+    return jnp.mean((x - model.denoise(*noisy)) ** 2)
+
+
+def balanced(noise: Array, data: Array) -> Array:
+    """The noise without its component along the centered data, and of mean square 1."""
+    centered = data - jnp.mean(data, axis=0, keepdims=True)
+    square = jnp.sum(centered**2)
+    noise = noise - jnp.sum(noise * centered) / jnp.where(square > 0, square, 1) * centered
+    return noise * jnp.sqrt(noise.size / jnp.sum(noise**2))
+
+
+def refined(log_snr: Array, variance: Array) -> Variance:
+    """The table of these levels, with entries between them where `1 / v` is linear in the snr."""
+    finer = jnp.linspace(log_snr[0], log_snr[-1], _FINER * (len(log_snr) - 1) + 1)
+    precision = jnp.interp(jnp.exp(finer), jnp.exp(log_snr), 1 / variance)
+    return Variance(finer, -jnp.log(precision))

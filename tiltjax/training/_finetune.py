@@ -37,7 +37,8 @@ optimum; Domingo-Enrich et al. (arXiv 2409.08861), why eta = 1.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -273,36 +274,19 @@ def finetune(
     key = _checks.key(key)
     scale = _checks.number(scale, "scale", 0, math.inf, closed="right")
     batch_size = _checks.count(batch_size, "batch_size")
-    objective = Reparametrized(None) if objective is None else objective
-    how = "reparametrized(last_steps) or policy_gradient"
-    _checks.instance(objective, Objective, "objective", how)
-    if isinstance(objective, PolicyGradient) and batch_size < 2:
-        raise ValueError("policy_gradient compares trajectories: batch_size must be at least 2")
+    objective = _check_objective(objective, batch_size)
     build = _check_models(base, model, network)
-    times = resolve_times(base, Ancestral(), 50 if times is None else None, times)
-    if len(times) < 3 or float(np.asarray(times)[-1]) != 1:
-        raise ValueError(
-            f"times must make two steps or more, and end at 1, got {np.asarray(times)}"
-        )
-    rollout = Rollout(
-        base,
-        rewards.as_reward(reward),
-        jnp.asarray(1 / scale, base.dtype),
-        times,
-        num=batch_size,
-        regularized=scale < math.inf,
-    )
-    rollout = _pytree.cast(rollout, base.dtype)
+    rollout = _rollout(base, reward, scale, times, batch_size)
+    name = callable_name(reward)
     if isinstance(objective, Reparametrized):
-        _check_gradient(rollout, callable_name(reward), key)
+        _check_gradient(rollout, name, key)
     loss = _Loss(rollout, build, objective)
-    settings: dict[str, Any] = {}
+    settings = {}
     if checkpoint is not None:
-        names = {"reward": callable_name(reward), "model": callable_name(model)}
-        settings = {"scale": scale} | _settings(loss, names)
+        settings = _settings(loss, scale, {"reward": name, "model": callable_name(model)})
     if learning_rate is None and optimizer is None:
         learning_rate = 1e-4
-    try:
+    with _named_failure(name):
         return minimize(
             key,
             network,
@@ -316,17 +300,43 @@ def finetune(
             settings=settings,
             progress=progress,
         )
+
+
+def _rollout(base: Model, reward: Callable, scale: float, times: Array | None, num: int) -> Rollout:
+    """The trajectories of a training step."""
+    times = resolve_times(base, Ancestral(), 50 if times is None else None, times)
+    if len(times) < 3 or float(np.asarray(times)[-1]) != 1:
+        raise ValueError(
+            f"times must make two steps or more, and end at 1, got {np.asarray(times)}"
+        )
+    rollout = Rollout(
+        base,
+        rewards.as_reward(reward),
+        jnp.asarray(1 / scale, base.dtype),
+        times,
+        num=num,
+        regularized=scale < math.inf,
+    )
+    return _pytree.cast(rollout, base.dtype)
+
+
+@contextmanager
+def _named_failure(reward: str) -> Iterator[None]:
+    """Add to a loss that is not finite what of the reward may be the cause."""
+    try:
+        yield
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"{error}. The mean of {callable_name(reward)} is maximized, which has to be finite at "
-            f"every sample: {_INSTEAD}"
+            f"{error}. The mean of {reward} is maximized, which has to be finite at every sample: "
+            f"{_INSTEAD}"
         ) from None
 
 
-def _settings(loss: _Loss, names: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint records about a run, besides the scale."""
+def _settings(loss: _Loss, scale: float, names: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint records about a run."""
     rollout = loss.rollout
     return {
+        "scale": scale,
         "batch_size": rollout.num,
         "objective": f"{loss.objective} {digest(loss.objective)}",
         "reward": f"{names['reward']} {digest(rollout.reward)}",
@@ -334,6 +344,15 @@ def _settings(loss: _Loss, names: dict[str, str]) -> dict[str, Any]:
         "base": f"{type(rollout.base).__name__} {digest(rollout.base)}",
         "times": digest(rollout.times),
     }
+
+
+def _check_objective(objective: Objective | None, batch_size: int) -> Objective:
+    objective = Reparametrized(None) if objective is None else objective
+    how = "reparametrized(last_steps) or policy_gradient"
+    _checks.instance(objective, Objective, "objective", how)
+    if isinstance(objective, PolicyGradient) and batch_size < 2:
+        raise ValueError("policy_gradient compares trajectories: batch_size must be at least 2")
+    return objective
 
 
 def _check_models(base: Model, model: Callable, network: Any) -> _pytree.Function:

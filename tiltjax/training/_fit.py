@@ -205,17 +205,11 @@ def fit(
         batched=batched,
         sharding=sharding,
     )
-    settings: dict[str, Any] = {}
+    settings = {}
     if checkpoint is not None:
-        settings = {
-            "target": target.__name__,
-            "time_sampler": callable_name(time_sampler),
-            "batch_size": batch.shape[0],
-            "batched": batched,
-            "interpolant": f"{type(interpolant).__name__} {digest(interpolant)}",
-            "state": f"{batch.dtype}{batch.shape[1:]}",
-            "data": callable_name(data) if callable(data) else f"{len(data)} {digest(source)}",
-        }
+        name = callable_name(data) if callable(data) else f"{len(data)} {digest(source)}"
+        names = {"data": name, "time_sampler": callable_name(time_sampler)}
+        settings = _settings(of_data, batch, names)
     return minimize(
         key,
         network,
@@ -230,6 +224,20 @@ def fit(
         settings=settings,
         progress=progress,
     )
+
+
+def _settings(of_data: _Loss, batch: jax.ShapeDtypeStruct, names: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint records about a run."""
+    interpolant = of_data.interpolant
+    return {
+        "target": of_data.target.__name__,
+        "time_sampler": names["time_sampler"],
+        "batch_size": of_data.batch_size,
+        "batched": of_data.batched,
+        "interpolant": f"{type(interpolant).__name__} {digest(interpolant)}",
+        "state": f"{batch.dtype}{batch.shape[1:]}",
+        "data": names["data"],
+    }
 
 
 def _as_data(data: Any) -> Array:

@@ -120,7 +120,7 @@ class Fit(NamedTuple):
 
 
 class _State(eqx.Module):
-    """What one step passes to the next."""
+    """What one step passes to the next: the weights w, their average a, and Adam's moments."""
 
     parameters: dict[str, Array]
     average: dict[str, Array]
@@ -139,8 +139,28 @@ class _Setup(eqx.Module):
     optimizer: "optax.GradientTransformation" = eqx.field(static=True)
     sharding: jax.sharding.NamedSharding | None = eqx.field(static=True)
 
+    def start(self, parameters: dict[str, Array]) -> _State:
+        """The state before the first step."""
+        copy = functools.partial(jax.tree.map, jnp.copy)
+        return _State(copy(parameters), copy(parameters), self.optimizer.init(parameters))
 
-class _Checkpoint(NamedTuple):
+    def loss_of(self, parameters: dict[str, Array], k: Array) -> Array:
+        """The loss of step k: what is random in it is a function of the key and of k alone."""
+        return self.loss(self.template.merge(parameters), jax.random.fold_in(self.key, k))
+
+    def decay(self, k: Array) -> Array:
+        """`d_k`."""
+        count = k.astype(jnp.float32)
+        return jnp.minimum(self.ema, (1 + count) / (10 + count))
+
+    def replicated(self, tree: Any) -> Any:
+        """The arrays of a tree on every device of the mesh."""
+        if self.sharding is None:
+            return tree
+        return _sharding.placed(tree, _sharding.replicated(self.sharding))
+
+
+class _Checkpoints(NamedTuple):
     """Where and when the checkpoints of a run are written; without a `file`, never."""
 
     file: str | os.PathLike | None
@@ -233,46 +253,37 @@ def minimize(
     progress = _checks.flag(progress, "progress")
     _sharding.check_sharding(sharding)
     every = _check_checkpoint(checkpoint, checkpoint_every)
-    rule, optimizer_header = _optimizer(learning_rate, optimizer, steps)
+    rule, described = _optimizer(learning_rate, optimizer, steps)
     parameters, template = split_parameters(network)
     of_network: Any = loss if isinstance(loss, eqx.Module) else _pytree.Function(loss, "loss")
-    _check_scalar(of_network, template, parameters, key)
+    ema_array = jnp.asarray(ema, jnp.float32)
+    setup = _Setup(key, template, of_network, ema_array, optimizer=rule, sharding=sharding)
+    _check_scalar(setup, parameters)
 
     header: dict[str, Any] = {}
     if checkpoint is not None:
-        header = {
-            "loss": type(loss).__name__ if isinstance(loss, eqx.Module) else callable_name(loss),
-            "steps": steps,
-            "ema": ema,
-            "key": digest(key),
-            "network at the start": digest((parameters, template)),
-        }
-        header |= optimizer_header | (settings or {})
-    checkpoints = _Checkpoint(checkpoint, every, sharding, header)
-    replicated = functools.partial(_replicated, sharding=sharding)
-    copy = functools.partial(jax.tree.map, jnp.copy)
-    state = _State(copy(parameters), copy(parameters), rule.init(parameters))
+        of_run = {"loss": _name(loss), "steps": steps, "ema": ema, "key": digest(key)}
+        of_start = {"network at the start": digest((parameters, template))}
+        header = of_run | of_start | described | (settings or {})
+    checkpoints = _Checkpoints(checkpoint, every, sharding, header)
     curve = Curve(np.zeros(steps, np.float32), np.zeros(steps, np.float32))
-    (state, curve), done = checkpoints.read((state, curve))
-    arrays = replicated((key, template, of_network, jnp.asarray(ema, jnp.float32)))
-    setup = _Setup(*arrays, optimizer=rule, sharding=sharding)
+    (state, curve), done = checkpoints.read((setup.start(parameters), curve))
+    setup, state = setup.replicated((setup, state))
     with _progress.meter("training", steps) if progress else nullcontext() as bar:
-        state = _run(setup, replicated(state), curve, done, checkpoints, bar)
+        state = _run(setup, state, curve, done, checkpoints, bar)
     checkpoints.synchronize(steps)  # no host goes on before the file is there
     return Fit(template.merge(state.parameters), template.merge(state.average), curve)
 
 
 def _run(
-    setup: _Setup, state: _State, curve: Curve, done: int, checkpoints: _Checkpoint, bar: Any
+    setup: _Setup, state: _State, curve: Curve, done: int, checkpoints: _Checkpoints, bar: Any
 ) -> _State:
-    """All steps from `done` on, which are written into `curve`."""
+    """The state after all steps from `done` on, which are written into `curve`."""
     steps, size = len(curve.loss), 1  # the first dispatch holds the compilation, and is one step
     while done < steps:
         began, stop = time.monotonic(), int(min(done + size, steps, checkpoints.next_stop(done)))
         state, losses, norms = _advance(setup, state, jnp.int32(done), jnp.int32(stop))
-        curve.loss[done:stop] = np.asarray(losses)[: stop - done]
-        curve.norm[done:stop] = np.asarray(norms)[: stop - done]
-        _check_finite(curve, done, stop)
+        _record(curve, slice(done, stop), losses, norms)
         size = _next_size(stop - done, time.monotonic() - began, setup.sharding)
         done = stop
         checkpoints.write((state, curve), done, steps)
@@ -305,28 +316,33 @@ def _advance(
 
 
 def _step(setup: _Setup, state: _State, k: Array) -> tuple[_State, Array, Array]:
-    """The state after step k, the loss and the norm of its gradient before."""
-    import optax
-
-    def loss(parameters: dict[str, Array]) -> Array:
-        return setup.loss(setup.template.merge(parameters), jax.random.fold_in(setup.key, k))
-
-    value, gradient = jax.value_and_grad(loss)(state.parameters)
-    # Optax mixes dtypes, as in 0.9 ** count, which a caller's strict rules would refuse.
-    with jax.numpy_dtype_promotion("standard"):
-        norm = optax.tree.norm(gradient)
-        updates, memory = setup.optimizer.update(gradient, state.optimizer, state.parameters)
-    parameters: Any = optax.apply_updates(state.parameters, updates)
-    count = k.astype(jnp.float32)
-    weight = 1 - jnp.minimum(setup.ema, (1 + count) / (10 + count))
-    # optax.incremental_update would move an average of equal weights by a rounding error.
-    average = jax.tree.map(
-        lambda a, w: a + weight.astype(a.dtype) * (w - a), state.average, parameters
-    )
+    """The state after step k, and the loss and the norm of its gradient before."""
+    loss, gradient = jax.value_and_grad(setup.loss_of)(state.parameters, k)
+    parameters, memory, norm = _descend(setup.optimizer, state, gradient)
+    average = _average(state.average, parameters, 1 - setup.decay(k))
     state = _State(parameters, average, memory)
     if setup.sharding is not None:
         state = jax.lax.with_sharding_constraint(state, _sharding.replicated(setup.sharding))
-    return state, value, norm
+    return state, loss, norm
+
+
+def _descend(
+    optimizer: "optax.GradientTransformation", state: _State, gradient: dict[str, Array]
+) -> tuple[Any, Any, Array]:
+    """The weights and the moments after a step against the gradient, and its norm."""
+    import optax
+
+    # Optax mixes dtypes, as in 0.9 ** count, which a caller's strict rules would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        norm = optax.tree.norm(gradient)
+        updates, memory = optimizer.update(gradient, state.optimizer, state.parameters)
+    return optax.apply_updates(state.parameters, updates), memory, norm
+
+
+def _average(average: Any, parameters: Any, weight: Array) -> Any:
+    """`a + weight (w - a)`."""
+    # optax.incremental_update would move an average of equal weights by a rounding error.
+    return jax.tree.map(lambda a, w: a + weight.astype(a.dtype) * (w - a), average, parameters)
 
 
 def _check_checkpoint(checkpoint: Any, every: int | None) -> int:
@@ -359,22 +375,27 @@ def _optimizer(
     return optimizer, {"optimizer": callable_name(optimizer.update), "learning_rate": None}
 
 
-def _check_scalar(loss: Callable, template: Template, parameters: Any, key: Array) -> None:
+def _name(loss: Callable | eqx.Module) -> str:
+    """What a checkpoint calls a loss."""
+    return type(loss).__name__ if isinstance(loss, eqx.Module) else callable_name(loss)
+
+
+def _check_scalar(setup: _Setup, parameters: Any) -> None:
     """Find shapes that do not fit before anything is compiled."""
-    value = jax.eval_shape(lambda parameters: loss(template.merge(parameters), key), parameters)
+    value = jax.eval_shape(lambda parameters: setup.loss_of(parameters, jnp.int32(0)), parameters)
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"a loss is one floating number, got {value}")
 
 
-def _replicated(tree: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
-    """The arrays of a tree on every device of a mesh."""
-    return tree if sharding is None else _sharding.placed(tree, _sharding.replicated(sharding))
-
-
-def _check_finite(curve: Curve, start: int, stop: int) -> None:
-    bad = ~np.isfinite(curve.loss[start:stop]) | ~np.isfinite(curve.norm[start:stop])
+def _record(curve: Curve, done: slice, losses: Array, norms: Array) -> None:
+    """Write the steps `done` into the curve. **Raises:** `FloatingPointError` for the first one
+    that is not finite.
+    """
+    num = done.stop - done.start
+    curve.loss[done], curve.norm[done] = np.asarray(losses)[:num], np.asarray(norms)[:num]
+    bad = ~np.isfinite(curve.loss[done]) | ~np.isfinite(curve.norm[done])
     if np.any(bad):
-        step = start + int(np.argmax(bad))
+        step = done.start + int(np.argmax(bad))
         raise FloatingPointError(
             f"training failed in step {step} of {len(curve.loss)}: the loss is "
             f"{curve.loss[step]:g}, the norm of its gradient {curve.norm[step]:g}. From the first "
