@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, external, rewards
+from tiltjax import _callbacks, _checks, _pytree, rewards
 from tiltjax.models import Model, check_pair
 from tiltjax.samplers import resolve_times
 from tiltjax.solvers import Ancestral, Kernel
@@ -215,7 +215,6 @@ class _Loss(eqx.Module):
         return self.objective(self.rollout, model, key)
 
 
-@external.failures()
 def finetune(
     key: Array,
     network: Any,
@@ -383,7 +382,7 @@ def _check_gradient(rollout: Rollout, name: str, key: Array) -> None:
         )
 
 
-@eqx.filter_jit
+@_callbacks.compiled
 def _reward_gradients(rollout: Rollout, key: Array) -> tuple[Array, Array]:
     """The reward and its gradient at the ends of base trajectories."""
     key_start, key_run = jax.random.split(key)

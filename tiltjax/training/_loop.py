@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _progress, _pytree, _sharding
+from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding
 from tiltjax.training._checkpoints import callable_name, digest, read_checkpoint, write_checkpoint
 from tiltjax.training._parameters import Template, split_parameters
 
@@ -282,7 +282,8 @@ def _run(
     steps, size = len(curve.loss), 1  # the first dispatch holds the compilation, and is one step
     while done < steps:
         began, stop = time.monotonic(), int(min(done + size, steps, checkpoints.next_stop(done)))
-        state, losses, norms = _advance(setup, state, jnp.int32(done), jnp.int32(stop))
+        steps_here = jnp.int32(done), jnp.int32(stop)
+        state, losses, norms = _callbacks.run(_advance, setup, state, *steps_here)
         _record(curve, slice(done, stop), losses, norms)
         size = _next_size(stop - done, time.monotonic() - began, setup.sharding)
         done = stop
