@@ -82,14 +82,12 @@ def optimize(
     `query` raises; the error's `.search` holds the queries that were evaluated until then.
     """
     key = _checks.key(key)
-    _checks.instance(
-        model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
-    )
+    how = "use Analytic, from_velocity, from_noise or from_denoiser"
+    _checks.instance(model, Model, "model", how)
     _checks.function(query, "query")
     _checks.function(guide, "guide")
     _checks.nonnegative(scale, "scale")
-    rounds = _checks.count(rounds, "rounds")
-    queries = _checks.count(queries, "queries")
+    rounds, queries = _checks.count(rounds, "rounds"), _checks.count(queries, "queries")
     num = _checks.count(num, "num")
     if num < queries:
         raise ValueError(
@@ -98,48 +96,74 @@ def optimize(
     surrogate = GaussianProcess() if surrogate is None else surrogate
     _checks.instance(surrogate, Surrogate, "surrogate", "use GaussianProcess() or Bootstrap()")
     key_start, key_last, *keys = jax.random.split(key, rounds + 2)
+    log = _Log.after(_check_earlier(earlier, model), model, rounds, queries)
+
+    def propose(key: Array) -> Array:
+        """The next queries: of the model tilted by what is known."""
+        key_fit, key_run, key_choice = jax.random.split(key, 3)
+        guidance = guide(model, log.fit(key_fit, surrogate), scale)
+        particles = smc(key_run, model, guidance, num=num, **settings)
+        return _distinct(key_choice, particles.x, particles.log_weights, queries)
+
+    with _progress.bar("searching", rounds, enabled=progress) as bar:
+        for j, key_round in enumerate(keys):
+            first = log.done == 0
+            states = sample(key_start, model, num=queries).x if first else propose(key_round)
+            log.evaluate(query, np.asarray(states))
+            bar.tick(jnp.asarray(j, jnp.int32))
+        return log.search(log.fit(key_last, surrogate))
+
+
+class _Log:
+    """The queries of a search, of which `done` are evaluated; those to come are zeros, so that all
+    rounds have the same shapes and are one program.
+    """
+
+    def __init__(self, x: np.ndarray, values: np.ndarray, rounds: np.ndarray, done: int):
+        self.x, self.values, self.rounds, self.done = x, values, rounds, done
+
+    @classmethod
+    def after(cls, earlier: Search, model: Model, rounds: int, queries: int) -> "_Log":
+        """Those of `earlier`, and room for `rounds * queries` more."""
+        new, first = rounds * queries, earlier.rounds.max(initial=-1) + 1
+        x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
+        values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
+        numbers = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), queries)])
+        return cls(x, values, numbers, len(earlier.values))
+
+    def search(self, surrogate: Reward | None) -> Search:
+        done = self.done
+        return Search(self.x[:done], self.values[:done], self.rounds[:done], surrogate)
+
+    def fit(self, key: Array, surrogate: Surrogate) -> Reward:
+        known = jnp.arange(len(self.x)) < self.done
+        return _fit(key, surrogate, jnp.asarray(self.x), jnp.asarray(self.values), known)
+
+    def evaluate(self, query: Callable[[np.ndarray], Any], states: np.ndarray) -> None:
+        """Query these states; an error has the search until then as `.search`."""
+        try:
+            values = _checked(query(states.copy()), len(states), self.values.dtype)
+        except Exception as error:
+            if self.done:
+                error.add_note(
+                    f"The {self.done} queries before are in this error's .search: go on with "
+                    "earlier=error.search."
+                )
+            error.search = self.search(None)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        new = slice(self.done, self.done + len(states))
+        self.x[new], self.values[new], self.done = states, values, new.stop
+
+
+def _check_earlier(earlier: Search | None, model: Model) -> Search:
     if earlier is None:
-        earlier = Search(np.zeros((0, *model.shape)), np.zeros(0), np.zeros(0, int), None)
+        return Search(np.zeros((0, *model.shape)), np.zeros(0), np.zeros(0, int), None)
     _checks.instance(earlier, Search, "earlier", "what optimize returned")
     if earlier.x.shape[1:] != model.shape:
         raise ValueError(
             f"earlier queries must be states of shape {model.shape}, got {earlier.x.shape[1:]}"
         )
-    new, before = rounds * queries, len(earlier.values)
-    x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
-    values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
-    first = earlier.rounds.max(initial=-1) + 1
-    round_of = np.concatenate([earlier.rounds, first + np.repeat(np.arange(rounds), queries)])
-    fit = lambda key, done: _fit(
-        key, surrogate, jnp.asarray(x), jnp.asarray(values), jnp.arange(len(x)) < done
-    )
-
-    def evaluate(done: int, states: np.ndarray) -> None:
-        try:
-            found = _checked(query(states.copy()), queries, values.dtype)
-        except Exception as error:
-            if done:
-                error.add_note(
-                    f"The {done} queries before are in this error's .search: go on with "
-                    "earlier=error.search."
-                )
-            error.search = Search(x[:done], values[:done], round_of[:done], None)  # pyright: ignore[reportAttributeAccessIssue]
-            raise
-        x[done : done + queries], values[done : done + queries] = states, found
-
-    with _progress.bar("searching", rounds, enabled=progress) as bar:
-        for j in range(rounds):
-            done = before + j * queries
-            if done:
-                key_fit, key_run, key_choice = jax.random.split(keys[j], 3)
-                guidance = guide(model, fit(key_fit, done), scale)
-                particles = smc(key_run, model, guidance, num=num, **settings)
-                states = _distinct(key_choice, particles.x, particles.log_weights, queries)
-            else:
-                states = sample(key_start, model, num=queries).x
-            evaluate(done, np.asarray(states))
-            bar.tick(jnp.asarray(j, jnp.int32))
-        return Search(x, values, round_of, fit(key_last, len(x)))
+    return earlier
 
 
 def _checked(values: Any, num: int, dtype: Any) -> np.ndarray:
