@@ -234,6 +234,28 @@ def _loop(step: Callable, carry: Any, num: int, unrolled: bool) -> tuple[Any, Ar
     return carry, jnp.stack(outputs)
 
 
+def eigh(matrices: Array) -> tuple[Array, Array]:
+    """The eigenvalues and eigenvectors of symmetric matrices `(K, d, d)`, in no order.
+
+    Small ones by `rotations`: JAX's first use of LAPACK imports SciPy, a fifth of a second.
+    """
+    if matrices.shape[-1] <= UNROLL:
+        return jax.vmap(rotations)(matrices)
+    return jnp.linalg.eigh(matrices)
+
+
+def recomposed(axes: Array, values: Array) -> Array:
+    """`V diag(lambda) V^T` for `(K, d, d)` axes and `(K, d)` values.
+
+    Small ones as sums: a product of matrices takes a fifth of a second to compile.
+    """
+    scaled = axes * values[:, None, :]
+    if axes.shape[-1] <= UNROLL:
+        return jnp.sum(scaled[:, :, None, :] * axes[:, None, :, :], axis=-1)
+    return scaled @ jnp.swapaxes(axes, 1, 2)
+
+
+@_inline_jit
 def rotations(matrix: Array) -> tuple[Array, Array]:
     """The eigenvalues and eigenvectors of a symmetric `(d, d)` matrix as `jnp.linalg.eigh` returns
     them, but not sorted, and elementwise, for loops over particles.
@@ -248,7 +270,7 @@ def rotations(matrix: Array) -> tuple[Array, Array]:
         return matrix[0], eye
     order = np.arange(d)
 
-    def rotate(carry: tuple[Array, Array], partner: Array) -> tuple[tuple[Array, Array], None]:
+    def rotate(carry: tuple[Array, Array], partner: Any) -> tuple[tuple[Array, Array], None]:
         a, axes = carry
         diagonal, coupling = jnp.diagonal(a), a[order, partner]
         gap = diagonal[partner] - diagonal
@@ -263,8 +285,11 @@ def rotations(matrix: Array) -> tuple[Array, Array]:
         a = rows(rows(a).T)
         return ((a + a.T) / 2, rows(axes)), None
 
-    rounds = np.tile(_tournament(d), (1 if d == 2 else _SWEEPS, 1))
-    (a, axes), _ = jax.lax.scan(rotate, (matrix, eye), jnp.asarray(rounds))
+    if d == 2:
+        a, axes = rotate((matrix, eye), order[::-1])[0]
+    else:
+        rounds = jnp.asarray(np.tile(_tournament(d), (_SWEEPS, 1)))
+        (a, axes), _ = jax.lax.scan(rotate, (matrix, eye), rounds)
     return jnp.diagonal(a), axes.T
 
 

@@ -157,7 +157,7 @@ class GaussianMixture(eqx.Module):
         """The eigendecomposition of the covariances."""
         if self._spectrum is not None:
             return self._spectrum
-        values, axes = jnp.linalg.eigh(jax.lax.stop_gradient(self.covs))
+        values, axes = _linalg.eigh(jax.lax.stop_gradient(self.covs))
         values = jnp.maximum(values, 0)
         # The difference is zero to the last bit; its derivative is not.
         rotated = jnp.swapaxes(axes, 1, 2) @ self.covs @ axes
@@ -209,12 +209,13 @@ class GaussianMixture(eqx.Module):
         axes, values, rotated = mixture.spectrum
         noise = jnp.asarray(sigma, self.means.dtype) ** 2
         data = jnp.asarray(alpha, self.means.dtype) ** 2
-        ratio = noise * _ratio(rotated, values, data, noise)
-        covs = axes @ ratio @ jnp.swapaxes(axes, 1, 2)
+        covs = noise * _recomposed_ratio(axes, rotated, values, data, noise)
         covs = (covs + jnp.swapaxes(covs, 1, 2)) / 2
         # Along the same axes. A mixture that was not decomposed gives one that is not.
-        values = noise * values / (data * values + noise)
-        spectrum = None if self._spectrum is None else Spectrum(axes, values, ratio)
+        spectrum = None
+        if self._spectrum is not None:
+            ratio = noise * _ratio(rotated, values, data, noise)
+            spectrum = Spectrum(axes, noise * values / (data * values + noise), ratio)
         return self._replace(jax.nn.log_softmax(log_weights), means, covs, spectrum)
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
@@ -228,7 +229,7 @@ class GaussianMixture(eqx.Module):
         dtype = self.means.dtype
         alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
         data, noise = alpha**2, sigma**2
-        ratio = axes @ _ratio(rotated, values, data, noise) @ jnp.swapaxes(axes, 1, 2)
+        ratio = _recomposed_ratio(axes, rotated, values, data, noise)
         view = View(
             self.log_weights - _half_logdet(rotated, values, data, noise),
             alpha * self.means,
@@ -338,6 +339,21 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     of_rotated, _, of_data, of_noise = tangents
     moved = noise * inverse @ of_rotated - ratio @ _noisy(rotated, of_data, of_noise)
     return ratio, moved @ inverse
+
+
+@jax.custom_jvp
+def _recomposed_ratio(
+    axes: Array, rotated: Array, values: Array, data: Array, noise: Array
+) -> Array:
+    """`S C^-1` in the coordinates of the states, `V R C^-1 V^T`."""
+    return _linalg.recomposed(axes, values / (data * values + noise))
+
+
+@_recomposed_ratio.defjvp
+def _recomposed_ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    axes = primals[0]
+    tangent = jax.jvp(_ratio, primals[1:], tangents[1:])[1]
+    return _recomposed_ratio(*primals), axes @ tangent @ jnp.swapaxes(axes, 1, 2)
 
 
 @jax.custom_jvp
