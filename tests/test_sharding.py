@@ -101,6 +101,7 @@ def test_an_array_of_one_host_is_addressable_as_a_whole():
     np.testing.assert_array_equal(_sharding.gathered(array), array)
 
 
+@pytest.mark.slow
 def test_two_hosts_compute_what_one_does(tmp_path):
     """One of them, in turn, also runs the same by itself, on one of its devices, and compares."""
     script = f"""

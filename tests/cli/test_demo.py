@@ -51,6 +51,7 @@ def test_the_table_has_every_method_and_the_figure_is_written(tmp_path, capsys):
     assert "log Z = -10.7613" in out
 
 
+@pytest.mark.slow
 def test_a_problem_without_closed_forms_shows_dashes(tmp_path, capsys):
     figure = tmp_path / "tilt.svg"
     options = {"--problem": "step", "--num": "50", "--steps": "5", "--seed": "3"}

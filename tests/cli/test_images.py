@@ -45,6 +45,7 @@ def parse(monkeypatch):
     return parse
 
 
+@pytest.mark.slow
 def test_a_run_is_made_continued_and_not_made_again(folder, tmp_path, capsys):
     output = tmp_path / "images"
     guided = ("--reward", "brightness", "--region", "bottom", "--guided", 1)

@@ -118,6 +118,7 @@ def test_a_table_that_does_not_reach_is_reported():
         )
 
 
+@pytest.mark.slow
 def test_a_bump_on_far_modes_is_tilted_better_than_by_the_plug_in():
     problem, num = tj.problems.bump(), 4000
     model, truth = tj.Analytic(problem.prior), 0.98472

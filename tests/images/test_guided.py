@@ -113,6 +113,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_guided_step_is_the_published_one(name):
     # A low cap, so that it is met; without it the coefficient is the last case's.

@@ -59,6 +59,7 @@ def test_the_autoencoder_keeps_shapes_and_colors():
     assert latents.std() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(("steps", "leaps"), [(28, False), (4, True)])
 def test_samples_show_what_the_prompt_says(models, steps, leaps):
@@ -110,6 +111,7 @@ def test_the_map_is_the_flow_and_its_own_composition(models):
     assert rms(twice - flow) < rms(once - flow) < 0.5 * rms(flow)
 
 
+@pytest.mark.slow
 def test_clip_tells_captions_apart():
     scenes, images = drawn(64, 30)
     network, tokens = clip.load(FOLDER / "clip"), prompts.clip_tokenizer(FOLDER / "tokenizer", 16)
@@ -149,6 +151,7 @@ def test_guided_from_the_command_line(method, tmp_path, capsys):
     assert image.std() > 5
 
 
+@pytest.mark.slow
 def test_its_clip_is_the_reward_clip(tmp_path, capsys):
     arguments = [
         "--model",

@@ -101,6 +101,7 @@ def manual(q, k, v):
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1), v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"remat": True, "attention": manual}, {"remat": jax.checkpoint_policies.dots_saveable}],
@@ -135,6 +136,7 @@ def test_blocks_are_applied_in_their_order():
     assert np.abs(call(net, tokens, *rest) - call(swapped, tokens, *rest)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_two_percent_and_rounding_times_is_not():
     expected = stored("transformer_dev")["output"]
     error = lambda output: np.sqrt(
@@ -188,6 +190,7 @@ def test_wrong_configurations_and_options_are_errors():
     assert Config.from_json(published) == dataclasses.replace(Config(), guidance_embeds=False)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_gives_the_gradient_of_one_device():
     run = on_eight_devices("""
         import sys; sys.path[:0] = ["tests", "tests/images"]

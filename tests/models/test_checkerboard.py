@@ -57,6 +57,7 @@ def test_single_precision_agrees_with_double(t):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_samples_of_the_flow_lie_on_the_board_with_its_moments():
     x = tj.sample(jax.random.key(0), BOARD, num=4000, steps=200).x

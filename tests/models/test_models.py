@@ -28,6 +28,7 @@ def assert_close(a, b, tolerance=TOLERANCE):
 # Parametrizations.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_every_parametrization_is_the_same_model(name):
     model, times = tj.Analytic(MIXTURE, PATHS[name]), (1e-3, 0.5, 0.99)
@@ -206,6 +207,7 @@ POINTS = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
 T = jnp.asarray(0.4)
 
 
+@pytest.mark.slow
 def test_a_batched_network_is_the_same_model():
     def values(model):
         value = lambda x: jnp.sum(jnp.sin(model.denoise(T, x)))
@@ -222,6 +224,7 @@ def test_a_batched_network_is_the_same_model():
     assert_close(*jax.jit(lambda: (values(batched()), values(SINGLE)))())
 
 
+@pytest.mark.slow
 def test_nested_maps_are_rows():
     recorder = Recorder()
     over_draws = jax.vmap(lambda x, e: batched(recorder).denoise(T, x + e), (None, 0))
@@ -234,6 +237,7 @@ def test_nested_maps_are_rows():
     assert recorder.shapes == [((15,), (15, 2))]
 
 
+@pytest.mark.slow
 def test_particles_times_draws_are_the_rows_of_one_call():
     """8 particles x 3 draws: every call of the network has 8 rows (the denoiser) or 24 (the draws),
     never an axis more.
@@ -246,6 +250,7 @@ def test_particles_times_draws_are_the_rows_of_one_call():
     assert set(recorder.shapes) == {((num,), (num, 2)), ((num * k,), (num * k, 2))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guided",
     [
@@ -372,6 +377,7 @@ def test_a_network_with_random_streams_in_evaluation_mode_is_a_model_like_any_ot
     assert np.all(np.isfinite(x))
 
 
+@pytest.mark.slow
 def test_what_is_prepared_for_all_times_is_the_denoiser():
     class Own(tj.Analytic):
         def denoise(self, t, x):
@@ -400,6 +406,7 @@ def test_what_is_prepared_for_all_times_is_the_denoiser():
             posterior(analytic).draw(jax.random.key(0), times[0], jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_a_model_may_prepare_arrays_of_any_dtype():
     class Levels(tj.Analytic):
         def prepare(self, t):

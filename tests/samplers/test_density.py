@@ -89,6 +89,7 @@ def test_the_strength_of_a_guidance_may_be_traced():
     np.testing.assert_allclose(jax.jit(run)(2.0), run(2.0), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_guidance_that_draws_is_refused_also_where_it_is_traced():
     run = jax.jit(
         lambda scale, guidance: (

@@ -107,6 +107,7 @@ def test_a_few_particles_are_mixed_as_well(num, tmp_path):
         tj.gibbs(KEY, tj.Analytic(prior), slow, num=num, steps=5, max_sweeps=20)
 
 
+@pytest.mark.slow
 def test_the_spread_is_right_at_the_default_steps():
     """Two modes, 4 standard errors: with an inner draw of order 1 both variances are some 7 of them
     short.

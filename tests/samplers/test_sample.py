@@ -63,6 +63,7 @@ def test_inside_jit_and_with_models_and_guidances_as_arguments():
     chex.assert_trees_all_close(parts.x, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_over_eight_devices_as_on_one():
     """In a process of its own: the number of devices is fixed when JAX starts."""
     script = """

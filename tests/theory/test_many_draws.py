@@ -132,6 +132,7 @@ def test_moments_and_quantiles_on_the_line_solve_the_flow(k, scale, y):
     np.testing.assert_allclose(quantiles, ends[inner], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_recorded_simulations():
     # Mean and standard deviation along y, and across it, of simulated guided flows: s^2 = .5, scale
     # 3, y = 2.5, to about three digits.
@@ -164,6 +165,7 @@ def test_every_k_lies_between_one_draw_and_the_tilt_at_any_strength(a):
     assert abs(means[-1] - 2 * 2 * a / (1 + 2 * a)) < max(0.02, 3e-3) * min(1, a) + slack
 
 
+@pytest.mark.slow
 def test_density_transport_and_sampling_are_of_one_law():
     d = 3
     got = law(8, d=d, mean=0.3)

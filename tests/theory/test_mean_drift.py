@@ -59,6 +59,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drift", "witness", "recorded"), CASES)
 def test_masses_of_modes_and_where_the_flow_parts(drift, witness, recorded):
     for mu, mass in zip((3.0, 6.0, 12.0), recorded, strict=True):
@@ -124,6 +125,7 @@ def test_one_gaussian_is_the_closed_form_for_any_damping():
     assert np.all(np.isclose(law.cdf(law.quantile(0.2)), 0.2, atol=1e-8))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_rewards_without_closed_form_go_by_quadrature():
     problem = tj.problems.bump()

@@ -99,6 +99,7 @@ def counted_calls(build):
     return len(calls), len(pullbacks)
 
 
+@pytest.mark.slow
 def test_costs_are_what_guidances_spend(plan):
     reward = tj.rewards.Quadratic([0.5, 0.2])
     inner = 3
@@ -134,6 +135,7 @@ def test_without_conjugate_rewards_the_prediction_falls_back():
     assert {option.cost for option in one.options} == {1.0}
 
 
+@pytest.mark.slow
 def test_mixtures_and_anisotropic_rewards():
     problem = tj.problems.get("quadratic")
     reward = tj.rewards.Quadratic([0.5, 1.5], weight=np.diag([2.0, 0.5]))

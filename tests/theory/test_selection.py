@@ -110,6 +110,7 @@ def test_mode_masses_and_divergences_by_brute_force_on_the_line():
     np.testing.assert_allclose(law.kl_to_tilt(0.8), integral(kl, -7, 5, [0, 0.4, 1]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cells_agree_with_the_closed_forms():
     problem = tj.problems.uncentered()
     hidden = tj.rewards.Quadratic(
@@ -187,6 +188,7 @@ def test_softmax_at_overwhelming_scales_is_best_of_n_and_never_nan():
         )
 
 
+@pytest.mark.slow
 def test_matching_n_is_the_best_of_all():
     n = theory.matching_n(PLANE, LINEAR, 1.2)
     kl = [float(theory.best_of_n(PLANE, LINEAR, m).kl_to_tilt(1.2)) for m in range(1, 12)]
@@ -237,6 +239,7 @@ def test_laws_compile_map_and_differentiate():
     assert np.all(np.isfinite(wide))
 
 
+@pytest.mark.slow
 def test_a_grid_differentiates_what_it_can_and_refuses_the_rest():
     def law(y):
         return theory.best_of_n(LINE, tj.rewards.Bump(y[None], 2.0), 4, cells=4000)

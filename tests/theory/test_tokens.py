@@ -96,6 +96,7 @@ def test_marginals_and_their_product():
     np.testing.assert_allclose(tokens.token_marginals(product, 3), marginals, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_transfer_matrices_agree_with_enumeration():
     rng = np.random.default_rng(0)
     single, pair = rng.normal(size=(5, 3)), rng.normal(size=(3, 3))

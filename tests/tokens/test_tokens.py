@@ -206,7 +206,12 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+def _row(name):
+    quick = name in ("difference", "lean, unresampled")
+    return pytest.param(name, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(_row, ROWS))
 def test_weights_are_unbiased_for_every_class_of_states(name):
     settings = {"proposal": proposals.Base(), "ess_threshold": 1.0} | ROWS[name]
     p, ratio, error = unbiased(settings.pop("runs"), settings.pop("num"), **settings)
@@ -241,6 +246,7 @@ def test_steps_of_several_tokens_tilt_the_law_of_such_steps():
     assert abs(ratio - 1) < 4 * error
 
 
+@pytest.mark.slow
 def test_many_particles_are_the_tilt():
     guidance = tj.tokens.Completions(MODEL, reward, SCALE, k=8, proposal_weight=0.5)
     runs = [tj.smc(jax.random.key(i), MODEL, guidance, num=1000) for i in range(2)]
@@ -272,6 +278,7 @@ def test_completions_know_h_on_average():
     np.testing.assert_allclose(estimate.tilted, jax.nn.one_hot(x, VOCAB), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_tilted_chain_as_a_drift():
     """Any guidance with a denoiser of its own proposes; where it is that of the tilt only the last
     token, which is not guided, is weighed.
@@ -299,6 +306,7 @@ def test_a_tilted_chain_as_a_drift():
         assert float(particles.ess) > share * len(ratio)
 
 
+@pytest.mark.slow
 def test_exclusions_and_failures_are_told():
     barred = tj.tokens.Completions(
         MODEL, lambda x: jnp.where(x[0] == 1, 0.0, -jnp.inf), proposal_weight=0.5
@@ -334,6 +342,7 @@ def network(chain, t, x):
     return jnp.log(chain.predict(x))
 
 
+@pytest.mark.slow
 def test_a_network_is_what_it_predicts_batched_or_not():
     build = {
         "single": tj.tokens.from_logits(network, MODEL, length=LENGTH, vocab=VOCAB),
@@ -384,6 +393,7 @@ def test_single_precision_in_a_double_world():
 # What else takes particles.
 
 
+@pytest.mark.slow
 def test_the_other_verbs_take_tokens(tmp_path):
     guidance = tj.tokens.Completions(MODEL, reward, SCALE, proposal_weight=0.5)
     particles = tj.smc(jax.random.key(0), MODEL, guidance, num=200)
@@ -514,6 +524,7 @@ def test_bad_input_says_what_to_do():
         )
 
 
+@pytest.mark.slow
 def test_counts_and_python_functions_are_rewards_of_tokens():
     outside = tj.external.External(lambda x: 0.5 * (x == 1).sum(axis=1))
     drawn = tj.sample(jax.random.key(1), MODEL, num=40)

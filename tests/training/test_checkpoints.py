@@ -59,6 +59,7 @@ def run(file=None, steps=40, every=None, **settings):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_continues_to_the_same_bits(tmp_path):
     file, whole = tmp_path / "run.npz", run()
     stopping(file, 40, 7, at=20)
@@ -79,6 +80,7 @@ def late(key):
     return jnp.sqrt(jax.random.uniform(key))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     file = tmp_path / "run.npz"
     run(file, steps=2)
@@ -172,6 +174,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_continues_to_the_same_bits(tmp_path):
     """SIGKILL, half-way, in single precision, under the compiler's full optimization: as users
     train.

@@ -59,6 +59,7 @@ def slopes(objective, scale, runs=400):
     return np.concatenate([gradients[name] for name in START], axis=1), np.asarray(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [SCALE, math.inf])
 def test_the_two_gradients_have_one_mean(scale):
     (a, values_a), (b, values_b) = (
@@ -142,6 +143,7 @@ def test_without_the_divergence_it_collapses_on_the_best_sample():
     assert longer["log_variance"][0] < TILT["log_variance"] - 0.7
 
 
+@pytest.mark.slow
 def test_networks_adapters_and_batches_are_trained():
     network = tj.training.networks.Velocity(
         (1,), width=8, depth=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
@@ -212,6 +214,7 @@ def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_mistakes_are_named():
     run = lambda network=START, base=BASE, reward=REWARD, scale=SCALE, **settings: tj.finetune(
         KEY,

@@ -73,6 +73,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "target"), CASES)
 def test_the_least_loss_is_the_conditional_variance(path, target):
     """Statistical: at the exact network the loss is the mean conditional variance; elsewhere it is
@@ -110,6 +111,7 @@ def test_batched_or_not_is_one_loss():
     np.testing.assert_allclose(*values, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_times_follow_their_law():
     seen = []
 
@@ -131,6 +133,7 @@ def test_times_follow_their_law():
     assert len(np.unique(seen[0])) == 4000
 
 
+@pytest.mark.slow
 def test_a_gradient_flows_to_every_parameter():
     net = network()
     parameters, template = training.split_parameters(net)
@@ -253,6 +256,7 @@ def test_the_network_handed_in_stays_as_it_was():
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_a_gaussian_is_learned():
     """Mean square of the velocity's error over the mean conditional variance: what is left after
     600 steps is below 1%.
@@ -405,6 +409,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
 # Devices.
 
 
+@pytest.mark.slow
 def test_over_eight_devices_as_on_one():
     """In a process of its own: the number of devices is fixed when JAX starts."""
     script = """

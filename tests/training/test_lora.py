@@ -103,6 +103,7 @@ def test_the_scale_is_swept_without_tracing_again_and_models_take_the_result():
     assert np.abs(np.asarray(values[2] - values[0])).max() > 0.01
 
 
+@pytest.mark.slow
 def test_kernels_keep_their_dtype_and_adapters_can_be_trained():
     network = Network(dtype=jnp.bfloat16)
     adapters = lora.init(jax.random.key(0), network)

@@ -33,6 +33,7 @@ GUIDANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "eta"), [(name, 1.0) for name in GUIDANCES] + [("dps", 0.7)])
 def test_the_report_is_the_path_law(name, eta):
     build, field = GUIDANCES[name]
@@ -65,6 +66,7 @@ def test_the_report_is_the_path_law(name, eta):
     assert abs(rewards.value - exact) < 4 * rewards.error + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plug-in", "dps"])
 def test_a_tail_without_variance_is_told(name):
     build, field = GUIDANCES[name]
@@ -93,6 +95,7 @@ def test_verdicts():
         assert part in text
 
 
+@pytest.mark.slow
 def test_a_guidance_without_log_h_is_audited_too():
     tilted = tj.guidance.toward(MODEL, tj.Tilted(MODEL, REWARD, 1.0), REWARD, 1.0)
     conjugate = tj.Conjugate(

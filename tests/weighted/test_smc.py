@@ -154,16 +154,19 @@ def truths():
     return {eta: chain_log_norm(eta) for eta in (1.0, 0.5)}
 
 
-def _row(row):
-    slow = any(guidance is DRAWS4 for guidance in (row[0], row[-1].get("twist")))
-    return pytest.param(
-        row,
-        id="-".join(type(part).__name__ for part in row[:3]),
-        marks=[pytest.mark.optimized] if slow else [],
-    )
+# One row for each proposal stays with the fast tests.
+QUICK = [0, 2, 3, 4, 17]
 
 
-@pytest.mark.parametrize("row", [_row(row) for row in ROWS])
+def _row(number):
+    row = ROWS[number]
+    heavy = any(guidance is DRAWS4 for guidance in (row[0], row[-1].get("twist")))
+    marks = [pytest.mark.optimized] if heavy else []
+    marks += [] if number in QUICK else [pytest.mark.slow]
+    return pytest.param(row, id="-".join(type(part).__name__ for part in row[:3]), marks=marks)
+
+
+@pytest.mark.parametrize("row", map(_row, range(len(ROWS))))
 def test_the_normalizing_constant_is_unbiased(row, truths):
     guidance, proposal, potential, scheme, threshold, temper, extra = row
     values = log_norms(
@@ -235,6 +238,7 @@ def test_keys_that_collide_are_found(monkeypatch, truths):
     assert fails(log_norms(anew(), proposal=BASE, ess_threshold=1.0), truths[1.0])
 
 
+@pytest.mark.slow
 def test_without_resampling_weights_telescope():
     settings = {"num": 50, "steps": STEPS, "schedule": tj.weighted.potentials.ResampleSchedule(2)}
     run = lambda guidance, **kw: tj.smc(jax.random.key(1), MODEL, guidance, **settings | kw)
@@ -256,6 +260,7 @@ def test_without_resampling_weights_telescope():
     np.testing.assert_array_equal(plain.trace.roots, np.arange(50))
 
 
+@pytest.mark.slow
 def test_batches_jit_and_the_number_of_particles_change_nothing():
     run = lambda **kw: tj.smc(
         jax.random.key(2), MODEL, DPS, steps=STEPS, ess_threshold=0.9, **{"num": 30} | kw
@@ -271,6 +276,7 @@ def test_batches_jit_and_the_number_of_particles_change_nothing():
     np.testing.assert_allclose(more.x[:10], first.x, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_trace_says_what_happened():
     particles = tj.smc(
         jax.random.key(3),
@@ -305,6 +311,7 @@ def test_the_trace_says_what_happened():
     assert np.all(fraction > 0.55)
 
 
+@pytest.mark.slow
 def test_the_genealogys_standard_error_is_that_of_repeated_runs():
     def one(key):
         particles = tj.smc(
@@ -317,6 +324,7 @@ def test_the_genealogys_standard_error_is_that_of_repeated_runs():
     assert np.all((ratio > 0.75) & (ratio < 1.35))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", ["tilted", "conjugate"])
 def test_drifts_that_weigh_nothing_take_any_twist(drift):
     scale = 1.0
@@ -379,6 +387,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_published_methods_have_the_right_normalizing_constant(name, truths):
     method, settings = METHODS[name]
@@ -434,6 +443,7 @@ def test_the_loop_can_be_written_by_hand(row):
     np.testing.assert_allclose(ess, expected.trace.ess, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_constraints_and_failures_are_told():
     outside = tj.dps(MODEL, lambda x: jnp.where(x[0] > 0, 0.0, -jnp.inf), 1.0)
     # What the twist excludes too early is not excluded: half of the mass is allowed in the end,
