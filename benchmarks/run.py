@@ -195,6 +195,12 @@ def _annealing(r: dict) -> str:
     )
 
 
+def _plain(r: dict) -> str:
+    worst = lambda task: max(row["ratio"] for row in r["rows"] if row["task"] == task)
+    tasks = dict.fromkeys(row["task"] for row in r["rows"])
+    return "at most " + ", ".join(f"{worst(task):.1f} ({task})" for task in tasks) + " times plain"
+
+
 def _many_particles(r: dict) -> str:
     first, last = r["rows"][0], r["rows"][-1]
     each = lambda row: 1e6 * row["run_cpu"] / row["num"]
@@ -310,6 +316,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "text": _text,
     "training": _training,
     "annealing": _annealing,
+    "plain": _plain,
     "many_particles": _many_particles,
     "smc_scaling": _smc_scaling,
     "devices": _devices,
