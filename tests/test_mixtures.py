@@ -221,8 +221,13 @@ def test_mixtures_are_decomposed_where_a_program_begins():
         step = lambda x, t: (model.denoise(t, x), None)
         return jax.lax.scan(step, x, jnp.linspace(0.2, 0.8, 5))[0]
 
-    assert "eigh" in str(jax.make_jaxpr(run)(model))
-    assert "eigh" not in str(jax.make_jaxpr(run)(mixtures.decomposed(model)))
+    def decompositions_in_loops(run):
+        loops = [e for e in jax.make_jaxpr(run)(model).eqns if e.primitive.name == "scan"]
+        assert len(loops) == 1
+        return str(loops[0].params["jaxpr"]).count("eigh")
+
+    assert decompositions_in_loops(run) > 0
+    assert decompositions_in_loops(lambda model: run(mixtures.decomposed(model))) == 0
     function = tj._pytree.Function(mixtures.GaussianMixture.log_prob.__get__(prior))
     assert "eigh" not in str(jax.make_jaxpr(mixtures.decomposed(function))(x))
     wider = eqx.tree_at(lambda m: m.covs, prior, 2 * prior.covs)
@@ -507,3 +512,27 @@ def test_narrow_directions_off_the_axes_in_single_precision(components, narrow):
             np.abs(np.asarray(by(single, jnp.float32), np.float64) - np.asarray(exact)).max()
             < 10 * np.finfo(np.float32).eps / sigma
         )
+
+
+def test_covariances_that_are_replaced_inside_of_a_run_count():
+    """A guidance that changes its model is called with a mixture that is decomposed already."""
+    base = tj.Analytic(tj.GaussianMixture([1.0], [[0.0] * 5], [np.eye(5)]))
+    wide = 9 * jnp.eye(5)[None]
+
+    class Replaced(tj.guidance.Guidance):
+        model: tj.Analytic
+
+        def __call__(self, key, t, x, state):
+            model = eqx.tree_at(lambda m: m.mixture.covs, self.model, wide)
+            slope = eqx.filter_grad(lambda m: m.mixture.log_prob(x))(self.model).mixture.covs
+            tilted = model.denoise(t, x) + 0 * jnp.sum(slope)
+            return tj.guidance.Estimate(jnp.where(jnp.all(slope == 0), jnp.nan, tilted)), state
+
+        def log_tilt(self, x1):
+            return jnp.zeros(())
+
+    run = lambda model, guidance=None: (
+        tj.sample(jax.random.key(0), model, guidance, num=8, steps=10).x
+    )
+    expected = run(tj.Analytic(tj.GaussianMixture([1.0], [[0.0] * 5], wide)))
+    np.testing.assert_allclose(run(base, Replaced(base)), expected, rtol=1e-9)

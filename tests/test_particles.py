@@ -94,6 +94,8 @@ def test_a_trace_names_the_first_failed_step_and_its_cause(cause):
     assert "step 2 of 5, from t = 0.4" in str(error.value)
     assert getattr(CAUSES, cause) in str(error.value)
     Trace(trace.times, Failures(*[never] * 5)).check()
+    with pytest.raises(ValueError, match="trace is that of several runs"):
+        jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trace).check()
 
 
 def test_a_population_is_a_pytree():

@@ -177,7 +177,7 @@ def _tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> 
         mean = form.center + axes @ (moved + scale * tilted @ gradient)
         return log_weight, mean, axes @ tilted @ axes.T
 
-    axes, _, rotated = prior.spectrum
+    axes, _, rotated, _ = prior.spectrum
     parts = prior.log_weights, prior.means, axes, rotated
     log_weights, means, covs = jax.vmap(component)(*parts)
     mixture = prior.replace(log_weights, means, covs)

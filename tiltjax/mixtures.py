@@ -42,12 +42,13 @@ T = TypeVar("T")
 
 class Spectrum(NamedTuple):
     """`S_k = V_k R_k V_k^T`, with constant axes V_k and a matrix R_k that is `diag(values)`, of
-    shapes `(K, d, d)`, `(K, d)`, `(K, d, d)`.
+    shapes `(K, d, d)`, `(K, d)`, `(K, d, d)`; `covs` are the S_k that were decomposed.
     """
 
     axes: Array
     values: Array
     rotated: Array
+    covs: Array
 
 
 class View(NamedTuple):
@@ -145,24 +146,29 @@ class GaussianMixture(eqx.Module):
         return eqx.tree_at(where, self, parts, is_leaf=lambda leaf: leaf is None)
 
     def decomposed(self) -> "GaussianMixture":
-        """The same mixture with the eigendecomposition of its covariances: for use inside of one
-        compiled program, where nobody replaces `covs`.
+        """The same mixture with the eigendecomposition of its covariances, for use inside of one
+        compiled program.
         """
-        if self._spectrum is not None:
+        if self._is_decomposed:
             return self
         return self._replace(self.log_weights, self.means, self.covs, self.spectrum)
 
     @property
+    def _is_decomposed(self) -> bool:
+        # By identity: who has replaced `covs` since, or differentiates by them, gets a new one.
+        return self._spectrum is not None and self._spectrum.covs is self.covs
+
+    @property
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of the covariances."""
-        if self._spectrum is not None:
+        if self._spectrum is not None and self._is_decomposed:
             return self._spectrum
         values, axes = _linalg.eigh(jax.lax.stop_gradient(self.covs))
         values = jnp.maximum(values, 0)
         # The difference is zero to the last bit; its derivative is not.
         rotated = jnp.swapaxes(axes, 1, 2) @ self.covs @ axes
         rotated = rotated - jax.lax.stop_gradient(rotated) + _diagonal(values)
-        return Spectrum(axes, values, rotated)
+        return Spectrum(axes, values, rotated, self.covs)
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -206,16 +212,16 @@ class GaussianMixture(eqx.Module):
         """
         mixture = self.decomposed()
         log_weights, means = mixture._at(alpha, sigma, x)
-        axes, values, rotated = mixture.spectrum
+        axes, values, rotated, _ = mixture.spectrum
         noise = jnp.asarray(sigma, self.means.dtype) ** 2
         data = jnp.asarray(alpha, self.means.dtype) ** 2
         covs = noise * _recomposed_ratio(axes, rotated, values, data, noise)
         covs = (covs + jnp.swapaxes(covs, 1, 2)) / 2
         # Along the same axes. A mixture that was not decomposed gives one that is not.
         spectrum = None
-        if self._spectrum is not None:
+        if self._is_decomposed:
             ratio = noise * _ratio(rotated, values, data, noise)
-            spectrum = Spectrum(axes, noise * values / (data * values + noise), ratio)
+            spectrum = Spectrum(axes, noise * values / (data * values + noise), ratio, covs)
         return self._replace(jax.nn.log_softmax(log_weights), means, covs, spectrum)
 
     def denoise(self, alpha: Array, sigma: Array, x: Array) -> Array:
@@ -225,7 +231,7 @@ class GaussianMixture(eqx.Module):
 
     def view(self, alpha: Array, sigma: Array) -> View:
         """What `denoise` needs of `alpha` and `sigma`, whatever the state: a tree of arrays."""
-        axes, values, rotated = self.spectrum
+        axes, values, rotated, _ = self.spectrum
         dtype = self.means.dtype
         alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
         data, noise = alpha**2, sigma**2
@@ -254,7 +260,7 @@ class GaussianMixture(eqx.Module):
         `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`, where
         `K^-1 = I + precision S`.
         """
-        axes, values, rotated = self.spectrum
+        axes, values, rotated, _ = self.spectrum
         one = jnp.ones_like(precision)
         shift = natural[None] - precision * self.means
         along = _linalg.product(jnp.swapaxes(axes, 1, 2), shift)
@@ -274,7 +280,7 @@ class GaussianMixture(eqx.Module):
         return _linalg.array(log_weights), _linalg.array(means)
 
     def _constants(self) -> _Constants:
-        axes, _, rotated = self.spectrum
+        axes, _, rotated, _ = self.spectrum
         constants = _Constants(self.means, jnp.swapaxes(axes, 1, 2), rotated)
         return _Constants(*map(self._entries, constants))
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _sharding, resampling
+from tiltjax import _callbacks, _checks, _sharding, resampling
 
 
 class Failures(NamedTuple):
@@ -87,6 +87,10 @@ class Trace(eqx.Module):
         """Raise `FloatingPointError` naming the first failed step and the cause."""
         if not _checks.concrete(self.failed):
             return
+        if self.times.ndim > 1:
+            raise ValueError(
+                "this trace is that of several runs: check one, jax.tree.map(lambda a: a[i], trace)"
+            )
         failed = np.stack([np.asarray(flags) for flags in self.failed], axis=-1)
         if not np.any(failed):
             return
@@ -168,7 +172,7 @@ class Particles(eqx.Module):
 
     def _values(self, fn) -> Array:
         """In the precision of the weights at least: the mean of a condition is a probability."""
-        values = self.x if fn is None else jax.vmap(fn)(self.x)
+        values = self.x if fn is None else _callbacks.run(jax.vmap(fn), self.x)
         wide = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits >= 32
         return values if wide else values.astype(self.log_weights.dtype)
 
@@ -246,7 +250,8 @@ class Particles(eqx.Module):
                 mixing=Mixing(**of_mixing) if of_mixing else None,
             )
         except (
-            ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile
+            ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError,
+            zipfile.BadZipFile,
         ) as error:  # fmt: skip
             raise ValueError(
                 f"{os.fspath(file)} holds no particles: expected a file that Particles.save wrote"

@@ -2,6 +2,7 @@
 1e-10).
 """
 
+import concurrent.futures
 import http.server
 import json
 import subprocess
@@ -544,3 +545,59 @@ def test_a_record_saves_while_it_goes(tmp_path):
         tj.external.Record().save()
     with pytest.raises(ValueError, match=r"npz file, got 'queries\.csv'"):
         tj.external.Record("queries.csv")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StopIteration(), RuntimeError(), ValueError("\0 \ud800 ü\nsecond line"), KeyError("k")],
+)
+def test_any_error_is_raised_as_itself(error):
+    def broken(x):
+        raise error
+
+    particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
+    with pytest.raises(type(error)) as caught:
+        tj.best_of_n(particles, tj.external.External(broken), 2)
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught:
+        particles.mean(tj.external.External(broken))
+    assert caught.value is error
+
+
+def test_an_error_of_something_else_stays_what_it_is():
+    def empty(x):
+        raise RuntimeError
+
+    def other(x):
+        raise KeyError("RuntimeError of another function")
+
+    particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(jax.jit(tj.external.External(empty))(jnp.zeros(2)))
+    out = jax.ShapeDtypeStruct((), jnp.float64)
+    reward = lambda x: jax.pure_callback(other, out, x, vmap_method="sequential")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="KeyError"):
+        tj.best_of_n(particles, reward, 2)
+
+
+def test_threads_get_their_own_errors():
+    particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
+
+    def run(name):
+        class Own(Exception):
+            pass
+
+        def broken(x):
+            raise Own("the same text")
+
+        reward, found = tj.external.External(broken), []
+        for _ in range(20):
+            try:
+                tj.best_of_n(particles, reward, 2)
+            except Exception as error:
+                found.append(type(error) is Own)
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found in pool.map(run, "ab"):
+            assert found == [True] * 20

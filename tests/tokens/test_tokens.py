@@ -211,7 +211,7 @@ def _row(name):
     return pytest.param(name, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(_row, ROWS))
+@pytest.mark.parametrize("name", [_row(name) for name in ROWS])
 def test_weights_are_unbiased_for_every_class_of_states(name):
     settings = {"proposal": proposals.Base(), "ess_threshold": 1.0} | ROWS[name]
     p, ratio, error = unbiased(settings.pop("runs"), settings.pop("num"), **settings)

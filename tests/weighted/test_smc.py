@@ -166,7 +166,7 @@ def _row(number):
     return pytest.param(row, id="-".join(type(part).__name__ for part in row[:3]), marks=marks)
 
 
-@pytest.mark.parametrize("row", map(_row, range(len(ROWS))))
+@pytest.mark.parametrize("row", [_row(number) for number in range(len(ROWS))])
 def test_the_normalizing_constant_is_unbiased(row, truths):
     guidance, proposal, potential, scheme, threshold, temper, extra = row
     values = log_norms(
@@ -236,6 +236,23 @@ def test_keys_that_collide_are_found(monkeypatch, truths):
         loop, "particle_key", lambda key_step, i: jax.random.fold_in(jax.random.key(0), i)
     )
     assert fails(log_norms(anew(), proposal=BASE, ess_threshold=1.0), truths[1.0])
+
+
+def test_the_loop_by_hand_ends_where_it_has_to():
+    run = tj.weighted.SMC(MODEL, DPS, num=NUM, steps=4)
+    keys = run.keys(jax.random.key(0))
+    state, _ = tj.weighted.init(keys[0], run)
+    state, _ = tj.weighted.step(keys=keys[1], run=run, state=state)
+    early = tj.weighted.finish(keys[-1], run, state)
+    np.testing.assert_allclose(early.trace.times, [run.times[1], 1])
+    for keys_step in keys[2:-1]:
+        state, _ = tj.weighted.step(keys_step, run, state)
+    with pytest.raises(ValueError, match="all 3 steps with a kernel are done: call finish"):
+        tj.weighted.step(keys[-1], run, state)
+    with pytest.raises(TypeError, match="guidance must be a Guidance"):
+        tj.weighted.SMC(MODEL, None, num=NUM)
+    with pytest.raises(TypeError, match="guide makes a guidance"):
+        tj.tds(jax.random.key(0), MODEL, REWARD, num=NUM, guide=DPS)
 
 
 @pytest.mark.slow
@@ -400,9 +417,13 @@ def test_published_methods_have_the_right_normalizing_constant(name, truths):
 def test_schedules_of_published_methods_scale_with_the_steps():
     key = jax.random.key(0)
     run = lambda method, steps: method(key, MODEL, REWARD, scale=SCALE, num=8, steps=steps).trace
-    for steps in (10, 100):
-        resampled = np.flatnonzero(run(tj.fk_steering, steps).resampled)
-        assert set(resampled) <= {steps * i // 5 for i in range(1, 5)}
+    for steps in (2, 7, 12, 100):
+        weighs = tj.weighted.SMC(
+            MODEL, DPS, num=8, steps=steps, schedule=P.ResampleFractions(0.2, 0.4, 0.6, 0.8)
+        ).weighs
+        wanted = {min(round(steps * i / 5), steps - 2) for i in range(1, 5)}
+        assert set(np.flatnonzero(weighs)) == wanted
+        assert set(np.flatnonzero(run(tj.fk_steering, steps).resampled)) <= wanted
     np.testing.assert_allclose(run(tj.das, 100).tempering[:5], 1.008 ** np.arange(5) - 1)
     assert run(tj.das, 10).tempering[-2] == 1
     with pytest.raises(ValueError, match="tempering must end at one"):

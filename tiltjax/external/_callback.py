@@ -31,8 +31,7 @@ class Callback(NamedTuple):
         try:
             parts = self.reward.evaluate(x.reshape(-1, *shape), self.gradient)
         except BaseException as error:
-            _callbacks.remember(error)
-            raise
+            raise _callbacks.outside(error) from error
         return tuple(part.reshape(leading + part.shape[1:]) for part in parts)
 
     def into_buffers(self, _context: Any, out: tuple[Any, ...], x: Any) -> None:

@@ -17,8 +17,9 @@ often and in which order it is called is not promised: a value that nothing need
 and one that several devices need may be computed on each. A `Record` stores the calls.
 
 **Failures.** A reward that raises, hangs, or returns something else than n numbers stops the run.
-JAX reports this as a `JaxRuntimeError` (or a `ValueError`) whose last lines are the message; inside
-`with failures():` the error is raised as itself. A `Record` with a file is saved when a run stops.
+The functions of this library raise the error itself. A program of your own (`jax.jit`) raises a
+`JaxRuntimeError` whose text holds the message; inside `with failures():` it raises the error
+itself. A `Record` with a file is saved when a run stops.
 
 **Threads.** On a CPU the function runs on the thread of the compiled program, on a copy of its
 memory, and must not call JAX: that can wait for the very thread it occupies. (`jax.pure_callback`

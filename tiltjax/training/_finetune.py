@@ -48,6 +48,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _callbacks, _checks, _pytree, rewards
+from tiltjax.mixtures import decomposed
 from tiltjax.models import Model, check_pair
 from tiltjax.samplers import resolve_times
 from tiltjax.solvers import Ancestral, Kernel
@@ -212,7 +213,7 @@ class _Loss(eqx.Module):
 
     def __call__(self, network: Any, key: Array) -> Array:
         model = _pytree.cast(self.build(network), self.rollout.base.dtype)
-        return self.objective(self.rollout, model, key)
+        return self.objective(*decomposed((self.rollout, model)), key)
 
 
 def finetune(
@@ -385,7 +386,7 @@ def _check_gradient(rollout: Rollout, name: str, key: Array) -> None:
 @_callbacks.compiled
 def _reward_gradients(rollout: Rollout, key: Array) -> tuple[Array, Array]:
     """The reward and its gradient at the ends of base trajectories."""
-    key_start, key_run = jax.random.split(key)
+    rollout, (key_start, key_run) = decomposed(rollout), jax.random.split(key)
 
     def advance(x, step):
         t, u, key = step

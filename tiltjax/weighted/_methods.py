@@ -2,7 +2,7 @@ r"""Published methods of weighted particles: Feynman-Kac steering, DAS, TDS, SVD
 
 | method | proposal | potential, tempering | resampling |
 |---|---|---|---|
-| `fk_steering` | `Base()` | `Max()` | multinomial, at every fifth of the run but its ends |
+| `fk_steering` | `Base()` | `Max()` | multinomial, at one to four fifths of the run |
 | `das` | `Shifted()` | `Difference()`, `Exponential` | ssp, where half of the sample size is lost |
 | `tds` | `Guided()` | `Difference()` | systematic, after every step |
 | `svdd` | `Children(m)` | `Difference()` | none: each particle chooses among its m children |
@@ -16,14 +16,13 @@ from typing import Any
 
 from jaxtyping import Array
 
-from tiltjax import _checks, resampling
+from tiltjax import resampling
 from tiltjax.guidance import Guidance, dps
 from tiltjax.models import Denoiser, Model
 from tiltjax.particles import Particles
 from tiltjax.rewards import ValueOnly
-from tiltjax.solvers import Ancestral
 from tiltjax.weighted._smc import smc
-from tiltjax.weighted.potentials import Max, ResampleSchedule
+from tiltjax.weighted.potentials import Max, ResampleFractions
 from tiltjax.weighted.proposals import Base, Children, Guided, Shifted
 from tiltjax.weighted.tempering import Exponential
 
@@ -33,12 +32,12 @@ Guide = Callable[..., Guidance]
 
 def gradient(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
     """`dps`, of models whose states are numbers."""
-    if not isinstance(model, Model):
+    if isinstance(model, Denoiser) and not isinstance(model, Model):
         raise TypeError(
             f"states of {type(model).__name__} have no gradient to guide by: give "
             "guide=tiltjax.tokens.Completions"
         )
-    return dps(model, reward, scale)
+    return dps(model, reward, scale)  # pyright: ignore[reportArgumentType], checked there
 
 
 def values_only(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
@@ -59,8 +58,9 @@ def fk_steering(
     """Feynman-Kac steering: base proposals, `Max` potentials, multinomial resampling. No gradient.
 
     Published for text to image with 100 steps, of which the 20th, 40th, 60th and 80th resample; a
-    run of N steps resamples at the same fractions of N. Two faults of the published code are
-    repaired: the last potential completes the reward, and weights that no resampling used stay.
+    run of N steps resamples after the steps nearest to these fractions of it. Two faults of the
+    published code are repaired: the last potential completes the reward, and weights that no
+    resampling used stay.
 
     **Arguments:** `key`, `model`, `num`; `reward`, any function of one sample, and `scale`;
     `guide(model, reward, scale)`, the guidance that twists, by default `dps` without gradients (for
@@ -68,15 +68,14 @@ def fk_steering(
 
     **Returns**, **raises:** as `smc`. Source: Singhal et al. (arXiv 2501.06848).
     """
-    if "schedule" not in settings:
-        settings["schedule"] = _fifths(model, settings)
-    defaults: dict[str, Any] = {
+    published: dict[str, Any] = {
         "proposal": Base(),
         "potential": Max(),
         "resample": resampling.multinomial,
+        "schedule": ResampleFractions(0.2, 0.4, 0.6, 0.8),
         "ess_threshold": 1.0,
     }
-    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+    return _weigh(key, model, guide, reward, scale, published, {"num": num, **settings})
 
 
 def das(
@@ -94,19 +93,19 @@ def das(
     sample size.
 
     **Arguments:** as in `fk_steering`, with a reward that has a gradient; `gamma` of the tempering
-    `(1 + gamma)^i - 1`, by default the published .008 for 100 steps, and for N steps the one that
-    rises as far, `1.008^(99 / (N - 1)) - 1`. The published code forgets twists when it resamples;
-    here everything follows its ancestor. Source: Kim et al. (arXiv 2501.05803).
+    `(1 + gamma)^i - 1`, by default the published .008 of 100 steps: a run of N steps then has the
+    same factors at the same fractions of its way. Not for tokens, which have no score.
+
+    The published code forgets twists when it resamples; here everything follows its ancestor.
+    Source: Kim et al. (arXiv 2501.05803).
     """
-    if gamma is None:
-        gamma = 1.008 ** (99 / max(_steps(model, settings) - 1, 1)) - 1
-    defaults: dict[str, Any] = {
+    published: dict[str, Any] = {
         "proposal": Shifted(),
-        "tempering": Exponential(gamma),
+        "tempering": Exponential(0.008, steps=100) if gamma is None else Exponential(gamma),
         "resample": resampling.ssp,
         "ess_threshold": 0.5,
     }
-    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+    return _weigh(key, model, guide, reward, scale, published, {"num": num, **settings})
 
 
 def tds(
@@ -125,12 +124,12 @@ def tds(
     **Arguments:** as in `fk_steering`, with a reward that has a gradient. Source: Wu et al. (arXiv
     2306.17775).
     """
-    defaults: dict[str, Any] = {
+    published: dict[str, Any] = {
         "proposal": Guided(),
         "resample": resampling.systematic,
         "ess_threshold": 1.0,
     }
-    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+    return _weigh(key, model, guide, reward, scale, published, {"num": num, **settings})
 
 
 def svdd(
@@ -155,24 +154,24 @@ def svdd(
     **Arguments:** as in `fk_steering`; `children`, published with 20. Source: Li et al. (arXiv
     2408.08252).
     """
-    defaults: dict[str, Any] = {"proposal": Children(children), "ess_threshold": 0.0}
-    return smc(key, model, guide(model, reward, scale), num=num, **(defaults | settings))
+    published: dict[str, Any] = {"proposal": Children(children), "ess_threshold": 0.0}
+    return _weigh(key, model, guide, reward, scale, published, {"num": num, **settings})
 
 
-def _steps(model: Denoiser, settings: dict[str, Any]) -> int:
-    """The number of steps of a run with these settings."""
-    steps, times = settings.get("steps"), settings.get("times")
-    if times is not None:
-        return len(times) - 1
-    if steps is not None:
-        return _checks.count(steps, "steps")
-    if model.steps is not None:
-        return model.steps
-    solver = settings.get("solver")
-    return (model.default_solver(Ancestral()) if solver is None else solver).steps
-
-
-def _fifths(model: Denoiser, settings: dict[str, Any]) -> ResampleSchedule:
-    """The steps at one to four fifths of a run."""
-    fifth = max(1, round(_steps(model, settings) / 5))
-    return ResampleSchedule(fifth, start=fifth, stop=4 * fifth)
+def _weigh(
+    key: Array,
+    model: Denoiser,
+    guide: Guide,
+    reward: Callable,
+    scale: float | Array,
+    published: dict[str, Any],
+    settings: dict[str, Any],
+) -> Particles:
+    """`smc` with the published settings, but for those that a caller gives."""
+    if isinstance(guide, Guidance):
+        raise TypeError(
+            f"guide makes a guidance of (model, reward, scale), got a {type(guide).__name__}: pass "
+            "a function such as dps, or call smc with the guidance"
+        )
+    given = {name: value for name, value in settings.items() if value is not None}
+    return smc(key, model, guide(model, reward, scale), **(published | given))

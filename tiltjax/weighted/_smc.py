@@ -44,7 +44,7 @@ from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, effective, weight_dtype
 from tiltjax.samplers import check_run, initial_states, map_particles
 from tiltjax.solvers import Ancestral, Solver
-from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule
+from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule, Schedule
 from tiltjax.weighted.proposals import Guided, Proposal
 from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 
@@ -143,7 +143,7 @@ class SMC(eqx.Module):
         potential: Potential | None = None,
         tempering: Tempering | None = None,
         resample: resampling.Resampler = resampling.systematic,
-        schedule: ResampleSchedule | None = None,
+        schedule: Schedule | None = None,
         ess_threshold: float = 0.5,
         solver: Solver | None = None,
         chunk_size: int | None = None,
@@ -154,9 +154,8 @@ class SMC(eqx.Module):
         schedule = ResampleSchedule() if schedule is None else schedule
         _checks.instance(self.proposal, Proposal, "proposal", "such as proposals.Guided()")
         _checks.instance(self.potential, Potential, "potential", "such as potentials.Difference()")
-        _checks.instance(
-            schedule, ResampleSchedule, "schedule", "use ResampleSchedule(n, start, stop)"
-        )
+        _checks.instance(schedule, Schedule, "schedule", "use ResampleSchedule(n, start, stop)")
+        _checks.instance(guidance, Guidance, "guidance", "such as dps(model, reward, scale)")
         _checks.function(resample, "resample")
         self.ess_threshold = _checks.number(ess_threshold, "ess_threshold", 0, 1)
         _check_noise(solver)
@@ -234,7 +233,7 @@ def smc(
     potential: Potential | None = None,
     tempering: Tempering | None = None,
     resample: resampling.Resampler = resampling.systematic,
-    schedule: ResampleSchedule | None = None,
+    schedule: Schedule | None = None,
     ess_threshold: float = 0.5,
     solver: Solver | None = None,
     chunk_size: int | None = None,
@@ -282,29 +281,48 @@ def smc(
     return particles
 
 
-@_callbacks.compiled
 def init(keys: Array, run: SMC) -> tuple[State, Info]:
-    """`num` particles at the start, evaluated there, with equal weights."""
+    """`num` particles at the start, evaluated there, with equal weights; `keys` is the first row of
+    `run.keys(key)`. Nothing is raised: `info.failed` says what was not finite.
+    """
+    return _init(keys, run)
+
+
+def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
+    """The next of the `run.steps - 1` steps that move by a kernel: propose, look, weigh, resample.
+
+    **Raises:** `ValueError` where `finish` is due.
+    """
+    if _checks.concrete(state.number) and int(state.number) >= run.steps - 1:
+        raise ValueError(f"all {run.steps - 1} steps with a kernel are done: call finish")
+    return _another(keys, run, state)
+
+
+def finish(keys: Array, run: SMC, state: State) -> Particles:
+    """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
+    the potentials: particles at t = 1, with a `trace` of this step. A run that is finished early is
+    one on the times until then, and 1.
+    """
+    return _end(keys, run, state)
+
+
+@_callbacks.compiled
+def _init(keys: Array, run: SMC) -> tuple[State, Info]:
     run = run._ready()
     return _advance(keys, run, _start(keys, run))
 
 
 @_callbacks.compiled
-def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
-    """The next of the `run.steps - 1` steps that move by a kernel: propose, look, weigh,
-    resample.
-    """
+def _another(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     return _advance(keys, run._ready(), state)
 
 
 @_callbacks.compiled
-def finish(keys: Array, run: SMC, state: State) -> Particles:
-    """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
-    the potentials: particles at t = 1, with a `trace` of this step.
-    """
+def _end(keys: Array, run: SMC, state: State) -> Particles:
     particles, info = _finish(keys[0], run._ready(), state)
     info = jax.tree.map(lambda leaf: leaf[None], info)
-    return _traced(particles, run.times[-2:], info, state.particles.root)
+    times = jnp.stack([run.times[state.number], run.times[-1]])
+    return _traced(particles, times, info, state.particles.root)
 
 
 @_callbacks.compiled

@@ -79,7 +79,39 @@ class Immediate(Potential):
         return applied + value, memory
 
 
-class ResampleSchedule(eqx.Module):
+class Schedule(eqx.Module):
+    """After which steps of a run particles are weighed and may be resampled; subclasses define
+    `steps(total)`, one truth value for each of `total` steps.
+    """
+
+    def steps(self, total: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class ResampleFractions(Schedule):
+    """Weigh and resample after the steps nearest to these fractions of a run, such as `.2` to `.8`.
+
+    **Raises:** `ValueError` for no fraction, or one outside (0, 1).
+    """
+
+    fractions: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, *fractions: float):
+        if not fractions:
+            raise ValueError("ResampleFractions needs a fraction, such as ResampleFractions(0.5)")
+        self.fractions = tuple(
+            _checks.number(fraction, "a fraction of a run", 0, 1, closed="neither")
+            for fraction in fractions
+        )
+
+    def steps(self, total: int) -> np.ndarray:
+        chosen = np.zeros(total, bool)
+        nearest = [round(fraction * total) for fraction in self.fractions]
+        chosen[np.clip(nearest, 0, max(total - 2, 0))] = True  # the last one has no next
+        return chosen
+
+
+class ResampleSchedule(Schedule):
     """Weigh and resample after the steps `start, start + n, ...` up to `stop` (inclusive; `None`:
     to the end). The last always counts.
 

@@ -5,7 +5,7 @@ the tilt whatever the factors are.
 
 | tempering | after step i, from 0 |
 |---|---|
-| `Exponential(gamma)` | `min((1 + gamma)^i - 1, 1)` |
+| `Exponential(gamma, steps)` | `min((1 + gamma)^i - 1, 1)` |
 | `Polynomial(power, gamma)` | `min((gamma i)^power, 1)` |
 | `AdaptiveTempering(ess)` | the largest that leaves the effective sample size `ess * num` |
 
@@ -35,19 +35,26 @@ class Tempering(eqx.Module):
 
 
 class Exponential(Tempering):
-    """`b_i = min((1 + gamma)^i - 1, 1)` after step i, from 0. **Arguments:** `gamma`; by default
-    the one that gets there in time.
+    """`b_i = min((1 + gamma)^i - 1, 1)` after step i, from 0.
+
+    **Arguments:** `gamma`, by default the one that gets there in time; `steps`, for how many steps
+    `gamma` is meant: a run of N steps reaches the same factors at the same fractions of its way, as
+    `(1 + gamma)^((steps - 1) / (N - 1)) - 1` does. By default `gamma` is that of any run.
     """
 
     gamma: Array | None
+    steps: int | None = eqx.field(static=True)
 
-    def __init__(self, gamma: float | Array | None = None):
+    def __init__(self, gamma: float | Array | None = None, steps: int | None = None):
         self.gamma = None if gamma is None else _checks.positive(gamma, "gamma")
+        self.steps = None if steps is None else _checks.count(steps, "steps", 2)
 
     def factors(self, steps: int) -> Array:
         least = 2 ** (1 / max(steps - 1, 1)) - 1
-        gamma = least if self.gamma is None else self.gamma
-        factors = jnp.minimum(jnp.expm1(jnp.arange(steps, dtype=float) * jnp.log1p(gamma)), 1.0)
+        rate = jnp.log1p(least if self.gamma is None else self.gamma)
+        if self.steps is not None:
+            rate = rate * ((self.steps - 1) / max(steps - 1, 1))
+        factors = jnp.minimum(jnp.expm1(jnp.arange(steps, dtype=float) * rate), 1.0)
         return _complete(factors, f"gamma of at least {least:.3g}")
 
 
