@@ -513,3 +513,10 @@ def test_batches_and_single_precision():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("variance", [True, tj.guidance.Probe, tj.Linear()])
+def test_a_variance_is_a_number_a_function_or_a_probe(variance):
+    network = tj.from_denoiser(lambda t, x: 0.5 * x, shape=(2,))
+    with pytest.raises(TypeError, match=r"calibrate\(key, model\).*Probe\(\).*got"):
+        tj.Conjugate(network, lambda x: jnp.sum(x**3), variance=variance)

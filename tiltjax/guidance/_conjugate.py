@@ -459,12 +459,19 @@ def _variance(value: Any, model: Model) -> Any:
     """`v(snr)` of `variance=`, as a module."""
     if value is None and isinstance(model, Analytic):
         return _variance_of(model)
+    choices = (
+        "a function of the snr, or the data's variance as a number; calibrate(key, model), which "
+        "measures it once; or Probe(), which estimates it at each state by a derivative"
+    )
     if value is None:
         raise ValueError(
-            "Conjugate needs variance=, the mean squared error of this network's denoiser: a "
-            "function of the snr, or the data's variance as a number; calibrate(key, model), "
-            "which measures it once; or Probe(), which estimates it at each state by a derivative"
+            "Conjugate needs variance=, the mean squared error of this network's denoiser: "
+            f"{choices}"
         )
+    known = isinstance(value, Probe) or callable(value)
+    if isinstance(value, bool | type) or (isinstance(value, eqx.Module) and not known):
+        got = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"variance must be one of these: {choices}; got {got}")
     if isinstance(value, eqx.Module):
         return value
     if callable(value):
