@@ -174,3 +174,27 @@ assert "flax" not in sys.modules
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_compiled_programs_are_kept_for_the_next_run(named, tmp_path):
+    """In the folder for caches of the user, or where JAX is told to; only the command does so."""
+    code = (
+        "import sys, jax, tiltjax.cli; print(jax.config.jax_compilation_cache_dir); "
+        "sys.argv = ['tiltjax', '--version']; tiltjax.cli.main(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    variables = environment.quick() | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if named:
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    before, _, after = run.stdout.splitlines()
+    assert before == (variables["JAX_COMPILATION_CACHE_DIR"] if named else "None")
+    if named:
+        assert after == before
+    else:
+        assert after.startswith(str(tmp_path))
+        assert after.endswith("programs")
