@@ -158,6 +158,7 @@ def ours(log_weights, means, covs, alpha, sigma, x):
     return base.replace(log_weights, means, covs).denoise(alpha, sigma, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "covs"),
     [
@@ -275,6 +276,7 @@ def test_a_small_weight_moves_the_mean_by_the_right_amount(weight):
     np.testing.assert_allclose(got, 1.0, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_derivatives_of_two_components_far_apart_in_single_precision():
     """In the width of the noise, thrice, forward and reverse: of points at 1 and -1, seen at x,
     `D = 1 - 2 / (1 + exp(2 x / sigma^2))`.

@@ -51,6 +51,7 @@ def test_contract(name, dtype):
         chex.assert_trees_all_close(jacobian, numeric, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*POSTERIORS, "renoise"])
 def test_several_draws_are_as_many_independent_ones(name):
     """A single one is `draw`'s, also with the denoiser at hand; many have its moments, and of three

@@ -168,6 +168,7 @@ def test_the_flow_of_images_is_that_of_the_tilt():
 # Verbs.
 
 
+@pytest.mark.slow
 def test_gibbs_samples_an_anisotropic_tilt_of_images():
     """The weight differs from pixel to pixel: every pixel's tilt is a Gaussian of its own."""
     weight, num, steps = jnp.linspace(0.5, 1.5, SIZE).reshape(SHAPE), 500, 25

@@ -256,6 +256,7 @@ def test_adaptive_holds_the_draw_over_a_step_and_updates_the_memory_once(u):
     assert int(memory) == 1
 
 
+@pytest.mark.slow
 def test_adaptive_says_what_failed():
     """One program: a network that is NaN past a time, and a tolerance that three steps cannot
     meet.
@@ -281,6 +282,7 @@ def test_adaptive_says_what_failed():
         run(0.6, 400)
 
 
+@pytest.mark.slow
 def test_adaptive_differentiates_in_reverse():
     """The flow of one Gaussian is affine, with the slope `width(u) / width(t)`."""
     gaussian = model(tj.Linear(1.7))

@@ -117,6 +117,7 @@ def test_a_guided_sampler_has_its_discrete_law(method, solver, interpolant):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Ancestral(0.4)])
 def test_fmrg_has_its_discrete_law(solver):
     prior, reward = general()
@@ -162,6 +163,7 @@ def test_runs_that_end_before_one_have_their_discrete_law(end):
     assert_moments(x, theory.discrete_law(theory.dps_field(prior, reward, 1.0), times=times))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("d", "scale", "method"),
     [(1, 2.0, "dps"), (2, 0.3, "plug-in"), (2, 2.0, "plug-in"), (5, 1.0, "plug-in")],
@@ -179,6 +181,7 @@ def test_one_draw_has_dawsons_law(d, scale, method):
     assert_moments(x, law, *step_size_term(field(prior, reward, scale), times))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("s2", "scale", "y", "mean"),
     [(0.5, 3.0, 2.5, 0.0), (4.0, 0.2, -3.0, 1.0), (0.1, 2.0, 1.0, -2.0)],
@@ -199,6 +202,7 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
         assert_moments(x, tilt, *slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("s2", "scale"), [(0.5, 0.3), (16.0, 0.1)])
 def test_fmrg_has_its_law(s2, scale):
     prior, reward = (
@@ -226,6 +230,7 @@ def test_fmrg_has_its_law(s2, scale):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "interpolant"),
     [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")]
@@ -264,6 +269,7 @@ def test_tilted_and_doob_sample_the_tilt_within_and_between_modes(name, interpol
             ), label
 
 
+@pytest.mark.slow
 def test_best_of_n_chooses_the_mode_that_plug_in_cannot():
     problem, groups = tj.problems.step(), 4000
     model = tj.Analytic(problem.prior)

@@ -99,6 +99,7 @@ def test_numbers_out_of_range_are_refused_by_the_parser(arguments, capsys):
     assert refused(["demo", *arguments], capsys)
 
 
+@pytest.mark.slow
 def test_images_refuse_nonsense(capsys, tmp_path, monkeypatch):
     names = option_names("images")
     monkeypatch.chdir(tmp_path)

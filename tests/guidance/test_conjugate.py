@@ -163,6 +163,7 @@ def test_stiff_rewards_do_not_blow_up(anisotropic):
     assert tj.metrics.wasserstein(x, truth.sample(jax.random.key(3), num)) < 2.5 * floor
 
 
+@pytest.mark.slow
 def test_a_curved_ridge_is_followed():
     """The stiffest direction turns with the state here."""
     prior = tj.problems.quadratic().prior
@@ -207,6 +208,7 @@ def test_the_most_concave_direction_is_found():
     np.testing.assert_allclose(jnp.abs(fit.stiff), [0, 0, 1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_table_stays_where_the_network_was_trained():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-3, 0.2, 40)))
     model = tj.Analytic(contracts.planar(), path)
@@ -219,6 +221,7 @@ def test_the_table_stays_where_the_network_was_trained():
     np.testing.assert_allclose(jnp.exp(table.log_snr[-1]), path.snr_range()[1] - 4, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_run_that_asks_beyond_the_table_says_so():
     path = tj.DiscreteVP(np.cumprod(1 - np.linspace(0.05, 0.4, 20)))
     model = tj.Analytic(contracts.planar(), path)
@@ -280,6 +283,7 @@ class Counted(tj.Model):
         return MODEL.denoise(t, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_calibration_evaluates_the_network_as_often_as_its_budget_allows(given):
     model = Counted([], MODEL.interpolant)
@@ -327,6 +331,7 @@ def test_balanced_noise_leaves_the_variance_of_the_data_alone():
     np.testing.assert_allclose(mean_square, jnp.mean(centered**2) + 0.49, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_probe_measures_the_variance_at_the_state():
     """Of one isotropic Gaussian every probe is exact, and the fit of a stiff reward as with the
     right table.
@@ -346,6 +351,7 @@ def test_a_probe_measures_the_variance_at_the_state():
     np.testing.assert_allclose(np.var(x, axis=0), 1 / (1 / s2 + 2), rtol=5 * np.sqrt(2 / 2000))
 
 
+@pytest.mark.slow
 def test_a_number_is_the_variance_of_isotropic_data():
     """Exact for one isotropic Gaussian, in its table and in what is sampled with it."""
     s2, reward = 0.6, lambda x: -jnp.sum(x**2)
@@ -437,6 +443,7 @@ def test_a_kink_at_a_large_scale_is_found_and_kept():
     assert np.sqrt(np.mean((np.asarray(x) - 1) ** 2)) < 1.5 * spread
 
 
+@pytest.mark.slow
 def test_it_can_be_differentiated_where_the_reward_is_flat():
     reward = lambda x: jnp.clip(x[0], -1.0, 1.0)
     table = lambda snr: 1 / (1 + snr)
@@ -455,6 +462,7 @@ def test_toward_a_tilted_model_is_that_model():
     np.testing.assert_allclose(guidance.log_tilt(X), 1.5 * reward(X), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_batches_and_single_precision():
     reward = tj.rewards.Bump([0.0, 1.0])
     guidance = tj.Conjugate(MODEL, reward, 2.0, variance=lambda snr: 1 / (1 + snr))

@@ -244,6 +244,7 @@ def test_the_weighted_chain_tends_to_the_geometric_mean(g):
         assert abs(contracts.slope(row) - 1) < 0.2 or row[0] < 1e-3, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("final", "p"),
     [(0.5, 0.0), (1.0, 2.0), (0.5, 2.0), (2.0, 0.0), (-0.3, 1.0)],
@@ -258,6 +259,7 @@ def test_two_gaussians_land_where_their_chain_does(final, p):
     assert_lands(log_norms, squares - 2 * mean * means + mean**2, variance)
 
 
+@pytest.mark.slow
 def test_mixtures_land_there_and_the_annealed_flow_does_not():
     """Where one of two modes has moved away, the geometric mean prefers the other; the average of
     scores does not know.
@@ -320,6 +322,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_integral_of_the_geometric_mean_is_unbiased(name):
     truth = np.log(grid_chain(0.6, 20)[2].sum())
@@ -336,6 +339,7 @@ ROLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_the_constant_of_the_tilt_is_unbiased_whoever_learned_what(name):
     guidance, settings = ROLES[name]
@@ -353,6 +357,7 @@ def unweighted(model, guidance):
 NONE = tj.rewards.LinearReward([0.0])
 
 
+@pytest.mark.slow
 def test_no_share_and_no_difference_weigh_nothing():
     chain = unweighted(P, tj.dps(P, NONE))
     for other, weight in ((Q, (0.0, 1.0)), (P, (1.0, 2.0)), (P, (3.0, 0.0))):
@@ -378,6 +383,7 @@ def test_the_whole_share_is_the_tuned_chain_without_weights():
     np.testing.assert_allclose(tuned.x, jump(P, before(chain.x)), atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heun", "ancestral, eta=.5", "adaptive"])
 def test_samples_move_as_those_of_annealed(name):
     base, tuned = TWO

@@ -85,6 +85,7 @@ def test_a_guided_run_in_a_window_is_unguided_steps_around_a_guided_run():
     close(whole.x, tj.sample(KEY, base, times=grid[8:], start=x, **options).x)
 
 
+@pytest.mark.slow
 def test_a_window_of_a_twist_keeps_the_normalizing_constant():
     """Weights are exact whatever is guided: the mean of `exp(log_norm)` over runs is that of
     unguided ones, within 5 standard errors.

@@ -45,6 +45,7 @@ def encoded(network, images, cotangent):
     return jax.grad(contracted, has_aux=True)(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

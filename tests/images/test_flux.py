@@ -76,6 +76,7 @@ def _scores(q, k, v):
     return layers.attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
 
+@pytest.mark.slow
 def test_particles_are_rows_of_one_batch_for_kernels_that_need_it():
     net, x, t = network("dev", **WIDE, attention=_scores), states(3), jnp.asarray([0.2, 0.5, 0.9])
     flow = FluxModel(net, *texts(), height=HEIGHT, width=WIDTH, dtype=jnp.float64)
@@ -128,6 +129,7 @@ def test_a_flow_map_is_one_call_of_the_network_with_both_times():
         made().flow_map(jnp.float64(0.2), x)
 
 
+@pytest.mark.slow
 def test_lookahead_forgets_as_much_as_it_says():
     flow, x, t, key = made("dual"), states(1)[0], jnp.float64(0.5), jax.random.key(0)
     np.testing.assert_allclose(
@@ -164,6 +166,7 @@ def coder():
     return autoencoder.Autoencoder(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_verbs_run_on_it_and_images_come_out():
     flow = FluxModel(
         network("dual"), *texts(jnp.float32), height=HEIGHT, width=WIDTH, autoencoder=coder()
@@ -195,6 +198,7 @@ def test_the_grid_is_the_published_one():
         flux.times(28, 512, 512, start=0.5)
 
 
+@pytest.mark.slow
 def test_the_full_size_lowers_without_memory():
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
     net = nnx.eval_shape(lambda: Transformer(Config(), **options, rngs=nnx.Rngs(0)))

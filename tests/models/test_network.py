@@ -152,6 +152,7 @@ def test_what_cannot_be_trained_is_refused():
         training.split_parameters(velocity(param_dtype=jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_guided_runs_of_a_network_come_out_alike_to_the_last_bit():
     # Also weighed, and traced anew: nothing but the key decides.
     net = tj.training.networks.Velocity((2,), width=16, depth=2, rngs=nnx.Rngs(0))

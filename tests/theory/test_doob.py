@@ -12,6 +12,7 @@ import tiltjax as tj
 INTERPOLANTS = [tj.Linear(), tj.Linear(1.7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tj.problems.NAMES)
 def test_log_h_is_log_norm_at_noise_and_the_reward_at_data(name):
     problem = tj.problems.get(name)

@@ -221,6 +221,7 @@ def test_the_stochastic_sampler_has_its_own_law():
     )
 
 
+@pytest.mark.slow
 def test_damping_and_doob_have_no_error_of_the_mean_at_any_number_of_steps():
     prior, reward = line(0.5), tj.rewards.Quadratic([2.5])
     tilt = theory.tilt(prior, reward, 3.0).mixture

@@ -145,6 +145,7 @@ def test_the_recorded_simulations():
         np.testing.assert_allclose([got.mean()[0], *spread], [mean, along, across], atol=7e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("a", [1e-6, 1.0, 1e4])
 def test_every_k_lies_between_one_draw_and_the_tilt_at_any_strength(a):
     one = theory.plug_in_law(

@@ -81,6 +81,7 @@ def test_points_of_the_law_are_ends_of_the_flow():
     )
 
 
+@pytest.mark.slow
 def test_doobs_drift_samples_the_tilt():
     prior, reward, scale = modes(3.0)
     law, tilt = (

@@ -124,6 +124,7 @@ def test_costs_are_what_guidances_spend(plan):
         assert option.cost == (2 * option.steps - 1) * cost
 
 
+@pytest.mark.slow
 def test_without_conjugate_rewards_the_prediction_falls_back():
     prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
     plan = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 0.5, 40, conjugate=False)

@@ -166,6 +166,7 @@ def test_softmax_goes_from_the_base_to_the_tilt_as_n_grows(reward):
     assert abs(kls[-1]) < 1e-9
 
 
+@pytest.mark.slow
 def test_softmax_at_overwhelming_scales_is_best_of_n_and_never_nan():
     best = theory.best_of_n(PLANE, LINEAR, 4)
     before = None
