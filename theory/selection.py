@@ -313,14 +313,12 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
     mass = jnp.exp(jax.nn.logsumexp(law.log_masses, axis=0))[order]
     gap = 16 * jnp.finfo(values.dtype).eps * jnp.abs(values[1:])
     group = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(jnp.diff(values) > gap)])
-    mass = jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)
-    cumulative = jnp.cumsum(mass / jnp.sum(mass))
-    f = jax.ops.segment_max(cumulative, group, len(values))[group]
+    # Atoms without mass keep a positive number, by which they are divided.
+    mass = jnp.maximum(mass / jnp.sum(mass), jnp.finfo(mass.dtype).tiny)
+    f = jax.ops.segment_max(jnp.cumsum(mass), group, len(values))[group]
     # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small
     # atoms.
-    fraction = jnp.minimum(
-        jax.ops.segment_sum(mass / jnp.sum(mass), group, len(values))[group] / f, 1.0
-    )
+    fraction = jnp.minimum(jax.ops.segment_sum(mass, group, len(values))[group] / f, 1.0)
     lowest = fraction > 1 - 4 * jnp.finfo(values.dtype).eps
     fraction = jnp.where(lowest, 0.5, fraction)
     rise = jnp.where(lowest, 0.0, jnp.log(-jnp.expm1(n * jnp.log1p(-fraction)) / fraction))

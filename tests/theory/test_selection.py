@@ -10,6 +10,8 @@ from scipy import integrate, stats
 
 import theory
 import tiltjax as tj
+from theory import _reward_laws as reward_laws
+from theory import selection
 
 PLANE = tj.GaussianMixture([1.0], [[0.3, -0.2]], [[[0.5, 0.1], [0.1, 0.8]]])
 LINEAR = tj.rewards.LinearReward([1.0, 0.5])
@@ -285,3 +287,13 @@ def test_refusals_say_why_and_what_to_use():
         theory.best_of_n(LINE, tj.rewards.Bump([1.0]), 4).reward_log_prob(0.5)
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(lambda s: theory.matching_n(PLANE, LINEAR, s))(1.0)
+
+
+@pytest.mark.parametrize("largest", [1 - 1e-15, 1.0, 1 + 4e-16])
+def test_atoms_without_mass_are_no_number_only(largest):
+    """Cells far from every mode have the least positive mass, whatever the others round to."""
+    log_masses = jnp.asarray([[-1e7, -1e6, np.log(largest), -1e7]])
+    law = reward_laws.AtomReward(jnp.asarray([[0.0, 1.0, 2.0, 3.0]]), log_masses)
+    _, log_ratios = selection._best_of_atoms(law, jnp.asarray(32.0))
+    assert np.all(np.isfinite(log_ratios))
+    np.testing.assert_allclose(log_ratios[0, 2], 0, atol=1e-12)
