@@ -14,7 +14,7 @@ r"""Guidances: estimates of `log h_t(x) = log E[exp(scale r(X_1)) | X_t = x]` an
 
 from tiltjax.guidance import wrappers
 from tiltjax.guidance._base import Estimate, Guidance, check, failures
-from tiltjax.guidance._conjugate import Conjugate, Probe, Variance, toward
+from tiltjax.guidance._conjugate import Conjugate, Probe, Variance, log_snr_levels, toward
 from tiltjax.guidance._doob import Doob
 from tiltjax.guidance._laplace import Laplace
 from tiltjax.guidance._plug_in import PlugIn, dps, fmrg

@@ -74,17 +74,22 @@ class Variance(eqx.Module):
         )
 
 
+def log_snr_levels(model: Model, levels: int) -> Array:
+    """The entries of a table: evenly spaced, as far as the model's network was trained."""
+    base = model.interpolant.sigma(jnp.zeros((), model.dtype))
+    widest = jnp.asarray(_SNR_RANGE, model.dtype) / base**2
+    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
+    network, ahead = model.network_query()
+    lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
+    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
+    return jnp.linspace(first, last, levels)
+
+
 @eqx.filter_jit
 def _variance_of(model: Analytic) -> Variance:
     """The table of a mixture, without a network."""
     model = decomposed(_pytree.cast(model, model.dtype))
-    interpolant = model.interpolant
-    widest = (
-        jnp.asarray(_SNR_RANGE, model.dtype) / interpolant.sigma(jnp.zeros((), model.dtype)) ** 2
-    )
-    lowest, highest = (end.astype(model.dtype) for end in interpolant.snr_range())
-    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
-    log_snr = jnp.linspace(first, last, _LEVELS)
+    log_snr = log_snr_levels(model, _LEVELS)
     return Variance(
         log_snr, jnp.log(jax.lax.map(lambda q: model.posterior_variance(jnp.exp(q)), log_snr))
     )

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tiltjax import _checks, _progress, _pytree
-from tiltjax.guidance import Variance
+from tiltjax.guidance import Variance, log_snr_levels
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.samplers._sample import sample
 from tiltjax.solvers import Heun
 
-_SNR_RANGE = (1e-7, 1e7)  # over the noise's own variance
 _STEPS = 12  # of Heun's method, for a clean sample
 _FINER = 4  # entries of the table for each level
 
@@ -85,7 +84,7 @@ def _calibrate(
     model: Model, key: Array, data: Array, levels: int, chunk_size: int, bar: _progress.Ticker
 ) -> Variance:
     model = decomposed(_pytree.cast(model, model.dtype))
-    log_snr = _log_snr(model, levels)
+    log_snr = log_snr_levels(model, levels)
     noise = balanced(jax.random.normal(key, data.shape, data.dtype), data)
 
     def level(numbered: tuple[Array, Array]) -> Array:
@@ -95,16 +94,6 @@ def _calibrate(
         return jnp.mean(jax.lax.map(error, (data, noise), batch_size=chunk_size))
 
     return refined(log_snr, jax.lax.map(level, (jnp.arange(levels), log_snr)))
-
-
-def _log_snr(model: Model, levels: int) -> Array:
-    base = model.interpolant.sigma(jnp.zeros((), model.dtype))
-    widest = jnp.asarray(_SNR_RANGE, model.dtype) / base**2
-    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
-    network, ahead = model.network_query()
-    lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
-    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
-    return jnp.linspace(first, last, levels)
 
 
 def squared_error(model: Model, snr: Array, x: Array, noise: Array) -> Array:
