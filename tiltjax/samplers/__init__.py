@@ -16,6 +16,7 @@ from tiltjax.samplers._flow import Flow, flow
 from tiltjax.samplers._gibbs import gibbs
 from tiltjax.samplers._sample import (
     check_run,
+    evaluate,
     initial_states,
     map_particles,
     resolve_times,

@@ -164,6 +164,14 @@ def _field(
 ) -> tuple[Array, tuple[Any, Failures]]:
     """The denoiser that a run follows, guided where it is guided."""
     memory, failed = state
+    estimate, memory = evaluate(model, guidance, key, t, x, memory)
+    return estimate.tilted, (memory, failed.then(failures(x, estimate)))
+
+
+def evaluate(
+    model: Denoiser, guidance: Guidance | None, key: Array, t: Array, x: Array, memory: Any
+) -> tuple[Estimate, Any]:
+    """The estimate of a guidance, or the denoiser alone, in the dtype of the model; the memory."""
     if guidance is None:
         estimate = Estimate(tilted=model.denoise(t, x))
     else:
@@ -173,8 +181,7 @@ def _field(
             f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
             f"shape {x.shape}: build it on the model that is sampled"
         )
-    estimate = _pytree.cast(estimate, model.dtype)
-    return estimate.tilted, (memory, failed.then(failures(x, estimate)))
+    return _pytree.cast(estimate, model.dtype), memory
 
 
 def initial_states(

@@ -42,7 +42,7 @@ from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, effective, weight_dtype
-from tiltjax.samplers import check_run, initial_states, map_particles
+from tiltjax.samplers import check_run, evaluate, initial_states, map_particles
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule, Schedule
 from tiltjax.weighted.proposals import Guided, Proposal
@@ -115,7 +115,6 @@ class SMC(eqx.Module):
 
     model: Denoiser
     guidance: Guidance
-    proposing: Guidance | None
     twist: Guidance | None
     proposal: Proposal
     potential: Potential
@@ -166,17 +165,8 @@ class SMC(eqx.Module):
         _sharding.check_divides(sharding, (run.num,), "num")  # weights have the particle axis alone
         _check_end(run.times)
         self.solver, self.times, self.num, self.chunk_size = run
-        self.model, self.guidance, self.resample, self.sharding = (
-            model,
-            guidance,
-            resample,
-            sharding,
-        )
-        # A proposal that is not guided evaluates its guidance at no state, unless the guidance
-        # needs every state. Where the guidance is evaluated anyway it is the twist, too.
-        proposes = self.proposal.guided or guidance.needs_every_state
-        self.proposing = guidance if proposes else None
-        self.twist = guidance if twist is None and not proposes else twist
+        self.model, self.guidance, self.twist = model, guidance, twist
+        self.resample, self.sharding = resample, sharding
         weighs = self.ess_threshold > 0 or self.proposal.num_children > 1
         self.weighs = tuple(
             (schedule.steps(self.steps) if weighs else np.zeros(self.steps, bool)).tolist()
@@ -191,6 +181,19 @@ class SMC(eqx.Module):
     @property
     def steps(self) -> int:
         return len(self.times) - 1
+
+    @property
+    def proposing(self) -> Guidance | None:
+        """The guidance, if it is evaluated at every state: where it proposes, or needs to."""
+        evaluated = self.proposal.guided or self.guidance.needs_every_state
+        return self.guidance if evaluated else None
+
+    @property
+    def twisting(self) -> Guidance | None:
+        """What is evaluated for the twist alone: `twist`, or a guidance that does not propose. A
+        guidance that is evaluated anyway is its own twist.
+        """
+        return self.guidance if self.twist is None and self.proposing is None else self.twist
 
     @property
     def log_dtype(self) -> Any:
@@ -281,11 +284,13 @@ def smc(
     return particles
 
 
+@_callbacks.compiled
 def init(keys: Array, run: SMC) -> tuple[State, Info]:
     """`num` particles at the start, evaluated there, with equal weights; `keys` is the first row of
     `run.keys(key)`. Nothing is raised: `info.failed` says what was not finite.
     """
-    return _init(keys, run)
+    run = run._ready()
+    return _advance(keys, run, _start(keys, run))
 
 
 def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
@@ -298,31 +303,21 @@ def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     return _another(keys, run, state)
 
 
+@_callbacks.compiled
 def finish(keys: Array, run: SMC, state: State) -> Particles:
     """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
     the potentials: particles at t = 1, with a `trace` of this step. A run that is finished early is
     one on the times until then, and 1.
     """
-    return _end(keys, run, state)
-
-
-@_callbacks.compiled
-def _init(keys: Array, run: SMC) -> tuple[State, Info]:
-    run = run._ready()
-    return _advance(keys, run, _start(keys, run))
+    particles, info = _finish(keys[0], run._ready(), state)
+    info = jax.tree.map(lambda leaf: leaf[None], info)
+    times = jnp.stack([run.times[state.number], run.times[-1]])
+    return _traced(particles, times, info, state.particles.root)
 
 
 @_callbacks.compiled
 def _another(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     return _advance(keys, run._ready(), state)
-
-
-@_callbacks.compiled
-def _end(keys: Array, run: SMC, state: State) -> Particles:
-    particles, info = _finish(keys[0], run._ready(), state)
-    info = jax.tree.map(lambda leaf: leaf[None], info)
-    times = jnp.stack([run.times[state.number], run.times[-1]])
-    return _traced(particles, times, info, state.particles.root)
 
 
 @_callbacks.compiled
@@ -351,7 +346,7 @@ def _start(keys: Array, run: SMC) -> State:
     def particle(i: Array, x: Array) -> Particle:
         unknown = jnp.zeros(run.model.denoised_shape, run.model.dtype)
         zero = jnp.zeros((), run.log_dtype)
-        memory = run.guidance.init(x), () if run.twist is None else run.twist.init(x)
+        memory = run.guidance.init(x), () if run.twisting is None else run.twisting.init(x)
         return Particle(x, unknown, unknown, zero, zero, run.potential.init(), memory, i)
 
     particles = jax.vmap(particle)(jnp.arange(run.num), x)
@@ -437,13 +432,13 @@ def look(keys: list[Array], run: SMC, step: _Step, particle: Particle) -> tuple[
     unguided = lambda: run.model.denoise(t, x).astype(run.model.dtype)
     if run.proposing is not None:
         denoised, shift, log_h, of_guidance = estimate(
-            run, run.proposing, key_guidance, t, x, of_guidance, weighing and run.twist is None
+            run, run.proposing, key_guidance, t, x, of_guidance, weighing and run.twisting is None
         )
         unguided = lambda: denoised
-    if run.twist is None:
+    if run.twisting is None:
         denoised = unguided()
     else:
-        twist = run.twist
+        twist = run.twisting
 
         # The twist is evaluated only where it counts, unless it needs every state.
         def twisted(memory: Any) -> tuple[Array, Array, Any]:
@@ -463,13 +458,7 @@ def estimate(
     run: SMC, guidance: Guidance, key: Array, t: Array, x: Array, memory: Any, weighing: bool
 ) -> tuple[Array, Array, Array, Any]:
     """D, `D~ - D`, log h (0 unless `weighing`) and the memory of a guidance at a state."""
-    found, memory = guidance(key, t, x, memory)
-    found = _pytree.cast(found, run.model.dtype)
-    if found.tilted.shape != run.model.denoised_shape:
-        raise ValueError(
-            f"the guidance returns a denoiser of shape {found.tilted.shape} for a state of shape "
-            f"{x.shape}"
-        )
+    found, memory = evaluate(run.model, guidance, key, t, x, memory)
     if weighing and found.log_h is None:
         raise ValueError(
             f"{type(guidance).__name__} has no log_h to weigh particles by: give twist=, such as "
