@@ -84,16 +84,17 @@ def test_resampling_keeps_single_precision():
     ).shape == (7, 2)
 
 
-@pytest.mark.parametrize("cause", Failures._fields)
+@pytest.mark.parametrize("cause", CAUSES)
 def test_a_trace_names_the_first_failed_step_and_its_cause(cause):
-    never, later = jnp.zeros(5, bool), jnp.zeros(5, bool).at[3].set(True)
-    failed = Failures(*[later] * 5)._replace(**{cause: later.at[2].set(True)})
+    now, later = jnp.arange(5) == 2, jnp.arange(5) == 3
+    failed = Failures.of(**{cause: now}).then(Failures.of(**dict.fromkeys(CAUSES, later)))
+    assert [bool(getattr(failed, name)[2]) for name in CAUSES] == [name == cause for name in CAUSES]
     trace = Trace(jnp.linspace(0.0, 1.0, 6), failed)
     with pytest.raises(FloatingPointError) as error:
         trace.check()
     assert "step 2 of 5, from t = 0.4" in str(error.value)
-    assert getattr(CAUSES, cause) in str(error.value)
-    Trace(trace.times, Failures(*[never] * 5)).check()
+    assert CAUSES[cause] in str(error.value)
+    Trace(trace.times, Failures.of(**{cause: jnp.zeros(5, bool)})).check()
     with pytest.raises(ValueError, match="trace is that of several runs"):
         jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trace).check()
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree
+from tiltjax import _checks
 
 
 class Interpolant(eqx.Module):
@@ -351,13 +351,9 @@ def data_fraction(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, 
     """`alpha_t` and `snr_t sigma_0^2`, which say how much of a state at time t is data; as numbers,
     also inside a `jit`.
     """
-    with jax.ensure_compile_time_eval():
-        t = _checks.floating(t, "t", 0)
-        alpha, fraction = _data_fraction(*_pytree.cast((interpolant, t), dtype))
-    return float(alpha), float(fraction)
-
-
-@eqx.filter_jit
-def _data_fraction(interpolant: Interpolant, t: Array) -> tuple[Array, Array]:
-    base_scale = interpolant.sigma(jnp.zeros_like(t))
-    return interpolant.alpha(t), interpolant.snr(t) * base_scale**2
+    # Of NumPy numbers, so that an interpolant made of arithmetic compiles nothing.
+    leaves = lambda leaf: np.asarray(leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf)
+    interpolant, t = jax.tree.map(leaves, interpolant), np.asarray(t, dtype)
+    with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
+        base_scale = interpolant.sigma(np.zeros_like(t))
+        return float(interpolant.alpha(t)), float(interpolant.snr(t) * base_scale**2)

@@ -165,10 +165,7 @@ class GaussianMixture(eqx.Module):
             return self._spectrum
         values, axes = _linalg.eigh(jax.lax.stop_gradient(self.covs))
         values = jnp.maximum(values, 0)
-        # The difference is zero to the last bit; its derivative is not.
-        rotated = jnp.swapaxes(axes, 1, 2) @ self.covs @ axes
-        rotated = rotated - jax.lax.stop_gradient(rotated) + _diagonal(values)
-        return Spectrum(axes, values, rotated, self.covs)
+        return Spectrum(axes, values, _rotated(values, axes, self.covs), self.covs)
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
@@ -309,6 +306,18 @@ def decomposed(tree: T) -> T:
 
 def _diagonal(values: Array) -> Array:
     return values[:, :, None] * jnp.eye(values.shape[1], dtype=values.dtype)[None]
+
+
+@jax.custom_jvp
+def _rotated(values: Array, axes: Array, covs: Array) -> Array:
+    """`axes^T covs axes`, which is diagonal; its derivative by `covs` is not."""
+    return _diagonal(values)
+
+
+@_rotated.defjvp
+def _rotated_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    values, axes, _ = primals
+    return _diagonal(values), jnp.swapaxes(axes, 1, 2) @ tangents[2] @ axes
 
 
 # C = data R + noise I, for R = diag(values), as functions of R, `(K, d, d)`, that have derivatives

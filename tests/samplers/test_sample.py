@@ -15,6 +15,7 @@ from helpers import contracts
 
 import tiltjax as tj
 from tiltjax import rewards, solvers
+from tiltjax.particles import CAUSES
 
 KEY = jax.random.key(0)
 MODEL = tj.Analytic(contracts.planar())
@@ -161,7 +162,7 @@ def test_the_dtype_is_the_models_in_every_leaf(solver, dtype):
     particles = tj.sample(KEY, model, guidance, num=2, steps=2, solver=solver, save_trajectory=True)
     floating = {leaf.dtype for leaf in jax.tree.leaves(particles) if eqx.is_inexact_array(leaf)}
     assert floating == {jnp.dtype(dtype)}
-    assert all(flags.dtype == bool for flags in particles.trace.failed)
+    assert particles.trace.failed.number.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("name", ["doob", "plug-in, exact, k=3"])
@@ -483,7 +484,7 @@ def test_a_nan_is_reported_with_its_first_step_and_cause(case):
         run(KEY)
     # Inside jit nothing is raised.
     failed = jax.jit(lambda key, times: run(key, times).trace.failed)(KEY, GRID)
-    failed = np.stack(failed, axis=1)
+    failed = np.stack([getattr(failed, name) for name in CAUSES], axis=1)
     assert int(np.argmax(failed.any(axis=1))) == step
     assert int(np.argmax(failed[step])) == cause
 

@@ -135,13 +135,12 @@ def failures(x: Array, estimate: Estimate) -> Failures:
     everything after it.
     """
     unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
-    finite = lambda value: jnp.all(jnp.isfinite(value))
+    wrong = lambda value: ~jnp.isfinite(value)
+    # A denoiser of tokens has an axis more than its state.
+    before = wrong(x).reshape(x.shape + (1,) * (unguided.ndim - x.ndim))
+    failed = Failures.of(before, denoiser=wrong(unguided), shift=wrong(estimate.tilted)).first()
+    if estimate.log_h is None:
+        return failed
     # -inf is a value like any other: a constraint that is violated.
-    log_h = jnp.ones((), bool) if estimate.log_h is None else estimate.log_h < jnp.inf
-    return Failures(
-        denoiser=finite(x) & ~finite(unguided),
-        log_h=finite(x) & ~log_h,
-        shift=finite(x) & ~finite(estimate.tilted),
-        state=~finite(x),
-        weights=jnp.zeros((), bool),
-    )
+    log_h = Failures.of(log_h=~(estimate.log_h < jnp.inf))
+    return Failures(jnp.maximum(failed.number, log_h.number))

@@ -123,7 +123,7 @@ def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
     model, guidance, solver, times = decomposed(
         _pytree.cast((model, guidance, solver, times), model.dtype)
     )
-    key_start = start_key(key, len(times) - 1)
+    key_start = start_key(key)
 
     def one(i: Array) -> tuple[Array, Array]:
         start = model.initial(jax.random.fold_in(key_start, i), times[0])

@@ -103,18 +103,17 @@ def _sample(
     model, guidance, solver, times, start = decomposed(
         _pytree.cast((model, guidance, solver, times, start), model.dtype)
     )
-    keys = _keys(key, len(times) - 1)
     step = functools.partial(_step, model, guidance, solver, chunk_size)
 
     def advance(state: State, row: tuple) -> tuple[State, tuple]:
-        number, keys_step, t, u = row
-        state, failed = step(keys_step, t, u, state)
+        number, t, u = row
+        state, failed = step(_streams(key, number), t, u, state)
         bar.tick(number)
         return state, (failed, state.x if save_trajectory else None)
 
-    x = initial_states(keys[0, 0], model, times[0], num, chunk_size) if start is None else start
+    x = initial_states(start_key(key), model, times[0], num, chunk_size) if start is None else start
     state = _start(x, guidance, sharding)
-    rows = (jnp.arange(len(times) - 1), keys[1:], times[:-1], times[1:])
+    rows = (jnp.arange(len(times) - 1), times[:-1], times[1:])
     end, (failed, states) = jax.lax.scan(advance, state, rows)
     trajectory = None if states is None else jnp.concatenate([state.x[None], states])
     return unweighted(end.x, Trace(times, failed, trajectory))
@@ -132,14 +131,12 @@ def _step(
     guidance: Guidance | None,
     solver: Solver,
     chunk_size: int | None,
-    keys: Array,
+    keys: Streams,
     t: Array,
     u: Array,
     state: State,
 ) -> tuple[State, Failures]:
-    """All particles from time t to u, and what failed for any of them; `keys` are those of the
-    step's `Streams`.
-    """
+    """All particles from time t to u, and what failed first for any of them."""
     field = functools.partial(_field, model, guidance)
 
     def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures]:
@@ -147,11 +144,11 @@ def _step(
         x, (memory, failed) = solver.step(
             streams, model.corruption, field, t, u, x, (memory, Failures.none())
         )
-        return x, memory, failed._replace(state=~jnp.all(jnp.isfinite(x)))
+        return x, memory, failed.then(Failures.of(state=~jnp.all(jnp.isfinite(x))))
 
     indices = jnp.arange(len(state.x))
     x, memory, failed = map_particles(move, chunk_size)(indices, state.x, state.memory)
-    return State(x, memory), jax.tree.map(jnp.any, failed)
+    return State(x, memory), failed.first()
 
 
 def _field(
@@ -199,16 +196,15 @@ def map_particles(fn: Callable, chunk_size: int | None) -> Callable:
     return lambda *args: jax.lax.map(lambda one: fn(*one), args, batch_size=chunk_size)
 
 
-def _keys(key: Array, steps: int) -> Array:
-    """The keys of a run, `(steps + 1, 3)`: the first row is the start's, the others the streams of
-    each step.
-    """
-    return jax.random.split(key, (steps + 1, 3))
-
-
-def start_key(key: Array, steps: int) -> Array:
+def start_key(key: Array) -> Array:
     """The key of all starting states; that of particle i is folded in."""
-    return _keys(key, steps)[0, 0]
+    return jax.random.fold_in(key, 0)
+
+
+def _streams(key: Array, number: Array) -> Streams:
+    """The keys of a step: hashed one by one in the loop, which compiles faster than all at once."""
+    first = 3 * (number + 1)
+    return Streams(*(jax.random.fold_in(key, first + stream) for stream in range(3)))
 
 
 class Run(NamedTuple):

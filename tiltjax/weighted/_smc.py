@@ -334,7 +334,8 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
     particles, last = _finish(keys[-1, 0], run, state)
     infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
     # What fails at the start counts as a failure of the first step.
-    failed = jax.tree.map(lambda flags: flags[1:].at[0].set(flags[0] | flags[1]), infos.failed)
+    numbers = infos.failed.number
+    failed = Failures(numbers[1:].at[0].max(numbers[0]))
     infos = jax.tree.map(lambda leaves: leaves[1:], infos)
     return _traced(particles, run.times, infos._replace(failed=failed), state.particles.root)
 
@@ -371,8 +372,7 @@ def _advance(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     )
     state = weigh(run, step, state._replace(particles=particles), log_ratio)
     state, ess, resampled = resample(key_resample, run, step, state)
-    failed = jax.tree.map(jnp.any, failed)
-    failed = failed.then(Failures.none()._replace(weights=~jnp.isfinite(ess)))
+    failed = failed.first().then(Failures.of(weights=~jnp.isfinite(ess)))
     info = Info(failed, ess, state.tempering, resampled)
     return state._replace(number=state.number + 1), info
 
@@ -406,7 +406,7 @@ def propagate(
     # The chosen one's own gain is added by `weigh`: what is carried is the mean of all.
     mean = jax.nn.logsumexp(gain) - math.log(num)
     moved = jax.tree.map(lambda leaf: leaf[chosen], children)
-    return moved, log_ratio[chosen] + mean - gain[chosen], jax.tree.map(jnp.any, failed)
+    return moved, log_ratio[chosen] + mean - gain[chosen], failed.first()
 
 
 def propose(
@@ -561,7 +561,7 @@ def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info]:
     log_norm = state.log_norm + jax.nn.logsumexp(all_log_weights) - math.log(run.num)
     ess = effective(all_log_weights)
     wrong = jnp.any(jnp.isnan(log_potential) | (log_potential == jnp.inf))
-    failed = Failures.none()._replace(log_h=wrong, weights=~wrong & ~jnp.isfinite(ess))
+    failed = Failures.of(log_h=wrong, weights=~jnp.isfinite(ess))
     info = Info(failed, ess, jnp.ones((), run.log_dtype), jnp.zeros((), bool))
     return Particles(x, log_weights, log_norm), info
 
