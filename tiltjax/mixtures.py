@@ -412,8 +412,9 @@ def _plain_mean(view: View, constants: _Constants, x: Numbers) -> Numbers:
 
 
 # The posterior mean. Differentiated step by step, a loop stores some thirty numbers a call for the
-# backward pass. The derivative in the state, which guidance needs most often, is a symmetric
-# matrix of a few numbers where the mixture is small, and of one Gaussian the same for all states.
+# backward pass. The derivative in the state, which guidance needs most often, is that of the
+# module's docstring: one product by A_k a direction; where the mixture is small, a symmetric matrix
+# of a few numbers. Of one Gaussian it is the same for all states.
 _posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 
 
@@ -421,15 +422,17 @@ _posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 def _posterior_mean_jvp(primals, tangents):
     view, constants, x = primals
     *of_mixture, of_x = tangents
-    small = isinstance(x, _linalg.Entries) and view.log_weights.shape != (1,)
-    if of_x is None or not small or jax.tree.leaves(of_mixture):
+    if of_x is None or view.log_weights.shape == (1,) or jax.tree.leaves(of_mixture):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
     residuals, log_weights = _residuals(view, constants, x)
     p = _linalg.softmax(log_weights)
     means = constants.means + _linalg.product(view.gains, residuals)
     mean = _mixed(p, means)
-    i, j = np.triu_indices(x.shape[0])
     apart = means - mean[None]
+    if not isinstance(x, _linalg.Entries):
+        within = _mixed(p, jnp.einsum("kij,j->ki", view.gains, of_x))
+        return mean, within + view.slope * ((p * (apart @ of_x)) @ apart)
+    i, j = np.triu_indices(x.shape[0])
     upper = _mixed(p, view.gains[:, i, j] + view.slope * (apart[:, i] * apart[:, j]))
     where = np.zeros((x.shape[0],) * 2, int)
     where[i, j] = where[j, i] = np.arange(len(i))

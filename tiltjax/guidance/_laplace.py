@@ -53,17 +53,18 @@ class Laplace(Guidance):
         jacobian = jax.vmap(lambda row: pullback(row)[0])(jnp.eye(size, dtype=x.dtype))
         tweedie = self.model.interpolant.tweedie(t)
         root_cov = _linalg.square_root(tweedie * (jacobian + jacobian.T) / 2)
-        cov = root_cov @ root_cov.T
 
         value, gradient = jax.value_and_grad(reward)(mean)
         # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
         concave = _linalg.spectral(jax.nn.relu, -jax.hessian(reward)(mean), _linalg.rotations)
         root = _linalg.square_root(concave)
-        system = jnp.eye(size, dtype=x.dtype) + self.scale * root.T @ cov @ root
-        solved, half_logdet = _linalg.solve(system, (root.T @ cov @ gradient)[:, None])
+        factor = root.T @ root_cov
+        cov_gradient = root_cov @ (root_cov.T @ gradient)
+        system = jnp.eye(size, dtype=x.dtype) + self.scale * factor @ factor.T
+        solved, half_logdet = _linalg.solve(system, (root.T @ cov_gradient)[:, None])
         damped = self.scale * (gradient - self.scale * root @ solved[:, 0])
-        log_h = self.scale * value - half_logdet + self.scale * damped @ cov @ gradient / 2
-        # tweedie * J^T damped, with the symmetrized Jacobian already in cov.
+        log_h = self.scale * value - half_logdet + self.scale * damped @ cov_gradient / 2
+        # tweedie * J^T damped, with the Jacobian as it is.
         return Estimate(
             (mean + tweedie * jacobian.T @ damped).reshape(shape), mean.reshape(shape), log_h
         ), state
