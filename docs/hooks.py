@@ -1,7 +1,7 @@
 """What the site needs besides Markdown: notebooks as pages, and formulas as MathML.
 
-`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ...; nothing
-is executed. Browsers show MathML without a script, a font or a network.
+`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ...;
+nothing is executed. Browsers show MathML without a script, a font or a network.
 """
 
 import base64
@@ -39,7 +39,7 @@ def on_page_content(html, page, config, files):
 
 
 def with_formulas(html):
-    """The formulas that pymdownx.arithmatex has marked, `\\( ... \\)` and `\\[ ... \\]`, as MathML."""
+    """Formulas as MathML: pymdownx.arithmatex has marked `\\( ... \\)` and `\\[ ... \\]`."""
     marked = re.compile(r"""<(span|div) class="arithmatex">(.*?)</\1>""", re.DOTALL)
 
     def formula(found):

@@ -26,9 +26,11 @@ def test_the_code_runs_in_a_fresh_interpreter_and_prints_what_it_says(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    said = re.search(r"```python\n.*?```.*?```\n(.*?)```", TEXT, re.DOTALL)
-    assert said is not None
-    said, printed = ({name: float(w2) for name, w2 in ROW.findall(t)} for t in (said[1], run.stdout))
+    output = re.findall(r"```\n(.*?)```", TEXT.split("```python", 1)[1], re.DOTALL)[0]
+    said, printed = (
+        {name: float(distance) for name, distance in ROW.findall(text)}
+        for text in (output, run.stdout)
+    )
     assert len(said) == 7
     assert said.keys() == printed.keys()
     for name, distance in said.items():
