@@ -546,6 +546,27 @@ def limits(r: dict) -> list[str]:
     )
 
 
+def plain(r: dict) -> list[str]:
+    return markdown(
+        "task | components | dimension | points | tiltjax, ms | "
+        "plain JAX, ms | ratio | ratio on busy cores | first call, s",
+        (
+            [
+                {"none": "no guidance"}.get(row["task"], row["task"]),
+                row["components"],
+                row["dim"],
+                f"{row['num']:,}",
+                f"{1e3 * row['ours']:.1f}",
+                f"{1e3 * row['plain']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['busy_ratio']:.2f}",
+                " / ".join(f"{seconds:.1f}" for seconds in row["first"]),
+            ]
+            for row in r["rows"]
+        ),
+    )
+
+
 def particles(r: dict) -> list[str]:
     return markdown(
         "particles | CPU-seconds | CPU-microseconds per particle | peak memory, GB",
@@ -645,6 +666,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "vs_reference": ("vs_reference", vs_reference),
     "goals": ("vs_reference", goals),
     "limits": ("limits", limits),
+    "plain": ("plain", plain),
     "many_particles": ("many_particles", particles),
     "smc_scaling": ("smc_scaling", smc_scaling),
     "smc_particles": ("smc_scaling", particles),
