@@ -490,7 +490,7 @@ def test_batches_and_single_precision():
         ),
         (
             lambda: tj.Conjugate(MODEL, -1 * tj.rewards.Quadratic([0.0, 1.0])),
-            r"convex together \(c = -2 < 0\)",
+            r"is convex \(c = -2 < 0\)",
         ),
         (
             lambda: tj.Conjugate(MODEL, tj.rewards.Quadratic([2.0])),

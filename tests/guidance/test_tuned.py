@@ -526,7 +526,7 @@ def preference(x):
 def test_a_reward_in_the_place_of_the_weight_is_refused():
     with pytest.raises(TypeError, match=r"got the reward Quadratic: .*reward="):
         tj.Tuned(*TWO, REWARD)
-    with pytest.raises(TypeError, match=r"got preference: a reward goes by name, reward="):
+    with pytest.raises(TypeError, match=r"got preference: pass a reward by name, reward="):
         tj.Tuned(*TWO, preference)
     with pytest.raises(TypeError, match=r"got the class PowerWeight: use power\(p\)"):
         tj.Annealed(*TWO, type(models.power(2.0)))
