@@ -37,8 +37,8 @@ The method fails for: rewards with jumps (Stein's identity needs a weak derivati
 has none); far modes that the draws do not reach; rewards that oscillate within the width of a
 posterior (`scale sin(3 x)` from a scale of about 10); one direction far stiffer than hundreds of
 other directions, in which the fit becomes slow; rewards that are flat between modes and stiff
-across them (the fit settles on one mode and then sees only the stiff directions; `tiltjax.gibbs` is
-exact for quadratic rewards of this kind).
+across them (the fit settles on one mode, and its draws then cover only the stiff directions;
+`tiltjax.gibbs` is exact for quadratic rewards of this kind).
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model
 
-_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; snr for noise of variance 1
+_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; the snr range for sigma_0 = 1
 # The safeguards of one iteration of the fit; `keep_precision` and `trust_fraction` derive them.
 _WIDENING = 2.0  # the largest factor by which the fitted posterior may widen
 _LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of the precision that this widening costs
@@ -232,8 +232,8 @@ class Conjugate(Guidance):
     - `variance`: `v(snr)`, the denoiser's mean squared error per coordinate. Use a function of the
       snr; a number, the variance `s^2` of the data, for `v(snr) = s^2 / (1 + s^2 snr)`, exact for
       one isotropic Gaussian; `calibrate(key, model)`, a measurement; or `Probe()`, an estimate at
-      each state from a derivative. An `Analytic` model needs no `variance`: the default is its
-      exact table.
+      each state from a derivative. An `Analytic` model needs no `variance`: the default is a table
+      of its mixture.
     - `anisotropic`: draw along the derivative of the denoiser, for rewards and posteriors whose
       widths differ between directions.
 
@@ -412,7 +412,7 @@ def keep_precision(new: Fit, fit: Fit, posterior: Gaussian) -> Fit:
     `(1 - 1 / widening^2) / v`.
 
     A Gaussian of precision `1 / v` that loses this much precision has `1 / (widening^2 v)` left, so
-    its width grows by the factor `widening`. Draws that have jumped over a kink do not see its
+    its width grows by the factor `widening`. Draws beyond a kink contain no information about its
     curvature. Without this bound, the fit would lose the kink in one iteration.
     """
     least = fit.precision - _LOST_PRECISION / posterior.variance
