@@ -124,7 +124,7 @@ def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
     if not _pytree.same(guidance.model, model):
         raise ValueError(
             f"the {name} is built on another model ({type(guidance.model).__name__}) than the one "
-            f"to sample ({type(model).__name__}): build the {name} on the model that you sample"
+            f"to sample ({type(model).__name__}): build it on the same model object"
         )
 
 
