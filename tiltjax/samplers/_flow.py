@@ -115,7 +115,7 @@ def flow(
             )
         if key is None:
             raise ValueError(
-                "a guided trajectory needs a key for the draws of its guidance: pass "
+                "a guided trajectory needs key=, for the draws of its guidance, got None: pass "
                 "key=jax.random.key(seed)"
             )
         key = _checks.key(key)
