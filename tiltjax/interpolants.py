@@ -262,7 +262,7 @@ class DiscreteVP(_VariancePreserving):
             raise ValueError(
                 "alphas_cumprod must decrease strictly inside (0, 1), from the least to the most "
                 f"noisy level, got [{table[0]:g}, ..., {table[-1]:g}]: reverse an increasing "
-                "table; leave out a last level of 0 (no index changes)"
+                "table; leave out a last level that is 0 (no index changes)"
             )
         level = np.log1p(-table) - np.log(table)
         chord = np.diff(level)

@@ -209,7 +209,7 @@ class Model(Denoiser):
                 f"{where}lower the scale, as this tilt is narrower than the cleanest noise level"
             )
         raise ValueError(
-            f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and then jump, "
+            f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and jump from there, "
             "times=[..., 1.0]"
         )
 
