@@ -79,7 +79,7 @@ class Denoiser(eqx.Module):
             raise ValueError(f"{name} must be finite, got states with NaN or infinity")
         if states.shape != (*leading, *self.shape):
             raise ValueError(
-                f"{name} must hold num states, shape {(*leading, *self.shape)}, got {states.shape}"
+                f"{name} must be states of shape {(*leading, *self.shape)}, got {states.shape}"
             )
         return states
 

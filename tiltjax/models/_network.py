@@ -202,7 +202,8 @@ def from_velocity(
     it: plain sampling then runs, but tilts, posteriors and guidances use identities that do not
     hold.
 
-    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
+    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode;
+    `TypeError` for a function with another signature.
     """
     return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
 
