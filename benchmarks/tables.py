@@ -714,11 +714,14 @@ def lines(name: str) -> list[str]:
     return make(load(results))
 
 
-def filled(page: str) -> str:
-    """The text of a page with its tables made anew. **Raises:** `KeyError` for an unknown table."""
+def filled(page: str, spaced: bool) -> str:
+    """The text of a page with its tables made anew, `spaced` from the markers as the site needs it.
+    **Raises:** `KeyError` for an unknown table.
+    """
+    gap = [""] if spaced else []
 
     def table(found: re.Match) -> str:
-        return "\n".join([found[1], *lines(found[2]), "", found[3]])
+        return "\n".join([found[1].rstrip(), *gap, *lines(found[2]), *gap, found[3]])
 
     return MARKED.sub(table, page)
 
@@ -732,7 +735,7 @@ def main() -> None:
     changed = []
     for page in [ROOT / "README.md", *sorted(EVIDENCE.glob("*.md"))]:
         before = page.read_text()
-        if (after := filled(before)) != before:
+        if (after := filled(before, page.parent == EVIDENCE)) != before:
             changed.append(str(page.relative_to(ROOT)))
             if not check:
                 page.write_text(after)
