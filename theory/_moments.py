@@ -102,7 +102,7 @@ def fmrg_moments(
 def _by_snr(law: scales.Scale) -> scales.Scale:
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(
-            f"no law is known for the scale law {type(law).__name__}. Use a number or Damped, which "
+            f"no law is known for the scale law {type(law).__name__}. Use a number or Damped: they "
             "depend on time alone."
         )
     return law

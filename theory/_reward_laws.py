@@ -68,7 +68,7 @@ class RewardLaw(eqx.Module):
         )
 
     def flat(self, masses: Array) -> tuple[Array, Array]:
-        """The values `(m',)`, and the masses `(K, m)` summed to one mass for each value, `(m',)`."""
+        """The values `(m',)`, and for each value the sum of the masses `(K, m)`, `(m',)`."""
         if len(self.values) == 1:
             return self.values[0], jnp.sum(masses, axis=0)
         return self.values.reshape(-1), masses.reshape(-1)
