@@ -53,8 +53,7 @@ _REACH = 9.5  # standard deviations of a normal vector's length, on either side 
 # Largest scale * h * s^2: above it the explicit solver needs more than a few thousand steps.
 _MAX_STRENGTH = 1.001e4
 # Nodes of (the interpolant in q, in p, panels of tau, nodes of a panel, nodes of u): the usual
-# rule,
-# and a coarser rule for the error.
+# rule, and a coarser rule for the error.
 _FINE, _COARSE = (36, 56, 30, 14, 52), (28, 42, 24, 12, 44)
 
 
@@ -273,9 +272,8 @@ def _flow(
 @jax.jit
 def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     # Each point has four inputs and two outputs. Their slopes are integrated with the state, so
-    # that
-    # no step is stored. The slope by the strength is taken in its logarithm: the plain slope falls
-    # with the square of the strength, below the resolution of the solver.
+    # that no step is stored. The slope by the strength is taken in its logarithm: the plain slope
+    # falls with the square of the strength, below the resolution of the solver.
     table, log_reach, along, *parameters = primals
     strength, distance, square = parameters
     unit_vectors = jnp.eye(4, dtype=along.dtype)

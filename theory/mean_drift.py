@@ -57,8 +57,7 @@ from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _REACH = 8.5  # standard deviations of the start
 # On the way back the drift is frozen beyond this value; some rewards would otherwise carry the
-# state
-# to infinity in finite time.
+# state to infinity in finite time.
 _FAR = 1e4
 _FINE, _COARSE = (
     (257, 257, 73, 1.0),
@@ -141,8 +140,7 @@ def doob_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) 
         moved = posterior.lag + posterior.spread**2 * posterior.unit / factor * scale * gradient
         return jax.nn.softmax(jnp.log(posterior.weights) + log_weight) @ moved
     # All nodes and components share one constant, so that exp(scale r) neither overflows nor
-    # changes
-    # its ratios.
+    # changes its ratios.
     z = jnp.linspace(-9.0, 9.0, posterior.nodes, dtype=posterior.lag.dtype)
     points = posterior.means[:, None] + (posterior.spread * posterior.unit)[:, None] * z[None]
     log_mass = (

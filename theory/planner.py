@@ -230,7 +230,9 @@ class _Task(NamedTuple):
             yield Option(method, steps, calls, error, basis or self.basis, law)
 
     def measured(self, method: str, cost: float, error: float) -> Iterator[Option]:
-        """The option of a guided flow without a law. `error` is in units of the tilt's deviation."""
+        """The option of a guided flow without a law; `error` is in units of the tilt's
+        deviation.
+        """
         if (steps := _affordable(self.budget, cost)) >= 1:
             error *= float(_spread(self.tilt))
             yield Option(method, steps, cost * (2 * steps - 1), error, _MEASURED)

@@ -442,7 +442,7 @@ def test_what_has_no_meaning_for_tokens_is_refused():
     ):
         with pytest.raises(TypeError, match="must be a Model, got MarkovChain"):
             build()
-    with pytest.raises(ValueError, match=r"no score to shift them by: use the proposal Guided"):
+    with pytest.raises(ValueError, match=r"no score.*use the proposal Guided"):
         tj.smc(
             jax.random.key(0),
             MODEL,
@@ -464,16 +464,16 @@ def test_bad_input_says_what_to_do():
     for prompt in ([0, 1, 2, 4], [-1, 1, 2, 3]):
         with pytest.raises(ValueError, match="integers from 0 to 2, 3 hides one"):
             tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt)
-    with pytest.raises(ValueError, match="transition must be square"):
+    with pytest.raises(ValueError, match="transition must have shape"):
         tj.tokens.MarkovChain(INITIAL, np.eye(2), LENGTH)
     for initial, transition in (
         ([0.5, -0.5], np.eye(2)),
         ([0, 0], np.eye(2)),
         ([1, 1], [[1, 0], [0, 0]]),
     ):
-        with pytest.raises(ValueError, match="non-negative, with positive sums"):
+        with pytest.raises(ValueError, match=r"nonnegative.*positive sum"):
             tj.tokens.MarkovChain(initial, transition, LENGTH)
-    with pytest.raises(ValueError, match="one token or more"):
+    with pytest.raises(ValueError, match="at least one token"):
         tj.tokens.MarkovChain([], np.zeros((0, 0)), LENGTH)
     with pytest.raises(ValueError, match=r"proposal_weight must lie in \[0, 1\)"):
         tj.tokens.Completions(MODEL, reward, proposal_weight=1.0)
@@ -515,7 +515,7 @@ def test_bad_input_says_what_to_do():
     )
     with pytest.raises(ValueError, match="take steps=4"):
         tj.sample(jax.random.key(0), gapped, num=4, steps=2)
-    with pytest.raises(ValueError, match="has the probability zero"):
+    with pytest.raises(ValueError, match="has probability zero"):
         tj.tokens.MarkovChain(
             INITIAL,
             [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]],
