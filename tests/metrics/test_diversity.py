@@ -247,7 +247,7 @@ BAD = {
     "few directions": (
         lambda: metrics.truncated_entropy(ONES, 3),
         ValueError,
-        "d = 2 directions, got k = 3",
+        "d = 2, got k = 3",
     ),
     "no k": (lambda: metrics.truncated_entropy(ONES, 0), ValueError, "k must be"),
     "dimensions": (

@@ -204,7 +204,7 @@ def test_matching_n_is_the_best_of_all():
         for m in (n - 1, n, n + 1)
     ]
     assert near[1] < min(near[0], near[2])
-    with pytest.raises(ValueError, match=r"beyond maximum = 1000.*raise maximum"):
+    with pytest.raises(ValueError, match=r"at least maximum = 1000.*raise maximum"):
         theory.matching_n(PLANE, LINEAR, 1e4, maximum=1000)
 
 

@@ -462,7 +462,7 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match="prompt must hold 4 integers"):
         tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=[0.0, 1, 2, 3])
     for prompt in ([0, 1, 2, 4], [-1, 1, 2, 3]):
-        with pytest.raises(ValueError, match="integers from 0 to 2, 3 hides one"):
+        with pytest.raises(ValueError, match="integers from 0 to 2, and 3 for a hidden"):
             tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt)
     with pytest.raises(ValueError, match="transition must have shape"):
         tj.tokens.MarkovChain(INITIAL, np.eye(2), LENGTH)
@@ -513,7 +513,7 @@ def test_bad_input_says_what_to_do():
     gapped = tj.tokens.MarkovChain(
         INITIAL, [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]], LENGTH
     )
-    with pytest.raises(ValueError, match="take steps=4"):
+    with pytest.raises(ValueError, match="use steps=4"):
         tj.sample(jax.random.key(0), gapped, num=4, steps=2)
     with pytest.raises(ValueError, match="has probability zero"):
         tj.tokens.MarkovChain(

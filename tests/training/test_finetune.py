@@ -258,10 +258,10 @@ def test_mistakes_are_named():
             r"model\(network\) must be a Model, got dict",
             lambda: run(model=lambda network: network),
         ),
-        (ValueError, "one scalar for one sample: got shape", lambda: run(reward=lambda x: x)),
+        (ValueError, "one scalar for one sample, got shape", lambda: run(reward=lambda x: x)),
         (
             ValueError,
-            "one scalar for one sample: got shape",
+            "one scalar for one sample, got shape",
             lambda: run(reward=lambda x: x, objective=training.policy_gradient),
         ),
         (

@@ -141,7 +141,7 @@ def test_other_networks_are_refused(network):
         ),
         (
             lambda: lora.merge(NETWORK, NETWORK),
-            "path of each kernel to its two factors by its path, got Network",
+            "path of each kernel to its two factors, got Network",
         ),
         (
             lambda: lora.merge(NETWORK, {("first", "kernel"): jnp.ones((3, 8))}),
