@@ -106,9 +106,9 @@ def test_the_three_regions():
 
 def test_masks_and_palettes_that_are_none():
     for mask in (np.zeros((4, 4)), np.ones((4, 4)), 2 * rewards.bottom_half(4, 4)):
-        with pytest.raises(ValueError, match="some of the image inside and some outside"):
+        with pytest.raises(ValueError, match="some pixels inside and some outside"):
             rewards.MaskedBrightness(mask)
-    with pytest.raises(ValueError, match=r"image of \(6, 8\) met a mask of \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"size \(6, 8\) but the mask has size \(4, 4\)"):
         rewards.MaskedBrightness(rewards.bottom_half(4, 4))(IMAGE)
     with pytest.raises(
         ValueError, match=r"\(red, green, blue\) must have shape \(3,\), got \(4,\)"
@@ -450,7 +450,7 @@ def test_yes_or_no_is_the_log_odds_with_its_gradient():
 
 
 def test_questions_that_are_none():
-    with pytest.raises(ValueError, match="begin with the same token"):
+    with pytest.raises(ValueError, match="must differ in their first token"):
         rewards.yes_or_no("?", Judge().eval(), Processor(), size=(8, 16), answers=("No", "Never"))
     with pytest.raises(ValueError, match="training mode"):
         rewards.yes_or_no("?", Judge(), Processor(), size=(8, 16))
