@@ -296,7 +296,7 @@ def _chi_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> C
     h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
     center = form.center + form.gradient / (2 * h)
     top = form.value + form.gradient @ form.gradient / (4 * h)
-    # The square root has no derivative at 0. The square's derivative is 0 there, and so is this.
+    # The square root has no derivative at 0. It is set to 0, as the square's derivative is 0 there.
     square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
     offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return ChiReward(prior.log_weights, top, center, h * s2, offsets, prior.dim, nodes)

@@ -263,7 +263,7 @@ def test_scores_that_are_none():
     with pytest.raises(ValueError, match=r"takes images \(..., 8, 8, 3\)"):
         network.vision_model(jnp.zeros((6, 8, 3)))
     for head, message in (
-        ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "for an input of 20"),
+        ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "an input of size 20"),
         ({"weight": np.ones((2, 20)), "bias": np.ones(2)}, "must give one number, got 2"),
         ({"0.weight": np.ones((1, 20))}, "a weight and a bias"),
     ):
@@ -360,7 +360,7 @@ def test_without_the_packages(monkeypatch):
 def test_image_reward_says_what_is_cut_or_wrong():
     with pytest.raises(ValueError, match="training mode"):
         rewards.image_reward("a bird", ImageReward())
-    with pytest.warns(UserWarning, match="reads 35 tokens"):
+    with pytest.warns(UserWarning, match="takes 35 tokens"):
         reward = rewards.image_reward("a" * 36, ImageReward().eval())
     with pytest.raises(ValueError, match="use Decoded on latents"):
         reward.evaluate(np.zeros((1, 4, 4, 16)))

@@ -364,7 +364,7 @@ BAD = {
     "text": (
         lambda: metrics.wasserstein([["a"]], np.ones((1, 1))),
         TypeError,
-        "x must be real numbers",
+        "x must hold real numbers",
     ),
     "complex": (
         lambda: metrics.mmd(np.ones((2, 1), complex), np.ones((2, 1))),
@@ -391,7 +391,7 @@ BAD = {
             Particles(jnp.ones((2, 1)), jnp.zeros(2)), np.ones((2, 1)), np.ones(2)
         ),
         TypeError,
-        "leave weights_x out",
+        "leave out weights_x",
     ),
     "log-weights": (
         lambda: metrics.wasserstein(

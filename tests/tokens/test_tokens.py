@@ -486,7 +486,7 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(TypeError, match="even must be True or False"):
         tj.tokens.Unmask(3)
     for x in (jnp.zeros(4), jnp.zeros(3, jnp.int32)):
-        with pytest.raises(ValueError, match="a state is 4 integers, 3 where one is hidden"):
+        with pytest.raises(ValueError, match="a state must hold 4 integers, with 3 for a hidden"):
             MODEL.denoise(jnp.asarray(0.5), x)
     with pytest.raises(ValueError, match=r"the shape \(4, 3\)"):
         tj.sample(
@@ -502,7 +502,7 @@ def test_bad_input_says_what_to_do():
         tj.Annealed(MODEL, MODEL)
     wrong = (
         ([[0.0, 1, 2, 3]], r"start must hold \(1, 4\) integers"),
-        ([[0, 9, 3, 3]], "integers from 0 to 2.* 0 to 9 in start"),
+        ([[0, 9, 3, 3]], "start must hold integers from 0 to 2.* 0 to 9"),
     )
     for start, message in (
         *wrong,

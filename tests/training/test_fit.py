@@ -342,7 +342,7 @@ def test_mistakes_are_named():
     bad = np.array(data)
     bad[[3, 7]] = np.nan
     for error, match, run in (
-        (ValueError, "2 of 50 rows are not, the first one is 3", lambda: fit(data=bad)),
+        (ValueError, "2 of 50 rows are not, the first is row 3", lambda: fit(data=bad)),
         (ValueError, r"shape \(n, \*shape\), got \(50,\)", lambda: fit(data=data[:, 0])),
         (ValueError, r"shape \(n, \*shape\), got \(0, 1\)", lambda: fit(data=data[:0])),
         (ValueError, "at least 32 bits, got bfloat16", lambda: fit(data=data.astype(jnp.bfloat16))),

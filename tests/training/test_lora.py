@@ -128,7 +128,7 @@ def test_some_kernels_may_be_chosen():
 
 @pytest.mark.parametrize("network", [lambda t, x: x, eqx.nn.Linear(2, 2, key=jax.random.key(0))])
 def test_other_networks_are_refused(network):
-    with pytest.raises(TypeError, match=r"network must be a Module, got .* Flax modules"):
+    with pytest.raises(TypeError, match=r"network must be a Module, got .* a Flax module"):
         lora.init(jax.random.key(0), network)
 
 

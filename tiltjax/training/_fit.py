@@ -251,8 +251,8 @@ def _as_data(data: Any) -> Array:
     bad = ~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1)
     if np.any(bad):
         raise ValueError(
-            f"data must be finite, but {np.sum(bad)} of {len(array)} rows are not, first row "
-            f"{int(np.argmax(bad))}"
+            f"data must be finite, but {np.sum(bad)} of {len(array)} rows are not, the first is "
+            f"row {int(np.argmax(bad))}"
         )
     return array
 
