@@ -47,7 +47,7 @@ from theory.tilts import (
 from theory.tokens import TokenLaw, pair_log_norm, token_log_h, token_tilt
 
 __all__ = [
-    # What a sampler should produce.
+    # The law that a sampler should produce.
     "tilt",
     "Tilt",
     "log_h",
@@ -90,7 +90,7 @@ __all__ = [
     "W2Bounds",
     "bures",
     "overlap",
-    # Which method within a budget.
+    # The best method within a budget.
     "recommend",
     "Plan",
     "Option",

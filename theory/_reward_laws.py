@@ -12,8 +12,9 @@ k, times the component's weight, is a sum over row k. Each component has its own
 modes of very different widths are all resolved.
 
 **The noncentral chi-square law** of m degrees, in terms of the distance `rho = sqrt(Q)` and the
-offset `delta`. One coordinate c is along the offset and m - 1 coordinates are across: `P(rho <= q)
-= ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`. Tanh-sinh nodes resolve the root at `c = ±q`.
+offset `delta`. One coordinate c is along the offset and m - 1 coordinates are across:
+`P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`. Tanh-sinh nodes resolve the root at
+`c = ±q`.
 For m = 1 the law is elementary.
 
 Reference: Johnson, Kotz and Balakrishnan, *Continuous Univariate Distributions* 2 (1995), chapter

@@ -478,9 +478,9 @@ def _bessel_table(d: int) -> tuple[np.ndarray, float]:
     """Chebyshev coefficients of `log(e^-z z^-nu I_nu(z)) + (nu + 1/2) log(1 + 2 z / d)` in
     `log(1 + 2 z / d)`, up to z = 5000 d.
 
-    The integral `I_nu(z) = (z/2)^nu / (sqrt(pi) Gamma(nu + 1/2)) ∫_{-1}^1 (1 - c^2)^{nu - 1/2} e^{z
-    c} dc`
-    uses the trapezoidal rule in the logit of `(1 - c) / 2`.
+    The integral in `I_nu(z) = (z/2)^nu / (sqrt(pi) Gamma(nu + 1/2)) J` with
+    `J = ∫_{-1}^1 (1 - c^2)^{nu - 1/2} e^{z c} dc` uses the trapezoidal rule in the logit of
+    `(1 - c) / 2`.
     """
     nu, top, count = d / 2 - 1, float(np.log1p(1e4)), 44
     angle = (np.arange(count) + 0.5) * np.pi / count

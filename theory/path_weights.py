@@ -284,7 +284,7 @@ def evidence_bound(form: QuadraticForm, scale: Array, moments: Moments) -> Array
 
 def backward(value: _Exponential, step: Step) -> _Exponential:
     """`V_j` from `V_{j+1}`."""
-    # As a function of (x, z): V at the mean less delta, then the cost of delta.
+    # As a function of (x, z): V at the mean minus delta, then the cost of delta.
     value = value.smoothed(step.variance).composed(
         jnp.concatenate([step.matrix - step.shift_matrix, -step.noise], axis=1),
         step.constant - step.shift_constant,

@@ -4,7 +4,7 @@ For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens, every ex
 finite sum over `vocab^length` sequences:
 
     tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
-    h-function   log h(x) = log E[exp(scale r(X)) | X agrees with what x shows],
+    h-function   log h(x) = log E[exp(scale r(X)) | X agrees with the visible tokens of x],
 
 The law of the hidden tokens given visible tokens follows with the argument `observed`.
 `independent` is the product of a law's marginals, the law of a step that draws all tokens at once

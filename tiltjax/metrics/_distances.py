@@ -221,7 +221,6 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
 
     **Raises:** `ValueError` as `wasserstein`, for points of another dimension than the mixture's,
     and for a mixture with singular covariances, whose components have no density.
-    and for a mixture with singular covariances, whose components have no density.
     """
     check_mixture(mixture, "mixture")
     points, weights = states(x, "x")

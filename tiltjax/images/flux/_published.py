@@ -3,7 +3,8 @@ r"""Reward guidance of FLUX.1 as published, built from parts of this library.
     v_sigma -> v_sigma - min(sigma / (1 - sigma), limit) g
     g = sum_i w_i c_i g_i,    w = softmax(scale r_1, ..., scale r_k)
     g_i = ∇_x r(decode(X_{s,1}(x_s^i)))
-    c_i = length / |g_i|, or without a length scale;    with damping also / (1 + 2 |c_i g_i| v_t)
+    c_i = length / |g_i|, or `scale` if there is no length;
+        with damping also / (1 + 2 |c_i g_i| v_t)
 
 x_s^i is the state after noise has lowered its snr by `snr_factor`, and X_{s,1} is one call of a
 flow map. The steps `first`, ..., `first + guided - 1` of 28 are guided. The other steps are those

@@ -15,7 +15,7 @@ with c = 16 channels, f = 8, scaling .3611, shift .1159 for FLUX.1. A level doub
 nearest neighbors and a convolution, or halves it by a convolution of stride 2, padded only below
 and on the right. Norms are group norms with epsilon 1e-6.
 
-| option | what it does |
+| option | effect |
 |---|---|
 | `remat` | save only the states between resnets: less memory for one more forward pass |
 | `chunk_size` | queries of the attention at once, each with n scores, n = H W / f^2 |
