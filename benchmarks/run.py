@@ -342,22 +342,20 @@ def question(name: str) -> str:
     )
 
 
+def machine(where: dict[str, Any]) -> tuple[str, str, str]:
+    """The device, the versions and the commit of an environment."""
+    cpu = where["backend"] == "cpu"
+    device = f"{where['processor']}, {where['cores']} cores" if cpu else where["device"]
+    return device, f"Python {where['python']}, JAX {where['jax']}", where["commit"]
+
+
 def line(name: str, results: dict[str, Any]) -> str:
     """One row of the table."""
-    where = results["environment"]
-    device = (
-        where["device"]
-        if where["backend"] != "cpu"
-        else f"{where['processor']}, {where['cores']} cores"
-    )
-    versions = f"Python {where['python']}, JAX {where['jax']}"
     cells = (
         f"[{name}]({name}.json)",
         question(name),
         HEADLINES[name](results),
-        device,
-        versions,
-        where["commit"],
+        *machine(results["environment"]),
     )
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
