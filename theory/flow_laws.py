@@ -25,7 +25,6 @@ A constant lambda gives Dawson's integral, and `lambda = scale / (1 + 2 scale v)
 Source of the theorem and of the overshoot: Dandapanthula and Boffi (arXiv 2606.02884).
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -397,11 +396,10 @@ def _warn_of_overlap(prior: GaussianMixture) -> None:
         return
     coefficient = overlap(prior)
     if coefficient > _MAX_OVERLAP:
-        warnings.warn(
+        _checks.warn(
             "this law treats each component separately and keeps the prior's weights, but the "
             f"components overlap by {coefficient:.3f} (theory.overlap; at most {_MAX_OVERLAP:g} is "
-            "small). Use theory.mean_drift_law on the line, else simulate.",
-            stacklevel=4,
+            "small). Use theory.mean_drift_law on the line, else simulate."
         )
 
 

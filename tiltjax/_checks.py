@@ -9,6 +9,8 @@ Every message says what was expected, what was passed, and how to fix it.
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,3 +234,16 @@ def key(key: Any) -> Array:
     if key.shape != ():
         raise ValueError(f"expected one key, got an array of keys of shape {key.shape}: {how}")
     return key
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points to the line of the user, the first caller outside of the
+    library.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
+
+
+_PACKAGES = ("tiltjax", "theory")

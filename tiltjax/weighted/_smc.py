@@ -28,7 +28,6 @@ The loop can be written by hand, to record, to stop early, or to add a move:
 """
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -638,10 +637,9 @@ def increment(new: Array, old: Array) -> Array:
 def _warn(particles: Particles) -> None:
     fraction = float(particles.ess) / len(particles)
     if fraction < _FEW:
-        warnings.warn(
+        _checks.warn(
             f"the effective sample size of {len(particles)} particles is a fraction of "
             f"{fraction:.2g}, so estimates depend on few of them. Use a twist closer to log h: "
             "Laplace(model, reward, scale) for small states, or the exact Doob(model, log_h). More "
-            "steps, more particles, tempering and a smaller scale also help.",
-            stacklevel=3,
+            "steps, more particles, tempering and a smaller scale also help."
         )

@@ -14,13 +14,12 @@ models with the same interface.
 References: Xu et al., arXiv 2304.05977 (ImageReward); Bai et al., arXiv 2502.13923 (Qwen2.5-VL).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tiltjax import external
+from tiltjax import _checks, external
 from tiltjax.images.networks import clip
 
 _TOKENS, _SIDE = 35, 224  # the inputs of ImageReward
@@ -53,10 +52,7 @@ def image_reward(
     _refuse_training(model)
     tokenizer = model.blip.tokenizer
     if len(tokenizer(prompt).input_ids) > _TOKENS:
-        warnings.warn(
-            f"ImageReward takes {_TOKENS} tokens: the end of the prompt {prompt!r} is cut",
-            stacklevel=2,
-        )
+        _checks.warn(f"ImageReward takes {_TOKENS} tokens: the end of the prompt {prompt!r} is cut")
     text = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
     ).to(device)
