@@ -86,7 +86,7 @@ def test_a_stale_page_is_named_or_written(tmp_path, monkeypatch):
     lines = page.read_text().splitlines()
     assert lines[0] == "before"
     assert lines[-2:] == ["<!-- end -->", "after"]
-    assert lines[3].startswith("| method on `quadratic` |")
+    assert lines[2].startswith("| method on `quadratic` |")
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
     tables.main()
 
