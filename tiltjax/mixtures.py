@@ -320,8 +320,9 @@ def _rotated(values: Array, axes: Array, covs: Array) -> Array:
 
 @_rotated.defjvp
 def _rotated_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    values, axes, _ = primals
-    return _diagonal(values), jnp.swapaxes(axes, 1, 2) @ tangents[2] @ axes
+    axes = primals[1]
+    # Called again, so that the value keeps its derivative at the next order.
+    return _rotated(*primals), jnp.swapaxes(axes, 1, 2) @ tangents[2] @ axes
 
 
 # Functions of C = data R + noise I for R = diag(values), `(K, d, d)`. Their values are elementwise,
