@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, _sharding, grids
+from tiltjax import _checks, _pytree, _repr, _sharding, grids
 from tiltjax.interpolants import Interpolant, data_fraction
 from tiltjax.solvers import Solver
 
 _ROUNDING = 1e-5  # of an snr, relatively
 
 
-class Denoiser(eqx.Module):
+class Denoiser(_repr.Printable):
     """What every sampler asks of a model, whatever its states are: `Model` of numbers,
     `tokens.Masked` of tokens.
 
@@ -38,6 +38,8 @@ class Denoiser(eqx.Module):
     shape: eqx.AbstractVar[tuple[int, ...]]
     dtype: eqx.AbstractVar[Any]
 
+    _chosen = {"interpolant": "Linear()"}
+
     # How many steps a run takes by default. None: as many as its solver names.
     steps: ClassVar[int | None] = None
 
@@ -47,6 +49,13 @@ class Denoiser(eqx.Module):
         `tokens.Masking`.
         """
         raise NotImplementedError
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, **{"dtype": None} | given)
+
+    def _text(self) -> str:
+        states = f"states {self.shape} {jnp.dtype(self.state_dtype)}"
+        return f"{self._call(interpolant=None)} on {_repr.form(self.corruption)}, {states}"
 
     @property
     def denoised_shape(self) -> tuple[int, ...]:

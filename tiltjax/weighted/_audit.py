@@ -37,10 +37,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _sharding
+from tiltjax import _callbacks, _checks, _repr, _sharding
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
-from tiltjax.particles import Particles
+from tiltjax.particles import Particles, effective_numpy
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted._smc import smc
 
@@ -53,11 +53,11 @@ class Estimated(NamedTuple):
     value: float
     error: float
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.value:.4g} ± {self.error:.2g}"
 
 
-class Audit(eqx.Module):
+class Audit(_repr.Report):
     """What the weights of n guided trajectories say.
 
     - `particles`: the trajectories' ends with their log-weights; weighted means of them are
@@ -116,8 +116,11 @@ class Audit(eqx.Module):
             "weigh by smc."
         )
 
-    def __str__(self) -> str:
-        rows = {
+    def _title(self) -> str:
+        return self.verdict
+
+    def _rows(self) -> dict[str, str]:
+        return {
             "judged": self.sampler,
             "ESS fraction": f"{self.ess_fraction:.3g} ({self.ess:.4g} of {len(self.particles)})",
             "Pareto k of the tail": f"{self.pareto_k:.2f} (" + _tail(self.pareto_k) + ")",
@@ -126,8 +129,6 @@ class Audit(eqx.Module):
             "path KL": f"{self.path_kl} nats",
             "scale * reward": f"{self.mean_reward} sampled, {self.tilted_reward} under the tilt",
         }
-        lines = [f"{name:22s}{text}" for name, text in rows.items()]
-        return "\n".join([self.verdict, *lines])
 
 
 def audit(
@@ -202,7 +203,7 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     centered = np.where(relative > 0, rewards - tilted, 0.0)
     return Audit(
         particles=particles,
-        ess=float(n / np.mean(relative**2)),
+        ess=float(effective_numpy(log_weights)),
         log_norm=Estimated(log_norm, spread(relative)),
         evidence_bound=Estimated(bound, spread(log_weights)),
         path_kl=Estimated(log_norm - bound, spread(relative - log_weights)),

@@ -22,11 +22,11 @@ et al. (arXiv 2408.08252, SVDD).
 import equinox as eqx
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.solvers import Kernel
 
 
-class Proposal(eqx.Module):
+class Proposal(_repr.Printable):
     """How particles are proposed; subclasses define `shift(kernel, guidance_shift)`, the shift
     of the kernel's mean for the guidance's `D~ - D` (`None`: none).
 
@@ -83,6 +83,8 @@ class Children(Proposal):
 
     **Raises:** `ValueError` for children of children.
     """
+
+    _chosen = {"proposal": "Base()"}
 
     proposal: Proposal
     m: int = eqx.field(static=True)

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.particles import effective
 
 
-class Tempering(eqx.Module):
+class Tempering(_repr.Printable):
     """By what factor twists count; subclasses define `factors(steps)`, one for the state after each
     step, the last of them 1.
     """
