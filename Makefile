@@ -17,7 +17,7 @@ help:
 	@echo "make nightly    all that takes long: soak, test-oldest, test-newest, smoke"
 	@echo "make lint       check format, lint, layers and types"
 	@echo "make format     format the sources"
-	@echo "make bench      run the benchmarks, write their table (ARGS=--quick: on a small scale)"
+	@echo "make bench      run the benchmarks, write their tables (ARGS=--quick: on a small scale)"
 	@echo "make notebooks  run the notebooks and write their outputs into them"
 	@echo "make docs       build the documentation in site/; a warning is an error"
 	@echo "make docs-serve  show it at http://127.0.0.1:8000, and build again when a page changes"
@@ -115,6 +115,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py notebooks/*.ipynb

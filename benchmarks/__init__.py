@@ -1,1 +1,1 @@
-"""Each benchmark answers one question: `python -m benchmarks.accuracy.gaussian_tilt`."""
+"""Benchmarks, each for one question: `python -m benchmarks.accuracy.gaussian_tilt`."""

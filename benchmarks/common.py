@@ -1,7 +1,7 @@
-"""What every benchmark records: device, versions, commit, and where time goes.
+"""Records of every benchmark: device, versions, commit, and run times.
 
-CPU seconds are user and system time of this process, compilation and run apart; a run's figure is
-the median of repeats.
+CPU seconds are the user and system time of this process, separately for compilation and runs. The
+time of a run is the median of its repetitions.
 """
 
 import json
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
-    """Seconds of the first call (mostly compilation), and the medians of later calls."""
+    """The seconds of the first call (mostly compilation), and the medians of later calls."""
 
     first_wall: float
     run_wall: float
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def timed(call: Callable[[int], Any], repeats: int = 5) -> Timing:
-    """Time `call(seed)`: once for compilation, then `repeats` times with other seeds."""
+    """The times of `call(seed)`: once for compilation, then `repeats` times with other seeds."""
     start = time.perf_counter()
     jax.block_until_ready(call(0))
     first = time.perf_counter() - start
@@ -54,12 +54,12 @@ def _commit() -> str:
     )
 
 
-# of the code that was imported, whatever happens to the checkout during a long run
+# The commit of the imported code, even if the checkout changes during a long run.
 COMMIT = _commit()
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+    """The device, the versions and the commit."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -93,8 +93,8 @@ def _cores() -> int:
 
 
 def plug_in_calls(steps: int, k: int) -> int:
-    """Denoiser calls, and as many pullbacks, of a plug-in of k GLASS draws of so many steps: the
-    first of all draws is that of the guidance itself.
+    """The denoiser calls, and the equal number of pullbacks, of one evaluation of plug-in with k
+    GLASS draws of `steps` steps. All draws share their first call with the guidance.
     """
     return 1 + k * (steps - 1)
 

@@ -1,5 +1,5 @@
-"""What a process has spent: CPU seconds, and the most memory it held. Neither JAX nor git is asked,
-so that any process may import this.
+"""The CPU seconds and the peak memory of a process. This module does not use JAX or git, so that
+any process can import it.
 """
 
 import resource
@@ -13,8 +13,8 @@ def cpu_seconds() -> float:
 
 
 def peak_gb() -> float:
-    """The largest resident memory of this process; where it can be read, of this program alone
-    (`ru_maxrss` remembers who started it).
+    """The largest resident memory of this process in GB. If possible it is read for this program
+    alone (`ru_maxrss` includes the process that started it).
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,12 +1,12 @@
-"""Run the benchmarks, one process after the other, and write what came out as one table into
+"""Run the benchmarks, one process after the other, and write one table of their results to
 results/README.md.
 
     python -m benchmarks.run [NAME ...] [--quick] [--reference CHECKOUT [--python OTHER_PYTHON]]
     python -m benchmarks.run --table  # from the results that exist
 
-Every benchmark writes `results/<name>.json`; with `--quick` it runs on a small scale and writes
-nothing, and nor does this. A benchmark that fails, or that lacks what it compares with, is named at
-the end and does not keep the others from running.
+Every benchmark writes `results/<name>.json`. With `--quick` the benchmarks run on a small scale,
+and neither they nor this program write anything. A benchmark that fails, or whose reference is
+missing, is named at the end and does not stop the others.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SCRIPTS = {"checkerboard_network": "checkerboard"}  # results whose benchmark has another name
-NEEDS_REFERENCE = ("vs_reference",)  # those that also take it do without
+NEEDS_REFERENCE = ("vs_reference",)  # those that cannot run without the reference
 ENVIRONMENT = {"external": {"OMP_NUM_THREADS": "1"}}
 INTRODUCTION = """# Results
 
-Written by `python -m benchmarks.run` (`make bench`), and by its `--table` from the files beside
-this one. Each row is what its own JSON file says, on the device and at the commit named there.
-CPU-seconds of different rows are of different runs: compare the numbers within one row.
-[What each change brought](changes.md) stands apart.
+This file is written by `python -m benchmarks.run` (`make bench`), and by its `--table` from the
+JSON files in this folder. Each row summarizes its JSON file, on the given device at the given
+commit. Rows come from different runs, so compare CPU-seconds only within a row.
+[changes.md](changes.md) lists what each change of the code gained.
 """
 
 
@@ -295,7 +295,7 @@ def _limits(r: dict) -> str:
     )
 
 
-# In the order in which they run.
+# In the order of the runs.
 HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gaussian_tilt": _gaussian_tilt,
     "cost_to_floor": _cost_to_floor,
@@ -330,7 +330,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def script(name: str) -> Path:
-    """The benchmark that writes `results/<name>.json`."""
+    """The path of the benchmark that writes `results/<name>.json`."""
     (path,) = FOLDER.glob(f"*/{SCRIPTS.get(name, name)}.py")
     return path
 
@@ -342,33 +342,30 @@ def question(name: str) -> str:
     )
 
 
+def machine(where: dict[str, Any]) -> tuple[str, str, str]:
+    """The device, the versions and the commit of an environment."""
+    cpu = where["backend"] == "cpu"
+    device = f"{where['processor']}, {where['cores']} cores" if cpu else where["device"]
+    return device, f"Python {where['python']}, JAX {where['jax']}", where["commit"]
+
+
 def line(name: str, results: dict[str, Any]) -> str:
-    """A row of the table."""
-    where = results["environment"]
-    device = (
-        where["device"]
-        if where["backend"] != "cpu"
-        else f"{where['processor']}, {where['cores']} cores"
-    )
-    versions = f"Python {where['python']}, JAX {where['jax']}"
+    """One row of the table."""
     cells = (
         f"[{name}]({name}.json)",
         question(name),
         HEADLINES[name](results),
-        device,
-        versions,
-        where["commit"],
+        *machine(results["environment"]),
     )
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def table(folder: Path = RESULTS) -> str:
-    """The whole file, from the JSON files of the folder."""
+    """The text of the whole file, from the JSON files of the folder."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     if unknown := sorted(set(found) - set(HEADLINES)):
         raise ValueError(
-            f"no headline for {', '.join(unknown)}: give it a line of HEADLINES in "
-            f"{Path(__file__).name}"
+            f"no headline for {', '.join(unknown)}: add one to HEADLINES in {Path(__file__).name}"
         )
     head = (
         "| benchmark | question | headline | device | versions | commit "
@@ -383,12 +380,12 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def names() -> list[str]:
-    """The benchmarks that can be run, in order."""
+    """The names of the benchmarks, in order."""
     return [name for name in HEADLINES if name not in SCRIPTS]
 
 
 def command(name: str, args: argparse.Namespace) -> list[str] | None:
-    """What runs a benchmark, or nothing where what it needs is not there."""
+    """The command of a benchmark, or None if its reference is missing."""
     path = script(name)
     module = f"benchmarks.{path.parent.name}.{path.stem}"
     words = [sys.executable, "-m", module, *(["--quick"] if args.quick else [])]

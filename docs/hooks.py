@@ -1,15 +1,16 @@
-"""What the site needs besides Markdown: notebooks as pages, with what each said and showed when it
-last ran. Nothing is executed here.
+"""What the site needs besides Markdown: notebooks as pages, and formulas as MathML.
 
-`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ..., so
-that code, formulas and search are those of every other page.
+`notebooks/x.ipynb` becomes the page `notebooks/x.md` and its figures `notebooks/x_1.png`, ...;
+nothing is executed. Browsers show MathML without a script, a font or a network.
 """
 
 import base64
+import html as entities
 import re
 from pathlib import Path
 
 import nbformat
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -26,13 +27,34 @@ def on_files(files, config):
 
 
 def on_page_content(html, page, config, files):
-    """In a cell of a table, `\\|` in code is a bar: GitHub and editors need the backslash,
-    Python-Markdown would show it.
+    """Formulas, and bars in tables: in a cell, `\\|` in code is a bar. GitHub and editors need the
+    backslash, Python-Markdown would show it.
     """
+    for item in page.toc:
+        _name_formulas(item)
     cell = lambda found: re.sub(
         r"<code>.*?</code>", lambda code: code[0].replace(r"\|", "|"), found[0]
     )
-    return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
+    return with_formulas(re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL))
+
+
+def with_formulas(html):
+    """Formulas as MathML: pymdownx.arithmatex has marked `\\( ... \\)` and `\\[ ... \\]`."""
+    marked = re.compile(r"""<(span|div) class="arithmatex">(.*?)</\1>""", re.DOTALL)
+
+    def formula(found):
+        text = entities.unescape(found[2]).strip()
+        display = "block" if text.startswith(r"\[") else "inline"
+        return f"<{found[1]} class='formula'>{convert(text[2:-2], display=display)}</{found[1]}>"
+
+    return marked.sub(formula, html)
+
+
+def _name_formulas(item):
+    """In a table of contents a formula stands as its source."""
+    item.title = re.sub(r"\\\((.*?)\\\)", r"\1", item.title)
+    for child in item.children:
+        _name_formulas(child)
 
 
 def on_serve(server, config, builder):

@@ -144,7 +144,7 @@ WRONG_TYPES = {
     "network for exact": (lambda: tj.Exact(NETWORK), r"an Analytic, got Network.*Glass"),
     "text for a solver": (lambda: run(KEY, MODEL, solver="heun"), r"Solver, got str"),
     "class for a solver": (lambda: run(KEY, MODEL, solver=tj.Heun), r"Solver, got.*class"),
-    "array of points": (lambda: tj.best_of_n(POINTS.x, REWARD, 2), r"expected Particles.*Array"),
+    "array of points": (lambda: tj.best_of_n(POINTS.x, REWARD, 2), r"must be Particles.*Array"),
     "reward not callable": (lambda: tj.dps(MODEL, 3.0), r"expected a callable, got float"),
     "weights as text": (
         lambda: tj.GaussianMixture("half", [[0.0]], [EYE]),

@@ -300,9 +300,12 @@ def test_a_table_of_a_path_is_that_path_to_third_order():
         (lambda: tj.VP(2.0, 1.0), r"beta_max.*must not be below beta_min.*got 1 < 2"),
         (lambda: tj.VP(0.0), "beta_min must be positive"),
         (lambda: tj.DiscreteVP([0.5]), r"N >= 2 levels.*got shape \(1,\)"),
-        (lambda: tj.DiscreteVP([0.1, 0.9]), r"fall strictly.*got \[0\.1, \.\.\., 0\.9\]: reverse"),
+        (
+            lambda: tj.DiscreteVP([0.1, 0.9]),
+            r"decrease strictly.*got \[0\.1, \.\.\., 0\.9\]: reverse",
+        ),
         (lambda: tj.DiscreteVP([0.9, 0.5, 0.0]), "leave out a last level that is 0"),
-        (lambda: tj.DiscreteVP([0.9, np.nan, 0.1]), "fall strictly"),
+        (lambda: tj.DiscreteVP([0.9, np.nan, 0.1]), "decrease strictly"),
     ],
 )
 def test_schedules_that_cannot_be(build, message):

@@ -82,7 +82,7 @@ def test_adversarial_weights(name, dtype):
 
 
 def test_shapes_are_checked():
-    with pytest.raises(ValueError, match="one number a particle"):
+    with pytest.raises(ValueError, match="one number per particle"):
         resampling.systematic(jax.random.key(0), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="num"):
         resampling.systematic(jax.random.key(0), jnp.zeros(3), 0)

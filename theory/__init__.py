@@ -1,14 +1,19 @@
 r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 
-What a sampler should produce (`tilt`, `log_h`), and what it will: guided flows in the limit of
-small steps (`plug_in_law`, `sde_law`, `fmrg_law`; on the line also between modes, `mean_drift_law`)
-and at any number of them (`discrete_law`), selection (`best_of_n`, `softmax_of_n`), and what
-importance weights make of a guided diffusion (`path_law`). Of sequences of tokens all is enumerated
-(`token_tilt`). How far apart two mixtures are: `w2_bounds`. `log Z` from mean rewards, computed or
-measured: `thermodynamic_integral`, `thermodynamic_bracket`. All of it together: `recommend`, the
-method predicted closest to the tilt within a budget. Nothing here runs a sampler; laws of guided
-flows come back as `tiltjax.GaussianMixture`, except that of more than one draw (`DrawsLaw`) and
-that of a mean drift (`MeanDriftLaw`).
+- `tilt`, `log_h`: the law that a sampler should produce.
+- `plug_in_law`, `sde_law`, `fmrg_law`, `mean_drift_law`: the laws that guided flows and diffusions
+  produce in the limit of small steps. `mean_drift_law` also covers transport between modes, on the
+  line.
+- `discrete_law`: the law of a guided sampler at any number of steps.
+- `best_of_n`, `softmax_of_n`: the laws that selection produces.
+- `path_law`: the variance of the importance weights of a guided diffusion.
+- `token_tilt`: the tilt of a law of token sequences, by enumeration.
+- `w2_bounds`: bounds of the distance between two mixtures.
+- `thermodynamic_integral`, `thermodynamic_bracket`: `log Z` from computed or measured mean rewards.
+- `recommend`: the method with the smallest predicted distance to the tilt within a budget.
+
+Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
+more than one draw (`DrawsLaw`) and for a mean drift (`MeanDriftLaw`).
 """
 
 from theory import quadrature, tokens
@@ -42,7 +47,7 @@ from theory.tilts import (
 from theory.tokens import TokenLaw, pair_log_norm, token_log_h, token_tilt
 
 __all__ = [
-    # What a sampler should produce.
+    # The law that a sampler should produce.
     "tilt",
     "Tilt",
     "log_h",
@@ -85,7 +90,7 @@ __all__ = [
     "W2Bounds",
     "bures",
     "overlap",
-    # Which method within a budget.
+    # The best method within a budget.
     "recommend",
     "Plan",
     "Option",

@@ -1,33 +1,35 @@
-r"""Laws of guided flows where the covariance S and the reward's matrix H do not commute: linear
-equations instead of closed forms.
+r"""Laws of guided flows whose covariance S and reward matrix H do not commute, by linear
+differential equations.
 
-One Gaussian `N(mu, S)`, a quadratic reward, the mean guidance of one draw. With
-`kappa = alpha / sigma` and the posterior covariance `P = S (I + kappa^2 S)^-1`, the noisy state in
-units of its noise, `xi = (x - alpha mu) / sigma`, and the posterior mean `m = mu + kappa P xi`
-obey, for any interpolant,
+The prior is one Gaussian `N(mu, S)`, the reward is quadratic, and the guidance is the mean guidance
+of one draw. Let `kappa = alpha / sigma`, and let `P = S (I + kappa^2 S)^-1` be the posterior
+covariance. The noisy state in units of its noise, `xi = (x - alpha mu) / sigma`, and the posterior
+mean, `m = mu + kappa P xi`, obey for any interpolant
 
     flow  d xi / d kappa = kappa P xi + lambda P ∇r(m),  xi(0) ~ N(0, I),  x_1 = mu + lim xi / kappa
     diffusion    d m = lambda P^2 ∇r(m) d(kappa^2) + P dB_(kappa^2),    m(0) = mu,    x_1 = lim m
 
-the second for the memoryless diffusion. Flow-map guidance, in the coordinate `z = X_{t,1}(x) - mu`
-in which its own flow map is the identity, with `C = alpha^2 S + sigma^2 I`, keeps the interpolant's
-clock:
+where the second equation is that of the memoryless diffusion. Flow-map guidance uses the
+interpolant's own clock. In the coordinate `z = X_{t,1}(x) - mu`, in which the flow map is the
+identity, and with `C = alpha^2 S + sigma^2 I`,
 
     flow map  d z / dt = scale S C^-1 ∇r(mu + z),
         z(0) ~ N(-alpha_0 S^(1/2) C_0^(-1/2) mu, sigma_0^2 S C_0^-1)
 
-(for `x_0 ~ N(0, sigma_0^2 I)`, which is what a run starts from). All are
-`dv = (A v + f) dl + N dB_l`, so that with `Psi(l)`, the propagator from l to the end, the end has
+for `x_0 ~ N(0, sigma_0^2 I)`, the start of a run. All three equations have the form
+`dv = (A v + f) dl + N dB_l`. With `Psi(l)`, the propagator from l to the end, the state at the end
+has
 
     mean = Psi_0 E[v_0] + ∫ Psi f dl,    covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
 
-**Numerics.** S enters through rational functions alone (but for the shift of the start's mean), so
-that derivatives are right for singular S (but for the flow map, whose law there is a function of
-its root) and where eigenvalues coincide. `Psi` solves `dPsi/dl = -Psi A` from the end backwards, by
-six-stage Radau IIA collocation (order 11, no bound on the step where the guidance is stiff), and
-the integrals use its nodes. The clock l is `log kappa`, for the flow map `log t / (1-t)`: layers of
-any strength and width have unit width in it. It is cut where what is left is rounding. There is no
-adaptivity, so everything compiles, maps and differentiates, in both modes.
+**Numerics.** S enters only through rational functions, except for the shift of the start's mean.
+The derivatives are therefore right for singular S (except for the flow map, whose law is then a
+function of the root of S) and for equal eigenvalues. `Psi` solves `dPsi/dl = -Psi A` backwards from
+the end, by six-stage Radau IIA collocation (order 11, no bound on the step where the guidance is
+stiff), and the integrals use the same nodes. The clock l is `log kappa`, or `log t / (1-t)` for the
+flow map: on this clock, boundary layers of any strength have unit width. The clock is cut off where
+the remainder is below rounding. The steps are fixed, so that everything compiles, vectorizes and
+differentiates in both modes.
 
 Reference: Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), for the
 collocation.
@@ -48,12 +50,12 @@ from tiltjax.mixtures import GaussianMixture
 
 _STAGES = 6
 _WIDTH = 0.5  # of a panel, in units of the logarithmic clock
-_EARLIEST, _LATEST = -36.0, 36.0  # what is outside adds exp(-36) = 2e-16 to a mean
+_EARLIEST, _LATEST = -36.0, 36.0  # times outside change a mean by exp(-36) = 2e-16
 
 
 def _radau(stages: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes in (0, 1] and coefficients of the Radau IIA method; the last row of coefficients are
-    its weights.
+    """Nodes in (0, 1] and coefficients of the Radau IIA method. The last row of coefficients holds
+    the weights.
     """
     legendre = np.polynomial.legendre
     nodes = (legendre.legroots([0.0] * (stages - 1) + [-1.0, 1.0]) + 1) / 2
@@ -63,7 +65,7 @@ def _radau(stages: int) -> tuple[np.ndarray, np.ndarray]:
 
 _NODES, _COEFFICIENTS = _radau(_STAGES)
 _PANELS = round((_LATEST - _EARLIEST) / _WIDTH)
-# From the end backwards: panels, and the nodes of each.
+# Panels from the end backwards, and the nodes of each panel.
 _CLOCK = _LATEST - _WIDTH * (np.arange(_PANELS)[:, None] + _NODES)
 _WEIGHTS = np.broadcast_to(_WIDTH * _COEFFICIENTS[-1], _CLOCK.shape).reshape(-1)
 
@@ -73,24 +75,26 @@ def plug_in_moments(
 ) -> GaussianMixture:
     """The law of the plug-in guided flow with one draw, component by component, for any S and H.
 
+    This is the general form of `theory.plug_in_law`, which prefers a closed form where one exists.
+
     **Arguments:** `prior`; `form`, the reward's coefficients (`theory.quadratic_form`), H positive
     semi-definite; `law`, `Constant` or `Damped`. **Raises:** `ValueError` for another scale law.
-
-    `theory.plug_in_law` is this, and the closed form where there is one.
     """
     return _components(_plug_in, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
 
 
 def sde_moments(prior: GaussianMixture, form: QuadraticForm, law: scales.Scale) -> GaussianMixture:
-    """The law of the plug-in guided memoryless diffusion with one draw: as `plug_in_moments`."""
+    """The law of the plug-in guided memoryless diffusion with one draw. Arguments: as in
+    `plug_in_moments`.
+    """
     return _components(_sde, prior, form, _by_snr(law), jnp.finfo(prior.covs.dtype).eps)
 
 
 def fmrg_moments(
     prior: GaussianMixture, form: QuadraticForm, scale: Array, interpolant: Interpolant
 ) -> GaussianMixture:
-    """The law of flow-map reward guidance started from `N(0, sigma_0^2 I)`: as `plug_in_moments`,
-    on one interpolant.
+    """The law of flow-map reward guidance started from `N(0, sigma_0^2 I)`, on one interpolant.
+    Other arguments: as in `plug_in_moments`.
     """
     return _components(_fmrg, prior, form, (scale, interpolant), 0.0)
 
@@ -98,8 +102,8 @@ def fmrg_moments(
 def _by_snr(law: scales.Scale) -> scales.Scale:
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(
-            f"no law for the scale law {type(law).__name__}: Constant and Damped depend on time "
-            "alone"
+            f"no law is known for the scale law {type(law).__name__}. Use a number or Damped: they "
+            "depend on time alone."
         )
     return law
 
@@ -109,16 +113,16 @@ def _components(
     method: Callable, prior: GaussianMixture, form: QuadraticForm, guidance, floor
 ) -> GaussianMixture:
     def component(mean: Array, cov: Array) -> tuple[Array, Array]:
-        # In the eigenvectors of S, held constant: S is then diagonal to the last bit and not
-        # negative, so that S (I + kappa^2 S)^-1 has no pole at any kappa, and nothing is lost of
-        # its derivatives.
+        # The eigenvectors of S are held constant. In this basis S is exactly diagonal and
+        # nonnegative, so S (I + kappa^2 S)^-1 has no pole at any kappa and keeps its derivatives.
         axes = jnp.linalg.eigh(jax.lax.stop_gradient(cov))[1]
         rotated = axes.T @ cov @ axes
         differentiable = rotated - jax.lax.stop_gradient(rotated)
         variances = jax.lax.stop_gradient(jnp.diagonal(rotated))
-        # The clock ends before it tells a direction without spread from one whose spread is
-        # rounding, and their derivatives differ: such a direction gets `floor` of the widest
-        # variance, which the guidance does not change and which is taken away again.
+        # The clock ends before it distinguishes a direction of zero variance from one whose
+        # variance is rounding, and the derivatives of the two cases differ. Such a direction gets
+        # `floor` times the largest variance. The guidance does not change this variance, and it is
+        # subtracted again below.
         raised = jnp.maximum(variances, floor * jnp.max(variances))
         s = jnp.diag(raised) + differentiable
         half_gradient = axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)
@@ -132,7 +136,7 @@ def _components(
 
 
 def _plug_in(mean, s, h, half_gradient, law):
-    # The state is xi / sqrt(1 + kappa^2 / c^2), of unit size at both ends, in c = 1 / (a typical
+    # The state is xi / sqrt(1 + kappa^2 / c^2), of unit size at both ends, with c = 1 / (a typical
     # standard deviation).
     c, kappa = _kappa(s)
     weight = (kappa / c) ** 2 / (1 + (kappa / c) ** 2)
@@ -162,8 +166,8 @@ def _fmrg(mean, s, h, half_gradient, guidance):
     scale, interpolant = guidance
     clock = jnp.asarray(_CLOCK.reshape(-1), s.dtype)
     rate = 2 * scale * jax.nn.sigmoid(clock) * jax.nn.sigmoid(-clock)
-    # Not t = 1, where a direction without spread would be 0 / 0; the rate is that of the clock,
-    # nothing is left there.
+    # Stop short of t = 1, where a direction of zero variance would give 0 / 0. The rate is zero to
+    # rounding there.
     times = jnp.minimum(jax.nn.sigmoid(clock), 1 - jnp.finfo(s.dtype).eps)
     alpha, sigma = jax.vmap(interpolant.alpha)(times), jax.vmap(interpolant.sigma)(times)
     gain = rate[:, None, None] * _ratio(s, alpha**2, sigma**2)
@@ -174,7 +178,7 @@ def _fmrg(mean, s, h, half_gradient, guidance):
 
 
 def start_of_flow_map(mean: Array, cov: Array, interpolant: Interpolant) -> tuple[Array, Array]:
-    """Mean and covariance of `X_{0,1}(x) - mu` for `x ~ N(0, sigma_0^2 I)`: zero and S where
+    """Mean and covariance of `X_{0,1}(x) - mu` for `x ~ N(0, sigma_0^2 I)`. They are zero and S if
     `alpha_0 = 0`.
     """
     zero = jnp.zeros((), cov.dtype)
@@ -199,15 +203,15 @@ def _noisy(s: Array, data: Array, noise: Array) -> Array:
 
 @jax.custom_jvp
 def _ratio(s: Array, data: Array, noise: Array) -> Array:
-    """`S (data S + noise I)^-1` for vectors of coefficients."""
+    """`S (data S + noise I)^-1`, batched over the coefficients `data` and `noise`."""
     return jnp.linalg.solve(_noisy(s, data, noise), s[None])
 
 
 @_ratio.defjvp
 def _ratio_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     (s, data, noise), (ds, ddata, dnoise) = primals, tangents
-    # As `noise W dS W`, where a product rule has the difference of two terms that late in the clock
-    # agree in all digits.
+    # The derivative is computed as `noise W dS W`. The product rule gives the difference of two
+    # terms that agree in all digits late in the clock.
     inverse = jnp.linalg.inv(_noisy(s, data, noise))
     change = noise[:, None, None] * inverse @ ds - inverse @ s @ _noisy(s, ddata, dnoise)
     return _ratio(s, data, noise), change @ inverse
@@ -219,8 +223,8 @@ def _strength(law: scales.Scale, kappa: Array) -> Array:
 
 
 def _propagator(slope: Array) -> tuple[Array, Array]:
-    """`Psi` of `dv = A v dl` from the first node's clock to the end, and from every node to the
-    end, for A on the nodes.
+    """`Psi` of `dv = A v dl`: from the first time of the clock to the end, and from every node to
+    the end. A is given on the nodes.
     """
     d = slope.shape[-1]
     slope = slope.reshape(_PANELS, _STAGES, d, d)

@@ -1,4 +1,4 @@
-r"""The law of `r(X)` for a mixture: what selection acts on.
+r"""The law of `r(X)` for a mixture, from which the laws of selection follow.
 
 | reward | prior | law of `r(X)` |
 |---|---|---|
@@ -7,14 +7,15 @@ r"""The law of `r(X)` for a mixture: what selection acts on.
 | quadratic, `H = h I`, h > 0 | isotropic components | `c - h s^2 Q`, noncentral chi-square |
 | any other | one or two dimensions | by quadrature on a grid of cells |
 
-Every law comes with nodes, `values` `(K or 1, m)` and `log_masses` `(K, m)`: expectations over
-component k, weight included, are sums over row k. Its own nodes carry each component, so that modes
-of very different width are resolved alike.
+Every law has nodes, `values` `(K or 1, m)` and `log_masses` `(K, m)`: an expectation over component
+k, times the component's weight, is a sum over row k. Each component has its own nodes, so that
+modes of very different widths are all resolved.
 
 **The noncentral chi-square law** of m degrees, in terms of the distance `rho = sqrt(Q)` and the
-offset `delta`, one coordinate c along the offset and m - 1 across:
-`P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`, by tanh-sinh nodes, which take the
-root at `c = ±q`; elementary for m = 1.
+offset `delta`. One coordinate c is along the offset and m - 1 coordinates are across:
+`P(rho <= q) = ∫ phi(c - delta) P(chi^2_{m-1} <= q^2 - c^2) dc`. Tanh-sinh nodes resolve the root at
+`c = ±q`.
+For m = 1 the law is elementary.
 
 Reference: Johnson, Kotz and Balakrishnan, *Continuous Univariate Distributions* 2 (1995), chapter
 29.
@@ -36,14 +37,12 @@ from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _HALF_LOG_2PI = np.log(2 * np.pi) / 2
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval(80)
-# Beyond these, in standard deviations, there is no mass that 10^12 draws would find.
+# Beyond this many standard deviations lies less mass than 10^12 draws would find.
 _REACH = 9.0
 
 
 class RewardLaw(eqx.Module):
-    """The law of `r(X)`: nodes, and `log_cdf`, the log-probabilities of `r(X) <= r` and of its
-    complement.
-    """
+    """The law of `r(X)`: quadrature nodes, and the log-probabilities `log_cdf`."""
 
     values: eqx.AbstractVar[Array]
     log_masses: eqx.AbstractVar[Array]
@@ -56,28 +55,28 @@ class RewardLaw(eqx.Module):
     def log_density(self, r: Array) -> Array:
         """The log-density of `r(X)` at one r."""
         raise ValueError(
-            f"the reward's law has no density in closed form ({type(self).__name__}): use "
+            f"the law {type(self).__name__} of this reward has no density in closed form: use "
             "reward_cdf"
         )
 
     def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
-        """Means `(K, d)` and covariances `(K, d, d)` of X in each component, if its reward's nodes
-        had these log-probabilities, `(K, m)`.
+        """Means `(K, d)` and covariances `(K, d, d)` of X in each component, when the reward's
+        nodes have the log-probabilities `log_probs` `(K, m)`.
         """
         raise ValueError(
-            "no moments in closed form where the reward has finitely many values "
-            f"({type(self).__name__})"
+            f"the moments have no closed form for {type(self).__name__}, a reward with finitely "
+            "many values"
         )
 
     def flat(self, masses: Array) -> tuple[Array, Array]:
-        """`(m',)` values, and the `(K, m)` masses, summed to one for each of them."""
+        """The values `(m',)`, and for each value the sum of the masses `(K, m)`, `(m',)`."""
         if len(self.values) == 1:
             return self.values[0], jnp.sum(masses, axis=0)
         return self.values.reshape(-1), masses.reshape(-1)
 
 
 class NormalReward(RewardLaw):
-    """`sum_k w_k N(means_k, stds_k^2)`, the law of `<slope, X>` and a constant."""
+    """The law of `<slope, X>` plus a constant, `sum_k w_k N(means_k, stds_k^2)`."""
 
     log_weights: Array
     means: Array
@@ -108,7 +107,7 @@ class NormalReward(RewardLaw):
         return jax.nn.logsumexp(self.log_weights - z**2 / 2 - _HALF_LOG_2PI - jnp.log(self.stds))
 
     def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
-        # X = mu + S slope / std z + a rest that is independent of z, the reward in standard units.
+        # X = mu + (S slope / std) z + an independent rest, where z is the standardized reward.
         z = (self.values - self.means[:, None]) / self.stds[:, None]
         probs = jax.nn.softmax(log_probs, axis=1)
         first = jnp.sum(probs * z, axis=1)
@@ -119,10 +118,10 @@ class NormalReward(RewardLaw):
 
 
 class ChiReward(RewardLaw):
-    """`sum_k w_k law(top - unit_k Q_k)`, `Q_k` noncentral chi-square of `degrees` degrees and
-    noncentrality `offsets_k^2`.
+    """`sum_k w_k law(top - unit_k Q_k)`, where `Q_k` is noncentral chi-square of `degrees` degrees
+    and noncentrality `offsets_k^2`.
 
-    The reward is largest, `top`, at `center`.
+    The reward has its maximum, `top`, at `center`.
     """
 
     log_weights: Array
@@ -149,8 +148,8 @@ class ChiReward(RewardLaw):
         self.offsets, self.degrees = offsets, degrees
 
         def component(log_weight: Array, unit: Array, offset: Array) -> tuple[Array, Array]:
-            # Geometric towards rho = 0, where best-of-n goes, and uniform in the bulk: rho = log(1
-            # + e^y).
+            # rho = log(1 + e^y): geometric nodes towards rho = 0, where best-of-n concentrates, and
+            # uniform nodes in the bulk.
             reach = _REACH + np.sqrt(degrees)
             center = jax.lax.stop_gradient(offset)
             low = jnp.where(center > reach + 1, center - reach, -40.0)
@@ -170,7 +169,7 @@ class ChiReward(RewardLaw):
         below, above = jax.vmap(lambda q, delta: _chi_tails(q, delta, self.degrees))(
             rho, self.offsets
         )
-        # A large distance is a small reward.
+        # A large distance means a small reward.
         return _both(
             jax.nn.logsumexp(self.log_weights + above), jax.nn.logsumexp(self.log_weights + below)
         )
@@ -184,8 +183,8 @@ class ChiReward(RewardLaw):
         return jnp.where(r < self.top, inside, -jnp.inf)
 
     def moments(self, prior: GaussianMixture, log_probs: Array) -> tuple[Array, Array]:
-        # At a distance rho from the center, in standard units, X has the coordinate c towards the
-        # component's mean, and around that axis no direction is preferred.
+        # In standard units, X at the distance rho from the center has the coordinate c towards the
+        # component's mean. Around this axis the law is rotationally symmetric.
         probs = jax.nn.softmax(log_probs, axis=1)
         rho = jnp.sqrt((self.top - self.values) / self.units[:, None])
         first, second = jax.vmap(lambda rho, delta: _coordinate(rho, delta, self.degrees))(
@@ -210,8 +209,8 @@ class ChiReward(RewardLaw):
 
 
 class AtomReward(RewardLaw):
-    """Finitely many values, increasing: `values` `(1, m)`, with the mass of each in every
-    component, `log_masses` `(K, m)`.
+    """Finitely many increasing values, `values` `(1, m)`, with masses `log_masses` `(K, m)` in
+    every component.
     """
 
     values: Array
@@ -225,8 +224,8 @@ class AtomReward(RewardLaw):
 
 
 class GridReward(RewardLaw):
-    """The reward on a grid of cells, `(m, d)` centers: every cell is an atom, cells of equal reward
-    are one.
+    """The reward on a grid of cells with centers `(m, d)`. Every cell is an atom, and cells of
+    equal reward form one atom.
     """
 
     values: Array
@@ -249,13 +248,13 @@ class GridReward(RewardLaw):
 def reward_law(
     prior: GaussianMixture, reward: Callable, *, cells: int | None = None, nodes: int = 1441
 ) -> RewardLaw:
-    """The law of `r(X)`, `X ~ prior`, in closed form where there is one, else on a grid of `cells`
-    a dimension; `nodes` a component.
+    """The law of `r(X)` for `X ~ prior`: in closed form where one exists, else on a grid of `cells`
+    cells in each dimension. `nodes` is the number of nodes in each component.
 
-    Covariances that are being traced count as not isotropic (in one dimension they always are).
+    Traced covariances count as not isotropic, except in one dimension.
 
-    **Raises:** `ValueError` above two dimensions without closed form, and where a reward does not
-    vary over a component.
+    **Raises:** `ValueError` for more than two dimensions without a closed form, for a reward that
+    does not vary over a component, and for a reward that is not finite on the grid.
     """
     check_mixture(prior, "prior")
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
@@ -276,9 +275,9 @@ def reward_law(
     if d > 2:
         raise ValueError(
             f"the law of {type(reward).__name__} under this prior has no closed form, and "
-            f"quadrature covers one or two dimensions, not {d}. Closed forms: LinearReward, "
-            "StepReward, and Quadratic with a scalar weight > 0 where every component is "
-            "isotropic. Otherwise estimate it: tiltjax.best_of_n on samples, tiltjax.metrics."
+            f"quadrature covers one or two dimensions, not {d}. Use LinearReward, StepReward, or "
+            "Quadratic with a scalar weight > 0 and isotropic components. Otherwise estimate the "
+            "law from samples, with tiltjax.best_of_n and tiltjax.metrics."
         )
     law = _grid_law(prior, reward, quadrature.tilt(prior, reward, 0.0, cells=cells))
     if _checks.concrete(law.values) and not np.all(np.isfinite(law.values)):
@@ -298,7 +297,7 @@ def _chi_law(prior: GaussianMixture, form: tilts.QuadraticForm, nodes: int) -> C
     h, s2 = form.matrix[0, 0], prior.covs[:, 0, 0]
     center = form.center + form.gradient / (2 * h)
     top = form.value + form.gradient @ form.gradient / (4 * h)
-    # The distance has no derivative at 0: there its square does not change, to first order, either.
+    # The square root has no derivative at 0. It is set to 0, as the square's derivative is 0 there.
     square = jnp.sum((prior.means - center[None]) ** 2, axis=1) / s2
     offsets = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return ChiReward(prior.log_weights, top, center, h * s2, offsets, prior.dim, nodes)
@@ -310,7 +309,7 @@ def _grid_law(
 ) -> GridReward:
     centers = jax.lax.stop_gradient(
         grid.centers
-    )  # the integral does not depend on where its nodes are
+    )  # the integral does not depend on the position of its nodes
     log_masses = jax.vmap(prior.component_log_probs)(centers).T + jnp.sum(
         jnp.log(jax.lax.stop_gradient(grid.cell))
     )
@@ -326,15 +325,15 @@ def _step(prior: GaussianMixture, reward: rewards.StepReward) -> AtomReward:
     log_masses = prior.log_weights[:, None] + jnp.stack([log_ndtr(-z), log_ndtr(z)], axis=1)
     if _checks.concrete(reward.height) and np.asarray(reward.height) <= 0:
         raise ValueError(
-            f"selection by StepReward needs a height > 0, got {float(reward.height):g}: turn the "
-            "normal around"
+            f"selection by StepReward needs a height > 0, got {float(reward.height):g}: reverse "
+            "the normal"
         )
     return AtomReward(sides[None], log_masses)
 
 
 def _both(log_below: Array, log_above: Array) -> tuple[Array, Array]:
-    """Two complementary log-probabilities, the larger of them taken from the smaller: `n log F`
-    keeps its digits at F near 1.
+    """Two complementary log-probabilities, the larger computed from the smaller, so that `n log F`
+    keeps its digits for F near 1.
     """
 
     def other(log_p: Array, small: Array) -> Array:
@@ -345,8 +344,8 @@ def _both(log_below: Array, log_above: Array) -> tuple[Array, Array]:
 
 
 def _axis(rho: Array, delta: Array) -> tuple[Array, Array, Array]:
-    """Nodes c over `[-rho, rho]` where `phi(c - delta)` has mass, `rho^2 - c^2` without
-    cancellation, and weights times phi.
+    """Nodes c in `[-rho, rho]` where `phi(c - delta)` has mass, `rho^2 - c^2` without cancellation,
+    and quadrature weights times phi.
     """
     dtype = rho.dtype
     low, high = jnp.clip(delta - _REACH, -rho, rho), jnp.clip(delta + _REACH, -rho, rho)
@@ -367,15 +366,15 @@ def _safe_log(x: Array) -> Array:
 def _chi_tails(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
     """`(log P(chi <= rho), log P(chi > rho))` of the noncentral chi law."""
     if degrees == 1:
-        # Phi(rho - delta) - Phi(-rho - delta), as an integral over [-rho, rho]: relative accuracy
-        # for the smallest rho.
+        # Phi(rho - delta) - Phi(-rho - delta), as an integral over [-rho, rho], which is accurate
+        # in relative terms for the smallest rho.
         _, _, weights = _axis(rho, delta)
         return _safe_log(jnp.sum(weights)), jnp.logaddexp(
             log_ndtr(delta - rho), log_ndtr(-delta - rho)
         )
     _, rest, weights = _axis(rho, delta)
     half_rest = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny) / 2
-    if degrees <= 3:  # elementary, and much sooner compiled
+    if degrees <= 3:  # elementary functions compile much faster
         root = jnp.sqrt(half_rest)
         near, far = (
             (erf(root), erfc(root))
@@ -391,8 +390,8 @@ def _chi_tails(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
 
 
 def _coordinate(rho: Array, delta: Array, degrees: int) -> tuple[Array, Array]:
-    """`E[c | rho]` and `E[c^2 | rho]` at an array of distances, c the coordinate along the offset
-    delta.
+    """`E[c | rho]` and `E[c^2 | rho]` at an array of distances, where c is the coordinate along the
+    offset delta.
     """
     if degrees == 1:
         return rho * jnp.tanh(delta * rho), rho**2
@@ -451,8 +450,7 @@ def _isotropic_prior(prior: GaussianMixture) -> bool:
 
 
 def _concave(reward: rewards.Reward, dim: int) -> bool:
-    # Weights are read where they can be, also inside of someone's jit; a weight that is traced is
-    # taken to be positive.
+    # Weights are read where possible, also inside jit. A traced weight is taken to be positive.
     with jax.ensure_compile_time_eval():
         matrix = tilts.quadratic_form(reward, dim).matrix
     return not _checks.concrete(matrix) or bool(np.asarray(matrix)[0, 0] > 0)
@@ -462,6 +460,6 @@ def _check_spread(spread: Array) -> None:
     if _checks.concrete(spread) and not np.all(np.asarray(spread) > 0):
         k = int(np.argmin(np.asarray(spread)))
         raise ValueError(
-            f"the reward does not vary over component {k}: there is nothing to select by there. "
-            "Give the component a covariance along the reward, or the reward a slope."
+            f"the reward does not vary over component {k}, so selection has no effect there. Give "
+            "the component a variance along the reward, or the reward a slope."
         )

@@ -1,24 +1,24 @@
-r"""How far apart Gaussian mixtures are, and how far apart the components of one.
+r"""Distances between Gaussian mixtures, and overlaps between the components of one mixture.
 
-**Distance.** Between two mixtures W2 has no closed form. Restricted to couplings that are
-themselves Gaussian mixtures it is a small linear program between components, with the squared Bures
-distances as costs (Delon and Desolneux 2020, *A Wasserstein-type distance in the space of Gaussian
-mixture models*):
+**Distance.** W2 between two mixtures has no closed form. If the coupling must be a Gaussian
+mixture, W2 becomes a small linear program between components whose costs are squared Bures
+distances (Delon and Desolneux 2020, *A Wasserstein-type distance in the space of Gaussian mixture
+models*):
 
     MW2^2 = min over P >= 0 of sum_kl P_kl W2^2(N(mu_k, S_k), N(nu_l, T_l)),    P 1 = w,  P^T 1 = v.
 
-It is an upper bound of W2, exact for one component each. The Bures distance of the overall means
-and covariances is a lower one (Gelbrich 1990): no coupling of any laws with these moments costs
-less.
+MW2 is an upper bound of W2, and equals W2 for one component each. The Bures distance between the
+overall means and covariances is a lower bound (Gelbrich 1990): no coupling of laws with these
+moments costs less.
 
-**Derivatives.** By Danskin's theorem those of `MW2^2` are the costs' own, weighted by the optimal
-plan, and for the weights the dual potentials; where several plans are optimal, it has one-sided
-derivatives only.
+**Derivatives.** By Danskin's theorem, the derivatives of `MW2^2` are those of the costs, weighted
+by the optimal plan; the derivatives by the weights are the dual potentials. Where several plans are
+optimal, only one-sided derivatives exist.
 
 **Overlap.** The Bhattacharyya coefficient `∫ sqrt(p q)` of two Gaussians, with
-`S = (S_p + S_q) / 2`, is `exp(-d^T S^-1 d / 8) (det S_p det S_q)^(1/4) / det(S)^(1/2)`: 1 for equal
-ones, .011 at six standard deviations, and an upper bound of how much of their mass is ambiguous
-(`∫ min(p, q)`).
+`S = (S_p + S_q) / 2`, is `exp(-d^T S^-1 d / 8) (det S_p det S_q)^(1/4) / det(S)^(1/2)`. It is 1 for
+equal Gaussians and .011 at six standard deviations. It is an upper bound of the shared mass
+`∫ min(p, q)`.
 """
 
 from typing import NamedTuple
@@ -38,13 +38,14 @@ def bures(mean: Array, cov: Array, other_mean: Array, other_cov: Array) -> Array
     """`W2^2` between `N(m, S)` and `N(n, T)`:
     `|m - n|^2 + tr S + tr T - 2 tr (T^{1/2} S T^{1/2})^{1/2}`.
 
-    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T`, by
-    triangular roots: singular covariances are as good as any. Its derivative is taken without that
-    of the singular vectors, and is right where singular values coincide; where one is zero, W2^2
-    itself has a one-sided derivative only. Source: Dowson and Landau (1982).
+    The last trace is the sum of the singular values of `L^T M` for `S = L L^T`, `T = M M^T` with
+    triangular L and M, which may be singular. The derivative needs no derivative of the singular
+    vectors, and is right where singular values coincide. Where a singular value is zero, W2^2 has
+    only a one-sided derivative. Source: Dowson and Landau (1982).
 
-    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`. **Raises:**
-    `ValueError` for other shapes.
+    **Arguments:** `mean` and `other_mean` `(d,)`, `cov` and `other_cov` `(d, d)`.
+
+    **Raises:** `ValueError` for other shapes.
     """
     mean, cov = _checks.floating(mean, "mean", 1), _checks.floating(cov, "cov", 2)
     other_mean = _checks.floating(other_mean, "other_mean", 1)
@@ -74,8 +75,8 @@ def _nuclear_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 class W2Bounds(NamedTuple):
-    """`lower <= W2 <= upper`, and the `plan` `(K, L)` that the upper one moves between
-    components.
+    """`lower <= W2 <= upper`, and the optimal `plan` `(K, L)` of the upper bound, the mass that
+    moves between components.
     """
 
     lower: Array
@@ -84,11 +85,12 @@ class W2Bounds(NamedTuple):
 
 
 def w2_bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
-    """Gelbrich's lower bound and MW2, an upper bound of W2 between two mixtures of K and L
-    components in one dimension d.
+    """Bounds of W2 between two mixtures of K and L components: Gelbrich's lower bound and the upper
+    bound MW2.
 
-    Compiles, maps and differentiates: only the plan is found outside of JAX, by an exact linear
-    program. Where a distance is zero it has no derivative, and zero is returned.
+    The function compiles, vectorizes and differentiates. Only the plan is computed outside of JAX,
+    by an exact linear program. A distance of zero has no derivative; the function then returns the
+    derivative zero.
 
     **Raises:** `ValueError` for mixtures of different dimensions.
     """
@@ -96,7 +98,7 @@ def w2_bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
     check_mixture(other, "other")
     if one.dim != other.dim:
         raise ValueError(
-            f"mixtures of different dimensions have no distance: got {one.dim} and {other.dim}"
+            f"mixtures need the same dimension for a distance, got {one.dim} and {other.dim}"
         )
     return _bounds(one, other)
 
@@ -116,7 +118,7 @@ def _bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
     )
     plan, source, sink = jax.pure_callback(_plan, shapes, *fixed, vmap_method="sequential")
     square = jnp.sum(plan * costs)
-    # Zero in value: the dual potentials are the derivatives by the weights.
+    # These terms are zero. Their derivatives are the dual potentials, the derivatives by weights.
     square += source @ (one.weights - fixed[0]) + sink @ (other.weights - fixed[1])
     lower = bures(one.mean(), one.cov(), other.mean(), other.cov())
     return W2Bounds(_root(lower), _root(square), plan)
@@ -124,9 +126,9 @@ def _bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
 
 def overlap(mixture: GaussianMixture) -> float:
     """The largest Bhattacharyya coefficient between two components, in [0, 1]; 0 for one component.
-    Computed outside of JAX.
+    It is computed outside of JAX.
 
-    Components of one singular shape may overlap; different point masses do not.
+    Components with the same singular covariance may overlap. Different point masses do not.
     """
     check_mixture(mixture, "mixture")
     means, covs = np.asarray(mixture.means, np.float64), np.asarray(mixture.covs, np.float64)
@@ -134,7 +136,7 @@ def overlap(mixture: GaussianMixture) -> float:
     if len(first) == 0:
         return 0.0
     gap = means[first] - means[second]
-    # Singular covariances by a vanishing widening, in each pair's own units.
+    # A tiny widening, in units of each pair, makes singular covariances invertible.
     square_size = np.sum(gap**2, axis=1) + np.trace(covs[first] + covs[second], axis1=1, axis2=2)
     widening = (1e-12 * square_size + np.finfo(float).tiny)[:, None, None] * np.eye(mixture.dim)
     p, q = covs[first] + widening, covs[second] + widening
@@ -159,7 +161,7 @@ def _plan(
     k, n = costs.shape
     rows, columns = np.kron(np.eye(k), np.ones((1, n))), np.kron(np.ones((1, k)), np.eye(n))
     largest = max(np.abs(costs).max(), np.finfo(float).tiny)  # the solver's tolerances are absolute
-    # One condition follows from the others, and is left out.
+    # One condition is redundant.
     conditions, masses = (
         np.concatenate([rows, columns])[:-1],
         np.concatenate([weights, others])[:-1],
@@ -168,6 +170,6 @@ def _plan(
         costs.reshape(-1) / largest, A_eq=conditions, b_eq=masses, method="highs-ds"
     )
     if solution.status != 0:
-        raise RuntimeError(f"the transport plan was not found: {solution.message}")
+        raise RuntimeError(f"the linear program for the transport plan failed: {solution.message}")
     duals = np.append(solution.eqlin.marginals, 0.0) * largest
     return solution.x.reshape(k, n).astype(dtype), duals[:k].astype(dtype), duals[k:].astype(dtype)

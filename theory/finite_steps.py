@@ -1,14 +1,15 @@
-r"""The law of a discretized guided sampler, exactly, at any number of steps.
+r"""The exact law of a discretized guided sampler, at any number of steps.
 
     x' = A x + c + B z,  z ~ N(0, I):      mean' = A mean + c,      cov' = A cov A^T + B B^T
 
 For one Gaussian, a quadratic reward and k = 1 draw, the guided denoiser is affine in the state and
-Gaussian in the draw, `D~ = A_t x + c_t + N_t z` (`AffineField`), and so is every step of Euler,
-Heun and the ancestral kernel. Mean and covariance of what a run returns follow a linear recursion
-(`discrete_law`): no simulation, no limit of small steps, and no condition on the matrices.
+Gaussian in the draw, `D~ = A_t x + c_t + N_t z` (`AffineField`). So is every step of Euler, Heun
+and the ancestral kernel. The mean and covariance of the samples follow a linear recursion
+(`discrete_law`). The recursion needs no simulation, no limit of small steps, and no condition on
+the matrices.
 
-The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884); the recursion holds for
-whatever is affine.
+The guidances are those of Dandapanthula and Boffi (arXiv 2606.02884). The recursion holds for any
+affine guidance.
 """
 
 import functools
@@ -41,7 +42,7 @@ class Moments(NamedTuple):
     cov: Array
 
     def after(self, step: Affine) -> "Moments":
-        """Those of the state after a step, whose noise is independent of the state."""
+        """The moments after a step whose noise is independent of the state."""
         matrix, constant, noise = step
         return Moments(
             matrix @ self.mean + constant, matrix @ self.cov @ matrix.T + noise @ noise.T
@@ -52,7 +53,7 @@ class AffineField(eqx.Module):
     """A guided denoiser that is affine in x and Gaussian in its draw: `D~ = A_t x + c_t + N_t z`,
     `z ~ N(0, I)`.
 
-    Built by `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field`, for one Gaussian and a
+    `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field` build it, for one Gaussian and a
     quadratic reward with any H.
     """
 
@@ -69,7 +70,7 @@ class AffineField(eqx.Module):
         eye = jnp.eye(len(mean), dtype=mean.dtype)
         gain = alpha * jnp.linalg.solve(alpha**2 * cov + sigma**2 * eye, cov).T
         # A posterior draw is D + (I - alpha gain) S^(1/2) z_1 - sigma gain z_0: prior noise,
-        # corrected by what x says of X_1.
+        # corrected by the information on X_1 in x.
         draw = jnp.concatenate(
             [(eye - alpha * gain) @ _linalg.square_root(cov), -sigma * gain], axis=1
         )
@@ -87,11 +88,11 @@ def plug_in_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Plug-in guidance with one draw of the `Exact` posterior: `D~ = D + lambda_t P ∇r(X_1)`,
-    `X_1 ~ N(D, P)`.
+    """The field of plug-in guidance with one draw of the `Exact` posterior:
+    `D~ = D + lambda_t P ∇r(X_1)`, `X_1 ~ N(D, P)`.
 
-    **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that is
-    not one of time alone.
+    **Raises:** `ValueError` for a mixture, a reward that is not quadratic, and a scale law that
+    does not depend on time alone.
     """
     return _affine(prior, reward, scale, interpolant, shift_at_draw)
 
@@ -102,7 +103,10 @@ def dps_field(
     scale: float | Array | scales.Scale,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Guidance at the denoiser: `D~ = D + lambda_t P ∇r(D)`. **Raises:** as `plug_in_field`."""
+    """The field of guidance at the denoiser, `D~ = D + lambda_t P ∇r(D)`.
+
+    **Raises:** as `plug_in_field`.
+    """
     return _affine(prior, reward, scale, interpolant, shift_at_mean)
 
 
@@ -112,8 +116,10 @@ def doob_field(
     scale: float | Array,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """The exact guidance, which is also Laplace's for concave rewards:
-    `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`. **Raises:** as `plug_in_field`.
+    """The field of the exact guidance, which for concave rewards is also that of `Laplace`:
+    `D~ = D + scale P (I + 2 scale H P)^-1 ∇r(D)`.
+
+    **Raises:** as `plug_in_field`.
     """
     return _affine(prior, reward, _checks.nonnegative(scale, "scale"), interpolant, exact_shift)
 
@@ -124,7 +130,9 @@ def fmrg_field(
     scale: float | Array,
     interpolant: Interpolant | None = None,
 ) -> AffineField:
-    """Flow-map reward guidance with the exact flow map `mu + S^(1/2) C^(-1/2) (x - alpha mu)`.
+    """The field of flow-map reward guidance with the exact flow map
+    `mu + S^(1/2) C^(-1/2) (x - alpha mu)`.
+
     **Raises:** as `plug_in_field`.
     """
     return _affine(prior, reward, scale, interpolant, shift_at_end)
@@ -135,13 +143,13 @@ def _affine(prior, reward, scale, interpolant, shift) -> AffineField:
     if len(prior.log_weights) != 1:
         raise ValueError(
             "a guided flow is affine for one Gaussian only, got a mixture of "
-            f"{len(prior.log_weights)}"
+            f"{len(prior.log_weights)} components"
         )
     law = scales.as_scale(scale)
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(
-            f"no recursion for the scale law {type(law).__name__}: Constant and Damped depend on "
-            "time alone"
+            f"the scale law {type(law).__name__} has no recursion. Use a number or Damped, which "
+            "depend on time alone."
         )
     interpolant = or_linear(interpolant)
     form = quadratic_form(rewards.as_reward(reward), prior.dim)
@@ -161,7 +169,7 @@ def shift_at_mean(interpolant, t, form, strength, mean, cov, gain, offset, draw)
 
 
 def shift_at_draw(interpolant, t, form, strength, mean, cov, gain, offset, draw):
-    """The same with the gradient at one posterior draw, `lambda_t P ∇r(X_1)`."""
+    """The shift of the denoiser by the gradient at one posterior draw, `lambda_t P ∇r(X_1)`."""
     matrix, constant, _ = shift_at_mean(
         interpolant, t, form, strength, mean, cov, gain, offset, draw
     )
@@ -182,12 +190,12 @@ def exact_shift(interpolant, t, form, strength, mean, cov, gain, offset, draw):
 def shift_at_end(interpolant, t, form, strength, mean, cov, gain, offset, draw):
     """The shift by the reward's gradient at the end of the flow map."""
     alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
-    # S C^-1 first, by a solve; its root is then a function of one matrix alone, differentiable
-    # where eigenvalues coincide.
+    # First S C^-1, by a solve. Its root is then a function of one matrix, differentiable where
+    # eigenvalues coincide.
     ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(mean), dtype=mean.dtype), cov)
     flow = _linalg.spectral(_root, (ratio + ratio.T) / 2)
     slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
-    # The drift is b + strength * flow^T ∇r: as a shift of the denoiser, that is tweedie * 2 / g^2.
+    # The drift is b + strength * flow^T ∇r; as a shift of the denoiser, that is tweedie * 2 / g^2.
     factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
     return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
 
@@ -200,14 +208,14 @@ def _root(values: Array) -> Array:
 def ancestral_step(
     interpolant: Interpolant, t: Array, u: Array, eta: Array
 ) -> tuple[Array, Array, Array]:
-    """Coefficients of x and of the denoiser in the mean of a step of `Ancestral(eta)`, and its
-    variance.
+    """Coefficients of x and of the denoiser in the mean of a step of `Ancestral(eta)`, and the
+    variance of the step.
     """
     alpha, sigma = interpolant.alpha, interpolant.sigma
     rho = alpha(t) * sigma(u) / (alpha(u) * sigma(t))
     variance = eta**2 * sigma(u) ** 2 * (1 - rho**2)
-    # sigma_u^2 - variance without the difference, which at t = 0 is zero, or by a compiler's
-    # rounding less.
+    # The root of sigma_u^2 - variance, written without the difference: at t = 0 the difference is
+    # zero, and rounding could make it negative.
     decay = sigma(u) * jnp.sqrt(1 - eta**2 + (eta * rho) ** 2) / sigma(t)
     return decay, alpha(u) - decay * alpha(t), variance
 
@@ -215,15 +223,15 @@ def ancestral_step(
 def discrete_law(
     field: AffineField, *, times: Array, solver: solvers.Solver | None = None
 ) -> GaussianMixture:
-    """The exact Gaussian law of what `tiltjax.sample` returns on the grid `times`: mean and
-    covariance at any number of steps.
+    """The exact Gaussian law of the samples of `tiltjax.sample` on the grid `times`, at any number
+    of steps.
 
-    Every step is affine in the state plus independent Gaussian noise from the draws,
-    `x' = A x + c + B z`, so the two moments follow a linear recursion: no simulation, no limit.
-    Start: `N(0, sigma_0^2 I)` at `times[0]`.
+    Every step is affine in the state, plus independent Gaussian noise from the draws,
+    `x' = A x + c + B z`. The mean and the covariance follow a linear recursion from
+    `N(0, sigma_0^2 I)` at `times[0]`.
 
-    **Arguments:** `field`; `times`, increasing, ending anywhere up to 1; `solver`, `Euler()`,
-    `Heun(share_draw)` or `Ancestral(eta)`.
+    **Arguments:** `field`; `times`, increasing, with any last time up to 1; `solver`, `Euler()`,
+    `Heun(share_draw)` (default `Heun()`) or `Ancestral(eta)`.
 
     **Raises:** `ValueError` for a solver without a recursion, and for times that do not increase
     inside [0, 1].
@@ -232,7 +240,7 @@ def discrete_law(
     solver = solvers.Heun() if solver is None else solver
     _checks.instance(solver, solvers.Solver, "solver", "use Euler, Heun or Ancestral")
     times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(field.prior.means.dtype)
-    # What is traced already is a part of its caller's program.
+    # Traced arguments are part of the caller's program, which is compiled already.
     return (_compiled if _checks.concrete((field, times, solver)) else _recursion)(
         field, times, solver
     )
@@ -243,8 +251,8 @@ def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> Gaus
     step = functools.partial(_step_of(solver, times.dtype), interpolant)
     eye = jnp.eye(d, dtype=times.dtype)
     start = Moments(jnp.zeros(d, times.dtype), interpolant.sigma(times[0]) ** 2 * eye)
-    # Once for every time: an end of one step is the start of the next. Nothing reads what stands
-    # for t = 1.
+    # The field is computed once for each time: the end of a step is the start of the next one. The
+    # value at t = 1 is a placeholder and is not used.
     fields = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
     at_t, at_u = jax.tree.map(lambda x: x[:-1], fields), jax.tree.map(lambda x: x[1:], fields)
     advance = lambda moments, interval: (_advance(step, moments, *interval), None)
@@ -258,12 +266,12 @@ _compiled = eqx.filter_jit(_recursion)
 def _advance(
     step: Callable, moments: Moments, t: Array, u: Array, at_t: Affine, at_u: Affine
 ) -> Moments:
-    """The moments after a step from t to u, as the solvers take it: a step to t = 1 jumps to the
-    denoiser, where the field has no value any more.
+    """The moments after a step from t to u, as the solvers take it. A step to t = 1 jumps to the
+    denoiser, because the field has no value at t = 1.
     """
     inner = lambda: moments.after(step(t, u, at_t, at_u))
-    # At t = 1 a further step changes nothing: where times are traced, ones may make grids equally
-    # long.
+    # At t = 1 another step changes nothing, so traced grids can be padded with ones to equal
+    # length.
     jump = lambda: jax.tree.map(
         lambda new, old: jnp.where(t < 1, new, old), moments.after(at_t), moments
     )
@@ -271,7 +279,7 @@ def _advance(
 
 
 def _step_of(solver: solvers.Solver, dtype: Any) -> Callable:
-    """A solver's step, `(interpolant, t, u, at_t, at_u) -> Affine`."""
+    """A solver's step, as a function `(interpolant, t, u, at_t, at_u) -> Affine`."""
     match solver:
         case solvers.Euler():
             return euler_step
@@ -280,7 +288,7 @@ def _step_of(solver: solvers.Solver, dtype: Any) -> Callable:
         case solvers.Ancestral():
             return functools.partial(_noisy_step, solver.eta.astype(dtype))
     raise ValueError(
-        f"no recursion for {type(solver).__name__}: Euler, Heun and Ancestral have one"
+        f"the solver {type(solver).__name__} has no recursion: use Euler, Heun or Ancestral"
     )
 
 
@@ -295,7 +303,7 @@ def velocity(interpolant: Interpolant, t: Array, denoiser: Affine) -> Affine:
 
 
 def euler_step(interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine) -> Affine:
-    """`x + (u - t) b_t(x)`."""
+    """The step of Euler, `x + (u - t) b_t(x)`."""
     slope, constant, noise = velocity(interpolant, t, at_t)
     eye = jnp.eye(len(slope), dtype=slope.dtype)
     return Affine(eye + (u - t) * slope, (u - t) * constant, (u - t) * noise)
@@ -304,8 +312,8 @@ def euler_step(interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u:
 def heun_step(
     share_draw: bool, interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine
 ) -> Affine:
-    """`x + (u - t) (b_t(x) + b_u(x')) / 2` with `x'` of Euler, and the draws of both velocities
-    side by side; a shared one is the same in both.
+    """The step of Heun, `x + (u - t) (b_t(x) + b_u(x')) / 2` with `x'` from Euler. The draws of
+    both velocities stand side by side in the noise; a shared draw is the same in both.
     """
     dt = u - t
     first, constant, noise = velocity(interpolant, t, at_t)
@@ -323,7 +331,7 @@ def heun_step(
 def _noisy_step(
     eta: Array, interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine
 ) -> Affine:
-    """A step of `Ancestral(eta)`: its noise stands beside that of the draw."""
+    """The step of `Ancestral(eta)`, whose noise stands beside that of the draw."""
     matrix, constant, noise = at_t
     decay, gain, variance = ancestral_step(interpolant, t, u, eta)
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)

@@ -1,8 +1,8 @@
-r"""What guided samplers really produce: laws of the guided flow, before it runs.
+r"""The laws that guided samplers produce, computed without running the samplers.
 
-For a Gaussian prior `N(mu, S)` and a quadratic reward with H, in the common eigen-directions of S
-and H (standard deviation s, curvature h, `a = scale h s^2`), measured from mu, with y the reward's
-maximizer, and for `alpha_0 = 0`:
+The prior is Gaussian, `N(mu, S)`, the reward is quadratic with matrix H, and `alpha_0 = 0`. In each
+common eigen-direction of S and H, let s be the standard deviation, h the curvature,
+`a = scale h s^2`, and y the reward's maximizer, measured from mu:
 
 | method | mean | standard deviation |
 |---|---|---|
@@ -12,19 +12,19 @@ maximizer, and for `alpha_0 = 0`:
 | the diffusion, plug-in, k = 1 | `(1 - exp(-2a)) y` | `s sqrt((1 - exp(-4a)) / (4a))` |
 | FMRG | `(1 - exp(-q)) y`, `q = 2 a ∫ dt / (sigma_t^2 + alpha_t^2 s^2)` | `s exp(-q)` |
 
-Where S and H do not commute there is no closed form but a linear equation, solved in
-`theory._moments`; the functions here choose. These are the laws in the limit of small steps, where
-fresh draws average out; `discrete_law` is the law at any number of steps.
+Where S and H do not commute, there is no closed form, and `theory._moments` solves a linear
+differential equation; the functions of this module choose the method. These are the laws in the
+limit of small steps, where the noise of fresh draws averages out. `discrete_law` is the law at any
+number of steps.
 
-**Derivation.** With `u = x / sqrt(Var X_t)` and the posterior variance v as clock, running from
-`s^2` down to 0, the mean guidance gives `du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))` for any
-interpolant. So the spread is `s exp(-h ∫ lambda dv)` and the mean
-`y h ∫ lambda(v) exp(-h ∫_0^v lambda) dv / sqrt(1 - v/s^2)`; a constant lambda gives Dawson's
-integral, and `lambda = scale / (1 + 2 scale v)` the tilt. Theorem and overshoot: Dandapanthula and
-Boffi (arXiv 2606.02884).
+**Derivation.** Let `u = x / sqrt(Var X_t)`, and let the clock be the posterior variance v, which
+decreases from `s^2` to 0. For any interpolant the mean guidance gives
+`du/dv = lambda(v) h (u - y / (s sqrt(1 - v/s^2)))`. Hence the standard deviation is
+`s exp(-h ∫ lambda dv)` and the mean is `y h ∫ lambda(v) exp(-h ∫_0^v lambda) dv / sqrt(1 - v/s^2)`.
+A constant lambda gives Dawson's integral, and `lambda = scale / (1 + 2 scale v)` gives the tilt.
+Source of the theorem and of the overshoot: Dandapanthula and Boffi (arXiv 2606.02884).
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -44,7 +44,7 @@ from tiltjax.interpolants import Interpolant, Linear, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
-_MAX_OVERLAP = 0.05  # an overlap of components above which their laws are no longer told apart
+_MAX_OVERLAP = 0.05  # above this overlap, components are too close to be treated one by one
 
 
 @overload
@@ -55,14 +55,14 @@ def plug_in_law(
     *,
     k: Literal[1] = 1,
 ) -> GaussianMixture:
-    """One draw: a Gaussian."""
+    """One draw gives a Gaussian law."""
 
 
 @overload
 def plug_in_law(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array | scales.Scale, *, k: int
 ) -> GaussianMixture | DrawsLaw:
-    """Any number of draws."""
+    """More than one draw gives a `DrawsLaw`."""
 
 
 def plug_in_law(
@@ -75,11 +75,12 @@ def plug_in_law(
     """The law of the plug-in guided flow with k fresh posterior draws, on an interpolant with
     `alpha_0 = 0`.
 
-    With k = 1 it is Gaussian, and comes back as a `GaussianMixture`. `scale` is then a number or
-    the scale law of the guidance: `Damped(scale, sigma)` with any sigma, right or wrong. For
-    one Gaussian and a quadratic reward this is also the law of DPS.
+    **One draw** (k = 1). The law is Gaussian in each component, a `GaussianMixture`. `scale` is a
+    number or the scale law of the guidance: `Damped(scale, sigma)` with any sigma. For one Gaussian
+    and a quadratic reward this is also the law of DPS.
 
-    What a wrong sigma costs, for `tiltjax.problems.gaussian` (s^2 = 1/2, scale 3, maximizer at 2.5;
+    The error of a wrong sigma, for `tiltjax.problems.gaussian` (s^2 = 1/2, scale 3, maximizer at
+    2.5; the tilt has mean 1.875 and spread .354):
     the tilt is mean 1.875, spread .354):
 
     | sigma / s | mean | spread | W2 to the tilt |
@@ -91,24 +92,25 @@ def plug_in_law(
     | 1.4 | 1.599 | .386 | .280 |
     | 2 | 1.403 | .409 | .479 |
 
-    With k > 1 it is not Gaussian, and comes back as a `DrawsLaw`, which has the same `mean`, `cov`,
-    `sample` and `log_prob`, `quantile` and an `error`: for one Gaussian, isotropic if in more than
-    one dimension, a reward `-h |x - y|^2` (plus a linear one), and a constant scale,
-    `scale h s^2 <= 1e4`. The cost does not depend on k.
+    **More draws** (k > 1). The law is not Gaussian; it is a `DrawsLaw`, with the same `mean`,
+    `cov`, `sample` and `log_prob`, a `quantile` and an `error`. It needs one Gaussian (isotropic in
+    more than one dimension), a reward `-h |x - y|^2` plus a linear reward, and a constant scale
+    with `scale h s^2 <= 1e4`. The cost does not depend on k.
 
-    For a mixture (k = 1) this assumes the coupling of a **frozen component**: the draws of `X_1`
-    stay in one component as x moves. Then each component's law is exact and the prior's weights do
-    not change; so it is, too, in the limit of far modes at a fixed number of steps. Fresh draws
-    through the flow are also pushed between modes, by rare kicks that few steps miss and many steps
-    meet: on the line, `mean_drift_law` is what they tend to. Where components overlap, "the law of
-    a component" means nothing: `UserWarning` above an `overlap` of .05 (4.9 standard deviations
-    apart).
+    **Mixtures** (k = 1). The law assumes a **frozen component**: the draws of `X_1` stay in one
+    component as x moves. Then each component's law is exact and the prior's weights do not change.
+    The assumption holds in the limit of far modes at a fixed number of steps. In reality, fresh
+    draws also move particles between modes, by rare and large steps of the drift. Runs with few
+    steps miss these events and runs with many steps meet them; on the line, `mean_drift_law` is the
+    limit of many steps. For overlapping components the law of one component is not defined: a
+    `UserWarning` is given above an `overlap` of .05 (modes closer than 4.9 standard deviations).
 
-    Where S and H commute the result is right to rounding, elsewhere to 1e-10 of the prior's spread
-    (`theory._moments`).
+    The result is accurate to rounding where S and H commute, and to 1e-10 of the prior's spread
+    elsewhere (`theory._moments`).
 
-    **Raises:** `ValueError` outside of these, for a reward that is not quadratic, or one that is
-    convex along a direction; `TypeError` for a k that is no whole number.
+    **Raises:** `ValueError` for other priors and scales than these, for a reward that is not
+    quadratic, and for a reward that is convex in some direction; `TypeError` for a k that is not an
+    integer.
     """
     check_mixture(prior, "prior")
     law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
@@ -133,10 +135,12 @@ def sde_law(
     """The law of plug-in guidance of the memoryless diffusion (`Ancestral(1)`), k = 1, in the limit
     of small steps.
 
-    In the clock `tau = s^2 - v` the posterior mean m is `dm = -2 lambda h (m - y) dtau + dW_tau`,
-    so that a constant scale gives the mean `(1 - e^{-2a}) y` and the variance
-    `(1 - e^{-4a}) / (4 scale h)`: no overshoot, unlike the flow. The right damping is again the
-    tilt. **Arguments, mixtures and errors:** as `plug_in_law` with k = 1.
+    In the clock `tau = s^2 - v` the posterior mean m follows
+    `dm = -2 lambda h (m - y) dtau + dW_tau`. A constant scale gives the mean `(1 - e^{-2a}) y` and
+    the variance `(1 - e^{-4a}) / (4 scale h)`: the diffusion does not overshoot, unlike the flow.
+    The right damping again gives the tilt.
+
+    **Arguments:** and **Raises:** as `plug_in_law` with k = 1, also for mixtures.
     """
     check_mixture(prior, "prior")
     law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
@@ -155,7 +159,7 @@ def _sde_direction(law: scales.Scale, s2: Array, h: Array) -> tuple[Array, Array
 
 
 def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
-    """On the nodes w, where `v = s^2 (1 - w^2)`: `lambda(v)` and `∫_0^v lambda`, and the latter at
+    """`lambda(v)` and `∫_0^v lambda` on the nodes w, where `v = s^2 (1 - w^2)`, and the integral at
     `v = s^2`.
     """
     final = law.final
@@ -165,11 +169,11 @@ def _clock(law: scales.Scale, s2: Array) -> tuple[Array, Array, Array]:
         return final * jnp.ones_like(v), final * v, final * s2
     if not isinstance(law, scales.Damped):
         raise ValueError(
-            f"no closed form for the scale law {type(law).__name__}: Constant and Damped have one"
+            f"the scale law {type(law).__name__} has no closed form: use a number or Damped"
         )
-    # The damping's own variance is v / (1 + beta v) with beta = 1/sigma^2 - 1/s^2. With gamma =
-    # beta + 2 scale the law is scale (1 + beta v) / (1 + gamma v), whose integral needs (z - log(1
-    # + z)) / z^2 at z = gamma v.
+    # The damping's own variance is v / (1 + beta v), with beta = 1/sigma^2 - 1/s^2. With gamma =
+    # beta + 2 scale, the scale law is scale (1 + beta v) / (1 + gamma v), and its integral needs
+    # (z - log(1 + z)) / z^2 at z = gamma v.
     width = jnp.maximum(law.sigma**2, jnp.finfo(s2.dtype).eps * s2)
     beta_v = (s2 / width - 1) * fraction
     strength = final * (1 + beta_v) / (1 + beta_v + 2 * final * v)
@@ -187,19 +191,22 @@ def fmrg_law(
     """The law of flow-map reward guidance, `dx/dt = b + scale ∇ r(X_{t,1}(x))`, with the exact flow
     map.
 
-    The exponent is `pi scale h s / c_0` for `Linear(c_0)`, by quadrature for any other interpolant.
+    The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any other interpolant it is
+    computed by quadrature.
 
-    A run starts from `N(0, sigma_0^2 I)`, as `tiltjax.sample` does. Where `alpha_0 > 0` (`VP`,
-    `DiscreteVP`) this is not the law of `X_0`, and its image under the flow map not the prior but
-    `N((1 - alpha_0 F) mu, sigma_0^2 F^2)`, `F = s / sqrt(alpha_0^2 s^2 + sigma_0^2)`: to the mean
-    is added `-alpha_0 F exp(-q) mu`, the variance is `sigma_0^2 F^2 exp(-2q)`. Even scale 0 does
-    not quite give the prior.
+    A run starts from `N(0, sigma_0^2 I)`, as in `tiltjax.sample`. For `alpha_0 > 0` (`VP`,
+    `DiscreteVP`) this is not the law of `X_0`. The flow map then carries the start not to the prior
+    but to `N((1 - alpha_0 F) mu, sigma_0^2 F^2)`, with `F = s / sqrt(alpha_0^2 s^2 + sigma_0^2)`.
+    The mean changes by `-alpha_0 F exp(-q) mu`, and the variance is `sigma_0^2 F^2 exp(-2q)`. Even
+    scale 0 does not give exactly the prior.
 
-    With `DiscreteVP` the law is that of the interpolant's own continuous clock, between levels and
-    from level 0 on to t = 1. A run visits the N levels and jumps from level 0: it is away from this
-    by O(1 / N), as any run with N steps.
+    With `DiscreteVP` the law is that of the interpolant's continuous clock, between levels and from
+    level 0 to t = 1. A run visits the N levels and jumps from level 0, so its law differs by O(1 /
+    N), as for any run with N steps.
 
-    For a mixture: as in `plug_in_law`. **Raises:** as `plug_in_law`.
+    For mixtures, see `plug_in_law`.
+
+    **Raises:** as `plug_in_law`.
     """
     check_mixture(prior, "prior")
     interpolant = _pytree.cast(or_linear(interpolant), prior.means.dtype)
@@ -240,12 +247,12 @@ def _law(
     direction: Callable[[Array, Array], tuple[Array, Array, Array]],
     general: Callable[[QuadraticForm], GaussianMixture],
 ) -> GaussianMixture:
-    """The closed form, by its action in each common eigen-direction, where S and H are known to
-    commute, and `general` elsewhere.
+    """The closed form, by its action in each common eigen-direction, if S and H are known to
+    commute, and `general` otherwise.
 
-    A traced matrix is known to commute with a multiple of the identity that is not traced, and in
-    one dimension; otherwise `general` is right whether it commutes or not, with all derivatives,
-    and costs milliseconds.
+    A traced matrix is known to commute in one dimension, and with a concrete multiple of the
+    identity. `general` is right whether or not the matrices commute, has all derivatives, and costs
+    milliseconds.
     """
     form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     check_domain(prior, form, final)
@@ -256,8 +263,8 @@ def _law(
 
 
 def commute(covs: Array, matrix: Array) -> bool:
-    """Whether every covariance is known to commute with the matrix, for all values that what is
-    traced of them may take.
+    """Whether every covariance is known to commute with the matrix, for all values of the traced
+    arrays.
     """
     if len(matrix) == 1:
         return True
@@ -284,20 +291,20 @@ def _per_direction(
     form: QuadraticForm,
     direction: Callable[[Array, Array], tuple[Array, Array, Array]],
 ) -> GaussianMixture:
-    """Assemble a law from its action in each common eigen-direction, for matrices that commute.
+    """The law from its action in each common eigen-direction, for matrices that commute.
 
-    `direction(s^2, h)` gives the mean per unit of `h (y - mu) + g / 2`, the variance, and what the
-    mean loses per unit of mu.
+    `direction(s^2, h)` gives the mean per unit of `h (y - mu) + g / 2`, the variance, and the loss
+    of the mean per unit of mu.
 
-    First derivatives with respect to a matrix are right in every direction that goes on commuting
-    with the other one, also where eigenvalues coincide: eigenvectors are held constant, and what
-    their rotation adds are divided differences (Daleckii and Krein). That is every direction there
-    is: a matrix is only differentiated here where the other one is a multiple of the identity
-    (`_commute`).
+    First derivatives by a matrix are right in every direction in which the two matrices keep
+    commuting, also for equal eigenvalues: eigenvectors are held constant, and the effect of their
+    rotation is given by divided differences (Daleckii and Krein). No other directions occur,
+    because a traced matrix comes here only if the other matrix is a multiple of the identity
+    (`commute`).
     """
 
     def law(s2: Array, h: Array) -> tuple[Array, Array, Array]:
-        # A direction without spread stays where it is; the formulas would divide by it.
+        # A direction of zero variance does not move; the formulas would divide by its variance.
         parts = jax.vmap(direction)(jnp.where(s2 > 0, s2, 1.0), h)
         return jax.tree.map(lambda part: jnp.where(s2 > 0, part, 0.0), parts)
 
@@ -322,8 +329,8 @@ def _per_direction(
 
 
 def common_axes(cov: Array, matrix: Array) -> Array:
-    """A basis, in columns, that diagonalizes two commuting matrices: eigenvectors of a generic
-    combination of them.
+    """A basis, in columns, that diagonalizes two commuting matrices: the eigenvectors of a generic
+    combination.
     """
     norm = lambda matrix: jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
     return jnp.linalg.eigh(cov / norm(cov) + matrix / norm(matrix) / jnp.pi)[1]
@@ -332,7 +339,7 @@ def common_axes(cov: Array, matrix: Array) -> Array:
 def _divided_differences(
     law: Callable, s2: Array, h: Array
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """`(f_i - f_j) / (s_i^2 - s_j^2)` of both values of `law` where `h_i = h_j`, else 0; and the
+    """`(f_i - f_j) / (s_i^2 - s_j^2)` of each value of `law` where `h_i = h_j`, else 0, and the
     same with s^2 and h exchanged.
     """
     values = law(s2, h)
@@ -357,7 +364,7 @@ def _divided_differences(
 
 
 def _off_diagonal(matrix: Array) -> Array:
-    """Zero up to rounding, but not its derivatives."""
+    """The off-diagonal part: zero up to rounding, with nonzero derivatives."""
     return (
         matrix
         - jax.lax.stop_gradient(matrix)
@@ -366,21 +373,21 @@ def _off_diagonal(matrix: Array) -> Array:
 
 
 def check_domain(prior: GaussianMixture, form: QuadraticForm, final: Array) -> None:
-    """Refuse, with a `ValueError`, convex rewards and scales beyond the quadrature."""
+    """Raise a `ValueError` for convex rewards and for scales beyond the quadrature."""
     if not _checks.concrete((prior, form, final)):
         return
     covs, matrix = np.asarray(prior.covs, np.float64), np.asarray(form.matrix, np.float64)
     lowest = np.linalg.eigvalsh(matrix).min()
     if lowest < -1e-6 * np.abs(matrix).max():
         raise ValueError(
-            f"this law needs a concave reward: H has the eigenvalue {lowest:g}. Use discrete_law "
-            "instead."
+            f"this law needs a concave reward, but H has the eigenvalue {lowest:g}. Use "
+            "discrete_law instead."
         )
     strength = np.abs(covs).max() * np.abs(matrix).max() * float(np.asarray(final))
     if not strength < 1e6:
         raise ValueError(
-            f"scale * h * s^2 = {strength:.3g} is beyond what the quadrature resolves (1e6): the "
-            "law is a point there"
+            f"scale * h * s^2 = {strength:.3g} is beyond the range of the quadrature (1e6), where "
+            "the law is almost a point: lower the scale"
         )
 
 
@@ -389,11 +396,10 @@ def _warn_of_overlap(prior: GaussianMixture) -> None:
         return
     coefficient = overlap(prior)
     if coefficient > _MAX_OVERLAP:
-        warnings.warn(
-            "this law treats each component alone and keeps the prior's weights, but components "
-            f"overlap by {coefficient:.3f} (theory.overlap; far apart is {_MAX_OVERLAP:g} or "
-            "less): use theory.mean_drift_law on the line, else simulate",
-            stacklevel=4,
+        _checks.warn(
+            "this law treats each component separately and keeps the prior's weights, but the "
+            f"components overlap by {coefficient:.3f} (theory.overlap; at most {_MAX_OVERLAP:g} is "
+            "small). Use theory.mean_drift_law on the line, else simulate."
         )
 
 
@@ -415,21 +421,22 @@ def _log_remainder(z: Array) -> Array:
 def draws_parameters(
     prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale, k: int
 ) -> tuple[Array, Array, Array, Array]:
-    """The arguments `(center, variance, target, strength)` of `draws_law`. **Raises:** `ValueError`
-    where the law of k > 1 draws is not known.
+    """The arguments `(center, variance, target, strength)` of `draws_law`.
+
+    **Raises:** `ValueError` where the law of k > 1 draws is not known.
     """
     if not isinstance(law, scales.Constant):
         raise ValueError(
-            f"the law of k = {k} draws is known at a constant scale, got {type(law).__name__}: "
-            "pass a number, or k=1, where any Damped has a law; else run it, tiltjax.sample with "
-            f"PlugIn(..., k={k})"
+            f"the law of k = {k} draws is known only for a constant scale, got "
+            f"{type(law).__name__}. Pass a number, use k=1 (which takes any Damped), or simulate: "
+            f"tiltjax.sample with PlugIn(..., k={k})."
         )
     if len(prior.log_weights) != 1:
         raise ValueError(
-            f"the law of k = {k} draws is known for one Gaussian, got a mixture of "
-            f"{len(prior.log_weights)}: take one component, "
-            "GaussianMixture([1.0], means[i][None], covs[i][None]), or k=1, or run it, "
-            f"tiltjax.sample with PlugIn(..., k={k})"
+            f"the law of k = {k} draws is known only for one Gaussian, got a mixture of "
+            f"{len(prior.log_weights)} components. Pass one component, "
+            "GaussianMixture([1.0], means[i][None], covs[i][None]), use k=1, or simulate: "
+            f"tiltjax.sample with PlugIn(..., k={k})."
         )
     form = _pytree.cast(quadratic_form(rewards.as_reward(reward), prior.dim), prior.means.dtype)
     mean, cov = prior.means[0], prior.covs[0]
@@ -439,10 +446,10 @@ def draws_parameters(
             excess = np.abs(matrix - matrix[0, 0] * np.eye(prior.dim)).max()
             if excess > 1e-6 * np.abs(matrix).max():
                 raise ValueError(
-                    f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}: "
-                    "draws compete by their length, which couples the directions. Use k=1, which "
-                    "takes any, or run it, "
-                    f"tiltjax.sample with PlugIn(..., k={k})"
+                    f"the law of k = {k} draws needs an isotropic {name}, got {matrix.tolist()}, "
+                    "because the weights of the draws depend on their lengths and couple the "
+                    "directions. Use k=1, which takes any matrix, or simulate: tiltjax.sample with "
+                    f"PlugIn(..., k={k})."
                 )
     variance, h = jnp.trace(cov) / prior.dim, jnp.trace(form.matrix) / prior.dim
     strength = law.final * h * variance

@@ -1,38 +1,38 @@
 r"""The law of plug-in guidance with any finite number k of draws, at a cost that does not grow with
 k.
 
-For one Gaussian of covariance `s^2 I` and the reward `-h |x - y|^2`, measured from the prior's mean
-in units of s, the mean guidance of `h^ = (1/k) sum_i exp(scale r(X_i))` is a flow. Its clock is
-`w = sqrt(1 - v/s^2)`, v the posterior variance, from 0 to 1 and the same for any interpolant with
-`alpha_0 = 0`; its state `z = x / sqrt(Var X_t)` starts from N(0, I) and ends at the sample:
+The prior is one Gaussian of covariance `s^2 I` and the reward is `-h |x - y|^2`. Lengths are
+measured from the prior's mean, in units of s. The mean guidance of
+`h^ = (1/k) sum_i exp(scale r(X_i))` is a flow. Its clock `w = sqrt(1 - v/s^2)`, with v the
+posterior variance, runs from 0 to 1 and is the same for any interpolant with `alpha_0 = 0`. Its
+state `z = x / sqrt(Var X_t)` starts from N(0, I) and ends at the sample:
 
     dz/dw = -2 a phi (w z - y),    a = scale h s^2,
 
-because `w z` is the posterior mean m, and because the draws' expected weighted mean is
-`G - y = phi (m - y)` by symmetry. The shrinkage phi is 1 at k = 1 (where the end of the flow is
-Dawson's integral), `1 / (1 + 2 q)` at k = infinity (the tilt), `q = a (1 - w^2)` between.
+because `w z` is the posterior mean m, and because by symmetry the expected weighted mean G of the
+draws satisfies `G - y = phi (m - y)`. The shrinkage phi is 1 at k = 1 (the end of the flow is then
+Dawson's integral), and `1 / (1 + 2 q)` at k = infinity (the tilt), with `q = a (1 - w^2)`.
 
 **The shrinkage.** Let `X_i` be the draws, `u_i = q |X_i - y|^2 / v`, `W_i = exp(-u_i)`. From
 `1/T = ∫ exp(-s T) ds`,
 
     E[sum_i W_i (X_i - y) / sum_i W_i] = k ∫_0^∞ E[W (X - y) e^{-s W}] E[e^{-s W}]^{k-1} ds.
 
-With `|X - y|^2 / v` noncentral chi-square of d degrees (density `p_d` of its root) and Stein's
-identity, which turns `E[(X - y) f(|X - y|)]` into `(m - y) E f` under d + 2 degrees, and with
-`s = e^tau`,
+Here `|X - y|^2 / v` is noncentral chi-square of d degrees (with density `p_d` of its root). Stein's
+identity turns `E[(X - y) f(|X - y|)]` into `(m - y) E f` under d + 2 degrees. With `s = e^tau`,
 
     phi = k ∫ f_{d+2}(tau) (1 - ∫_{-∞}^tau f_d)^{k-1} dtau,  f_n(tau) = E_n[kappa(tau - u)],
         kappa(x) = exp(x - e^x):
 
-f_d is the density of u plus Gumbel noise, of which a softmax draws the least. Both integrals are
-Gauss-Legendre on panels: of tau, graded from the left tail through the unit scale of kappa to the
-scale of u; of u only where kappa is not negligible. phi is a smooth function of q and
-`p = sqrt(q) |m - y| / sqrt(v)` alone (for each k and d) and is interpolated by Chebyshev
-polynomials in `log(1 + 2 q)`, `log(1 + p^2)`. By axial symmetry the state has two coordinates in
-any dimension: along y, and the radius of the rest.
+Here f_d is the density of u plus Gumbel noise, and a softmax selects the least of these k sums.
+Both integrals use Gauss-Legendre panels. The panels in tau are graded from the left tail, over the
+unit scale of kappa, to the scale of u; those in u cover only the range where kappa is not
+negligible. For each k and d, phi is a smooth function of q and `p = sqrt(q) |m - y| / sqrt(v)`, and
+is interpolated by Chebyshev polynomials in `log(1 + 2 q)` and `log(1 + p^2)`. By axial symmetry the
+state has two coordinates in any dimension: the coordinate along y and the radius across.
 
-At its ends, k = 1 and k = infinity, it is the plug-in and the tilt of `theory.flow_laws`, whose
-reference is that of the flow.
+The limits k = 1 and k = infinity are the plug-in law and the tilt of `theory.flow_laws`, which
+gives the source of the flow.
 """
 
 import functools
@@ -50,25 +50,25 @@ from jaxtyping import Array
 from tiltjax import _checks
 
 _REACH = 9.5  # standard deviations of a normal vector's length, on either side of its typical value
-# scale * h * s^2: beyond, the explicit solver of the flow would need more than a few thousand steps
+# Largest scale * h * s^2: above it the explicit solver needs more than a few thousand steps.
 _MAX_STRENGTH = 1.001e4
-# Nodes of (the interpolant in q, in p, panels of tau, nodes of a panel, nodes of u), and of a
-# coarser rule for the error.
+# Nodes of (the interpolant in q, in p, panels of tau, nodes of a panel, nodes of u): the usual
+# rule, and a coarser rule for the error.
 _FINE, _COARSE = (36, 56, 30, 14, 52), (28, 42, 24, 12, 44)
 
 
 class DrawsLaw(eqx.Module):
-    """What plug-in guidance with k draws samples from one Gaussian, in the limit of small steps:
-    not a Gaussian for k > 1.
+    """The law of the samples of plug-in guidance with k draws, for one Gaussian, in the limit of
+    small steps. It is not Gaussian for k > 1.
 
-    It is the push-forward of N(0, I) by `transport`; `mean`, `cov`, `sample`, `log_prob` as for a
-    mixture, and `quantile` on the line. Built by `plug_in_law`. Nothing about it is exact in closed
-    form: `error` says how far the quadrature can be trusted. Derivatives are those of the
-    interpolant of phi, which misses them by about 1e-6; first ones in either mode, second ones and
-    those of `log_prob` in reverse mode. At `y = mu` beyond one dimension those by y and mu are
-    right along the first axis alone.
+    The law is the push-forward of N(0, I) by `transport`. It has `mean`, `cov`, `sample` and
+    `log_prob` as a mixture has, and `quantile` on the line. `plug_in_law` builds it. It has no
+    closed form; `error` estimates the error of the quadrature. Derivatives are those of the
+    interpolant of phi, with errors of about 1e-6: first derivatives in either mode, second
+    derivatives and those of `log_prob` in reverse mode. At `y = mu` in more than one dimension, the
+    derivatives by y and mu are right only along the first axis.
 
-    **Fields:** `center` `(d,)`, `std` and `strength = scale h s^2`, scalars; `distance` of the
+    **Fields:** `center` `(d,)`; `std` and `strength = scale h s^2`, scalars; `distance` of the
     maximizer in units of s, along `axis` `(d,)`.
     """
 
@@ -95,19 +95,19 @@ class DrawsLaw(eqx.Module):
         return self.mean_and_cov()[0]
 
     def cov(self) -> Array:
-        """`Cov(X)`, shape `(d, d)`: one variance along `y - mu`, another across."""
+        """`Cov(X)`, shape `(d, d)`, with one variance along `y - mu` and one variance across."""
         return self.mean_and_cov()[1]
 
     def mean_and_cov(self) -> tuple[Array, Array]:
-        """Both, `(d,)` and `(d, d)`, for the price of one."""
+        """The mean `(d,)` and the covariance `(d, d)`, from one solution of the flow."""
         mean, along, across = self._moments(self.table)
         outer = jnp.outer(self.axis, self.axis)
         cov = along * outer + across * (jnp.eye(self.dim, dtype=outer.dtype) - outer)
         return self.center + self.std * mean * self.axis, self.std**2 * cov
 
     def error(self) -> tuple[Array, Array]:
-        """Estimates of the errors of `mean` (any coordinate) and of `cov` (any entry): what changes
-        from a rule of 3/4 of the nodes.
+        """Estimates of the errors of `mean` (any coordinate) and of `cov` (any entry): the changes
+        under a rule with 3/4 of the nodes.
         """
         count = jnp.asarray(self.k, self.strength.dtype)
         coarse = self._moments(_table(count, self.dim, self.strength, self.distance, _COARSE))
@@ -116,8 +116,8 @@ class DrawsLaw(eqx.Module):
         return self.std * change[0], self.std**2 * jnp.maximum(change[1], change[2])
 
     def transport(self, z: Array) -> Array:
-        """The guided flow itself, from a point of N(0, I) to a point of this law, both of shape
-        `(d,)`.
+        """The point `(d,)` of this law to which the guided flow carries the point z `(d,)` of N(0,
+        I).
         """
         along = self.axis @ z
         rest = z - along * self.axis
@@ -132,24 +132,23 @@ class DrawsLaw(eqx.Module):
         return self.center[None] + self.std * self._transport_rows(start)
 
     def quantile(self, level: Array) -> Array:
-        """The point below which the law has mass `level`, on the line: where the flow carries the
-        normal's own quantile.
+        """The point below which the law has mass `level`, on the line: the image of the normal
+        quantile under the flow.
 
-        **Raises:** `ValueError` beyond one dimension.
+        **Raises:** `ValueError` for more than one dimension.
         """
         if self.dim != 1:
             raise ValueError(
-                f"quantiles are those of a law on the line, got dimension {self.dim}: use sample, "
-                "or cov"
+                f"quantiles need a law on the line, got dimension {self.dim}: use sample or cov"
             )
         return self.transport(jax.scipy.special.ndtri(jnp.asarray(level, self.std.dtype))[None])[0]
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point: the flow traced back, and the integral of its divergence
-        `-2 a w (d phi + p dphi/dp)`.
+        """The log-density at one point, from the flow traced back and the integral of its
+        divergence `-2 a w (d phi + p dphi/dp)`.
 
-        For `scale h s^2` of thousands the law is a point to double precision, and its density not a
-        number that can be had this way.
+        For `scale h s^2` in the thousands the law is almost a point in double precision, and this
+        method does not resolve its density.
         """
         state = (x - self.center) / self.std
         along = self.axis @ state
@@ -175,7 +174,7 @@ class DrawsLaw(eqx.Module):
         begin = along, jnp.ones_like(along), jnp.zeros_like(along)
         start, factor, volume = _solve(drift, begin, 1.0, 0.0)
         normal = -(start**2 + factor**2 * square + self.dim * jnp.log(2 * jnp.pi)) / 2
-        # Run backwards, `volume` is minus the log-determinant of the flow.
+        # The flow runs backwards, so `volume` is minus its log-determinant.
         return normal + volume - self.dim * jnp.log(self.std)
 
     def _transport_rows(self, start: Array) -> Array:
@@ -209,7 +208,7 @@ class DrawsLaw(eqx.Module):
 
     def _flow(self, table: Array, along: Array, square: Array) -> tuple[Array, Array]:
         """Ends of the flow from points with coordinate `along` and squared radius `square`: the
-        coordinate, and the radius' factor.
+        final coordinate, and the factor of the radius.
         """
         return _flow(table, self._log_reach(), along, self.strength, self.distance, square)
 
@@ -218,29 +217,28 @@ class DrawsLaw(eqx.Module):
 
 
 def check_strength(variance: Array, strength: Array, k: int | Array) -> None:
-    """Refuse, with a `ValueError`, what `draws_law` has no law for."""
+    """Raise a `ValueError` for arguments that `draws_law` does not cover."""
     if _checks.concrete((strength, variance)):
         a, s2 = float(np.asarray(strength)), float(np.asarray(variance))
         if not a <= _MAX_STRENGTH:
             raise ValueError(
-                f"the law of k = {k} draws is computed for scale * h * s^2 up to 1e4, got {a:.3g}: "
-                "lower the scale"
+                f"the law of k = {k} draws needs scale * h * s^2 <= 1e4, got {a:.3g}: lower the "
+                "scale"
             )
         if not (a > 0 and s2 > 0):
             raise ValueError(
                 f"the law of k = {k} draws needs a positive scale, curvature h and variance, got "
-                f"scale * h * s^2 = {a:g}: a linear reward has none, and its plug-in is exact only "
-                "at k = 1"
+                f"scale * h * s^2 = {a:g}. For a linear reward the law is known only for k = 1."
             )
 
 
 def draws_law(
     center: Array, variance: Array, target: Array, strength: Array, k: int | Array
 ) -> DrawsLaw:
-    """The law for a prior `N(center, variance I)`, a reward of maximizer `target` and
-    `strength = scale h s^2`, k draws a step.
+    """The law for a prior `N(center, variance I)`, a reward with maximizer `target`,
+    `strength = scale h s^2`, and k draws per step.
 
-    What has no law `check_strength` refuses, before.
+    Call `check_strength` first: this function does not check its arguments.
     """
     d, std = len(center), jnp.sqrt(variance)
     offset = (target - center) / std
@@ -257,7 +255,7 @@ def draws_law(
 def draws_moments(
     center: Array, variance: Array, target: Array, strength: Array, k: Array
 ) -> tuple[Array, Array]:
-    """Mean `(d,)` and covariance `(d, d)` of `draws_law`: one program for any k."""
+    """Mean `(d,)` and covariance `(d, d)` of `draws_law`, by one compiled program for any k."""
     return draws_law(center, variance, target, strength, k).mean_and_cov()
 
 
@@ -273,9 +271,9 @@ def _flow(
 @_flow.defjvp
 @jax.jit
 def _flow_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    # Four numbers in, two out, for each point: their slopes travel with them, so that no step is
-    # stored or traced back. By the logarithm of the strength: the slope by itself falls with its
-    # square, below what the solver resolves.
+    # Each point has four inputs and two outputs. Their slopes are integrated with the state, so
+    # that no step is stored. The slope by the strength is taken in its logarithm: the plain slope
+    # falls with the square of the strength, below the resolution of the solver.
     table, log_reach, along, *parameters = primals
     strength, distance, square = parameters
     unit_vectors = jnp.eye(4, dtype=along.dtype)
@@ -312,7 +310,7 @@ def _velocity(
 
 
 def _row(table: Array, strength: Array, w: Array) -> Array:
-    """The coefficients in p at the clock's w."""
+    """The Chebyshev coefficients in p at time w."""
     place = jnp.log1p(2 * strength * (1 - w**2)) / jnp.log1p(2 * jax.lax.stop_gradient(strength))
     return _chebyshev(len(table), 2 * place - 1) @ jax.lax.stop_gradient(table)
 
@@ -336,16 +334,16 @@ def _chebyshev(count: int, x: Array) -> Array:
 
 
 def _log_reach(d: int, strength: Array, distance: Array) -> Array:
-    """The end of the interpolant's coordinate `log(1 + p^2)`: no trajectory from inside the
-    normal's bulk goes further.
+    """The end of the interpolant's coordinate `log(1 + p^2)`. No trajectory from the bulk of the
+    normal goes further.
     """
     strength, distance = jax.lax.stop_gradient((strength, distance))
     return jnp.log1p(strength * (distance + np.sqrt(d) + _REACH) ** 2)
 
 
 def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
-    """phi at p^2, from Chebyshev coefficients; constant beyond their range, where the normal has no
-    mass.
+    """phi at p^2, from Chebyshev coefficients. It is constant beyond their range, where the normal
+    has no mass.
     """
     position = jnp.clip(2 * jnp.log1p(p2) / log_reach - 1, -1, 1)
     return jnp.exp(_chebyshev(len(row), position) @ row)
@@ -353,11 +351,11 @@ def _interpolate(row: Array, log_reach: Array, p2: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
 def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int, ...]) -> Array:
-    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, held fixed under
+    """Chebyshev coefficients of log phi in `log(1 + 2 q)` and `log(1 + p^2)`, held constant under
     differentiation.
 
-    phi is a function of q and p alone: its interpolant differentiates in both, and how far that
-    reaches does not matter.
+    phi is a function of q and p alone. The derivatives come from the interpolant in q and p and do
+    not depend on its range.
     """
     k, strength, distance = jax.lax.stop_gradient((k, strength, distance))
     angles = [(np.arange(n) + 0.5) * np.pi / n for n in nodes[:2]]
@@ -376,11 +374,10 @@ def _table(k: Array, d: int, strength: Array, distance: Array, nodes: tuple[int,
 
 @functools.partial(jax.jit, static_argnames=("d", "nodes"))
 def shrinkage(q: Array, p2: Array, k: int | Array, d: int, nodes: tuple[int, ...] = _FINE) -> Array:
-    """phi, by how much the weighted mean of k draws from `N(m, v I)` keeps of `m - y`: 1 for k = 1,
-    `1 / (1 + 2 q)` for k = infinity.
+    """phi, the factor by which the weighted mean of k draws from `N(m, v I)` reduces `m - y`: 1 for
+    k = 1 and `1 / (1 + 2 q)` for k = infinity. The draws have the weights `exp(-q |X - y|^2 / v)`.
 
-    **Arguments:** `q = scale h v > 0` and `p2 = scale h |m - y|^2`, scalars; `k`, `d`. In the
-    weighted mean the draws' weights are `exp(-q |X - y|^2 / v)`.
+    **Arguments:** `q = scale h v > 0` and `p2 = scale h |m - y|^2`, scalars; `k`; `d`.
     """
     return _integrate(d, nodes, q, p2, jnp.asarray(k, q.dtype))
 
@@ -391,8 +388,8 @@ def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) ->
     node, weight = (jnp.asarray(part, dtype) for part in np.polynomial.legendre.leggauss(inner))
     root = jnp.sqrt(q)
     delta2 = p2 / q
-    # The length of a normal vector stays this close to its typical value: e = sqrt(u) = sqrt(q) |X
-    # - y| / sqrt(v).
+    # e = sqrt(u) = sqrt(q) |X - y| / sqrt(v). The length of a normal vector stays within _REACH of
+    # its typical value.
     typical = jnp.sqrt(delta2 + d - 1)
     low, high = root * jnp.maximum(typical - _REACH, 1e-12), root * (typical + _REACH)
     span = (high - low) * (high + low)
@@ -406,10 +403,10 @@ def _integrate(d: int, nodes: tuple[int, ...], q: Array, p2: Array, k: Array) ->
     half = (edges[1:] - edges[:-1]) / 2
     tau = edges[:-1, None] + half[:, None] * (
         1 + panel_node[None]
-    )  # measured from u's lower end, which no softmax notices
+    )  # measured from the lower end of u, which does not change a softmax
 
     def densities(tau: Array) -> tuple[Array, Array]:
-        # kappa(tau - u) is below e^-25 of its peak outside of this interval.
+        # Outside of this interval kappa(tau - u) is below e^-25 of its peak.
         a, b = (jnp.sqrt(low**2 + jnp.clip(tau + shift, 0, span)) for shift in (-3.7, 25.0))
         e = a + (b - a) * (1 + node) / 2
         lag = tau - (e - low) * (e + low)
@@ -448,8 +445,8 @@ def _panel(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _log_bessel(d: int, z: Array) -> Array:
-    """`log(e^-z z^-nu I_nu(z))`, `nu = d/2 - 1`: the density of a noncentral chi is r^{d-1} exp(-(r
-    - delta)^2 / 2) times this at r delta.
+    """`log(e^-z z^-nu I_nu(z))` with `nu = d/2 - 1`. The density of a noncentral chi is
+    `r^{d-1} exp(-(r - delta)^2 / 2)` times this function at `z = r delta`.
     """
     if d == 1:
         return jnp.log1p(jnp.exp(-2 * z)) - np.log(2 * np.pi) / 2
@@ -462,8 +459,8 @@ def _log_bessel(d: int, z: Array) -> Array:
         )
     row, top = _bessel_table(d)
     scaled = jnp.log1p(z / (d / 2))
-    # Clenshaw's recurrence, entry by entry: it fuses, where a matrix of polynomials would go
-    # through memory.
+    # Clenshaw's recurrence entry by entry fuses into one kernel; a matrix of polynomials would be
+    # stored in memory.
     x, last, before = jnp.clip(2 * scaled / top - 1, -1, 1), jnp.zeros_like(z), jnp.zeros_like(z)
     for coefficient in row[:0:-1]:
         last, before = 2 * x * last - before + float(coefficient), last
@@ -478,11 +475,12 @@ def _log_bessel(d: int, z: Array) -> Array:
 
 @functools.cache
 def _bessel_table(d: int) -> tuple[np.ndarray, float]:
-    """Chebyshev coefficients of `log(e^-z z^-nu I_nu(z)) + (nu + 1/2) log(1 + 2 z / d)` in that
-    last logarithm, up to z = 5000 d.
+    """Chebyshev coefficients of `log(e^-z z^-nu I_nu(z)) + (nu + 1/2) log(1 + 2 z / d)` in
+    `log(1 + 2 z / d)`, up to z = 5000 d.
 
-    From `I_nu(z) = (z/2)^nu / (sqrt(pi) Gamma(nu + 1/2)) ∫_{-1}^1 (1 - c^2)^{nu - 1/2} e^{z c} dc`,
-    trapezoidal in the logit of `(1 - c) / 2`.
+    The integral in `I_nu(z) = (z/2)^nu / (sqrt(pi) Gamma(nu + 1/2)) J` with
+    `J = ∫_{-1}^1 (1 - c^2)^{nu - 1/2} e^{z c} dc` uses the trapezoidal rule in the logit of
+    `(1 - c) / 2`.
     """
     nu, top, count = d / 2 - 1, float(np.log1p(1e4)), 44
     angle = (np.arange(count) + 0.5) * np.pi / count

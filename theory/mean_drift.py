@@ -1,17 +1,17 @@
-r"""The law of a flow guided by the *mean* drift, on the line and for any Gaussian mixture, between
-modes as well as inside of them.
+r"""The law of a flow guided by the *mean* drift, on the line, for any Gaussian mixture: inside
+modes and between them.
 
 A guided flow `dx/dt = b + (g^2 / 2) ∇ log h` whose guidance is random (fresh draws of X_1 at every
 step) follows the mean of its drift in the limit of small steps. `plug_in_law` solves that flow for
-one Gaussian, and for a mixture assumes that the draws never change component as x moves. Here
-nothing is assumed: with `kappa = alpha / sigma` (the root of the signal-to-noise ratio) and
-`u = x / sigma`,
+one Gaussian; for a mixture it assumes that the draws never change component as x moves. This module
+does not need that assumption. With `kappa = alpha / sigma` (the root of the signal-to-noise ratio)
+and `u = x / sigma`,
 
     du/dkappa = M(u),    u = N(0, 1) at kappa = 0,    X_1 = lim u / kappa,
 
-because `g^2 / 2 = kappa' sigma^3 / alpha` for the memoryless g and
-`E[X_1 | x] + (sigma^2 / alpha) ∇ log h` is the guided denoiser M. No interpolant appears in it, and
-with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
+because `g^2 / 2 = kappa' sigma^3 / alpha` for the memoryless g, and because
+`E[X_1 | x] + (sigma^2 / alpha) ∇ log h` is the guided denoiser M. The flow does not depend on the
+interpolant. With `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`,
 
 | drift | M |
 |---|---|
@@ -19,22 +19,22 @@ with `∂/∂x E[f(X_1) | x] = (alpha / sigma^2) Cov(f(X_1), X_1 | x)`
 | `dps_drift`: guidance `scale ∇ r(D(x))`, `D = E[X_1 \| x]` | `D + scale r'(D) Var(X_1 \| x)` |
 | `doob_drift`: `∇ log E[e^(scale r) \| x]` | `E[X_1 e^(scale r) \| x] / E[e^(scale r) \| x]` |
 
-For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second part moves
-mass between modes: it lives where the posterior weights `p_k` are undecided, a narrow strip, in
-which it is large.
+For a mixture `Cov(r, X_1 | x) = sum_k p_k (v_k E_k[r'] + (m_k - D) E_k[r])`. The second term moves
+mass between modes. It is large, but only in a narrow strip where no posterior weight `p_k` is near
+0 or 1.
 
-**Clock.** `kappa s = tan(theta)`, s the prior's standard deviation, and `x = cos(theta) u`: a path
-of unit variance from N(0, 1) at 0 to `X_1 / s` at pi/2,
+**Clock.** Let `kappa s = tan(theta)`, s the prior's standard deviation, and `x = cos(theta) u`.
+Then x has unit variance and moves from N(0, 1) at theta = 0 to `X_1 / s` at theta = pi/2,
 
     dx/dtheta = (M / s - sin(theta) x) / cos(theta),
 
 where for component k and `rho = s_k / s` the posterior mean contributes
-`lag_k = cos(theta) (mu_k / s + sin(theta) x (rho^2 - 1)) / (cos(theta)^2 + sin(theta)^2 rho^2)`:
-nothing cancels at either end.
+`lag_k = cos(theta) (mu_k / s + sin(theta) x (rho^2 - 1)) / (cos(theta)^2 + sin(theta)^2 rho^2)`.
+This form has no cancellation at either end.
 
-A flow on the line is monotone, so that the law's quantiles are where the flow carries the normal's,
-and its distribution function is had by tracing one point back: masses of modes need no search for
-the separatrix.
+A flow on the line is monotone. The flow therefore carries the normal's quantiles to the law's
+quantiles, and the distribution function at a point follows from tracing that point back. The masses
+of modes need no search for the separatrix.
 
 Reference, for one Gaussian: Dandapanthula and Boffi (arXiv 2606.02884).
 """
@@ -56,8 +56,8 @@ from tiltjax import _checks, _pytree, rewards, scales
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _REACH = 8.5  # standard deviations of the start
-# where the drift is frozen on the way back, which some rewards would take to infinity in finite
-# time
+# On the way back the drift is frozen beyond this value; some rewards would otherwise carry the
+# state to infinity in finite time.
 _FAR = 1e4
 _FINE, _COARSE = (
     (257, 257, 73, 1.0),
@@ -66,13 +66,14 @@ _FINE, _COARSE = (
 
 
 class PointPosterior(eqx.Module):
-    """The posterior of X_1 at one point, the argument of a drift, in a form in which nothing
-    cancels near the data.
+    """The posterior of X_1 at one point, the argument of a drift, in a form without cancellation
+    near the data.
 
-    `weights`, `means` `(K,)`: of the components. `unit = s cos(theta)`, a length that falls to 0.
-    `lag` `(K,)` is `(means - x sin(theta) s) / unit`, and `spread` `(K,)` is the components'
-    standard deviations over `unit`. A drift returns its guided denoiser's lag,
-    `(M - x sin(theta) s) / unit`; the unguided one is `weights @ lag`. `nodes`: for expectations.
+    **Fields:** `weights`, `means` `(K,)` of the components; `unit = s cos(theta)`, a length that
+    decreases to 0; `lag` `(K,)`, `(means - x sin(theta) s) / unit`; `spread` `(K,)`, the
+    components' standard deviations over `unit`; `nodes` for expectations. A drift returns the lag
+    of its guided denoiser, `(M - x sin(theta) s) / unit`; that of the unguided denoiser is
+    `weights @ lag`.
     """
 
     weights: Array
@@ -83,8 +84,8 @@ class PointPosterior(eqx.Module):
     nodes: int = eqx.field(static=True)
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(X_1)]` in each component, `(K,)`, for `fn` of one number: the trapezoidal rule on ±
-        9 standard deviations.
+        """`E[fn(X_1)]` in each component, `(K,)`, for `fn` of one number, by the trapezoidal rule
+        on ± 9 standard deviations.
         """
         z = np.linspace(-9, 9, self.nodes)
         weight = np.exp(-(z**2) / 2)
@@ -97,8 +98,8 @@ Drift = Callable[[PointPosterior, rewards.Reward, Array], Array]
 
 
 def plug_in_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
-    """`D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw. Of one point: a
-    scalar.
+    """The lag of `D + scale Cov(r(X_1), X_1 | x)`, the mean of plug-in guidance with one draw; a
+    scalar, at one point.
     """
     r, slope = _scalar_reward(reward)
     if is_quadratic(reward):
@@ -114,18 +115,18 @@ def plug_in_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Arra
 
 
 def dps_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
-    """`D + scale r'(D) Var(X_1 | x)`: the gradient of the reward at the denoiser, `∇ r(D(x))`, as
-    guidance.
+    """The lag of `D + scale r'(D) Var(X_1 | x)`, for the guidance `∇ r(D(x))`, the reward's
+    gradient at the denoiser.
     """
     base = posterior.weights @ posterior.lag
     _, slope = _scalar_reward(reward)
-    # Over unit^2.
+    # In units of unit^2.
     variance = posterior.weights @ (posterior.spread**2 + (posterior.lag - base) ** 2)
     return base + scale * slope(posterior.weights @ posterior.means) * posterior.unit * variance
 
 
 def doob_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) -> Array:
-    """The mean of the tilted posterior: its law is the tilt."""
+    """The lag of the mean of the tilted posterior. The law of this drift is the tilt."""
     r, slope = _scalar_reward(reward)
     if is_quadratic(reward):
         variance = (posterior.spread * posterior.unit) ** 2
@@ -138,8 +139,8 @@ def doob_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) 
         )
         moved = posterior.lag + posterior.spread**2 * posterior.unit / factor * scale * gradient
         return jax.nn.softmax(jnp.log(posterior.weights) + log_weight) @ moved
-    # One constant for all nodes and components, so that exp(scale r) neither overflows nor loses
-    # its proportions.
+    # All nodes and components share one constant, so that exp(scale r) neither overflows nor
+    # changes its ratios.
     z = jnp.linspace(-9.0, 9.0, posterior.nodes, dtype=posterior.lag.dtype)
     points = posterior.means[:, None] + (posterior.spread * posterior.unit)[:, None] * z[None]
     log_mass = (
@@ -152,13 +153,14 @@ def doob_drift(posterior: PointPosterior, reward: rewards.Reward, scale: Array) 
 
 
 class MeanDriftLaw(eqx.Module):
-    """What a flow with a given mean drift samples, on the line; built by `mean_drift_law`.
+    """The law of the samples of a flow with a given mean drift, on the line; built by
+    `mean_drift_law`.
 
-    `cdf`, `quantile`, `log_prob`, `masses` solve the flow for these points. Moments and
-    `wasserstein` use a table of points, dense both in the normal's coordinate (modes) and in x
-    (gaps between modes); `error` says how far it can be trusted. Everything compiles and maps.
-    Reverse-mode derivatives of `cdf` and `quantile` are those of the solver; those of moments are
-    right to the table's error.
+    `cdf`, `quantile`, `log_prob` and `masses` solve the flow for their points. Moments and
+    `wasserstein` use a table of points, dense both in the normal's coordinate (for modes) and in x
+    (for gaps between modes); `error` estimates the error of the table. Everything compiles and
+    vectorizes. The reverse-mode derivatives of `cdf` and `quantile` are those of the solver; the
+    derivatives of moments are right up to the table's error.
     """
 
     prior: GaussianMixture
@@ -171,12 +173,12 @@ class MeanDriftLaw(eqx.Module):
 
     @property
     def dim(self) -> int:
-        """1."""
+        """The dimension, 1."""
         return 1
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(X)]`, for `fn` of one number: from the table, exact for functions that are smooth
-        inside its cells.
+        """`E[fn(X)]`, for `fn` of one number, from the table. It is accurate for functions that are
+        smooth inside the table's cells.
         """
         _, x, mass = self._table()
         return jnp.tensordot(mass, jax.vmap(fn)(x), axes=1) / jnp.sum(mass)
@@ -191,8 +193,8 @@ class MeanDriftLaw(eqx.Module):
         return self.expect(lambda x: (x - mean) ** 2)
 
     def error(self) -> tuple[Array, Array]:
-        """Estimates of the errors of `mean` and `var`: what changes from 3/4 of the table, 3/4 of
-        the nodes, 30 times the tolerance.
+        """Estimates of the errors of `mean` and `var`: the changes with 3/4 of the table, 3/4 of
+        the nodes and 30 times the tolerance.
         """
         starts, ends, nodes, tolerance_factor = _COARSE
         nodes = self.nodes if is_quadratic(self.reward) else nodes * self.nodes // _FINE[2]
@@ -211,25 +213,27 @@ class MeanDriftLaw(eqx.Module):
         return ndtr(self._trace_back(x)[0])
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point, a number or of shape `(1,)`: the flow traced back, and the
-        integral of its divergence.
+        """The log-density at one point, a number or of shape `(1,)`, from the flow traced back and
+        the integral of its divergence.
         """
         z, log_slope = self._trace_back(jnp.reshape(x, ()))
         return -(z**2) / 2 - np.log(2 * np.pi) / 2 - log_slope - jnp.log(self.unit)
 
     def masses(self, edges: _checks.Numbers) -> Array:
-        """The masses of the n + 1 intervals that n rising edges make, `(n + 1,)`: `masses([c])[1]`
-        is `P(X > c)`.
+        """The masses `(n + 1,)` of the intervals between n increasing edges: `masses([c])[1]` is
+        `P(X > c)`.
+
+        **Raises:** `ValueError` for edges that do not increase.
         """
         edges = _checks.finite(edges, "edges", 1)
         if _checks.concrete(edges) and np.any(np.diff(np.asarray(edges)) <= 0):
-            raise ValueError(f"edges must rise, got {np.asarray(edges)}")
+            raise ValueError(f"edges must increase, got {np.asarray(edges)}")
         z, _ = _flow(self, edges.astype(self.unit.dtype) / self.unit, True, self.nodes, 1.0)
         infinite = jnp.full((1,), jnp.inf, z.dtype)
         return _interval_masses(jnp.concatenate([-infinite, z, infinite]))
 
     def transport(self, z: Array) -> Array:
-        """The guided flow itself, from a point of N(0, 1) to a point of this law."""
+        """The point of this law to which the guided flow carries the point z of N(0, 1)."""
         start = jnp.asarray(z, self.unit.dtype)[None]
         return self.unit * _flow(self, start, False, self.nodes, 1.0)[0][0]
 
@@ -239,13 +243,13 @@ class MeanDriftLaw(eqx.Module):
         return self.unit * _flow(self, start, False, self.nodes, 1.0)[0][:, None]
 
     def wasserstein(self, other: "MeanDriftLaw | GaussianMixture | Tilt | GridTilt") -> Array:
-        """W2 to another law on the line, by the quantile coupling `∫ (Q - Q')^2 dp`; both quantile
-        functions piecewise linear, ~1e-4.
+        """W2 to another law on the line, by the quantile coupling `∫ (Q - Q')^2 dp`. Both quantile
+        functions are piecewise linear, with errors of about 1e-4.
         """
         return _quantile_distance(*quantile_curve(self), *quantile_curve(other))
 
     def _table(self) -> tuple[Array, Array, Array]:
-        assert self.points is not None  # so only while it is being built
+        assert self.points is not None  # None only while the table is being built
         return self.points
 
     def _trace_back(self, x: Array) -> tuple[Array, Array]:
@@ -265,27 +269,27 @@ def mean_drift_law(
     """The law of a flow guided by the mean of a random guidance, on the line, in the limit of small
     steps.
 
-    For one Gaussian and a quadratic reward this is `plug_in_law`. Between modes it is what plug-in
-    with fresh draws tends to as the steps become many: slowly, because the push that moves mass
-    between them comes in rare and enormous kicks.
+    For one Gaussian and a quadratic reward this is `plug_in_law`. Between modes it is the limit of
+    plug-in guidance with fresh draws as the number of steps grows. The convergence is slow, because
+    the drift that moves mass between modes comes from rare and very large draws of the guidance.
 
-    **Arguments:** `prior`, a mixture on the line, of positive variances; `reward`, smooth and on
-    states of shape `(1,)`; `scale`, a number or `Damped`; `drift`: `plug_in_drift`, `dps_drift`,
+    **Arguments:** `prior`, a mixture on the line with positive variances; `reward`, smooth, on
+    states of shape `(1,)`; `scale`, a number or `Damped`; `drift`, `plug_in_drift`, `dps_drift`,
     `doob_drift` or a function `(PointPosterior, reward, scale) -> lag`; `nodes` of the expectations
-    of a reward that is not quadratic: a quarter of a posterior standard deviation apart by default.
+    of a reward that is not quadratic, by default a quarter of a posterior standard deviation apart.
 
-    **Raises:** `ValueError` beyond one dimension, for a component without variance, a scale law
-    that is not a function of time alone, and for `StepReward`, which has no gradient: with fresh
-    draws plug-in moves nothing, and neither does DPS. `RuntimeError` by the solver where the flow
-    is too stiff for it (`scale h s^2` of thousands; in single precision also points far outside
-    of the law).
+    **Raises:** `ValueError` for more than one dimension, for a component without variance, for a
+    scale law that does not depend on time alone, and for `StepReward`. The gradient of `StepReward`
+    is zero: plug-in guidance with fresh draws and DPS do not change the prior. `RuntimeError` from
+    the solver where the flow is too stiff (`scale h s^2` in the thousands; in single precision also
+    points far outside of the law).
     """
     check_mixture(prior, "prior")
     _checks.function(drift, "drift")
     if prior.dim != 1:
         raise ValueError(
-            f"the mean drift's law is had by quadrature on the line, got dimension {prior.dim}: "
-            "project the problem, or simulate it"
+            f"the law of the mean drift is computed on the line, got dimension {prior.dim}: "
+            "project the problem onto a line, or simulate"
         )
     law = _pytree.cast(scales.as_scale(scale), prior.means.dtype)
     if not isinstance(law, scales.Constant | scales.Damped):
@@ -293,9 +297,9 @@ def mean_drift_law(
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     if _has_step(reward):
         raise ValueError(
-            "StepReward has no gradient (zero almost everywhere): with fresh draws, plug-in and "
-            "DPS leave the prior as it is, and the gradient of E[r(X_1) | x] is not the mean of "
-            "any of them. The tilt itself is theory.quadrature.tilt; selection: theory.best_of_n."
+            "StepReward has gradient zero almost everywhere. With fresh draws, plug-in and DPS do "
+            "not change the prior, and the gradient of E[r(X_1) | x] is not the mean of either. "
+            "Use theory.quadrature.tilt for the tilt, or theory.best_of_n for selection."
         )
     if _checks.concrete(prior.covs) and not np.all(np.asarray(prior.covs) > 0):
         raise ValueError("every component needs a positive variance: give point masses a small one")
@@ -308,10 +312,10 @@ def mean_drift_law(
 
 
 def quantile_curve(law: Any) -> tuple[Array, Array]:
-    """`(z, x)`, rising: points `x` of a law on the line and `z = Phi^{-1}(P(X <= x))`. For a
-    mixture, a tilt, or a mean drift's law.
+    """`(z, x)`, increasing: points `x` of a law on the line and `z = Phi^{-1}(P(X <= x))`, for a
+    mixture, a tilt, or the law of a mean drift.
 
-    **Raises:** `ValueError` beyond one dimension, `TypeError` for any other law.
+    **Raises:** `ValueError` for more than one dimension, `TypeError` for any other law.
     """
     law = law.mixture if isinstance(law, Tilt) else law
     if isinstance(law, MeanDriftLaw):
@@ -358,13 +362,13 @@ def _quantile_distance(z: Array, x: Array, z_other: Array, x_other: Array) -> Ar
 
 
 def _interval_masses(z: Array) -> Array:
-    """The normal's masses between rising points, as differences of the tail that is small."""
+    """The normal masses between increasing points, as differences of the smaller tail."""
     low, high = z[:-1], z[1:]
     return jnp.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
 
 
 def _normal_quantile(log_below: Array, log_above: Array) -> Array:
-    """The normal quantile of a probability, from whichever tail is small."""
+    """The normal quantile of a probability, from the smaller tail."""
     least = np.log(np.finfo(log_below.dtype).tiny) + 1.0
     score = lambda log_p: ndtri(jnp.exp(jnp.clip(log_p, least, np.log(0.5))))
     return jnp.where(log_below < log_above, score(log_below), -score(log_above))
@@ -373,10 +377,11 @@ def _normal_quantile(log_below: Array, log_above: Array) -> Array:
 def _points(
     law: MeanDriftLaw, starts: int, ends: int, nodes: int, tolerance_factor: float
 ) -> tuple[Array, Array, Array]:
-    """Quadrature points of the law: normal scores, places, masses.
+    """Quadrature points of the law: normal scores, positions, masses.
 
-    The flow's graph is known at starts evenly spaced in z and at ends evenly spaced in x, with its
-    slopes; between neighbors it is a cubic in z where it is flat, in x where it is steep.
+    The flow is computed, with its slope, from starts evenly spaced in z and back from ends evenly
+    spaced in x. Between neighbors its graph is a cubic in z where it is flat, and a cubic in x
+    where it is steep.
     """
     z = jnp.linspace(-_REACH, _REACH, starts, dtype=law.unit.dtype)
     x, log_slope = _flow(law, z, False, nodes, tolerance_factor)
@@ -388,7 +393,7 @@ def _points(
 
 @jax.jit
 def _quadrature(x: Array, z: Array, log_slope: Array, unit: Array) -> tuple[Array, Array, Array]:
-    """Four Gauss-Legendre points in each cell of the flow's graph."""
+    """Normal scores, positions and masses of four Gauss-Legendre points per cell of the graph."""
     dtype = unit.dtype
     order = jnp.argsort(x)
     x, z, log_slope = x[order], z[order], jnp.clip(log_slope[order], -80, 80)
@@ -406,7 +411,7 @@ def _quadrature(x: Array, z: Array, log_slope: Array, unit: Array) -> tuple[Arra
         )
 
     steep = dx > dz
-    # The side that is not taken must not overflow: its slopes are bounded there.
+    # The branch that is not used must not overflow, so its slopes are bounded.
     over_z, _ = cubic(x, jnp.exp(jnp.minimum(log_slope, 20.0)), dz)
     over_x, rate = cubic(z, jnp.exp(jnp.minimum(-log_slope, 20.0)), dx)
     score = jnp.where(steep, over_x, z[:-1, None] + tau * dz)
@@ -424,11 +429,11 @@ def _flow(
     tolerance = jnp.asarray(
         tolerance_factor * (1e-9 if start.dtype == jnp.float64 else 1e-5), start.dtype
     )
-    # Where to begin and how exactly are arguments: both directions are one program.
+    # The times and the tolerance are arguments, so that both directions share one program.
     begin, end = (np.pi / 2, 0.0) if backwards else (0.0, np.pi / 2)
     times = jnp.asarray([begin, end], start.dtype)
     flow = MeanDriftLaw(law.prior, law.reward, law.scale, law.unit, None, law.drift, law.nodes)
-    # Several points are filled up to whole tables: a program that is compiled already.
+    # Several points are padded to whole tables, to use a program that is already compiled.
     count = len(start)
     padding = -count % _FINE[0] if count > 1 else 0
     padded = jnp.concatenate([start, jnp.broadcast_to(start[:1], (padding,))])
@@ -477,7 +482,7 @@ def _solve(
 
 
 def _strength(law: scales.Scale, cos: Array, sin: Array) -> Array:
-    """The scale law at `snr = (sin / cos)^2`, without the infinity at the end."""
+    """The scale law at `snr = (sin / cos)^2`, in a form that is finite at the end."""
     if not isinstance(law, scales.Damped):
         return law.final
     variance = (law.sigma * cos) ** 2 / (cos**2 + (law.sigma * sin) ** 2)
@@ -487,7 +492,7 @@ def _strength(law: scales.Scale, cos: Array, sin: Array) -> Array:
 def _scalar_reward(
     reward: rewards.Reward,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """A reward as a function of a number, and its derivative."""
+    """The reward as a function of a number, and its derivative."""
     r = lambda x: rewards.value(reward, x[None])
     return r, jax.grad(r)
 

@@ -1,37 +1,40 @@
-r"""Laws on whole paths: how far a guided chain is from the tilted one, and what its importance
-weights are worth.
+r"""The law of the importance weights of a guided chain: its divergence from the tilted chain, and
+the effective sample size.
 
-A base chain P takes the steps of `tiltjax.Ancestral(eta)`, `N(m_j(x), s_j^2 I)`, the guided chain Q
-the same steps from the guided denoiser, `N(m_j(x) + delta_j, s_j^2 I)`. A path of Q has the weight
+A base chain P takes the steps `N(m_j(x), s_j^2 I)` of `tiltjax.Ancestral(eta)`. The guided chain Q
+takes the same steps with the guided denoiser, `N(m_j(x) + delta_j, s_j^2 I)`. A trajectory of Q has
+the weight
 
     log w = scale r(x_N) + sum_j [ -<delta_j, xi_j> / s_j - |delta_j|^2 / (2 s_j^2) ],
         x_{j+1} = m_j + delta_j + s_j xi_j
 
-and with P* the chain P tilted by its end, `Z_N = E_P[exp(scale r(x_N))]`,
+and, with P* the chain P tilted by its end and `Z_N = E_P[exp(scale r(x_N))]`,
 
     E_Q[w] = Z_N,  KL(Q | P*) = log Z_N - E_Q[log w],
         effective sample size / n -> Z_N^2 / E_Q[w^2].
 
-The divergence bounds that of the ends, `KL(Q_1 | tilt)`, from above: Q may end in the tilt and
-still have a positive one. The step to t = 1 has no variance, so it is not guided (otherwise no path
-of Q were one of P): that is where these chains differ from `tiltjax.sample`, whose last jump is.
-`Z_N` is that of the chain, O(1 / N) from the continuous one.
+`KL(Q | P*)` is an upper bound of the divergence of the ends, `KL(Q_1 | tilt)`: it may be positive
+even if Q ends exactly in the tilt. The step to t = 1 has no variance. It is therefore not guided,
+since no trajectory of Q would otherwise be possible under P. In `tiltjax.sample` the last step is
+guided. `Z_N` is the constant of the chain, O(1 / N) from the continuous one.
 
-**The recursions**, for one Gaussian and a quadratic reward, where `delta = E x + e + N z`, z being
-the guidance's own draw. Moments of Q go forward. The second moment goes backward: with
-`V_N = exp(2 scale r)` and all Gaussians collected,
+**The recursions** hold for one Gaussian and a quadratic reward, where `delta = E x + e + N z` and z
+is the guidance's own draw. The moments of Q are computed forward, and the second moment of the
+weight backward. With `V_N = exp(2 scale r)` and all Gaussians collected,
 
     V_j(x) = E_z[ exp(|delta|^2 / s^2) E_xi[ V_{j+1}(m(x) - delta + s xi) ] ],
         E_Q[w^2] = E[V_0(x_0)],
 
-is the exponential of a quadratic function at every j, as long as it is finite: it ceases to be once
-`I + s^2 K`, K the curvature of `-log V`, or its like for z, is not positive definite.
+is the exponential of a quadratic function at every j, as long as it is finite. Let K be the
+curvature of `-log V`. V is infinite once `I + s^2 K`, or the corresponding matrix for z, is not
+positive definite.
 
-**Small steps** (`path_limit`): the mean control of the memoryless diffusion, in the
+**Small steps** (`path_limit`). For the mean guidance of the memoryless diffusion, in the
 eigen-directions of `theory.flow_laws`, with the clock `tau = s^2 - Var(X_1 | X_t)` and m the
-denoiser, `dm = -2 scale h (m - y) dtau + dW`. So `log w = -scale h y^2 - a + 2 (scale h)^2 ∫ (m -
-y)^2 dtau`, the Laplace transform of a Gaussian process squared (Cameron and Martin), which is
-infinite for `a >= 3 pi / 8`.
+denoiser, `dm = -2 scale h (m - y) dtau + dW`. Hence
+`log w = -scale h y^2 - a + 2 (scale h)^2 ∫ (m - y)^2 dtau`. Its exponential moment is the Laplace
+transform of an integrated squared Gaussian process (Cameron and Martin), which is infinite for
+`a >= 3 pi / 8`.
 """
 
 from typing import NamedTuple
@@ -50,17 +53,17 @@ from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
 class PathLaw(eqx.Module):
-    """What is known of the weights of a guided chain; scalars, built by `path_law` and
+    """Properties of the weights of a guided chain, all scalars; built by `path_law` and
     `path_limit`.
 
-    - `log_norm`: `log Z_N`, the chain's own.
-    - `evidence_bound`: `E_Q[log w]`; `-inf`, and `kl` `inf`, where the chain explodes beyond the
+    - `log_norm`: `log Z_N` of the chain.
+    - `evidence_bound`: `E_Q[log w]`. It is `-inf`, and `kl` is `inf`, if the chain exceeds the
       range of floating-point numbers.
     - `kl`: `KL(Q | P*) = log_norm - evidence_bound`.
-    - `log_second_moment`: `log E_Q[w^2]`, `inf` where the weights have no variance.
-    - `ess`: `Z_N^2 / E_Q[w^2]`, the effective fraction of n independent paths as n grows; 0 where
-      they have none.
-    - `floor`: the least `kl` of any guidance from the same start, `log Z_N - E[log h_0(X_0)]`: 0
+    - `log_second_moment`: `log E_Q[w^2]`, `inf` if the weights have infinite variance.
+    - `ess`: `Z_N^2 / E_Q[w^2]`, the effective fraction of n independent trajectories for large n; 0
+      if the weights have infinite variance.
+    - `floor`: the smallest `kl` of any guidance from the same start, `log Z_N - E[log h_0(X_0)]`; 0
       for a memoryless chain.
     """
 
@@ -73,8 +76,8 @@ class PathLaw(eqx.Module):
 
 
 class _Exponential(eqx.Module):
-    """`exp(constant + <linear, x> - x^T curvature x / 2)`; `finite` says whether all integrals so
-    far were.
+    """`exp(constant + <linear, x> - x^T curvature x / 2)`. `finite` is whether all integrals so far
+    were finite.
     """
 
     constant: Array
@@ -116,8 +119,8 @@ class _Exponential(eqx.Module):
 
 
 def _positive(matrix: Array, finite: Array) -> tuple[Array, Array]:
-    """`matrix` if it is positive definite and all before it were, else the identity in its place,
-    for there is no number to return.
+    """`matrix`, and whether it and all earlier matrices are positive definite. If not, the identity
+    replaces `matrix`, so that the computation can continue.
     """
     finite &= jnp.linalg.eigvalsh(jax.lax.stop_gradient(matrix))[0] > 0
     return jnp.where(finite, matrix, jnp.eye(len(matrix), dtype=matrix.dtype)), finite
@@ -126,29 +129,30 @@ def _positive(matrix: Array, finite: Array) -> tuple[Array, Array]:
 def path_law(
     field: AffineField, *, times: Array, solver: solvers.Ancestral | None = None
 ) -> PathLaw:
-    """The guided chain of `Ancestral(eta)` on the grid `times`, at any number of steps: no
-    simulation, no limit.
+    """The law of the weights of the guided chain of `Ancestral(eta)` on the grid `times`, at any
+    number of steps, by recursion.
 
-    Both chains start from `N(0, sigma_0^2 I)` at `times[0]`. A draw of `plug_in_field` is fresh at
-    every step, and known to the weight. The field's `law.final` is the scale of the target.
+    Both chains start from `N(0, sigma_0^2 I)` at `times[0]`. `plug_in_field` takes a fresh draw at
+    every step, and the weight accounts for the draw. The field's `law.final` is the scale of the
+    target.
 
-    **Arguments:** `field`, of `plug_in_field`, `dps_field`, `doob_field` or `fmrg_field`; `times`,
-    increasing; `solver`, eta > 0.
+    **Arguments:** `field`, from `plug_in_field`, `dps_field`, `doob_field` or `fmrg_field`;
+    `times`, increasing; `solver`, with eta > 0 (default `Ancestral()`).
 
-    **Raises:** `ValueError` for a solver without noise (nothing can be weighed), and where the tilt
-    has no finite mass.
+    **Raises:** `ValueError` for a solver without noise, which has no weights, and for a tilt
+    without finite mass.
     """
     _checks.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
     solver = solvers.Ancestral() if solver is None else solver
     if not isinstance(solver, solvers.Ancestral):
         raise ValueError(
-            "only the noise of a step can be weighed: solver must be Ancestral, got "
+            "the weights need a solver with noise: solver must be Ancestral, got "
             f"{type(solver).__name__}"
         )
     if _checks.concrete(solver.eta) and np.asarray(solver.eta) == 0:
         raise ValueError(
-            "at eta = 0 the chain has no noise and there is nothing to weigh: use Ancestral(eta) "
-            "with eta > 0"
+            "at eta = 0 the chain has no noise, so it has no weights: use Ancestral(eta) with "
+            "eta > 0"
         )
     dtype = field.prior.means.dtype
     times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(dtype)
@@ -159,7 +163,7 @@ def path_law(
 
 @eqx.filter_jit
 def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
-    """`path_law`, and the law of the base chain's end."""
+    """`path_law`, and the law of the end of the base chain."""
     form, scale, start = field.form, field.law.final, field.interpolant.sigma(times[0]) ** 2
     one_step = lambda interval: chain_step(field, eta, *interval)
     steps = jax.lax.map(one_step, (times[:-1], times[1:]))
@@ -183,8 +187,8 @@ def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, Ga
 
 
 class Step(NamedTuple):
-    """One step of both chains: the base chain's mean is `matrix x + constant`, the guidance's
-    `delta = shift_matrix x + shift_constant + noise z`, and `variance` is `s^2`, 0 in the last
+    """One step of both chains. The base chain's mean is `matrix x + constant`, the guidance's shift
+    is `delta = shift_matrix x + shift_constant + noise z`, and `variance` is `s^2`, 0 in the last
     step.
     """
 
@@ -197,8 +201,9 @@ class Step(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What goes forward: `mean` and `cov` of Q; `cost`, the sum of `E_Q|delta|^2 / (2 s^2)`; and
-    the base chain given its start, `N(response x_0 + base_mean, base_cov)`.
+    """The state of the forward recursion: `mean` and `cov` of Q; `cost`, the sum of
+    `E_Q|delta|^2 / (2 s^2)`; and the law of the base chain given its start,
+    `N(response x_0 + base_mean, base_cov)`.
     """
 
     mean: Array
@@ -209,7 +214,7 @@ class Moments(NamedTuple):
     response: Array
 
     def base_end(self, prior: GaussianMixture, start: Array) -> GaussianMixture:
-        """The law of the base chain, started from `N(0, start I)`."""
+        """The law of the end of the base chain started from `N(0, start I)`."""
         cov = self.base_cov + start * self.response @ self.response.T
         return prior.replace(prior.log_weights, self.base_mean[None], ((cov + cov.T) / 2)[None])
 
@@ -221,7 +226,7 @@ def _start(field: AffineField, start: Array) -> Moments:
 
 
 def chain_step(field: AffineField, eta: Array, t: Array, u: Array) -> Step:
-    """The step from t to u; that to 1 jumps to the denoiser, unguided."""
+    """The step from t to u. A step to u = 1 jumps to the denoiser, unguided."""
     no_scale = scales.Constant(jnp.zeros((), field.prior.means.dtype))
     unguided = AffineField(
         field.prior, field.form, no_scale, field.interpolant, finite_steps.shift_at_mean
@@ -273,14 +278,13 @@ def evidence_bound(form: QuadraticForm, scale: Array, moments: Moments) -> Array
     """`E_Q[log w] = scale E_Q[r(x_N)] - cost`."""
     mean, cov, cost = moments.mean, moments.cov, moments.cost
     bound = scale * (_value(form, mean) - jnp.sum(form.matrix * cov)) - cost
-    # A chain whose steps are too long for the guidance's stiffness explodes, past the largest
-    # number.
+    # A chain whose steps are too long for stiff guidance exceeds the floating-point range.
     return jnp.where(jnp.isfinite(jnp.sum(mean) + jnp.sum(cov) + cost), bound, -jnp.inf)
 
 
 def backward(value: _Exponential, step: Step) -> _Exponential:
-    """`V_j` of `V_{j+1}`."""
-    # As a function of (x, z): V at the mean less delta, then the cost of delta.
+    """`V_j` from `V_{j+1}`."""
+    # As a function of (x, z): V at the mean minus delta, then the cost of delta.
     value = value.smoothed(step.variance).composed(
         jnp.concatenate([step.matrix - step.shift_matrix, -step.noise], axis=1),
         step.constant - step.shift_constant,
@@ -298,8 +302,8 @@ def backward(value: _Exponential, step: Step) -> _Exponential:
 
 
 def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: Array) -> Array:
-    """`E log h_0(X_0)`: the end of the base chain given `x_0`, tilted, is the exponential of a
-    quadratic function of `x_0`.
+    """`E log h_0(X_0)`, where `h_0`, the tilted end of the base chain given `x_0`, is the
+    exponential of a quadratic function of `x_0`.
     """
     base_cov, response = moments.base_cov, moments.response
     eye = jnp.eye(len(base_cov), dtype=base_cov.dtype)
@@ -318,11 +322,11 @@ def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: A
 def path_limit(
     prior: GaussianMixture, reward: rewards.Reward, scale: float | Array, *, fresh: bool = False
 ) -> PathLaw:
-    """`path_law` of eta = 1 in the limit of small steps, in closed form, for the guidance at the
-    denoiser, `dps_field`.
+    """`path_law` of eta = 1 in the limit of small steps, in closed form, for guidance at the
+    denoiser (`dps_field`).
 
-    With `a = scale h s^2` and `y` the reward's maximizer, from the mean, in each common
-    eigen-direction of S and H,
+    In each common eigen-direction of S and H, with `a = scale h s^2` and y the reward's maximizer
+    measured from the mean,
 
         KL
             [a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8
@@ -330,17 +334,19 @@ def path_limit(
         E[w^2] e^{-scale h y^2 (1 + tan q) - a} / sqrt(cos 2a + sin 2a),  q = pi / 4 - 2a,
             a < 3 pi / 8.
 
-    `fresh`: `plug_in_field` instead, one new draw a step: the same law of the ends, KL larger by
-    `a^2` and the sample size smaller by `e^{2 a^2}`, in each direction.
+    If `fresh` is True, the guidance is `plug_in_field`, with one new draw per step. The law of the
+    ends is the same, but in each direction KL is larger by `a^2` and the effective sample size is
+    smaller by the factor `e^{2 a^2}`.
 
-    **Raises:** `ValueError` for a mixture, for S and H that do not commute (unchecked where they
-    are traced), and as `theory.plug_in_law`.
+    **Raises:** `ValueError` for a mixture, for S and H that do not commute (not checked if they are
+    traced), and as `theory.plug_in_law`.
     """
     check_mixture(prior, "prior")
     fresh = _checks.flag(fresh, "fresh")
     if len(prior.log_weights) != 1:
         raise ValueError(
-            f"this closed form is that of one Gaussian, got a mixture of {len(prior.log_weights)}"
+            "this closed form needs one Gaussian, got a mixture of "
+            f"{len(prior.log_weights)} components"
         )
     dtype = prior.means.dtype
     scale = _checks.nonnegative(scale, "scale").astype(dtype)
@@ -350,16 +356,15 @@ def path_limit(
         prior.covs, form.matrix
     ):
         raise ValueError(
-            "this closed form needs a covariance that commutes with the reward's matrix H, and "
-            "these do not. Use path_law with many steps instead."
+            "this closed form needs a covariance that commutes with the reward's matrix H. Use "
+            "path_law with many steps instead."
         )
     mean, cov = prior.means[0], prior.covs[0]
-    # Functions of the matrix scale S^(1/2) H S^(1/2) would do without a basis, but their terms in y
-    # need one.
+    # The terms in y need a basis. The other terms are functions of scale S^(1/2) H S^(1/2).
     axes = flow_laws.common_axes(cov, form.matrix)
     s2 = jnp.maximum(jnp.einsum("ij,ik,kj->j", axes, cov, axes), 0)
     a = scale * s2 * jnp.einsum("ij,ik,kj->j", axes, form.matrix, axes)
-    # scale h y^2 = strength / a, also where h = 0 and y is infinite.
+    # scale h y^2 = strength / a. This form is finite also where h = 0 and y is infinite.
     strength = (
         scale**2 * s2 * (axes.T @ (form.matrix @ (form.center - mean) + form.gradient / 2)) ** 2
     )
@@ -393,7 +398,9 @@ def _exponential(form: QuadraticForm, scale: Array) -> _Exponential:
 
 
 def _with_series(a: Array, series: list[float], lowest: int, closed) -> Array:
-    """`closed(a)`, by its power series from `a^lowest` on where the closed form cancels."""
+    """`closed(a)`, and for small a, where the closed form cancels, its power series from
+    `a^lowest`.
+    """
     small = a < 0.05
     x = jnp.where(small, a, 0.0)
     terms = [c * x ** (lowest + i) for i, c in enumerate(series)]
@@ -401,29 +408,29 @@ def _with_series(a: Array, series: list[float], lowest: int, closed) -> Array:
 
 
 def _spread_cost(a: Array) -> Array:
-    """`[a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8`, of fourth order."""
+    """`[a - log(1 + 2a)] / 2 + (1 - e^{-4a}) / 8`, which is of fourth order in a."""
     factorial = np.cumprod(np.arange(1.0, 21.0))
     series = [(-1) ** n * (2**n / (2 * n) - 4**n / (8 * factorial[n - 1])) for n in range(4, 20)]
     return _with_series(a, series, 4, lambda a: (a - jnp.log1p(2 * a)) / 2 - jnp.expm1(-4 * a) / 8)
 
 
 def _mean_cost(a: Array) -> Array:
-    """`[(1 + e^{-4a}) / 2 - 1 / (1 + 2a)] / a`, of second order."""
+    """`[(1 + e^{-4a}) / 2 - 1 / (1 + 2a)] / a`, which is of second order in a."""
     factorial = np.cumprod(np.arange(1.0, 21.0))
     series = [(-1) ** n * (4**n / (2 * factorial[n - 1]) - 2**n) for n in range(3, 19)]
     return _with_series(a, series, 2, lambda a: ((1 + jnp.exp(-4 * a)) / 2 - 1 / (1 + 2 * a)) / a)
 
 
 def _mean_loss(a: Array) -> Array:
-    """`[1 + tan(pi / 4 - 2a) - 2 / (1 + 2a)] / a`, of second order."""
+    """`[1 + tan(pi / 4 - 2a) - 2 / (1 + 2a)] / a`, which is of second order in a."""
     return _with_series(
         a, _MEAN_LOSS, 2, lambda a: (1 + jnp.tan(jnp.pi / 4 - 2 * a) - 2 / (1 + 2 * a)) / a
     )
 
 
 def _tangent_series(terms: int) -> list[float]:
-    # f = tan(pi / 4 - x) solves f' = -(1 + f^2), f(0) = 1: its coefficients, in x = 2a, less those
-    # of 2 / (1 + x) - 1.
+    # f = tan(pi / 4 - x) solves f' = -(1 + f^2), f(0) = 1. The result is its coefficients, in
+    # x = 2a, minus those of 2 / (1 + x) - 1.
     f = [1.0]
     for n in range(terms + 2):
         square = sum(f[i] * f[n - i] for i in range(n + 1))

@@ -1,7 +1,8 @@
-r"""Which method is predicted to land closest to the tilt within a number of denoiser calls.
+r"""Predict which method has the smallest distance to the tilt within a number of denoiser calls.
 
-**Cost.** A sample that takes n steps of Heun's method evaluates its field `2 n - 1` times. One
-evaluation takes, in calls of the denoiser and in pullbacks through it (`pullback` calls each):
+**Cost.** A sample with n steps of Heun's method evaluates its field `2 n - 1` times. One evaluation
+costs the following calls of the denoiser and pullbacks through it (each pullback costs `pullback`
+calls):
 
 | method | calls | pullbacks | |
 |---|---|---|---|
@@ -12,19 +13,21 @@ evaluation takes, in calls of the denoiser and in pullbacks through it (`pullbac
 | `fmrg`, g inner steps | `2 g + 2` | `2 g + 1` | any reward |
 | `Laplace` | 1 | d | smooth rewards |
 | `best_of_n`, `softmax_of_n` | n samples | | any reward |
-| weighted paths of the damped diffusion | n paths of 25 steps, g each | as many | any reward |
+| weighted trajectories of the damped diffusion | n of 25 steps, g each | as many | any reward |
 
-**Error.** W2 to the tilt, of the law that a method is predicted to have *at this number of steps*:
-`discrete_law` for one Gaussian and one draw; the law of small steps plus that of one draw's step
-error for k > 1; `Selected.mixture` of what unguided sampling gives in these steps for selection;
-and for n weighted paths of effective fraction e, of which one is drawn,
-`KL <= log(1 + (1/e - 1)/n)` and so, for a Gaussian tilt of largest variance v and to leading order,
-`W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not Gaussian count by mean and covariance.
+**Error.** The error is W2 between the tilt and the law that is predicted for a method *at this
+number of steps*. For one Gaussian and one draw the predicted law is `discrete_law`. For k > 1 draws
+it is the law of small steps, corrected by the step error of one draw. For selection it is
+`Selected.mixture` of unguided samples at this number of steps. For n weighted trajectories of
+effective fraction e, one of which is drawn, `KL <= log(1 + (1/e - 1)/n)`. Hence, for a Gaussian
+tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not
+Gaussian enter by mean and covariance.
 
-For a mixture every mode is treated alone, guided flows keep the prior's weights (see
-`plug_in_law`), and W2 is its upper bound by mixtures of couplings (`w2_bounds`); `Laplace` and,
-beyond conjugate rewards, `Conjugate` have no law there, and stand with what was measured on
-mixtures in the plane, in units of the tilt's standard deviation: an order of magnitude.
+For a mixture, every mode is treated separately, guided flows keep the prior's weights (see
+`plug_in_law`), and W2 is replaced by the upper bound MW2 (`w2_bounds`). `Laplace`, and `Conjugate`
+for rewards that are not conjugate, have no law on mixtures. Their errors are measurements on
+mixtures in the plane, in units of the tilt's standard deviation, and only give an order of
+magnitude.
 """
 
 import functools
@@ -46,8 +49,8 @@ from tiltjax import _checks, _pytree, _repr, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
-# W2 beyond the floor over the tilt's standard deviation, root mean square over four mixtures
-# (benchmarks/accuracy/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for
+# W2 above the sampling floor, over the tilt's standard deviation, root mean square over four
+# mixtures (benchmarks/accuracy/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for
 # anisotropic rewards, over two (benchmarks/rewards/any_reward.py: stiff between and across modes).
 MEASURED = {"Laplace": 0.21, "Conjugate": 0.72}
 _EXACT, _ALONE, _LIMIT = (
@@ -63,21 +66,21 @@ _SHIFTS = (
     finite_steps.exact_shift,
     finite_steps.shift_at_end,
 )
-_PATH_STEPS = 25  # of a weighted path
-_MAX_STRENGTH = 1e4  # `scale h s^2` up to which the law of many draws is computed
+_PATH_STEPS = 25  # of a weighted trajectory
+_MAX_STRENGTH = 1e4  # largest `scale h s^2` for which the law of many draws is computed
 _HEAD = ("method", "steps", "calls", "W2", "basis")  # of the table of a plan
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Option(NamedTuple):
-    """One way to spend the budget.
+    """One method at the number of steps that the budget allows.
 
     - `method`: how to call it.
-    - `steps`: of Heun's method (of `Ancestral` for weighted paths).
+    - `steps`: of Heun's method (of `Ancestral` for weighted trajectories).
     - `cost`: of one sample, in denoiser calls.
     - `error`: the predicted W2 to the tilt.
-    - `basis`: what the prediction rests on.
-    - `law`: the predicted law to second moments in each mode, or `None`.
+    - `basis`: the basis of the prediction.
+    - `law`: the predicted law, with the right second moments in each mode, or `None`.
     """
 
     method: str
@@ -89,7 +92,7 @@ class Option(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All options within a budget, the best first; `str(plan)` is a table."""
+    """All options within a budget, by increasing error; `str(plan)` is a table."""
 
     options: tuple[Option, ...]
     tilt: GaussianMixture
@@ -97,7 +100,7 @@ class Plan(NamedTuple):
 
     @property
     def best(self) -> Option:
-        """The option of least predicted error."""
+        """The option with the smallest predicted error."""
         return self.options[0]
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -135,26 +138,27 @@ def recommend(
     inner_steps: int = 20,
     pullback: float = 2.0,
 ) -> Plan:
-    """The methods of tiltjax by predicted distance from the tilt, within `budget` denoiser calls a
-    sample.
+    """The methods of tiltjax, sorted by predicted distance to the tilt, within `budget` denoiser
+    calls per sample.
 
-    Each takes as many steps, up to 200, as it can afford (and as many draws or candidates as pay
-    best); what cannot afford one is left out. Not to be traced: some 20 CPU-seconds
-    the first time, for compiling, and 2 from then on for states of the same size.
+    Each method takes as many steps as the budget allows, up to 200, with the best number of draws
+    or candidates. A method that cannot afford one step is left out. The function cannot be traced.
+    It takes about 20 CPU-seconds for compilation the first time, and 2 from then on for states of
+    the same size.
 
     **Arguments:**
 
-    - `prior`, `reward`: one Gaussian or a mixture, and a reward that is quadratic or linear; they
-      may stand for a model and a reward that resemble them.
-    - `budget`: denoiser calls a sample, at least 1.
-    - `conjugate`: whether `Tilted` may be chosen. `False` if the quadratic stands for a reward that
-      is not.
+    - `prior`, `reward`: one Gaussian or a mixture, and a reward that is quadratic or linear. They
+      may approximate a learned model and another reward.
+    - `budget`: denoiser calls per sample, at least 1.
+    - `conjugate`: whether `Tilted` may be chosen. Use `False` if the quadratic approximates a
+      reward that is not quadratic.
     - `inner_steps`: denoiser calls of one posterior draw (`Glass`), steps of an inner flow
       (`fmrg`).
-    - `pullback`: what going backwards through a call costs, in calls.
+    - `pullback`: the cost of one pullback through the denoiser, in calls.
 
-    **Raises:** `ValueError` for a budget below one call, a reward without closed form (naming it),
-    an infinite tilt.
+    **Raises:** `ValueError` for a budget below one call, a reward without a closed form, and a tilt
+    without finite mass.
     """
     check_mixture(prior, "prior")
     conjugate = _checks.flag(conjugate, "conjugate")
@@ -174,8 +178,8 @@ def recommend(
 
 
 class _Task(NamedTuple):
-    """What the options have in common: the arguments of `recommend`, the reward's form, the tilt.
-    A method is an option of this law, or none where it cannot afford a step.
+    """The data that all options share: the arguments of `recommend`, the reward's form, and the
+    tilt. Each method yields an option, or nothing if it cannot afford a step.
     """
 
     prior: GaussianMixture
@@ -193,7 +197,7 @@ class _Task(NamedTuple):
 
     @property
     def isotropic(self) -> bool:
-        """Whether the reward is."""
+        """Whether H is a multiple of the identity."""
         matrix = self.form.matrix
         eye = np.eye(self.prior.dim)
         return bool(np.allclose(matrix, matrix[0, 0] * eye, rtol=1e-6, atol=0))
@@ -209,7 +213,7 @@ class _Task(NamedTuple):
 
     @property
     def basis(self) -> str:
-        """What the law of a guided flow rests on."""
+        """The basis of the prediction for a guided flow."""
         return _EXACT if self.one_mode else _ALONE
 
     def call(self, method: str, settings: str = "") -> str:
@@ -219,7 +223,7 @@ class _Task(NamedTuple):
         return f"PlugIn(Glass(model, {self.inner_steps}), {rest})"
 
     def draws_cost(self, k: int) -> float:
-        """The first call of all k draws is that of the field itself."""
+        """The cost of one evaluation with k draws, which share their first call with the field."""
         return (1 + k * (self.inner_steps - 1)) * (1 + self.pullback)
 
     def guided(self, shift: Callable) -> AffineField:
@@ -234,21 +238,23 @@ class _Task(NamedTuple):
     def flow(
         self, method: str, cost: float, field: AffineField, *, tilted: bool = False, basis: str = ""
     ) -> Iterator[Option]:
-        """A guided flow, with the weights of the prior or of the tilt."""
+        """The option of a guided flow, with the weights of the prior or of the tilt."""
         if (steps := _affordable(self.budget, cost)) >= 1:
             law = _run(field, (self.tilt if tilted else self.prior).log_weights, steps)
             error, calls = _distance(law, self.tilt), (2 * steps - 1) * cost
             yield Option(method, steps, calls, error, basis or self.basis, law)
 
     def measured(self, method: str, cost: float, error: float) -> Iterator[Option]:
-        """A guided flow without a law, whose error is in units of the tilt's deviation."""
+        """The option of a guided flow without a law; `error` is in units of the tilt's
+        deviation.
+        """
         if (steps := _affordable(self.budget, cost)) >= 1:
             error *= float(_spread(self.tilt))
             yield Option(method, steps, cost * (2 * steps - 1), error, _MEASURED)
 
 
 def _options(task: _Task, conjugate: bool) -> Iterator[Option]:
-    """All methods that the reward admits, in the order of the table."""
+    """All methods that the reward admits, in the order of the module's table."""
     yield from task.flow("no guidance", 1, task.unguided())
     if conjugate and task.isotropic and task.curvature >= 0:
         exact = task.guided(finite_steps.exact_shift)
@@ -298,8 +304,8 @@ def _fmrg(task: _Task) -> Iterator[Option]:
 
 
 def _damped(task: _Task) -> Iterator[Option]:
-    """One damped draw, and weighted paths of it. Damping belongs to the reward `-|x - y|^2`: its
-    weight goes into the scale.
+    """One damped draw, and weighted trajectories of it. `Damped` is right for the reward
+    `-|x - y|^2`, so the reward's weight moves into the scale.
     """
     prior, form, curvature = task.prior, task.form, task.curvature
     mean_square = prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix)
@@ -320,7 +326,7 @@ def _spread(law: GaussianMixture) -> Array:
 
 
 def _affordable(budget: float, cost: float) -> int:
-    """The most steps of Heun's method, `2 n - 1` evaluations, within the budget."""
+    """The largest number of Heun steps, `2 n - 1` evaluations, within the budget."""
     return min(_MAX_STEPS, int((budget / cost + 1) // 2))
 
 
@@ -336,9 +342,9 @@ def _is_isotropic(prior: GaussianMixture) -> bool:
 
 
 def _run(field: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
-    """What `steps` steps of Heun's method make of each component alone."""
-    # Preceded by steps of no length: one program for any number of them, and, at a constant scale,
-    # for any guidance.
+    """The law of each component, separately, after `steps` steps of Heun's method."""
+    # Steps of zero length come first, so that one program serves any number of steps and, at a
+    # constant scale, any guidance.
     fraction = np.maximum(np.arange(_MAX_STEPS + 1) - (_MAX_STEPS - steps), 0) / steps
     times = jnp.asarray(1e-3 + (1 - 1e-3) * fraction, field.prior.means.dtype)
     shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
@@ -377,8 +383,8 @@ def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
 
 
 def _many_draws(task: _Task) -> Iterator[Option]:
-    """Plug-in of k > 1 draws, for one isotropic Gaussian: the law of small steps, moved by what
-    steps do to one draw's law.
+    """Plug-in with k > 1 draws, for one isotropic Gaussian: the law of small steps, corrected by
+    the step error of one draw.
     """
     prior, scale = task.prior, task.scale
     if not (task.one_mode and task.isotropic and _is_isotropic(prior) and float(scale) > 0):
@@ -390,11 +396,11 @@ def _many_draws(task: _Task) -> Iterator[Option]:
     for k in (2, 8, 32):
         cost = task.draws_cost(k)
         steps = _affordable(task.budget, cost)
-        if steps < 4:  # that law is far from any at so few steps
+        if steps < 4:  # the law of small steps is wrong for so few steps
             return
         coarse = _run(task.guided(finite_steps.shift_at_draw), prior.log_weights, steps)
         mean, cov = draws_moments(*parameters, jnp.asarray(k, prior.means.dtype))
-        # Fresh draws leave 1/k of one draw's variance.
+        # k fresh draws have 1/k of the variance of one draw.
         mean = mean + coarse.means[0] - one_law.means[0]
         cov = cov + (coarse.covs[0] - one_law.covs[0]) / k
         moments = prior.replace(prior.log_weights, mean[None], cov[None])
@@ -421,7 +427,7 @@ def _selected(task: _Task) -> Iterator[Option]:
                 break
             try:
                 law = rule(_run(unguided, task.prior.log_weights, steps), n).mixture()
-            except ValueError:  # beyond closed forms and quadrature there is no prediction
+            except ValueError:  # without a closed form or quadrature there is no prediction
                 break
             error, calls = _distance(law, task.tilt), n * (2 * steps - 1)
             options.append(Option(name.format(n), steps, calls, error, task.basis, law))
@@ -430,7 +436,7 @@ def _selected(task: _Task) -> Iterator[Option]:
 
 
 def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
-    """One of as many weighted paths of the damped diffusion as there can be."""
+    """One of as many weighted trajectories of the damped diffusion as the budget allows."""
     cost = _PATH_STEPS * task.draws_cost(1)
     n = int(task.budget / cost)
     if n < 1:
@@ -454,14 +460,15 @@ def _draws_parameters(
 def matching_k(
     prior: GaussianMixture, reward: rewards.Reward, law: scales.Damped, *, maximum: int = 10_000
 ) -> int | None:
-    """The least k for which undamped plug-in lands closer to the tilt than one draw damped by
-    `law`, or `None` up to `maximum`.
+    """The smallest k for which undamped plug-in is closer to the tilt than one draw damped by
+    `law`, or `None` if no k up to `maximum` is.
 
-    By W2 of means and covariances, for one isotropic Gaussian: of the right width one damped draw
-    samples the tilt, and no k beats it; of a wrong one this says what it is worth. Not to be
-    traced.
+    The distance is W2 of means and covariances, for one isotropic Gaussian. One damped draw of the
+    right width samples the tilt exactly, so no k is closer; for a wrong width, k measures the value
+    of the damping. The function cannot be traced.
 
-    **Raises:** as `plug_in_law` with k > 1.
+    **Raises:** `TypeError` for a `law` that is not `Damped`; `ValueError` as `plug_in_law` with k >
+    1.
     """
     if not isinstance(law, scales.Damped):
         raise TypeError(f"law must be a Damped scale, got {type(law).__name__}")
@@ -469,7 +476,7 @@ def matching_k(
     maximum = _checks.count(maximum, "maximum")
     tilt = tilts.tilt(prior, reward, law.final).mixture
     mean, cov = tilt.means[0], tilt.covs[0]
-    parameters = _draws_parameters(prior, reward, law.final)  # refuses what has no law
+    parameters = _draws_parameters(prior, reward, law.final)  # raises where no law is known
 
     def distance(k: int) -> float:
         if k > 1:
@@ -485,7 +492,7 @@ def matching_k(
     if distance(maximum) >= damped_distance:
         return None
     low, high = 1, maximum
-    while high - low > 1:  # the distance falls in k
+    while high - low > 1:  # the distance decreases in k
         middle = max(low + 1, int(np.sqrt(low * high)))
         low, high = (low, middle) if distance(middle) < damped_distance else (middle, high)
     return high

@@ -1,14 +1,14 @@
-r"""Brute force in one and two dimensions: the independent witness of every closed form.
+r"""Quadrature in one and two dimensions, an independent check of every closed form.
 
-Three rules, for three kinds of integrand:
+The module has three rules, for three kinds of integrands:
 
-- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward:
-  exponentially accurate for smooth ones, O(cell) at a jump.
-- `log_norm`: the trapezoidal rule in each component's own standard coordinates on [-8, 8]^d, for
-  `log E[exp(scale * r(X))]` of a mixture whose components may be arbitrarily narrow. Spectrally
-  accurate while `exp(scale * r)` is resolved by the nodes.
+- `tilt`: a midpoint grid over the prior's bulk, for laws, moments and masses of any reward. The
+  error is exponentially small for smooth rewards, O(cell) at a jump.
+- `log_norm`: the trapezoidal rule in each component's standard coordinates on [-8, 8]^d, for
+  `log E[exp(scale * r(X))]` of a mixture with components of any width. It is spectrally accurate
+  while the nodes resolve `exp(scale * r)`.
 - `unit_interval`: tanh-sinh nodes on [0, 1], for the integrals of `theory.flow_laws`, whose
-  integrands have scales of all sizes at the ends.
+  integrands vary on all scales at the ends.
 
 Reference: Takahasi and Mori (1974), double exponential formulas.
 """
@@ -41,7 +41,7 @@ class GridTilt(eqx.Module):
     def expect(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(X)]` under the tilt, for `fn` of one point."""
         values = jax.vmap(fn)(self.centers)
-        masses = jnp.exp(self.log_masses)  # which single precision does not sum to one by itself
+        masses = jnp.exp(self.log_masses)  # in single precision they do not sum exactly to one
         return jnp.tensordot(masses / jnp.sum(masses), values.astype(masses.dtype), axes=1)
 
     def mean(self) -> Array:
@@ -54,7 +54,7 @@ class GridTilt(eqx.Module):
         return self.expect(lambda x: jnp.outer(x - mean, x - mean))
 
     def sample(self, key: Array, num: int) -> Array:
-        """`num` draws, `(num, d)`: a cell by its mass, uniform inside it."""
+        """`num` draws, `(num, d)`: a cell by its mass, then a uniform point in the cell."""
         key_cell, key_inside = jax.random.split(_checks.key(key))
         num = _checks.count(num, "num")
         cumulative = jnp.cumsum(jnp.exp(self.log_masses))
@@ -79,10 +79,12 @@ def tilt(
     """The tilt by any reward in one or two dimensions, on a grid over all components' means ±
     `reach` standard deviations.
 
-    **Arguments:** `cells` a dimension (an even number puts an edge at the middle of a symmetric
-    prior; default 100,000 on the line, 800 in the plane).
+    **Arguments:** `prior`; `reward`, any function of one state; `scale >= 0`; `cells` in each
+    dimension (default 100,000 on the line, 800 in the plane; an even number puts an edge at the
+    middle of a symmetric prior); `reach`.
 
-    **Raises:** `ValueError` beyond two dimensions.
+    **Raises:** `ValueError` for more than two dimensions, and for a tilt that the grid does not
+    resolve.
     """
     check_mixture(prior, "prior")
     d = prior.dim
@@ -101,8 +103,8 @@ def tilt(
         effective = float(np.exp(-np.logaddexp.reduce(2 * np.asarray(grid.log_masses, np.float64))))
         if not effective > 100:
             raise ValueError(
-                f"the grid does not resolve this tilt: its mass sits in {effective:.3g} cells of "
-                f"{cells}^{d}. Lower the scale (got {float(scale):g}), or raise cells."
+                f"the grid does not resolve this tilt: its mass is in {effective:.3g} cells of "
+                f"{cells}^{d}. Lower the scale (got {float(scale):g}), or increase cells."
             )
     return grid
 
@@ -135,10 +137,10 @@ def log_norm(
     """`log E[exp(scale * r(X))]` for `X ~ mixture` in one or two dimensions, differentiable in the
     mixture.
 
-    **Arguments:** `nodes` a dimension over ± `reach` standard deviations (default 401 on the line,
-    41 in the plane).
+    **Arguments:** `mixture`; `reward`; `scale`; `nodes` in each dimension (default 401 on the line,
+    41 in the plane) over ± `reach` standard deviations.
 
-    **Raises:** `ValueError` beyond two dimensions.
+    **Raises:** `ValueError` for more than two dimensions.
     """
     check_mixture(mixture, "mixture")
     _checks.function(reward, "reward")
@@ -165,7 +167,7 @@ def log_norm(
 
 def unit_interval(levels: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tanh-sinh nodes `w` in (0, 1), their distances `1 - w` from the right end without
-    cancellation, and weights.
+    cancellation, and their weights.
     """
     tau = np.linspace(-3.6, 3.6, 2 * levels + 1)
     argument = np.pi * np.sinh(tau)

@@ -1,23 +1,24 @@
-r"""What selection among n independent draws really samples, before it runs.
+r"""The exact law of selection among n independent draws.
 
-With p the law of one draw and F that of its reward, the winner has the density `p(x) g(r(x))`:
+With p the law of one draw and F the distribution function of its reward, the selected draw has the
+density `p(x) g(r(x))`:
 
 | rule | g(r) |
 |---|---|
 | best of n | `n F(r)^(n-1)`; at an atom of the reward's law `(F(r)^n - F(r-)^n) / (F(r) - F(r-))` |
 | softmax of n | `n w ∫_0^∞ e^(-u w) E[e^(-u w(X))]^(n-1) du`, `w = e^(scale r)` |
 
-so that all is known from the law of the reward (`theory._reward_laws`): selection moves mass
-between modes only as far as their rewards differ. The integral comes from `1 / T = ∫ e^(-u T) du`
-for the softmax's denominator T; in `log u` it is the chance that the reward, perturbed by Gumbel
-noise, is the largest of n. At scale 0 it is p, as n grows it tends to the tilt of p, and for large
-scales to the best of n.
+All of these follow from the law of the reward (`theory._reward_laws`). Selection moves mass between
+modes only as far as their rewards differ. The integral uses `1 / T = ∫ e^(-u T) du` for the
+softmax's denominator T. In `log u` it is the probability that the reward, perturbed by Gumbel
+noise, is the largest of n. The law is p at scale 0. It tends to the tilt of p as n grows, and to
+the best of n for large scales.
 
-The divergence of best-of-n from p is `log n - (n - 1) / n` where the reward has no atoms, whatever
-p and r, and less with atoms; from the tilt, always,
+The divergence of best-of-n from p is `log n - (n - 1) / n` for any p and r if the reward's law has
+no atoms, and smaller with atoms. The divergence from the tilt is always
 `KL(q | tilt) = KL(q | p) - scale E_q[r] + log Z`. References: Beirami et al., *Theoretical
 guarantees on the best-of-n alignment policy* (arXiv 2401.01879), for the divergence; Dandapanthula
-and Boffi (arXiv 2606.02884) for selection next to guidance.
+and Boffi (arXiv 2606.02884), for selection compared with guidance.
 """
 
 from collections.abc import Callable
@@ -34,16 +35,16 @@ from theory._reward_laws import GridReward, RewardLaw, reward_law
 from tiltjax import _checks, _pytree, rewards
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
-# Gumbel noise and nodes for it: beyond them less than 1e-15 of it is left.
+# Nodes for Gumbel noise. The mass beyond them is less than 1e-15.
 _GUMBEL = np.linspace(-4.0, 40.0, 441)
 _MAX_DRAWS = 1e12
 
 
 class Selected(eqx.Module):
-    """The law of a winner; built by `best_of_n` and `softmax_of_n`.
+    """The law of the selected draw; built by `best_of_n` and `softmax_of_n`.
 
-    `law`: that of one draw's reward. `log_ratios`: `log g` at its nodes, of the shape of
-    `law.values`. All methods return scalars but `masses`.
+    **Fields:** `law`, the law of one draw's reward; `log_ratios`, `log g` at the nodes of `law`, of
+    the shape of `law.values`. All methods return scalars, except `masses` and `mixture`.
     """
 
     prior: GaussianMixture
@@ -54,38 +55,38 @@ class Selected(eqx.Module):
     log_ratios: Array
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point, relative to Lebesgue measure, atoms of the reward or
-        not.
+        """The log-density at one point, relative to Lebesgue measure, also where the reward has
+        atoms.
         """
         return self.prior.log_prob(x) + self._differentiable(
             self.ratio(rewards.value(self.reward, x))
         )
 
     def masses(self) -> Array:
-        """The probability that the winner is of each component of the prior, `(K,)`."""
+        """The probabilities `(K,)` that the selected draw is from each component of the prior."""
         log_masses = jax.nn.logsumexp(
             self.law.log_masses + self._differentiable(self.log_ratios), axis=1
         )
         return jax.nn.softmax(log_masses)
 
     def mixture(self) -> GaussianMixture:
-        """The mixture with the winner's mass, mean and covariance in each component of the prior:
-        where it lands, to second moments.
+        """The mixture with the mass, mean and covariance of the selected draw in each component of
+        the prior.
 
-        **Raises:** `ValueError` for `StepReward`, whose values say too little.
+        **Raises:** `ValueError` for `StepReward`, which has no moments in closed form.
         """
         return _mixture(self.prior, self.law, self._differentiable(self.log_ratios))
 
     def expect_reward(self, fn: Callable[[Array], Array]) -> Array:
-        """`E[fn(r)]` of the winner's reward."""
+        """`E[fn(r)]` for the reward r of the selected draw."""
         return jnp.sum(self._probs() * jax.vmap(jax.vmap(fn))(self.law.values))
 
     def mean_reward(self) -> Array:
-        """`E[r]`."""
+        """`E[r]` of the selected draw."""
         return jnp.sum(self._probs() * self.law.values)
 
     def reward_cdf(self, r: float | Array) -> Array:
-        """`P(r(X) <= r)` of the winner."""
+        """`P(r(X) <= r)` for the selected draw X."""
         r = _checks.finite(r, "r", 0).astype(self.law.values.dtype)
         if isinstance(self.ratio, _Best):
             return jnp.exp(self.n * self.law.log_cdf(r)[0])
@@ -93,7 +94,7 @@ class Selected(eqx.Module):
         if self.law.discrete:
             below = jnp.searchsorted(values, r, side="right")
             return jnp.where(below > 0, cumulative[jnp.maximum(below - 1, 0)], 0.0)
-        # Between the middles of the steps.
+        # Interpolate between the middles of the steps.
         middles = cumulative - jnp.diff(cumulative, prepend=0) / 2
         return jnp.interp(r, values, middles, left=0.0, right=1.0)
 
@@ -117,20 +118,21 @@ class Selected(eqx.Module):
         return jax.lax.fori_loop(0, 100, bisect, (values[0], values[-1]))[1]
 
     def reward_log_prob(self, r: float | Array) -> Array:
-        """The log-density of the winner's reward. **Raises:** `ValueError` where there is none in
-        closed form.
+        """The log-density of the selected draw's reward.
+
+        **Raises:** `ValueError` if the density has no closed form.
         """
         r = _checks.finite(r, "r", 0).astype(self.law.values.dtype)
         return self.law.log_density(r) + self.ratio(r)
 
     def kl_to_base(self) -> Array:
-        """`KL(q | p)`, p the law of one draw."""
+        """`KL(q | p)`, with p the law of one draw."""
         if isinstance(self.ratio, _Best):
             return jnp.log(self.n) - (self.n - 1) / self.n
         return jnp.sum(self._probs() * self.log_ratios)
 
     def kl_to_tilt(self, scale: float | Array) -> Array:
-        """`KL(q | tilt)`, the tilt being that *of p*, `p exp(scale * r) / Z`."""
+        """`KL(q | tilt)`, where the tilt is that of p, `p exp(scale * r) / Z`."""
         scale = _checks.nonnegative(scale, "scale").astype(self.law.values.dtype)
         if self.law.discrete:
             log_norm = jax.nn.logsumexp(self.law.log_masses + scale * self.law.values)
@@ -139,8 +141,8 @@ class Selected(eqx.Module):
         return self.kl_to_base() - scale * self.mean_reward() + log_norm
 
     def _probs(self) -> Array:
-        # g is constant to first order where only the order of the rewards counts, so that no
-        # derivative passes through it (Danskin).
+        # If only the order of the rewards counts, g is constant to first order, and no derivative
+        # passes through it (Danskin).
         return _normalized(self.law.log_masses + self.log_ratios)
 
     def _cumulative(self) -> tuple[Array, Array]:
@@ -159,16 +161,17 @@ def best_of_n(
 ) -> Selected:
     """The law of the best of n independent draws of `prior`.
 
-    `prior` is the law of one draw: the base law, or that of a guided sampler (`theory.plug_in_law`,
-    `theory.discrete_law`). Closed forms and quadrature as in `theory._reward_laws`: any dimension
-    for `LinearReward`, `StepReward`, and concave isotropic quadratic rewards of isotropic
-    components, else one or two, with `cells` a dimension.
+    `prior` is the law of one draw: the base law, or the law of a guided sampler
+    (`theory.plug_in_law`, `theory.discrete_law`). `LinearReward`, `StepReward`, and concave
+    isotropic quadratic rewards with isotropic components have closed forms in any dimension. Other
+    rewards need one or two dimensions, and a grid with `cells` cells in each
+    (`theory._reward_laws`).
 
-    Everything differentiates in the prior and in the reward, except masses and density on a grid in
-    the reward, which say so.
+    The result is differentiable in the prior and in the reward. On a grid, masses and density have
+    no derivative in the reward and raise an error.
 
-    **Raises:** `ValueError` above two dimensions without closed form, and where the grid does not
-    resolve the winner.
+    **Raises:** `ValueError` for more than two dimensions without a closed form, and for a grid that
+    does not resolve the selected draw.
     """
     return _best(prior, reward, _draw_count(n), reward_law(prior, reward, cells=cells))
 
@@ -184,10 +187,11 @@ def softmax_of_n(
     """The law of one of n independent draws of `prior`, chosen with probability proportional to
     `exp(scale * r)`.
 
-    Scope as `best_of_n`; a grid has 3,000 cells on the line and 160 a dimension in the plane.
+    Priors and rewards are those of `best_of_n`. A grid has 3,000 cells on the line and 160 in each
+    dimension of the plane.
 
-    **Raises:** `ValueError` as `best_of_n`, and on a grid where `scale * r` varies too much from
-    cell to cell.
+    **Raises:** `ValueError` as `best_of_n`, and on a grid if `scale * r` varies too much from cell
+    to cell.
     """
     check_mixture(prior, "prior")
     scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
@@ -202,14 +206,14 @@ def softmax_of_n(
 def matching_n(
     prior: GaussianMixture, reward: Callable, scale: float | Array, *, maximum: int = 10**6
 ) -> int:
-    """The n for which best-of-n is nearest to the tilt at `scale`: the least `KL(best of n | tilt)`
-    over all `1 <= n <= maximum`.
+    """The n for which best-of-n is nearest to the tilt at `scale`: the minimizer of
+    `KL(best of n | tilt)` over `1 <= n <= maximum`.
 
-    Every n up to 32, then a geometric grid, whose best cell is divided until it is a single n
-    (which supposes that the divergence has one minimum in it). A whole number to be handed to
-    `tiltjax.best_of_n`, so nothing here may be traced.
+    The search covers every n up to 32 and a geometric grid above, and then refines the best
+    interval of the grid down to a single n. It assumes that the divergence has one minimum in that
+    interval. The result is a Python int for `tiltjax.best_of_n`, so nothing here may be traced.
 
-    **Raises:** `ValueError` if the best n is `maximum` itself.
+    **Raises:** `ValueError` if the best n is `maximum`, and for traced arguments.
     """
     scale, maximum = _checks.nonnegative(scale, "scale"), _checks.count(maximum, "maximum")
     if not _checks.concrete((prior, scale)):
@@ -239,9 +243,9 @@ def matching_n(
         counts = np.unique(np.linspace(low, high, 64).astype(np.int64))
     if counts[i] == maximum and maximum > 1:
         raise ValueError(
-            f"the best n is beyond maximum = {maximum}: selection reaches this tilt, KL about log "
-            "n, only with more draws than that. Guide the sampler first (and match n to what is "
-            "left), or raise maximum."
+            f"the best n is at least maximum = {maximum}: selection needs about exp(KL) draws to "
+            "reach this tilt. Guide the sampler first and match n to the remaining tilt, or raise "
+            "maximum."
         )
     return int(counts[i])
 
@@ -250,8 +254,8 @@ def _draw_count(n: int) -> Array:
     n = _checks.count(n, "n")
     if n > _MAX_DRAWS:
         raise ValueError(
-            f"n must be at most {_MAX_DRAWS:g}, got {n}: no reward's law is resolved so far in its "
-            "tail"
+            f"n must be at most {_MAX_DRAWS:g}, got {n}: the tail of the reward's law is not "
+            "resolved beyond that"
         )
     return jnp.asarray(float(n))
 
@@ -275,15 +279,15 @@ def _mixture(prior: GaussianMixture, law: RewardLaw, log_ratios: Array) -> Gauss
 
 @eqx.filter_jit
 def _at_nodes(ratio: Callable[[Array], Array], values: Array) -> Array:
-    # In batches: every node is met by all of an integral's. On the way back a batch is computed
-    # again: all of them would be gigabytes.
+    # In batches, because every node meets all nodes of an integral. A batch is recomputed in the
+    # backward pass: storing all of them would take gigabytes.
     return jax.lax.map(
         jax.checkpoint(lambda r: ratio(r)), values.reshape(-1), batch_size=256
     ).reshape(values.shape)
 
 
 class _Best(eqx.Module):
-    """`log n + (n - 1) log F(r)`."""
+    """`log g` of best-of-n, `log n + (n - 1) log F(r)`."""
 
     law: RewardLaw
     n: Array
@@ -293,7 +297,7 @@ class _Best(eqx.Module):
 
 
 class _Table(eqx.Module):
-    """`log g` known at increasing rewards, linear in between."""
+    """`log g` given at increasing rewards, linear in between."""
 
     values: Array
     log_ratios: Array
@@ -304,8 +308,8 @@ class _Table(eqx.Module):
 
 @eqx.filter_jit
 def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
-    """`(F^n - F_-^n) / (F - F_-)` for every atom, those of equal reward, up to rounding, being
-    one.
+    """`log g`, `(F^n - F_-^n) / (F - F_-)` for every atom, as a table and in the order of the law.
+    Atoms of equal reward, up to rounding, count as one.
     """
     values = jax.lax.stop_gradient(law.values[0])
     order = jnp.argsort(values)
@@ -313,11 +317,10 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
     mass = jnp.exp(jax.nn.logsumexp(law.log_masses, axis=0))[order]
     gap = 16 * jnp.finfo(values.dtype).eps * jnp.abs(values[1:])
     group = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(jnp.diff(values) > gap)])
-    # Atoms without mass keep a positive number, by which they are divided.
+    # Atoms without mass get a tiny mass, because the formula divides by it.
     mass = jnp.maximum(mass / jnp.sum(mass), jnp.finfo(mass.dtype).tiny)
     f = jax.ops.segment_max(jnp.cumsum(mass), group, len(values))[group]
-    # In terms of the atom's own mass: a difference of cumulated ones has lost the digits of small
-    # atoms.
+    # Use the atom's own mass: differences of cumulative masses lose the digits of small atoms.
     fraction = jnp.minimum(jax.ops.segment_sum(mass, group, len(values))[group] / f, 1.0)
     lowest = fraction > 1 - 4 * jnp.finfo(values.dtype).eps
     fraction = jnp.where(lowest, 0.5, fraction)
@@ -327,8 +330,8 @@ def _best_of_atoms(law: RewardLaw, n: Array) -> tuple[_Table, Array]:
 
 
 class _Soft(eqx.Module):
-    """`log n + log ∫ exp(a - e^a) phi^(n-1) dv`, `a = v + scale r`, by the trapezoidal rule in
-    `v = log u`.
+    """`log g` of softmax-of-n, `log n + log ∫ exp(a - e^a) phi^(n-1) dv` with `a = v + scale r`, by
+    the trapezoidal rule in `v = log u`.
     """
 
     n: Array
@@ -338,14 +341,14 @@ class _Soft(eqx.Module):
 
     def __call__(self, r: Array) -> Array:
         a = self.v + self.scale * r
-        # Past 7 the kernel is zero, and its derivative must not be 0 * inf.
+        # Beyond 7 the kernel is zero; the clip keeps its derivative from being 0 * inf.
         log_kernel = a - jnp.exp(jnp.minimum(a, 7.0))
         total = jax.nn.logsumexp(log_kernel + (self.n - 1) * self.log_phi)
         return jnp.log(self.n) + total + jnp.log(self.v[1] - self.v[0])
 
 
 class _SoftAtoms(eqx.Module):
-    """The same around each reward, with `a` for the variable: right at any scale, for few atoms."""
+    """`log g` by the integral of `_Soft` in the variable `a`, for few atoms and any scale."""
 
     law: RewardLaw
     n: Array
@@ -364,7 +367,7 @@ class _SoftAtoms(eqx.Module):
 
 
 def _log_phi(masses: Array, a: Array) -> Array:
-    """`log sum_j m_j exp(-e^(a_j))`, whose (n - 1)-fold keeps its digits where phi is near 1."""
+    """`log sum_j m_j exp(-e^(a_j))`, accurate enough near phi = 1 to be multiplied by n - 1."""
     inner = jnp.exp(jnp.minimum(a, 7.0))
     missing = jnp.sum(masses * -jnp.expm1(-inner), axis=-1)
     left = jnp.maximum(jnp.sum(masses * jnp.exp(-inner), axis=-1), jnp.finfo(masses.dtype).tiny)
@@ -373,7 +376,7 @@ def _log_phi(masses: Array, a: Array) -> Array:
 
 
 class _Either(eqx.Module):
-    """Two ways to `log g`, where only the values say which one is resolved."""
+    """`log g` from one of two formulas; the values decide which of them is resolved."""
 
     first: Callable[[Array], Array]
     second: Callable[[Array], Array]
@@ -390,8 +393,9 @@ def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], 
     if isinstance(law, GridReward):
         if _checks.concrete(resolved) and not bool(resolved):
             raise ValueError(
-                f"the grid does not resolve a softmax at scale {float(scale):g}, over which the "
-                f"reward varies by {float(span):.3g}: lower the scale, or take best_of_n, its limit"
+                f"the grid does not resolve a softmax at scale {float(scale):g}, where scale * r "
+                f"varies by {float(span):.3g}: lower the scale, or use best_of_n, the limit of "
+                "large scales"
             )
         return _Either(soft, _unresolved, resolved) if not _checks.concrete(resolved) else soft
     if _checks.concrete(resolved):
@@ -401,13 +405,13 @@ def _softmax_ratio(law: RewardLaw, n: Array, scale: Array) -> Callable[[Array], 
 
 @eqx.filter_jit
 def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
-    """The integral, how far `scale * r` reaches, and whether nodes and rewards are close enough for
-    it.
+    """The integral, the range of `scale * r`, and whether the nodes and the rewards are close
+    enough for the integral.
     """
     values, masses = law.flat(jnp.exp(law.log_masses))
     fixed = jax.lax.stop_gradient((values, masses))
-    # u matters from where the best reward is felt by one in e^36 of n draws to where the worst is
-    # gone.
+    # The range of u: from where the best reward matters to one in e^36 of n draws, to where the
+    # worst reward no longer matters.
     best = jnp.max(jnp.where(fixed[1] > 0, fixed[0], -jnp.inf))
     worst = jnp.min(jnp.where(fixed[1] > 1e-16, fixed[0], jnp.inf))
     low = -scale * best - jnp.log(n) - 36.0
@@ -428,10 +432,10 @@ def _soft(law: RewardLaw, n: Array, scale: Array) -> tuple[_Soft, Array, Array]:
 
 @eqx.filter_jit
 def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
-    """`log g` where `scale * r` spreads over much more than the noise:
-    `n E[F_Y(scale r + A)^(n-1)]`, `F_Y(y) = E[F((y - A') / scale)]`.
+    """`log g` if `scale * r` has a much wider spread than the noise: `n E[F_Y(scale r + A)^(n-1)]`
+    with `F_Y(y) = E[F((y - A') / scale)]`.
 
-    A, A' are Gumbel, `scale r + A` is what the softmax maximizes, and F is smooth on the scale of
+    A and A' are Gumbel noise, the softmax maximizes `scale r + A`, and F is smooth on the scale of
     the noise.
     """
     values = jnp.sort(law.values.reshape(-1))
@@ -443,8 +447,8 @@ def _wide_softmax(law: RewardLaw, n: Array, scale: Array) -> _Table:
     lags = jnp.asarray(
         np.concatenate([_GUMBEL[0] - _GUMBEL[::-1], _GUMBEL[1:] - _GUMBEL[0]]), values.dtype
     )
-    # Row i: F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a; sums with the
-    # same a - a' have one entry.
+    # Row i holds F at r_i + (a - a') / scale, whose sum over a' is F_Y at scale r_i + a. Sums with
+    # the same a - a' share one entry.
     shift = np.arange(len(noise))
     smooth = jnp.zeros((len(lags), len(noise)), values.dtype)
     smooth = smooth.at[len(noise) - 1 + shift[None] - shift[:, None], shift[None]].set(
@@ -484,16 +488,17 @@ def _resolved(selected: Selected) -> Selected:
     cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_probs, axis=0)))
     if not abs(total) < 1e-3 or (isinstance(selected.law, GridReward) and cells < 100):
         raise ValueError(
-            f"quadrature does not resolve the winner of n = {float(selected.n):g}: its mass sums "
-            f"to {np.exp(total):.6g} over {cells:.3g} nodes. Take fewer draws, or raise cells."
+            f"quadrature does not resolve the selected draw for n = {float(selected.n):g}: its "
+            f"mass sums to {np.exp(total):.6g} over {cells:.3g} nodes. Use fewer draws, or "
+            "increase cells."
         )
     return selected
 
 
 @jax.custom_jvp
 def _piecewise_constant(log_ratio: Array, values: Array) -> Array:
-    """`log_ratio`, refusing to be differentiated in the rewards, of which a grid knows the order
-    only.
+    """`log_ratio`. It raises an error when differentiated in the rewards, because on a grid only
+    their order is used.
     """
     return log_ratio
 
@@ -501,8 +506,8 @@ def _piecewise_constant(log_ratio: Array, values: Array) -> Array:
 def _refuse_rewards(primals, tangents):
     if not isinstance(tangents[1], SymbolicZero):
         raise ValueError(
-            "masses and densities of best-of-n on a grid have no derivative in the reward: only "
-            "the order of rewards enters. Use softmax_of_n at a large scale, or finite "
+            "masses and densities of best-of-n on a grid have no derivative in the reward, because "
+            "only the order of the rewards counts. Use softmax_of_n at a large scale, or finite "
             "differences."
         )
     tangent = tangents[0]

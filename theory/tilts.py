@@ -11,25 +11,27 @@ integration.
         log w + l r_0 - logdet(M)/2 - l (mu - y)^T H M^-1 (mu - y)
             + l <g, M^-1 (mu - y)> + l^2 g^T S~ g / 2
 
-and `log Z = log E[exp(l r(X))]` is the log-sum-exp of the log-weights. `S` may be singular and H
-indefinite, as long as the eigenvalues of M, which are real, are positive; otherwise the tilt has no
-finite mass. For one `Quadratic` nothing large cancels (y is its own maximizer and g = 0); for a
-sum, y is the first term's.
+The log-sum-exp of the log-weights is `log Z = log E[exp(l r(X))]`. `S` may be singular and H may be
+indefinite. The eigenvalues of M are real and must be positive; otherwise the tilt has no finite
+mass. For one `Quadratic`, y is its maximizer and g = 0, so that no large terms cancel. For a sum of
+rewards, y is the maximizer of the first quadratic term.
 
-**Doob's h-function**, `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly. Conditional on
-`X_t = x` the data are again a mixture (`GaussianMixture.condition`), so log h is the log
-normalizing constant of *its* tilt. At t = 0 it is log Z for every x (if `alpha_0 = 0`), at t = 1 it
-is `scale * r(x)`, and `p_t h_t / Z` is the law of the tilt noised to time t.
+**Doob's h-function**, `log h_t(x) = log E[exp(scale * r(X_1)) | X_t = x]`, exactly. The posterior
+of `X_1` given `X_t = x` is again a mixture (`GaussianMixture.condition`), and log h is the log
+normalizing constant of the posterior's tilt. At t = 0, log h is log Z for every x (if
+`alpha_0 = 0`). At t = 1, log h is `scale * r(x)`. The law `p_t h_t / Z` is the tilt noised to time
+t.
 
-**Thermodynamic integration**, `log Z` of any law whose tilted mean reward is known or measured.
-With `Z(scale) = E[exp(scale r(X))]` under the prior, `log Z(0) = 0` and
+**Thermodynamic integration** gives `log Z` of any law whose tilted mean reward is known or
+measured. With `Z(scale) = E[exp(scale r(X))]` under the prior, `log Z(0) = 0` and
 
     d log Z / d scale = E_scale[r],    d^2 log Z / d scale^2 = Var_scale(r) >= 0,
 
-E_scale being the expectation under the tilt: `log Z(scale) = ∫_0^scale E_l[r] dl` (Kirkwood 1935;
-Gelman and Meng 1998, *Simulating normalizing constants*: path sampling). The second equation makes
-`E_l[r]` nondecreasing in l, so that left and right Riemann sums on any grid of scales are below and
-above the truth: a bracket, not an error estimate. Z must be finite for all scales of the grid.
+where E_scale is the expectation under the tilt. Hence `log Z(scale) = ∫_0^scale E_l[r] dl`
+(Kirkwood 1935; Gelman and Meng 1998, *Simulating normalizing constants*: path sampling). By the
+second equation `E_l[r]` does not decrease in l. The left Riemann sum on any grid of scales is
+therefore a lower bound of `log Z`, and the right Riemann sum is an upper bound. Z must be finite
+for all scales of the grid.
 """
 
 import functools
@@ -49,7 +51,9 @@ from tiltjax.mixtures import GaussianMixture, check_mixture, decomposed
 
 
 class QuadraticForm(NamedTuple):
-    """`r(x) = value + <gradient, x - center> - (x - center)^T matrix (x - center)`."""
+    """A quadratic reward,
+    `r(x) = value + <gradient, x - center> - (x - center)^T matrix (x - center)`.
+    """
 
     matrix: Array
     center: Array
@@ -58,17 +62,17 @@ class QuadraticForm(NamedTuple):
 
 
 def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
-    """The coefficients of a quadratic reward on `R^dim`: `Quadratic`, `LinearReward`, their sums
-    and multiples.
+    """The coefficients of a quadratic reward on `R^dim`: a `Quadratic`, a `LinearReward`, or a sum
+    or multiple of these.
 
-    **Raises:** `ValueError` for any other reward, naming it.
+    **Raises:** `ValueError` for any other reward, and for a reward on another dimension.
     """
     dim = _checks.count(dim, "dim")
     matrix, centers = _matrix_and_centers(reward, dim)
     center = centers[0] if centers else jnp.zeros(dim, matrix.dtype)
     if center.shape != (dim,):
         raise ValueError(
-            f"the prior lives in {dim} dimensions, the reward on states of shape {center.shape}"
+            f"the prior has {dim} dimensions but the reward takes states of shape {center.shape}"
         )
     value, gradient = _value_and_gradient(reward, center)
     return QuadraticForm(matrix, center, gradient, value)
@@ -90,7 +94,7 @@ def is_quadratic(reward: rewards.Reward) -> bool:
 
 
 def _matrix_and_centers(reward: rewards.Reward, dim: int) -> tuple[Array, list[Array]]:
-    """The matrix H of a reward, and the centers of its quadratic terms."""
+    """The matrix H of a reward, and the maximizers of its quadratic terms."""
     match reward:
         case rewards.Quadratic():
             return reward.matrix(), [reward.target]
@@ -104,15 +108,17 @@ def _matrix_and_centers(reward: rewards.Reward, dim: int) -> tuple[Array, list[A
             matrix = functools.reduce(jnp.add, (matrix for matrix, _ in parts))
             return matrix, [center for _, centers in parts for center in centers]
     raise ValueError(
-        f"reward: no closed form for the tilt by {type(reward).__name__}: Quadratic, "
-        "LinearReward, their sums and multiples have one. In one or two dimensions use "
-        "theory.quadrature.tilt."
+        f"the tilt by the reward {type(reward).__name__} has no closed form. Use Quadratic, "
+        "LinearReward, their sums or their multiples; in one or two dimensions, "
+        "theory.quadrature.tilt takes any reward."
     )
 
 
 class Tilt(eqx.Module):
-    """A tilted mixture: `mixture`, the normalized law; `log_norm`, `log E[exp(scale * r(X))]` under
-    the prior.
+    """A tilted mixture.
+
+    **Fields:** `mixture`, the normalized law; `log_norm`, `log E[exp(scale * r(X))]` under the
+    prior.
     """
 
     mixture: GaussianMixture
@@ -130,10 +136,10 @@ class Tilt(eqx.Module):
 def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -> Tilt:
     """The law `rho(x) exp(scale * r(x)) / Z` and `log Z`.
 
-    **Arguments:** `prior`, K components in d dimensions, covariances singular or not; `reward`,
+    **Arguments:** `prior`, K components in d dimensions, covariances may be singular; `reward`,
     quadratic; `scale >= 0`.
 
-    **Raises:** `ValueError` for a reward without closed form, or where the tilt has no finite mass.
+    **Raises:** `ValueError` for a reward without a closed form, and for a tilt without finite mass.
     """
     check_mixture(prior, "prior")
     scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
@@ -142,8 +148,9 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
-    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`. **Raises:** `ValueError`
-    for another reward.
+    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`.
+
+    **Raises:** `ValueError` for any other reward.
     """
     check_mixture(mixture, "mixture")
     form = quadratic_form(rewards.as_reward(reward), mixture.dim)
@@ -153,7 +160,7 @@ def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
 
 
 def tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
-    """`tilt`, of the coefficients of the reward."""
+    """`tilt` for a reward given by its coefficients."""
     check_mass(prior, form, scale)
     return _tilt_by_form(prior, form, scale)
 
@@ -164,8 +171,8 @@ def _tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> 
     eye = jnp.eye(prior.dim, dtype=prior.means.dtype)
 
     def component(log_weight: Array, mean: Array, axes: Array, cov: Array) -> tuple:
-        # Along the axes of S, where S is diagonal, I + 2 scale S H is positive definite up to a
-        # scaling of its rows and columns.
+        # In the eigenbasis of S, I + 2 scale S H is positive definite up to a scaling of its rows
+        # and columns.
         matrix = axes.T @ form.matrix @ axes
         gradient, offset = axes.T @ form.gradient, axes.T @ (mean - form.center)
         inverse, half_logdet = _linalg.solve(eye + 2 * scale * cov @ matrix, eye)
@@ -185,7 +192,7 @@ def _tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> 
 
 
 def check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> None:
-    """Refuse, with a `ValueError`, a tilt of no finite mass."""
+    """Raise a `ValueError` if the tilt has no finite mass."""
     if not _checks.concrete((prior, form, scale)):
         return
     matrices = np.eye(prior.dim) + 2 * float(scale) * np.asarray(prior.covs) @ np.asarray(
@@ -196,8 +203,8 @@ def check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Non
         k = int(np.argmin(smallest))
         raise ValueError(
             f"the tilt has no finite mass: I + 2 scale S H has the eigenvalue {smallest[k]:g} for "
-            f"component {k}, and needs positive ones. The reward grows faster than the prior "
-            f"decays: lower scale (got {float(scale):g}) or bound the reward."
+            f"component {k}, and all eigenvalues must be positive. Lower the scale (got "
+            f"{float(scale):g}) or bound the reward."
         )
 
 
@@ -238,12 +245,14 @@ def log_h(
     scale: float | Array,
     interpolant: Interpolant | None = None,
 ) -> LogH:
-    """`log h` for a mixture prior, a function `(t, x) -> scalar` as `tiltjax.Doob` takes it.
+    """`log h` for a mixture prior, as a function `(t, x) -> scalar` that `tiltjax.Doob` takes.
 
-    Closed form for quadratic rewards and for `StepReward`; for any other, Gaussian quadrature
-    around each component of the posterior, in one or two dimensions (`theory.quadrature.log_norm`).
+    Quadratic rewards and `StepReward` have a closed form. Any other reward needs one or two
+    dimensions, and uses Gaussian quadrature around each component of the posterior
+    (`theory.quadrature.log_norm`).
 
-    **Raises:** `ValueError` for a reward without closed form in more than two dimensions.
+    **Raises:** `ValueError` for a reward without a closed form in more than two dimensions, and for
+    a reward that the quadrature does not resolve.
     """
     check_mixture(prior, "prior")
     reward = rewards.as_reward(reward)
@@ -251,7 +260,7 @@ def log_h(
     if not closed and prior.dim > 2:
         raise ValueError(
             f"log h has no closed form for {type(reward).__name__}, and quadrature covers one or "
-            f"two dimensions, not {prior.dim}: estimate it with PlugIn and many draws, or Laplace"
+            f"two dimensions, not {prior.dim}. Use PlugIn with many draws, or Laplace."
         )
     scale = _checks.nonnegative(scale, "scale")
     if not closed and _checks.concrete((prior, reward, scale)):
@@ -260,7 +269,7 @@ def log_h(
 
 
 def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Array) -> None:
-    # The prior is the widest posterior: nodes that suffice for it suffice at every time.
+    # The prior is the widest posterior: nodes that resolve it resolve the posterior at every time.
     r, scale = _pytree.cast((reward, scale), prior.means.dtype)
     nodes = (401, 41)[prior.dim - 1]
     usual, fine = (
@@ -276,8 +285,10 @@ def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Arr
 def marginal(
     mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None
 ) -> GaussianMixture:
-    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`: of a tilt, the tilted
-    marginal `p_t h_t / Z`. **Raises:** `ValueError` for a t outside [0, 1].
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`. For a tilt this is the
+    tilted marginal `p_t h_t / Z`.
+
+    **Raises:** `ValueError` for a t outside [0, 1].
     """
     check_mixture(mixture, "mixture")
     interpolant = or_linear(interpolant)
@@ -296,18 +307,19 @@ def thermodynamic_integral(
     nodes: int = 32,
     start: float | Array = 0.0,
 ) -> Array:
-    """`log Z(scale) - log Z(start)`, from `expected_reward(l) = E_l[r]`, by Gauss-Legendre nodes;
-    `log Z(0) = 0`.
+    """`log Z(scale) - log Z(start)`, where `log Z(0) = 0`, by Gauss-Legendre quadrature of
+    `expected_reward(l) = E_l[r]`.
 
-    `expected_reward` is called with one scale at a time and is traced once:
-    `lambda l: theory.expected_reward(theory.tilt(prior, reward, l).mixture, reward)`, or
-    `theory.quadrature.tilt(prior, reward, l).expect(reward)`. The error falls geometrically in
-    `nodes` for a smooth `E_l[r]`; double them to see it. Strong tilts (`scale * variance` of
-    hundreds) vary most near 0: integrate in pieces, by `start`. Differentiates in `scale` (the
-    derivative is `E_scale[r]`) and through `expected_reward`.
+    `expected_reward` takes one scale and is traced once. Examples are
+    `lambda l: theory.expected_reward(theory.tilt(prior, reward, l).mixture, reward)` and
+    `theory.quadrature.tilt(prior, reward, l).expect(reward)`. For a smooth `E_l[r]` the error
+    decreases geometrically in `nodes`; double `nodes` to estimate it. For strong tilts
+    (`scale * variance` in the hundreds) `E_l[r]` varies most near 0: integrate in pieces, with
+    `start`. The result is differentiable in `scale` (the derivative is `E_scale[r]`) and through
+    `expected_reward`.
 
-    **Raises:** `ValueError` for a scale or a start that is negative or not finite, and for no
-    nodes.
+    **Raises:** `ValueError` for a scale or a start that is negative or not finite, for `nodes < 1`,
+    and for an `expected_reward` that does not return one number.
     """
     _checks.function(expected_reward, "expected_reward")
     end = _checks.nonnegative(scale, "scale")
@@ -315,7 +327,7 @@ def thermodynamic_integral(
     node, weight = np.polynomial.legendre.leggauss(_checks.count(nodes, "nodes"))
     width = end - begin
     scales = begin + width * jnp.asarray((1 + node) / 2, end.dtype)
-    # One after the other: quadrature in the plane needs the memory of one grid.
+    # One scale at a time: quadrature in the plane then holds one grid in memory.
     values = jax.lax.map(expected_reward, scales)
     if values.shape != (len(node),):
         raise ValueError(
@@ -325,11 +337,11 @@ def thermodynamic_integral(
 
 
 class LogNorm(NamedTuple):
-    """`log Z` from measured mean rewards: `value`, between `lower` and `upper`, each with its
-    standard error.
+    """`log Z` from measured mean rewards: the estimate `value`, the bounds `lower` and `upper`, and
+    the standard error of each.
 
-    `value` is the trapezoidal rule, the middle of the two. Without noise the truth is in
-    `[lower, upper]`; with it, in that interval widened by the standard errors of its ends.
+    `value` is the trapezoidal rule, the mean of the two bounds. Without noise, `log Z` is in
+    `[lower, upper]`. With noise, widen this interval by the standard errors of the bounds.
     """
 
     value: Array
@@ -343,16 +355,17 @@ class LogNorm(NamedTuple):
 def thermodynamic_bracket(
     scales: Array, expected_rewards: Array, standard_errors: Array | None = None
 ) -> LogNorm:
-    """`log Z(scales[-1]) - log Z(scales[0])` from mean rewards measured at rising scales, and a
-    bracket of it.
+    """`log Z(scales[-1]) - log Z(scales[0])` and bounds of it, from mean rewards measured at
+    increasing scales.
 
-    **Arguments:** `scales` `(n,)`, n >= 2, rising (from 0 for `log Z` itself); `expected_rewards`
-    `(n,)`, those of the tilt at each scale, from independent runs; `standard_errors` `(n,)`,
-    theirs: none for exact values.
+    **Arguments:** `scales` `(n,)`, n >= 2, increasing (from 0 for `log Z` itself);
+    `expected_rewards` `(n,)`, the mean rewards of the tilt at each scale, from independent runs;
+    `standard_errors` `(n,)` of the mean rewards, None for exact values.
 
-    **Raises:** `ValueError` for shapes that disagree, scales that do not rise, negative errors, and
-    mean rewards that fall by more than five standard errors (or by more than rounding, if exact):
-    those of a tilt never do, so these are a sampler's bias.
+    **Raises:** `ValueError` for shapes that disagree, scales that do not increase, negative errors,
+    and mean rewards that decrease by more than five standard errors (exact values: by more than
+    rounding). The mean reward of a tilt never decreases in the scale, so a decrease shows a
+    sampler's bias.
     """
     scales = _checks.finite(scales, "scales", 1)
     values = _checks.finite(expected_rewards, "expected_rewards", 1).astype(scales.dtype)
@@ -364,8 +377,8 @@ def thermodynamic_bracket(
     errors = errors.astype(scales.dtype)
     if len(scales) < 2 or not scales.shape == values.shape == errors.shape:
         raise ValueError(
-            f"two scales or more, and one mean reward and error for each: got {scales.shape}, "
-            f"{values.shape} and {errors.shape}"
+            "pass at least two scales, and one mean reward and error for each scale, got shapes "
+            f"{scales.shape}, {values.shape} and {errors.shape}"
         )
     _check_measurements(scales, values, errors)
     steps = jnp.diff(scales)
@@ -381,7 +394,7 @@ def _check_measurements(scales: Array, values: Array, errors: Array) -> None:
         return
     scale, value, error = (np.asarray(part, np.float64) for part in (scales, values, errors))
     if np.any(np.diff(scale) <= 0) or scale[0] < 0:
-        raise ValueError(f"scales must rise, from 0 or more, got {scale}")
+        raise ValueError(f"scales must increase, and start at 0 or above, got {scale}")
     if np.any(error < 0):
         raise ValueError(f"standard errors must not be negative, got {error}")
     allowed = (
@@ -392,6 +405,6 @@ def _check_measurements(scales: Array, values: Array, errors: Array) -> None:
         i = int(np.argmax(fall))
         raise ValueError(
             f"the mean reward falls from {value[i]:g} at scale {scale[i]:g} to {value[i + 1]:g} at "
-            f"{scale[i + 1]:g}, beyond its standard errors: that of the tilt never falls, so the "
-            "measured laws are not the tilts (or their errors are too small)"
+            f"{scale[i + 1]:g}, by more than its standard errors allow. The mean reward of a tilt "
+            "never falls: the sampler is biased, or the standard errors are too small."
         )

@@ -1,19 +1,19 @@
-r"""Sequences of tokens, enumerated: what steering a model of tokens should produce.
+r"""Exact tilts of laws of token sequences, by enumeration.
 
-For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens everything is a finite sum
-over `vocab^length` sequences:
+For a Markov chain `P(x) = p(x_1) P(x_1, x_2) ...` over `vocab` tokens, every expectation is a
+finite sum over `vocab^length` sequences:
 
     tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
-    h-function   log h(x) = log E[exp(scale r(X)) | X agrees with what x shows],
+    h-function   log h(x) = log E[exp(scale r(X)) | X agrees with the visible tokens of x],
 
-the law of the hidden tokens conditional on the shown ones (`observed`), and of a step that shows
-all of them at once, each drawn by itself: the product of their marginals (`independent`), from
-which `Unmask` with few steps is not far. For rewards that are sums over positions and neighbors,
-at any length, `pair_log_norm` has Z by transfer matrices.
+The law of the hidden tokens given visible tokens follows with the argument `observed`.
+`independent` is the product of a law's marginals, the law of a step that draws all tokens at once
+and independently; `Unmask` with few steps is close to it. For rewards that are sums over positions
+and neighbors, `pair_log_norm` computes Z at any length, by transfer matrices.
 
-A chain is anything with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
-such as `tiltjax.tokens.MarkovChain`; a hidden token is the integer `vocab`. Its prompt is ignored:
-pass it as `observed`.
+A chain is any object with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
+such as `tiltjax.tokens.MarkovChain`. A hidden token is the integer `vocab`. The chain's prompt is
+ignored: pass the prompt as `observed`.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MAX_STATES = 2_000_000
 
 
 class Chain(Protocol):
-    """What is needed of a Markov chain."""
+    """The attributes that this module needs of a Markov chain."""
 
     length: int
 
@@ -42,8 +42,10 @@ class Chain(Protocol):
 
 
 class TokenLaw(NamedTuple):
-    """A law on sequences: `states` `(n, length)`, integers in lexicographic order; `probs` `(n,)`;
-    `log_norm`, scalar, log Z of what was tilted.
+    """A law on sequences.
+
+    **Fields:** `states` `(n, length)`, integers in lexicographic order; `probs` `(n,)`; `log_norm`,
+    scalar, log Z of the tilt.
     """
 
     states: Array
@@ -51,12 +53,12 @@ class TokenLaw(NamedTuple):
     log_norm: Array
 
     def expect(self, fn: Callable) -> Array:
-        """`E[fn(X)]` of a function of one sequence."""
+        """`E[fn(X)]` for a function of one sequence."""
         values = jax.vmap(fn)(self.states)
         return jnp.tensordot(self.probs, values.astype(self.probs.dtype), axes=1)
 
     def index(self, x: Array) -> Array:
-        """The row of `states` that a sequence is."""
+        """The row of `states` that holds the sequence x."""
         vocab = self.states[-1, 0] + 1
         return jnp.polyval(x.astype(vocab.dtype), vocab)
 
@@ -70,14 +72,15 @@ def _check_chain(chain: Any) -> None:
 
 
 def token_states(vocab: int, length: int) -> Array:
-    """All sequences, `(vocab^length, length)`. **Raises:** `ValueError` for more than two
-    million.
+    """All sequences, `(vocab^length, length)`.
+
+    **Raises:** `ValueError` for more than two million sequences.
     """
     vocab, length = _checks.count(vocab, "vocab"), _checks.count(length, "length")
     if vocab**length > MAX_STATES:
         raise ValueError(
-            f"{vocab} tokens at {length} places make {vocab}^{length} sequences, and {MAX_STATES:,}"
-            " can be listed: take fewer, or pair_log_norm for rewards of neighbors"
+            f"{vocab} tokens at {length} positions make {vocab}^{length} sequences, more than "
+            f"{MAX_STATES:,}. Use fewer, or pair_log_norm for rewards of neighbors."
         )
     return jnp.asarray(np.indices((vocab,) * length).reshape(length, -1).T, jnp.int32)
 
@@ -98,11 +101,12 @@ def token_tilt(
     """The tilt of a chain by `exp(scale * r)`, by enumeration.
 
     **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`;
-    `scale`; `observed` `(length,)`: tokens that are shown, and `vocab` elsewhere. Then the law is
-    conditional on them, and `log_norm` is `log h` at `observed`.
+    `scale`; `observed` `(length,)`, the visible tokens, and `vocab` at hidden positions. With
+    `observed` the law is conditional on the visible tokens, and `log_norm` is `log h` at
+    `observed`.
 
-    **Raises:** `ValueError` for too many sequences, tokens that cannot occur, or a reward that
-    excludes all.
+    **Raises:** `ValueError` for too many sequences, for visible tokens of probability zero, and for
+    a reward that is `-inf` everywhere.
     """
     states, law, values = _tilted(chain, reward, scale, observed, "observed")
     log_norm = _log_norm(law, values)
@@ -113,30 +117,32 @@ def _log_norm(law: Array, values: Array) -> Array:
     log_norm = jax.nn.logsumexp(law + values)
     if _checks.concrete(log_norm) and not np.isfinite(log_norm):
         raise ValueError(
-            f"the tilt has no finite mass, log Z = {float(log_norm):g}: check the reward where "
-            "it is infinite"
+            f"the tilt has no finite mass, log Z = {float(log_norm):g}: check where the reward is "
+            "infinite"
         )
     return log_norm
 
 
 def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) -> Array:
-    """`log E[exp(scale r(X)) | what x shows]`, by enumeration; at a complete sequence
-    `scale * r(x)`.
+    """`log E[exp(scale r(X)) | the visible tokens of x]`, by enumeration. For a complete sequence
+    this is `scale * r(x)`.
 
-    **Arguments:** `x` `(length,)`, integers, `vocab` where a token is hidden. **Raises:**
-    `ValueError`, `TypeError` for another, and as `token_tilt`.
+    **Arguments:** `chain`, `reward` and `scale` as in `token_tilt`; `x` `(length,)`, integers,
+    `vocab` where a token is hidden.
+
+    **Raises:** `TypeError` for None; `ValueError` for another shape or dtype, and as `token_tilt`.
     """
     if x is None:
         raise TypeError(
-            "x must be a sequence of integers, got None: log Z itself is token_tilt(chain, reward, "
-            "scale).log_norm"
+            "x must be a sequence of integers, got None. For log Z use token_tilt(chain, reward, "
+            "scale).log_norm."
         )
     _, law, values = _tilted(chain, reward, scale, x, "x")
     return _log_norm(law, values)
 
 
 def token_marginals(law: TokenLaw, vocab: int) -> Array:
-    """`P(X_i = v)`, `(length, vocab)`."""
+    """The marginals `P(X_i = v)`, `(length, vocab)`."""
     _checks.instance(law, TokenLaw, "law", "such as token_tilt(chain, reward, scale)")
     vocab = _checks.count(vocab, "vocab")
     return jnp.einsum(
@@ -145,7 +151,7 @@ def token_marginals(law: TokenLaw, vocab: int) -> Array:
 
 
 def independent(law: TokenLaw, vocab: int) -> TokenLaw:
-    """The product of a law's marginals: what is sampled if all tokens are shown in one step."""
+    """The product of a law's marginals: the law of drawing all tokens in one step."""
     log_marginals = jnp.log(token_marginals(law, vocab))
     places = jnp.arange(law.states.shape[1], dtype=law.states.dtype)
     log_probs = jnp.sum(log_marginals[places[None], law.states], axis=1)
@@ -158,7 +164,7 @@ def pair_log_norm(
     """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any
     length.
 
-    **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, nothing by default;
+    **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, zero by default;
     `scale`.
 
     **Raises:** `ValueError` for other shapes.
@@ -186,7 +192,7 @@ def pair_log_norm(
 def _tilted(
     chain: Chain, reward: Callable, scale: float | Array, observed: Any, name: str
 ) -> tuple[Array, Array, Array]:
-    """All states, the log-law that is tilted, and `scale * r`."""
+    """All states, the log-probabilities before the tilt, and `scale * r`."""
     _check_chain(chain)
     vocab = len(chain.log_initial)
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
@@ -209,5 +215,5 @@ def _tilted(
             )
         log_law = log_law - mass
     values = rewards.values(fn, states).astype(dtype)
-    # At scale 0 an exclusion is none.
+    # At scale 0 a reward of -inf excludes nothing.
     return states, log_law, jnp.where(scale == 0, 0.0, scale * values)

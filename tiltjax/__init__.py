@@ -7,9 +7,9 @@ reward `r`.
     guidance = PlugIn(Glass(model), reward, scale=3.)      ∇ log E[exp(scale r(X_1)) | X_t = x]
     samples  = sample(key, model, guidance, num=1000).x
 
-The names below are the ones that most programs need. Everything else is in the packages that are
-listed last. How far each method lands from the tilt is predicted by the package `theory` and
-measured by `tiltjax.metrics`.
+The names below are the names that most programs need. All other names are in the packages at the
+end of the list. The package `theory` predicts how far each method lands from the tilt.
+`tiltjax.metrics` measures this distance.
 """
 
 import importlib
@@ -145,7 +145,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Both are made of Flax, which takes as long to import as JAX: only their users wait for it.
+    # Both packages import Flax, which takes as long as importing JAX, so they load on first use.
     if name in ("images", "pretrained"):
         return importlib.import_module(f"tiltjax.{name}")
     raise AttributeError(f"module 'tiltjax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m tiltjax` is the command `tiltjax`."""
+"""`python -m tiltjax` runs the command `tiltjax`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Compiled programs that call Python functions: an error of such a function is raised as itself."""
+"""Compiled programs that call Python functions and raise the original errors of these functions."""
 
 import collections
 import contextlib
@@ -14,19 +14,19 @@ import jax
 
 from tiltjax import _checks
 
-_LIMIT = 64  # errors that are kept
+_LIMIT = 64  # the number of stored errors
 _errors: collections.OrderedDict[int, BaseException] = collections.OrderedDict()
 _numbers, _lock = itertools.count(1), threading.Lock()
 
 
 class RaisedOutside(Exception):
-    """In the place of an error that a Python function has raised inside of a program: JAX passes on
-    its text alone, which holds the number by which `failures` finds the error itself.
+    """A substitute for an error of a Python function inside a program. JAX passes on only its text,
+    which contains the number by which `failures` finds the original error.
     """
 
 
 def outside(error: BaseException) -> RaisedOutside:
-    """Keep the error of a Python function; what to raise in its place."""
+    """An error to raise in place of `error`, which is stored."""
     with _lock:
         number = next(_numbers)
         _errors[number] = error
@@ -37,8 +37,8 @@ def outside(error: BaseException) -> RaisedOutside:
 
 
 class failures(contextlib.ContextDecorator):
-    """`with failures(): ...` or `@failures()`: an error of an external reward in a compiled program
-    is raised as itself.
+    """`with failures(): ...` or `@failures()`: raise the original error of an external reward in a
+    compiled program.
     """
 
     def __enter__(self) -> None:
@@ -54,8 +54,8 @@ class failures(contextlib.ContextDecorator):
 
 
 def run(program: Callable, *args: Any, **options: Any) -> Any:
-    """`program(*args)`, whose results are there when it returns; what a Python function inside of
-    it raises is raised as itself.
+    """`program(*args)`, complete when `run` returns. An error of a Python function inside the
+    program is raised in its original form.
     """
     with failures():
         results = program(*args, **options)
@@ -63,6 +63,6 @@ def run(program: Callable, *args: Any, **options: Any) -> Any:
 
 
 def compiled(fn: Callable) -> Callable:
-    """`eqx.filter_jit(fn)`, called by `run`."""
+    """`eqx.filter_jit(fn)`, called through `run`."""
     program = eqx.filter_jit(fn)
     return functools.wraps(fn)(lambda *args, **options: run(program, *args, **options))

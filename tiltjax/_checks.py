@@ -1,14 +1,16 @@
 """Checks of arguments: numbers, counts, flags, keys, functions.
 
 *Structure* (types, shapes, keys, counts) is checked whenever Python runs, also while JAX traces.
-*Values* (signs, finiteness, ranges) are checked where they are concrete, which is at construction:
-a value that the caller's own `jit`, `vmap` or `grad` traces passes unread.
+*Values* (signs, finiteness, ranges) are checked if they are concrete, as at construction. Values
+that a `jit`, `vmap` or `grad` of the caller traces are not checked.
 
 Every message says what was expected, what was passed, and how to fix it.
 """
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-# What a constructor takes for an array.
+# What a constructor accepts as an array.
 Numbers = Array | np.ndarray | float | Sequence[Any]
 
 
 def concrete(value: Any) -> bool:
-    """Whether the values can be read now: no leaf is being traced. Read them with NumPy, as inside
-    a `jit` an operation of JAX on a concrete array is traced all the same.
+    """Whether the values can be read now, because no leaf is traced. Read them with NumPy: inside a
+    `jit`, JAX traces operations on concrete arrays too.
     """
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
@@ -39,7 +41,7 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
             raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
         array = array.astype(jnp.result_type(float))
-    if getattr(array, "weak_type", False):  # else 3.0 and jnp.float32(3.0) would be two programs
+    if getattr(array, "weak_type", False):  # else 3.0 and jnp.float32(3.0) compile two programs
         array = jax.lax.convert_element_type(array, array.dtype)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and array.ndim not in allowed:
@@ -49,7 +51,7 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
 
 
 def _on_device(value: Any) -> Array:
-    """`jnp.asarray` of a copy; for NumPy arrays and Python's numbers without the program that
+    """`jnp.asarray` of a copy. For NumPy arrays and Python numbers it avoids the program that
     `jnp.asarray` compiles for each new shape.
     """
     is_numpy = type(value) is np.ndarray or isinstance(value, np.generic)
@@ -57,22 +59,22 @@ def _on_device(value: Any) -> Array:
         return jnp.asarray(value)
     array = np.array(value)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or not array.dtype.isnative:
-        return jnp.asarray(value)  # JAX says what is wrong
+        return jnp.asarray(value)  # JAX explains what is wrong
     if not (is_numpy and array.dtype.kind == "f"):
-        # JAX's integers may be too short for a number that a float holds.
+        # JAX's integers may be too short for a number that a float can represent.
         array = array.astype(jnp.result_type(float))
     return jax.device_put(array)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether the value is one of Python's numbers, or nested lists of them."""
+    """Whether the value is a Python number, or a nested list of Python numbers."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return type(value) in (int, float, bool)
 
 
 def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> Array:
-    """`floating`, with every entry finite where that can be read."""
+    """`floating`, with a check that every entry is finite, if the entries can be read."""
     array = floating(value, name, ndim)
     if concrete(array) and not np.all(np.isfinite(array)):
         raise ValueError(f"{name} must be finite, got {np.asarray(array)}")
@@ -82,7 +84,7 @@ def finite(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -> 
 def in_range(
     value: Any, name: str, low: float = -math.inf, high: float = math.inf, *, closed: str = "both"
 ) -> Array:
-    """A finite scalar between `low` and `high`; `closed` says which ends belong to the range:
+    """A finite scalar between `low` and `high`. `closed` names the ends that belong to the range:
     "both", "left", "right", "neither".
     """
     array = finite(value, name, 0)
@@ -108,7 +110,7 @@ def positive(value: Any, name: str) -> Array:
 
 
 def shape(array: Any, expected: tuple[int, ...], name: str) -> None:
-    """Refuse an array of another shape than `expected`."""
+    """Raise a `ValueError` if the shape of an array is not `expected`."""
     if array.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
 
@@ -123,7 +125,7 @@ def _require_range(value: float, name: str, low: float, high: float, closed: str
 
 
 def instance(value: Any, kind: type, name: str, hint: str) -> None:
-    """Refuse what is no `kind`; `hint` says how to make one."""
+    """Raise a `TypeError` if `value` is not a `kind`; `hint` tells how to make one."""
     if not isinstance(value, kind):
         got = type(value).__name__
         if isinstance(value, type):
@@ -135,7 +137,7 @@ def instance(value: Any, kind: type, name: str, hint: str) -> None:
 
 
 def function(value: Any, name: str) -> None:
-    """Refuse what cannot be called."""
+    """Raise a `TypeError` if `value` is not callable."""
     if not callable(value):
         raise TypeError(
             f"{name}: expected a callable, got {type(value).__name__}: pass a function or a module"
@@ -143,7 +145,7 @@ def function(value: Any, name: str) -> None:
 
 
 def flag(value: Any, name: str) -> bool:
-    """True or False; 0, 1 and arrays are refused."""
+    """True or False. **Raises:** `TypeError` for other values, also for 0, 1 and arrays."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
@@ -154,8 +156,8 @@ def flag(value: Any, name: str) -> bool:
 def number(
     value: Any, name: str, low: float = -math.inf, high: float = math.inf, *, closed: str = "both"
 ) -> float:
-    """One number that is read now, as a Python float, between `low` and `high` as in `in_range`;
-    NaN lies in no range but the default one.
+    """A concrete number as a Python float, between `low` and `high` as in `in_range`. NaN lies in
+    no range except the default range.
     """
     if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
         result = float(value)  # in double precision, and never traced
@@ -163,8 +165,8 @@ def number(
         array = floating(value, name, 0)
         if not concrete(array):
             raise TypeError(
-                f"{name} must be a number that can be read, got one that is traced: it is not "
-                "swept in one run"
+                f"{name} must be a concrete number, got a traced one: pass it from outside of jit, "
+                "vmap and grad"
             )
         result = float(np.asarray(array))
     if (low, high) != (-math.inf, math.inf):
@@ -173,7 +175,9 @@ def number(
 
 
 def file_name(value: Any, name: str) -> str | os.PathLike:
-    """The name of a file. An open file, and a number, which `open` accepts, are refused."""
+    """The name of a file. **Raises:** `TypeError` for an open file, or for a number, which `open`
+    would accept.
+    """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
             f"{name} must be the name of a file, got {type(value).__name__}: pass a string or a "
@@ -183,33 +187,34 @@ def file_name(value: Any, name: str) -> str | os.PathLike:
 
 
 def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
-    """A dtype, floating and of at least 32 bits, by default JAX's float; `of` names what has it."""
+    """A floating dtype of at least 32 bits, by default JAX's float; `of` names its owner in
+    messages.
+    """
     try:
         dtype = jnp.dtype(jnp.result_type(float) if value is None else value)
     except TypeError:
         raise TypeError(
-            f"dtype, that of the {of}, must be one such as jnp.float32, got {value!r}"
+            f"the dtype of the {of} must be a dtype such as jnp.float32, got {value!r}"
         ) from None
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(
-            f"dtype, that of the {of}, must be a floating dtype of at least 32 bits, got "
-            f"{dtype}{why}"
+            f"the dtype of the {of} must be a floating dtype of at least 32 bits, got {dtype}{why}"
         )
     return dtype
 
 
 def state_dtype(dtype: Any) -> np.dtype:
     """The dtype of states: floating, of at least 32 bits, by default JAX's float. **Raises:**
-    `ValueError`, `TypeError` for another.
+    `ValueError`, `TypeError` for other dtypes.
     """
-    why = (
-        ": steps near t = 1 are lost in fewer. The network may compute in any precision of its own."
-    )
+    why = ", as fewer bits lose the steps near t = 1. The network may compute in its own precision."
     return float_dtype(dtype, "states", why)
 
 
 def count(value: Any, name: str, at_least: int = 1) -> int:
-    """A whole number of at least `at_least`, as a Python int, such as one that decides a shape."""
+    """A whole number of at least `at_least`, as a Python int, for values that decide shapes or
+    loops.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
             f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
@@ -229,3 +234,16 @@ def key(key: Any) -> Array:
     if key.shape != ():
         raise ValueError(f"expected one key, got an array of keys of shape {key.shape}: {how}")
     return key
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points to the line of the user, the first caller outside of the
+    library.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
+
+
+_PACKAGES = ("tiltjax", "theory")

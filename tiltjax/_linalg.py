@@ -1,9 +1,9 @@
-"""Small arrays written out entry by entry, and matrix functions without calls to a library.
+"""Small arrays written out entry by entry, and matrix functions without library calls.
 
     spectral  V diag(fn(lambda)) V^T        square_root  L L^T = A        solve  A^-1 b, logdet A
 
 A call to LAPACK inside a loop over particles or times leaves the compiled program, and waits for
-its threads where the machine is busy. So what is evaluated there is elementwise here.
+threads on a busy machine. The functions here are elementwise for use in such loops.
 """
 
 import functools
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-UNROLL = 4  # rows of a matrix, or entries of a state, that are written out
-# A single program where a function is called by itself, and a part of the caller's program inside a
-# `jit`.
+UNROLL = 4  # the largest number of rows of a matrix, or entries of a state, that are written out
+# A function with this decorator is one program if it is called directly, and a part of the caller's
+# program inside a `jit`.
 _inline_jit = functools.partial(jax.jit, inline=True)
 
 
@@ -27,13 +27,13 @@ class Entries:
     """A small array as an object array of its entries, with the arithmetic of arrays: `+ - * /`,
     indexing, `sum` and `max`. A pytree of scalars.
 
-    Compilers vectorize over particles only what is elementwise: a reduction over an axis of two
-    entries costs more than the arithmetic in it, and a product of small matrices is a call to a
-    library for each. Sums over entries are straight-line arithmetic that fuses with whatever
-    surrounds it: for a mixture of two components in the plane, three to four times faster.
+    Compilers vectorize over particles only elementwise code. A reduction over an axis of two
+    entries costs more than its arithmetic, and each product of small matrices is a library call.
+    Sums over entries are straight-line arithmetic that fuses with the surrounding code: three to
+    four times faster for a mixture of two components in the plane.
     """
 
-    __array_ufunc__ = None  # an operation with a NumPy array is ours
+    __array_ufunc__ = None  # NumPy leaves operations with its arrays to this class
 
     def __init__(self, items: np.ndarray):
         self.items = items
@@ -77,7 +77,7 @@ class Entries:
 
 
 def _objects(value: Any) -> Any:
-    """An object array: NumPy would ask a scalar of JAX for its value."""
+    """An object array of one value. NumPy would otherwise convert a JAX scalar to a number."""
     if isinstance(value, np.ndarray) and value.dtype == object:
         return value
     items = np.empty((), object)
@@ -105,16 +105,17 @@ def unrolled(array: Array) -> Entries:
 
 
 def entries(array: Array) -> Any:
-    """A small array as its entries, a larger one as it is: what elementwise code is written on.
+    """The entries of a small array; a larger array is returned unchanged. Elementwise code works on
+    both.
 
-    In a loop that ends with an array of two entries, stacked, all that leads to them is computed
-    twice and by scalars.
+    In a loop that ends with a stacked array of two entries, the compiler computes all inputs of
+    this array twice and by scalars.
     """
     return unrolled(array) if 0 < array.size <= UNROLL else array
 
 
 def array(entries: Any) -> Array:
-    """The array that `entries` or `unrolled` has taken apart."""
+    """The array of the output of `entries` or `unrolled`."""
     if not isinstance(entries, Entries):
         return entries
     return jnp.stack(list(entries.items.flat)).reshape(entries.shape)
@@ -130,8 +131,8 @@ def product(matrices: Any, vectors: Any) -> Any:
 def softmax(x: Any) -> Any:
     """The softmax of a vector, an array or entries.
 
-    Relative to the largest entry, whose derivative is not dropped: so that of a large probability
-    is as accurate as that of a small one.
+    It is relative to the largest entry without dropping the derivative of that entry, so the
+    derivative of a large probability is as accurate as that of a small one.
     """
     if isinstance(x, Entries) and x.shape == (2,):
         return _from_leaves((2,), _softmax_of_two(*x.items))
@@ -142,13 +143,13 @@ def softmax(x: Any) -> Any:
 
 @jax.custom_jvp
 def _softmax_of_two(one: Array, other: Array) -> tuple[Array, Array]:
-    """The softmax of two numbers, by the smaller probability, whose sign, also that of a zero, says
-    which of the two it is.
+    """The softmax of two numbers, computed from the smaller probability. The sign of this
+    probability, also of a zero, tells which of the two numbers it belongs to.
 
-    An exponential and a division each cost as much as all the rest of a denoiser in the plane:
-    here is one of each. As everything after it depends on this one number, the compiler neither
-    stores the exponential nor repeats it. The derivative is written out, as powers of `inverse`
-    would overflow.
+    An exponential and a division each cost as much as the rest of a denoiser in the plane; this
+    function needs one of each. All later values depend on this one number, so the compiler neither
+    stores the exponential nor repeats it. The derivative is written out, because powers of
+    `inverse` would overflow.
     """
     one_is_smaller = other > one
     inverse = 1 + jnp.exp(jnp.where(one_is_smaller, other - one, one - other))
@@ -165,8 +166,8 @@ def _softmax_of_two_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 
 def inner(a: Array, b: Array) -> Array:
-    """`<a, b>` over all entries of arrays; small ones written out, as a reduction over a short axis
-    becomes a call to a library.
+    """`<a, b>` over all entries of two arrays. Small arrays are written out, because a reduction
+    over a short axis becomes a library call.
     """
     terms = entries(a * b)
     if isinstance(terms, Entries):
@@ -175,8 +176,8 @@ def inner(a: Array, b: Array) -> Array:
 
 
 def rows(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree of arrays with one leading axis as one matrix of each dtype, of which a loop reads a
-    row at once; and what makes a tree of a row.
+    """A tree of arrays with one leading axis as one matrix for each dtype, of which a loop reads
+    one row at a time; and the function that converts a row back to a tree.
     """
     leaves, structure = jax.tree.flatten(tree)
     kinds = {
@@ -201,11 +202,11 @@ def rows(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def solve(matrix: Array, b: Array) -> tuple[Array, Array]:
-    """`A^-1 B` and `log det(A) / 2` for `(d, d)` and `(d, m)` matrices; A symmetric and positive
-    definite, up to a scaling of its rows and columns.
+    """`A^-1 B` and `log det(A) / 2` for `(d, d)` and `(d, m)` matrices, where A is symmetric and
+    positive definite up to a scaling of its rows and columns.
 
-    By Gauss and Jordan's elimination, which needs no exchange of rows here: d elementwise updates.
-    Not positive definite gives NaN in the second.
+    Gauss-Jordan elimination without exchanges of rows, which such matrices do not need: d
+    elementwise updates. The second result is NaN if A is not positive definite.
     """
     return _solve(matrix, b, unrolled=matrix.shape[-1] <= UNROLL)
 
@@ -224,7 +225,7 @@ def _solve(matrix: Array, b: Array, unrolled: bool) -> tuple[Array, Array]:
 
 
 def _loop(step: Callable, carry: Any, num: int, unrolled: bool) -> tuple[Any, Array]:
-    """`jax.lax.scan` over `0, ..., num - 1`, or written out."""
+    """`jax.lax.scan` over `0, ..., num - 1`, or the same loop written out."""
     if not unrolled:
         return jax.lax.scan(step, carry, jnp.arange(num))
     outputs = []
@@ -235,9 +236,10 @@ def _loop(step: Callable, carry: Any, num: int, unrolled: bool) -> tuple[Any, Ar
 
 
 def eigh(matrices: Array) -> tuple[Array, Array]:
-    """The eigenvalues and eigenvectors of symmetric matrices `(K, d, d)`, in no order.
+    """The eigenvalues and eigenvectors of symmetric matrices `(K, d, d)`, not sorted.
 
-    Small ones by `rotations`: JAX's first use of LAPACK imports SciPy, a fifth of a second.
+    Small matrices use `rotations`, because JAX's first use of LAPACK imports SciPy, which takes a
+    fifth of a second.
     """
     if matrices.shape[-1] <= UNROLL:
         return jax.vmap(rotations)(matrices)
@@ -247,7 +249,7 @@ def eigh(matrices: Array) -> tuple[Array, Array]:
 def recomposed(axes: Array, values: Array) -> Array:
     """`V diag(lambda) V^T` for `(K, d, d)` axes and `(K, d)` values.
 
-    Small ones as sums: a product of matrices takes a fifth of a second to compile.
+    Small matrices use sums, because a product of matrices takes a fifth of a second to compile.
     """
     scaled = axes * values[:, None, :]
     if axes.shape[-1] <= UNROLL:
@@ -257,12 +259,12 @@ def recomposed(axes: Array, values: Array) -> Array:
 
 @_inline_jit
 def rotations(matrix: Array) -> tuple[Array, Array]:
-    """The eigenvalues and eigenvectors of a symmetric `(d, d)` matrix as `jnp.linalg.eigh` returns
-    them, but not sorted, and elementwise, for loops over particles.
+    """The eigenvalues and eigenvectors of a symmetric `(d, d)` matrix, as from `jnp.linalg.eigh`
+    but not sorted, with elementwise operations for loops over particles.
 
-    Jacobi's rotations: in each of the rounds of a tournament every row meets another one, and the
-    entry that couples the two is rotated to zero. A fixed number of sweeps, as convergence is
-    quadratic.
+    Jacobi rotations: in each round of a tournament every row is paired with another row, and a
+    rotation sets the entry that couples the two to zero. The number of sweeps is fixed, because
+    convergence is quadratic.
     """
     d = matrix.shape[-1]
     eye = jnp.eye(d, dtype=matrix.dtype)
@@ -275,7 +277,7 @@ def rotations(matrix: Array) -> tuple[Array, Array]:
         a = (a + a.T) / 2  # two couplings that differ by rounding would not be one rotation
         diagonal, coupling = jnp.diagonal(a), a[order, partner]
         gap = diagonal[partner] - diagonal
-        # tan of the angle, the smaller root; that of the partner is its negative.
+        # The tangent of the angle, the smaller root. The partner has the negative tangent.
         sign = jnp.where((gap > 0) | ((gap == 0) & (order < partner)), 1.0, -1.0)
         length = jnp.abs(gap) + jnp.hypot(gap, 2 * coupling)
         rotates = (partner != order) & (coupling != 0)
@@ -297,7 +299,9 @@ _SWEEPS = 10
 
 
 def _tournament(d: int) -> np.ndarray:
-    """Who meets whom in the rounds of a round robin of d, `(rounds, d)`; nobody is oneself."""
+    """The partner of each row in the rounds of a round robin of d rows, `(rounds, d)`. A row
+    without a partner is its own partner.
+    """
     n = d + d % 2
     rounds = []
     for shift in range(n - 1):
@@ -313,11 +317,11 @@ def _tournament(d: int) -> np.ndarray:
 def spectral(
     fn: Callable[[Array], Array], matrix: Array, eigh: Callable = jnp.linalg.eigh
 ) -> Array:
-    """`V diag(fn(lambda)) V^T` for a symmetric matrix `V diag(lambda) V^T`; in a loop with
-    `eigh=rotations`.
+    """`V diag(fn(lambda)) V^T` for a symmetric matrix `V diag(lambda) V^T`. Use `eigh=rotations` in
+    a loop.
 
-    Differentiable where eigenvalues coincide, unlike `eigh`: by divided differences of `fn`
-    (Daleckii and Krein).
+    Unlike `eigh`, it is differentiable where eigenvalues coincide: its derivative uses divided
+    differences of `fn` (Daleckii and Krein).
     """
     values, axes = eigh(matrix)
     return (axes * fn(values)[None]) @ axes.T
@@ -339,9 +343,9 @@ def square_root(matrix: Array) -> Array:
     """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite
     matrices.
 
-    A pivot that is zero to the rounding of its own entry, or negative, closes its column: point
-    masses and flat directions are exact, gradients stay finite where an eigendecomposition's would
-    not, and `L L^T` is positive semi-definite whatever came in.
+    A pivot that is negative, or zero up to the rounding of its own entry, sets its column to zero.
+    Point masses and flat directions are therefore exact, gradients are finite where those of an
+    eigendecomposition are not, and `L L^T` is positive semi-definite for any input.
     """
     return _square_root(matrix, unrolled=matrix.shape[-1] <= UNROLL)
 
@@ -362,8 +366,8 @@ def _square_root(matrix: Array, unrolled: bool) -> Array:
 
 
 def hutchinson(key: Array, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
-    """`fn(x)`, and an unbiased estimate of `tr(∂fn/∂x) / d` from one random vector of signs: one
-    pullback.
+    """`fn(x)`, and an unbiased estimate of `tr(∂fn/∂x) / d` from one random vector of signs, at the
+    cost of one pullback.
     """
     probe = jax.random.rademacher(key, x.shape, x.dtype)
     value, pullback = jax.vjp(fn, x)

@@ -1,8 +1,8 @@
 """Progress bars by tqdm: one line for each running sampler.
 
-The compiled loop calls back to Python with its step index. A tick only ever moves a bar forward, so
-the order of callbacks, repeats under rematerialization and one call per batch element under `vmap`
-do no harm. Off by default: a callback costs a round trip to Python per step.
+The compiled loop calls Python with its step index. A tick only moves a bar forward, so the order of
+callbacks, repeats under rematerialization and one call per batch element under `vmap` are harmless.
+Bars are off by default, because a callback costs a round trip to Python per step.
 """
 
 import itertools
@@ -20,13 +20,15 @@ from jaxtyping import Array
 from tiltjax import _checks
 
 _INTERVAL = 0.1  # seconds between two redraws
-_DELAY = 0.5  # seconds before a bar appears: a shorter run shows none
+_DELAY = 0.5  # seconds before a bar appears; a shorter run shows no bar
 _running: dict[int, "_Bar"] = {}
 _numbers = itertools.count()
 
 
 class Ticker(eqx.Module):
-    """The compiled side of a bar: `tick(step)` after each step. `number` is None: no bar."""
+    """The compiled side of a bar: call `tick(step)` after each step. If `number` is None, there is
+    no bar.
+    """
 
     number: Array | None
 
@@ -37,7 +39,7 @@ class Ticker(eqx.Module):
 
 @contextmanager
 def bar(title: str, total: int, *, enabled: bool) -> Iterator[Ticker]:
-    """A bar over `total` steps for the duration of the block; `enabled=False` costs nothing."""
+    """A bar over `total` steps for the duration of the block. `enabled=False` costs nothing."""
     if not _checks.flag(enabled, "progress"):
         yield Ticker(None)
         return
@@ -54,7 +56,7 @@ def bar(title: str, total: int, *, enabled: bool) -> Iterator[Ticker]:
 
 @contextmanager
 def meter(title: str, total: int) -> Iterator["_Bar"]:
-    """A bar for a loop in Python: `update(done, note)` before each of `total` stages."""
+    """A bar for a loop in Python: call `update(done, note)` before each of `total` stages."""
     running = _Bar(title, total)
     try:
         yield running
@@ -63,8 +65,9 @@ def meter(title: str, total: int) -> Iterator["_Bar"]:
 
 
 def _advance(number: Array, step: Array) -> None:
-    # What still runs on the device may tick a bar that an error has closed. The last tick may come
-    # first, as it may depend on no result: the bar is complete when its block ends.
+    # A program that still runs on the device may tick a bar that an error has closed. The last tick
+    # may come first, because it may depend on no result, so only the end of the block completes
+    # the bar.
     running = _running.get(int(number))
     if running is not None and int(step) + 1 < running.total:
         running.update(int(step) + 1)
@@ -85,7 +88,8 @@ class _Bar:
                 self.line.update(0)
 
     def _line(self, done: int, note: str) -> Any:
-        # Made at the first tick: compilation, which comes before, says nothing of the time left.
+        # The line is made at the first tick, because the time of compilation would distort the
+        # estimate of the remaining time.
         from tqdm import tqdm
 
         return tqdm(

@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 class KeepsDtype(_repr.Printable):
-    """A module whose arrays keep their dtype: `cast` leaves them alone."""
+    """A module whose arrays keep their dtype: `cast` does not change them."""
 
 
 class Function(KeepsDtype):
     """A user's callable as a pytree: its arrays are leaves, everything else is static.
 
-    A plain function has no arrays and is compared by identity: a new function object is a new
-    trace. A Flax NNX or Equinox module contributes its parameters as leaves, so that changing them
-    does not trace anew.
+    A plain function has no arrays and is compared by identity: a new function object causes a new
+    trace. A Flax NNX or Equinox module contributes its parameters as leaves, so that a change of
+    them causes no new trace.
     """
 
     arrays: list
@@ -37,7 +37,7 @@ class Function(KeepsDtype):
     def __init__(self, fn: Callable, name: str = "fn"):
         function(fn, name)
         _refuse_captured_modules(fn)
-        # Of a method the object is a part, so that the arrays of a module are leaves also of
+        # The object of a method is a part, so that the arrays of a module are also leaves of
         # module.method.
         parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (fn,)
         leaves, self.treedef = jax.tree.flatten(parts)
@@ -47,9 +47,8 @@ class Function(KeepsDtype):
             hash(self.static)
         except TypeError:
             raise TypeError(
-                "a callable must be hashable to be compiled, got an unhashable "
-                f"{type(fn).__name__}: "
-                "wrap it in a function, or make it an equinox.Module or a flax.nnx.Module"
+                f"a callable must be hashable, got an unhashable {type(fn).__name__}: wrap it in a "
+                "function, or make it an equinox.Module or a flax.nnx.Module"
             ) from None
 
     def __call__(self, *args: Any) -> Any:
@@ -62,7 +61,7 @@ class Function(KeepsDtype):
         return _repr.network(name, self.arrays)
 
     def parts(self) -> tuple:
-        """The callable; of a method the function and its object."""
+        """The callable, or the function and the object of a method."""
         pairs = zip(self.arrays, self.static, strict=True)
         leaves = [static if array is None else array for array, static in pairs]
         return jax.tree.unflatten(self.treedef, leaves)
@@ -74,8 +73,8 @@ class Function(KeepsDtype):
 
 
 def _refuse_captured_modules(fn: Callable) -> None:
-    """A Flax module that a function merely closes over would be compiled in as it is now, and stay
-    so after training.
+    """Raise a `TypeError` for a function that captures a Flax module. The module would be compiled
+    with its current weights, and would not change after training.
     """
     if not inspect.isfunction(fn) or "flax.nnx" not in sys.modules:
         return
@@ -83,17 +82,16 @@ def _refuse_captured_modules(fn: Callable) -> None:
     for name, value in {**captured.nonlocals, **captured.globals}.items():
         if isinstance(value, sys.modules["flax.nnx"].Module):
             raise TypeError(
-                f"the function uses the Flax module {name!r} from outside, and would not see its "
-                "weights change: pass the module "
-                f"itself, or as an argument, jax.tree_util.Partial(lambda {name}, *args: ..., "
-                f"{name}); models also take "
+                f"the function uses the Flax module {name!r} from outside, so changes of its "
+                "weights have no effect. Pass the module itself, or pass it as an argument, "
+                f"jax.tree_util.Partial(lambda {name}, *args: ..., {name}); for a model use "
                 f"from_velocity(lambda {name}, t, x: ..., {name}, shape=...)"
             )
 
 
 def cast(tree: T, dtype: Any) -> T:
-    """Every floating array of `tree` in `dtype`, except those inside a `KeepsDtype`, such as a
-    network's.
+    """`tree` with every floating array in `dtype`, except for arrays inside a `KeepsDtype`, such as
+    those of a network.
     """
 
     def convert(leaf: Any) -> Any:
@@ -106,7 +104,7 @@ def cast(tree: T, dtype: Any) -> T:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two pytrees have one structure and, where they can be read, equal arrays (to single
+    """Whether two pytrees have the same structure and, if they can be read, equal arrays (to single
     precision).
     """
     if jax.tree.structure(a) != jax.tree.structure(b):
@@ -124,8 +122,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def in_training_mode(network: Any) -> str | None:
-    """Which part of a Flax module is in training mode, and changes while it is called; `None` if
-    none is.
+    """The part of a Flax module that is in training mode, and thus changes when it is called;
+    `None` if there is none.
     """
     for path, module in sys.modules["flax.nnx"].iter_modules(network):
         if (

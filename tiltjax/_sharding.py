@@ -11,8 +11,8 @@ from tiltjax import _checks
 
 
 def check_sharding(sharding: Any) -> None:
-    """**Raises:** `TypeError` for what is not a `NamedSharding`, `ValueError` for a mesh whose axes
-    are not Auto.
+    """Check a sharding or `None`. **Raises:** `TypeError` for other values than a `NamedSharding`,
+    `ValueError` for a mesh whose axes are not Auto.
     """
     if sharding is None:
         return
@@ -22,8 +22,8 @@ def check_sharding(sharding: Any) -> None:
 
 
 def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-    """The arrays of a tree where a sharding has them; other leaves stay. Over several hosts each of
-    them gives its own copy of the same values.
+    """A tree whose arrays are placed by a sharding; other leaves are unchanged. With several hosts,
+    each host passes its own copy of the same values.
     """
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
     arrays, others = eqx.partition(tree, is_array)
@@ -43,8 +43,9 @@ def placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
 
 
 def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
-    """Refuse what is neither a sharding nor `None`, and one that does not divide `shape`, the first
-    entry of which is called `name`: the partitioner would leave the whole on every device.
+    """Check that `sharding` is `None` or a sharding that divides `shape`, whose first entry is
+    called `name`. Otherwise the partitioner would put the whole array on every device. **Raises:**
+    `TypeError`, `ValueError`.
     """
     if sharding is None:
         return
@@ -53,21 +54,21 @@ def check_divides(sharding: Any, shape: tuple[int, ...], name: str) -> None:
     _check_auto_axes(sharding)
     if (error := _indivisible(sharding, shape)) is None:
         return
-    # The parts are the least number of rows that can be divided: only its multiples can.
+    # `parts` is the least number of rows that can be divided. All others are its multiples.
     sizes = range(1, sharding.num_devices + 1)
     parts = next((n for n in sizes if not _indivisible(sharding, (n, *shape[1:]))), 0)
-    if not parts:  # another axis of the state is at fault, or the sharding has more axes than it
+    if not parts:  # the fault is another axis of the state, or too many axes of the sharding
         raise ValueError(f"an array of shape {shape} cannot be divided by {sharding}: {error}")
     below = shape[0] // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
     raise ValueError(
-        f"{name} = {shape[0]} cannot be divided over {parts} devices, each of which would hold all "
-        f"of them: take {near}"
+        f"{name} = {shape[0]} cannot be divided over {parts} devices, so each device would hold "
+        f"the whole array: take {near}"
     )
 
 
 def _check_auto_axes(sharding: jax.sharding.Sharding) -> None:
-    """Refuse a mesh with axes that are not left to the partitioner."""
+    """Raise a `ValueError` for a mesh with axes that are not left to the partitioner."""
     mesh = getattr(sharding, "mesh", None)
     if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
         names = ", ".join(f'"{name}"' for name in mesh.axis_names)
@@ -79,7 +80,7 @@ def _check_auto_axes(sharding: jax.sharding.Sharding) -> None:
 
 
 def replicated(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
-    """The same on every device of the mesh."""
+    """The sharding that puts the whole array on every device of the mesh."""
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
@@ -94,8 +95,8 @@ def _indivisible(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Val
 
 
 def addressable(array: Any) -> np.ndarray:
-    """The entries of an array that this process holds, in one row: all of them, unless they are
-    spread over several hosts.
+    """The entries of an array that this process holds, as one row. These are all entries, unless
+    the array is spread over several hosts.
     """
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.concatenate([np.ravel(shard.data) for shard in array.addressable_shards])
@@ -103,7 +104,7 @@ def addressable(array: Any) -> np.ndarray:
 
 
 def gathered(array: Any) -> np.ndarray:
-    """The whole of an array; if it is spread over several hosts, all of them have to call this."""
+    """The whole array. If it is spread over several hosts, all hosts must call this function."""
     whole = not isinstance(array, jax.Array) or array.is_fully_addressable
     if not (whole or array.is_fully_replicated):
         from jax.experimental import multihost_utils

@@ -12,12 +12,12 @@ from tiltjax._checks import concrete, count, finite
 
 
 def time_grid(times: Any, steps: int | None) -> Array:
-    """The times of a run, increasing inside [0, 1]: the given ones, or
-    `linspace(1e-3, 1, steps + 1)` with 100 steps by default.
+    """The times of a run, increasing inside [0, 1]: the given `times`, or
+    `linspace(1e-3, 1, steps + 1)` with 100 steps by default. **Raises:** `ValueError`.
     """
     if not concrete(times):
         return _time_grid(times, steps)
-    with jax.ensure_compile_time_eval():  # so that they can be read inside of someone's jit
+    with jax.ensure_compile_time_eval():  # so that the times can be read inside a caller's jit
         return _time_grid(times, steps)
 
 
@@ -27,8 +27,8 @@ def _time_grid(times: Any, steps: int | None) -> Array:
         return jax.device_put(grid.astype(jnp.result_type(float)))
     if steps is not None:
         raise ValueError(
-            f"give steps or times, not both, got steps = {steps} and times: the times say how many "
-            "steps there are"
+            f"give steps or times, not both, got steps = {steps} and times: leave out steps, as "
+            "the times determine their number"
         )
     times = finite(times, "times", 1)
     if len(times) < 2:

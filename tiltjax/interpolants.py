@@ -1,4 +1,4 @@
-r"""Interpolants: how noise becomes data, and the one Gaussian identity everything else rests on.
+r"""Interpolants: how noise becomes data, and the Gaussian identity that the library is built on.
 
 Time runs from noise (t = 0) to data (t = 1) along
 
@@ -10,21 +10,22 @@ Time runs from noise (t = 0) to data (t = 1) along
 | `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching |
 | `DiscreteVP(alphas_cumprod)` | through a table | `sqrt(1 - alpha^2)` | DDPM, Stable Diffusion |
 
-A model is known through its denoiser `D_t(x) = E[X_1 | X_t = x]`; every other parametrization is
-affine in it:
+A model is defined by its denoiser `D_t(x) = E[X_1 | X_t = x]`. Every other parametrization is
+affine in the denoiser:
 
     noise     E = (x - alpha D) / sigma
     score     s = (alpha D - x) / sigma^2
     velocity  b = alpha' D + sigma' E.
 
-The *natural parameters* of a noisy view of `X_1` are its precision `snr_t = alpha^2 / sigma^2` and
-`eta = alpha x / sigma^2`: the likelihood of `X_1` is `exp(<eta, X_1> - snr |X_1|^2 / 2)`.
-Independent Gaussian views add up in these coordinates, and whatever the sum is, it is again a view
-at *some* time: `observe`. Posterior sampling, conjugate tilts and renoising are all this one call.
+The *natural parameters* of a noisy observation of `X_1` are its precision
+`snr_t = alpha^2 / sigma^2` and `eta = alpha x / sigma^2`: the likelihood of `X_1` is
+`exp(<eta, X_1> - snr |X_1|^2 / 2)`. Independent Gaussian observations add up in these coordinates,
+and their sum is again an observation at *some* time: `observe`. Posterior sampling, conjugate tilts
+and renoising all use this one function.
 
-Reference: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman
-et al. (arXiv 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')` is
-that of Domingo-Enrich et al. (arXiv 2409.08861). Variance preservation: Ho, Jain and Abbeel
+References: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman
+et al. (arXiv 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')`
+comes from Domingo-Enrich et al. (arXiv 2409.08861). Variance preservation: Ho, Jain and Abbeel
 (arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
 """
 
@@ -40,9 +41,9 @@ from tiltjax import _checks, _repr
 
 
 class Interpolant(_repr.Printable):
-    """`X_t = alpha_t X_1 + sigma_t X_0`: subclasses define `alpha`, `sigma` and `time`.
+    """`X_t = alpha_t X_1 + sigma_t X_0`. Subclasses define `alpha`, `sigma` and `time`.
 
-    All times and snr values are scalars; states have any shape. Nothing here evaluates a model.
+    All times and snr values are scalars; states have any shape. No method evaluates a model.
     """
 
     def alpha(self, t: Array) -> Array:
@@ -60,12 +61,14 @@ class Interpolant(_repr.Printable):
         raise NotImplementedError
 
     def snr(self, t: Array) -> Array:
-        """`alpha_t^2 / sigma_t^2`: the precision of `X_t` as a view of `X_1`; infinite at t = 1."""
+        """`alpha_t^2 / sigma_t^2`: the precision of `X_t` as an observation of `X_1`; infinite at t
+        = 1.
+        """
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def snr_range(self) -> tuple[Array, Array]:
-        """The lowest and the highest snr on which a network of this interpolant is trained: by
-        default all from t = 0 on.
+        """The lowest and the highest snr on which a network with this interpolant is trained: by
+        default all values from t = 0 on.
         """
         lowest = self.snr(jnp.asarray(0.0))
         return lowest, jnp.full_like(lowest, jnp.inf)
@@ -89,11 +92,11 @@ class Interpolant(_repr.Printable):
         )
 
     def denoised_from_noise(self, t: Array, x: Array, noise: Array) -> Array:
-        """The denoiser of a noise prediction; singular where `alpha_t = 0`."""
+        """The denoiser from a noise prediction; singular where `alpha_t = 0`."""
         return (x - self.sigma(t) * noise) / self.alpha(t)
 
     def denoised_from_velocity(self, t: Array, x: Array, velocity: Array) -> Array:
-        """The denoiser of a velocity."""
+        """The denoiser from a velocity."""
         return (self.sigma(t) * velocity - jax.grad(self.sigma)(t) * x) / self._wronskian(t)
 
     def tweedie(self, t: Array) -> Array:
@@ -105,11 +108,11 @@ class Interpolant(_repr.Printable):
         return self.sigma(t) ** 2 / self.alpha(t)
 
     def observe(self, precision: Array, natural: Array) -> tuple[Array, Array]:
-        """The time and state that are worth a Gaussian likelihood of `X_1`.
+        """The time and state with a given Gaussian likelihood of `X_1`.
 
-        A likelihood `exp(<natural, X_1> - precision |X_1|^2 / 2)` is that of `X_{t*} = x*` with
-        `snr_{t*} = precision` and `x* = alpha_{t*} natural / precision`, so that the posterior of
-        `X_1` given any sum of Gaussian views is the posterior given one noisy state.
+        The likelihood `exp(<natural, X_1> - precision |X_1|^2 / 2)` is that of `X_{t*} = x*` with
+        `snr_{t*} = precision` and `x* = alpha_{t*} natural / precision`. The posterior of `X_1`
+        given any sum of Gaussian observations is therefore the posterior given one noisy state.
 
         **Arguments:** `precision`, a positive scalar; `natural`, of the state's shape. **Returns:**
         `(t*, x*)`.
@@ -141,17 +144,16 @@ class Linear(Interpolant):
         return (1 - t) * self.base_scale
 
     def time(self, snr: Array) -> Array:
-        # 1 / (1 + 1/x) rather than x / (1 + x): right at both ends, snr = 0 and snr = inf.
+        # 1 / (1 + 1/x) instead of x / (1 + x) is right at both ends, snr = 0 and snr = inf.
         return 1 / (1 + 1 / (self.base_scale * jnp.sqrt(snr)))
 
 
 class _VariancePreserving(Interpolant):
-    """`alpha^2 + sigma^2 = 1`, by `B_t = -log alpha_t^2`, falling to 0 at t = 1: subclasses give
-    `integrated_rate`, B, and `time_left`, its
-    inverse.
+    """`alpha^2 + sigma^2 = 1`, defined by `B_t = -log alpha_t^2`, which falls to 0 at t = 1.
+    Subclasses define `integrated_rate`, B, and `time_left`, its inverse.
 
-    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. There is data in the state at
-    t = 0: `alpha_0 > 0`.
+    `g_t^2 = -dB/dt` is the noise rate `beta_t` of the literature. The state at t = 0 contains data:
+    `alpha_0 > 0`.
     """
 
     def integrated_rate(self, t: Array) -> Array:
@@ -159,7 +161,7 @@ class _VariancePreserving(Interpolant):
         raise NotImplementedError
 
     def time_left(self, integral: Array) -> Array:
-        """The `1 - t` at which `B_t` is `integral`."""
+        """The `1 - t` at which `B_t` equals `integral`."""
         raise NotImplementedError
 
     def alpha(self, t: Array) -> Array:
@@ -173,22 +175,22 @@ class _VariancePreserving(Interpolant):
         return 1 - self.time_left(jnp.log1p(1 / snr))
 
     def diffusion(self, t: Array) -> Array:
-        # Not through sigma', which is infinite at t = 1: there sigma falls like a square root.
+        # Without sigma', which is infinite at t = 1, because sigma falls like a square root there.
         return -jax.grad(self.integrated_rate)(t)
 
 
 class VP(_VariancePreserving):
-    """The variance-preserving interpolant of the noise rate
+    """The variance-preserving interpolant with the noise rate
     `beta(s) = beta_min + (beta_max - beta_min) s`, `s = 1 - t`.
 
     `B_t = beta_min s + (beta_max - beta_min) s^2 / 2`, `alpha = exp(-B / 2)`,
-    `sigma = sqrt(1 - exp(-B))`. The literature's time is s. The formulas go on below t = 0, where
-    no network was trained.
+    `sigma = sqrt(1 - exp(-B))`. The time of the literature is s. The formulas also hold for t < 0,
+    where no network was trained.
 
     **Arguments:** `beta_min`, `beta_max`: the noise rates at the data and at the noise,
     `0 < beta_min <= beta_max`.
 
-    **Raises:** `ValueError` for rates that are not positive, or in the wrong order. Source: Song et
+    **Raises:** `ValueError` for rates that are not positive or in the wrong order. Source: Song et
     al. (arXiv 2011.13456).
     """
 
@@ -201,8 +203,8 @@ class VP(_VariancePreserving):
         ends = self.beta_min, self.beta_max
         if _checks.concrete(ends) and np.asarray(ends[1]) < np.asarray(ends[0]):
             raise ValueError(
-                "beta_max, the noise rate at t = 0, must not be below beta_min, that at t = 1: "
-                f"got {float(self.beta_max):g} < {float(self.beta_min):g}"
+                "beta_max, the noise rate at t = 0, must not be below beta_min, the noise rate at "
+                f"t = 1, got {float(self.beta_max):g} < {float(self.beta_min):g}"
             )
 
     def integrated_rate(self, t: Array) -> Array:
@@ -210,8 +212,8 @@ class VP(_VariancePreserving):
         return s * (self.beta_min + (self.beta_max - self.beta_min) * s / 2)
 
     def time_left(self, integral: Array) -> Array:
-        # The root of a quadratic, in beta_min / B: nothing cancels, and it is right at both ends, B
-        # = 0 and B = inf.
+        # The root of a quadratic as a function of beta_min / B has no cancellation, and is right at
+        # both ends, B = 0 and B = inf.
         ratio = self.beta_min / integral
         return 2 / (
             ratio + jnp.sqrt(ratio * (ratio + 2 * (self.beta_max - self.beta_min) / self.beta_min))
@@ -220,25 +222,25 @@ class VP(_VariancePreserving):
 
 class DiscreteVP(_VariancePreserving):
     """The interpolant of a network trained on a table of N noise levels,
-    `alpha_i^2 = alphas_cumprod[i]`, i = N - 1 the noisiest.
+    `alpha_i^2 = alphas_cumprod[i]`, with i = N - 1 the noisiest level.
 
-    The clock is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)`, and `index(t)` back, a
-    float between levels. Level N - 1 stands at t = 0, level 0 at `1 - 1 / N`. A network that wants
-    the level is
+    Time is linear in the level, `t = 1 - (i + 1) / N`: `clock(i)` is the time, and `index(t)` is
+    the level, a float between levels. Level N - 1 is at t = 0, level 0 at `1 - 1 / N`. For a
+    network that takes the level,
 
         vp = DiscreteVP(alphas_cumprod)
         model = from_noise(lambda t, x: net(vp.index(t), x), shape=..., interpolant=vp)
 
-    At the levels `alpha^2` is the table's. Between them `log snr` is a monotone rational quadratic
-    spline (Gregory and Delbourgo 1982), with one continuous derivative and an inverse in closed
-    form. From level 0 on to t = 1, where no network was trained, the noise rate is constant, as
-    with one more level `alpha^2 = 1` at i = -1: a run goes from level 0 to t = 1 by the jump to the
-    denoiser.
+    At the levels, `alpha^2` is the value in the table. Between levels, `log snr` is a monotone
+    rational quadratic spline (Gregory and Delbourgo 1982), with one continuous derivative and an
+    inverse in closed form. Between level 0 and t = 1, where no network was trained, the noise rate
+    is constant, as with one more level `alpha^2 = 1` at i = -1. A run goes from level 0 to t = 1 by
+    a jump to the denoiser.
 
-    `sample` refuses times beyond the table. `Glass` and `FlowMap`, which call the network closer to
-    the data than their time says, are not checked.
+    `sample` raises an error for times beyond the table. `Glass` and `FlowMap` call the network at
+    later times than their own time, and these times are not checked.
 
-    **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly falling inside
+    **Arguments:** `alphas_cumprod`, `(N,)`, N >= 2 numbers (not traced), strictly decreasing inside
     (0, 1).
 
     **Raises:** `ValueError` for another table.
@@ -248,7 +250,7 @@ class DiscreteVP(_VariancePreserving):
     slope: Array
 
     def __init__(self, alphas_cumprod: _checks.Numbers):
-        # In NumPy: the table keeps the precision it was given in while its logarithms are taken.
+        # In NumPy, so that the logarithms are taken in double precision.
         table = np.asarray(alphas_cumprod)
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(
@@ -258,16 +260,15 @@ class DiscreteVP(_VariancePreserving):
         table = table.astype(np.float64)
         if not (np.all(np.diff(table) < 0) and table[0] < 1 and table[-1] > 0):
             raise ValueError(
-                "alphas_cumprod must fall strictly inside (0, 1), from the least to the most noisy "
-                "level, got "
-                f"[{table[0]:g}, ..., {table[-1]:g}]: reverse a table that rises; leave out a last "
-                "level that is 0 (no index changes)"
+                "alphas_cumprod must decrease strictly inside (0, 1), from the least to the most "
+                f"noisy level, got [{table[0]:g}, ..., {table[-1]:g}]: reverse an increasing "
+                "table; leave out a last level that is 0 (no index changes)"
             )
         level = np.log1p(-table) - np.log(table)
         chord = np.diff(level)
         rate = -np.log(table[0])  # B of level 0
-        # The slope that continues at a constant noise rate, means of neighboring chords, and their
-        # ratio at the noisy end.
+        # The slopes: that of a constant noise rate at level 0, means of neighboring chords inside,
+        # and at the noisy end the squared last chord over the last mean.
         first, middle = rate / (1 - table[0]), (chord[1:] + chord[:-1]) / 2
         last = chord[-1] ** 2 / middle[-1] if len(middle) else chord[-1]
         self.noise_level = _checks.floating(level, "alphas_cumprod")
@@ -281,8 +282,8 @@ class DiscreteVP(_VariancePreserving):
         return 1 - (index + 1) / len(self.noise_level)
 
     def index(self, t: Array) -> Array:
-        """The level at time t, `N (1 - t) - 1`: a float, a whole number up to rounding at the
-        levels.
+        """The level at time t, `N (1 - t) - 1`: a float, which is a whole number up to rounding at
+        the levels.
         """
         return len(self.noise_level) * (1 - t) - 1
 
@@ -290,12 +291,12 @@ class DiscreteVP(_VariancePreserving):
         return jnp.exp(-self.noise_level[-1]), jnp.exp(-self.noise_level[0])
 
     def integrated_rate(self, t: Array) -> Array:
-        # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product: a compiler
-        # may round i, a product less one, in two ways at two places, and at a level take its piece
-        # from one and the position in it from the other.
+        # Pieces are counted by u = i + 1 = N (1 - t), whose last operation is a product. A compiler
+        # may round i, a product minus one, in two ways at two places. At a level, the piece and the
+        # position in it would then disagree.
         n = len(self.noise_level)
         u = n * (1 - t)
-        # Selects inside as well as outside: the side not taken must have a finite derivative.
+        # Both sides of the select need a finite derivative, so their inputs are selected as well.
         inside = jnp.where(u < 1, 1.0, jnp.where(u > n, float(n), u))
         k = jnp.clip(jnp.floor(inside), 1, n - 1)
         xi = inside - k
@@ -333,8 +334,8 @@ class DiscreteVP(_VariancePreserving):
         return jax.nn.softplus(self.noise_level[0])
 
     def _piece(self, k: Array) -> tuple[Array, Array, Array, Array]:
-        """Between levels k and k + 1: the first one's `-log snr`, the chord, and the slopes at both
-        ends.
+        """The piece between levels k and k + 1: `-log snr` at level k, the chord, and the slopes at
+        both ends.
         """
         start, end = self.noise_level[k], self.noise_level[k + 1]
         return start, end - start, self.slope[k], self.slope[k + 1]
@@ -342,7 +343,7 @@ class DiscreteVP(_VariancePreserving):
 
 def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Interpolant:
     """The interpolant, or `Linear(base_scale)` in place of `None`. **Raises:** `TypeError` for
-    anything else.
+    other values.
     """
     if interpolant is None:
         return Linear(base_scale)
@@ -351,10 +352,10 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
 
 
 def data_fraction(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
-    """`alpha_t` and `snr_t sigma_0^2`, which say how much of a state at time t is data; as numbers,
-    also inside a `jit`.
+    """`alpha_t` and `snr_t sigma_0^2`, which measure the fraction of data in a state at time t, as
+    Python numbers, also inside a `jit`.
     """
-    # Of NumPy numbers, so that an interpolant made of arithmetic compiles nothing.
+    # With NumPy numbers, an interpolant that consists of arithmetic compiles nothing.
     leaves = lambda leaf: np.asarray(leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf)
     interpolant, t = jax.tree.map(leaves, interpolant), np.asarray(t, dtype)
     with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):

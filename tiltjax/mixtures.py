@@ -1,27 +1,27 @@
-r"""Gaussian mixtures: the laws for which every quantity in this library is known exactly.
+r"""Gaussian mixtures: the laws for which every quantity in this library has a closed form.
 
-For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy view `x = alpha X_1 + sigma X_0` the posterior of
-`X_1` is again a mixture. With `C_k = alpha^2 S_k + sigma^2 I` and the residual
+For `X_1 ~ sum_k w_k N(mu_k, S_k)` and a noisy observation `x = alpha X_1 + sigma X_0` the posterior
+of `X_1` is again a mixture. With `C_k = alpha^2 S_k + sigma^2 I` and the residual
 `e_k = x - alpha mu_k`,
 
     weights      w_k N(x; alpha mu_k, C_k) / p(x)
     means        m_k = mu_k + A_k e_k,  A_k = alpha S_k C_k^-1
-    covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute),
+    covariances  sigma^2 S_k C_k^-1        (S_k and C_k commute).
 
-and, for the weights p_k above, its mean D has the derivative
+With these weights p_k, the posterior mean D has the derivative
 
     ∂D/∂x = sum_k p_k (A_k + (alpha / sigma^2) (m_k - D) (m_k - D)^T).
 
-No difference of large numbers appears at either end of time, and `S_k` may be singular as long as
-sigma > 0.
+These formulas contain no difference of large numbers at either end of time, and `S_k` may be
+singular as long as sigma > 0.
 
-**One decomposition.** With `S_k = V_k diag(lambda_k) V_k^T` everything is elementwise in the
-coordinates `V_k^T e_k`, at every time. `GaussianMixture.decomposed` finds it where a compiled
-program begins, so that no loop over particles or times calls LAPACK. Its derivative would be
-infinite where eigenvalues coincide, which is where isotropic priors live. So `V_k` and `lambda_k`
-are constants, and derivatives with respect to `S_k` pass through `R_k = V_k^T S_k V_k`, a matrix
-that happens to be diagonal: `C_k^-1` is the solution of a linear system, and is differentiated as
-such.
+**One decomposition.** With `S_k = V_k diag(lambda_k) V_k^T`, all formulas are elementwise in the
+coordinates `V_k^T e_k`, at every time. `GaussianMixture.decomposed` computes the decomposition at
+the start of a compiled program, so that no loop over particles or times calls LAPACK. The
+derivative of the decomposition would be infinite where eigenvalues coincide, as they do for
+isotropic priors. So `V_k` and `lambda_k` are constants, and derivatives with respect to `S_k` pass
+through `R_k = V_k^T S_k V_k`, a matrix whose value is diagonal. `C_k^-1` is the solution of a
+linear system, and is differentiated as such.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -34,15 +34,15 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, _repr
 
-_UNROLL = 40  # K d^2, up to which a formula is written out in entries; at 200 that is slower
+_UNROLL = 40  # the largest K d^2 at which a formula is written out in entries; at 200 it is slower
 
 Numbers = Any  # an array, or `_linalg.Entries` of a small one
 T = TypeVar("T")
 
 
 class Spectrum(NamedTuple):
-    """`S_k = V_k R_k V_k^T`, with constant axes V_k and a matrix R_k that is `diag(values)`, of
-    shapes `(K, d, d)`, `(K, d)`, `(K, d, d)`; `covs` are the S_k that were decomposed.
+    """`S_k = V_k R_k V_k^T`, with constant axes V_k and a matrix R_k equal to `diag(values)`, of
+    shapes `(K, d, d)`, `(K, d)`, `(K, d, d)`; `covs` are the decomposed S_k.
     """
 
     axes: Array
@@ -52,10 +52,10 @@ class Spectrum(NamedTuple):
 
 
 class View(NamedTuple):
-    """What of the posteriors of a mixture does not depend on the state: of `alpha` and `sigma`.
+    """The part of a mixture's posteriors that depends on `alpha` and `sigma`, but not on the state.
 
-    `log_weights` `log w_k - log det(C_k) / 2`; `centers` `alpha mu_k`; `data` `alpha^2`, `noise`
-    `sigma^2`; `inverse`, the diagonal of `C_k^-1` along the axes; `gains` A_k; `slope`
+    `log_weights`: `log w_k - log det(C_k) / 2`; `centers`: `alpha mu_k`; `data`: `alpha^2`;
+    `noise`: `sigma^2`; `inverse`: the diagonal of `C_k^-1` along the axes; `gains`: A_k; `slope`:
     `alpha / sigma^2`.
     """
 
@@ -69,7 +69,9 @@ class View(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """What depends neither on the state nor on `alpha` and `sigma`: the means, `V_k^T` and R_k."""
+    """The part that depends neither on the state nor on `alpha` and `sigma`: the means, `V_k^T` and
+    R_k.
+    """
 
     means: Numbers
     to_axes: Numbers
@@ -81,14 +83,14 @@ class GaussianMixture(_repr.Printable):
 
     **Arguments:**
 
-    - `weights`: `(K,)`, non-negative; proportional to the probabilities, normalized at
+    - `weights`: `(K,)`, non-negative, proportional to the probabilities; normalized at
       construction.
     - `means`: `(K, d)`.
-    - `covs`: `(K, d, d)`, symmetric positive semi-definite; singular ones (point masses) are
+    - `covs`: `(K, d, d)`, symmetric positive semi-definite. Singular covariances (point masses) are
       allowed.
 
-    **Raises:** `ValueError` for negative weights or no mass, shapes that disagree, covariances that
-    are not symmetric or not positive semi-definite.
+    **Raises:** `ValueError` for negative weights or no mass, shapes that do not match, covariances
+    that are not symmetric or not positive semi-definite.
     """
 
     log_weights: Array
@@ -103,9 +105,9 @@ class GaussianMixture(_repr.Printable):
         k, d = means.shape
         if weights.shape != (k,) or covs.shape != (k, d, d):
             raise ValueError(
-                f"shapes disagree: means {means.shape} say K = {k} components in d = {d}, so "
-                f"weights must have shape ({k},) and covs ({k}, {d}, {d}); got {weights.shape} and "
-                f"{covs.shape}"
+                f"shapes disagree: means of shape {means.shape} are K = {k} components in d = {d}, "
+                f"so weights must have shape ({k},) and covs ({k}, {d}, {d}), got {weights.shape} "
+                f"and {covs.shape}"
             )
         if _checks.concrete(weights):
             if np.any(np.asarray(weights) < 0):
@@ -123,7 +125,7 @@ class GaussianMixture(_repr.Printable):
             self.log_weights = jnp.log(weights / jnp.sum(weights)).astype(dtype)
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
-        self._spectrum = None  # found by `decomposed`: here it would outlive another `covs`
+        self._spectrum = None  # `decomposed` sets it: here it would be wrong after a change of covs
 
     def _call(self, **given: Any) -> str:
         return f"GaussianMixture of {self.means.shape[-2]} in R^{self.dim}"
@@ -139,8 +141,8 @@ class GaussianMixture(_repr.Printable):
         return jnp.exp(self.log_weights)
 
     def replace(self, log_weights: Array, means: Array, covs: Array) -> "GaussianMixture":
-        """Another mixture from parts that are right by construction: log-weights are normalized,
-        nothing is checked.
+        """A mixture of new parts without checks: log-weights are normalized, and the other parts
+        must be valid.
         """
         return self._replace(jax.nn.log_softmax(log_weights), means, covs, None)
 
@@ -149,7 +151,7 @@ class GaussianMixture(_repr.Printable):
         return eqx.tree_at(where, self, parts, is_leaf=lambda leaf: leaf is None)
 
     def decomposed(self) -> "GaussianMixture":
-        """The same mixture with the eigendecomposition of its covariances, for use inside of one
+        """The same mixture with the eigendecomposition of its covariances, for use inside one
         compiled program.
         """
         if self._is_decomposed:
@@ -158,7 +160,8 @@ class GaussianMixture(_repr.Printable):
 
     @property
     def _is_decomposed(self) -> bool:
-        # By identity: who has replaced `covs` since, or differentiates by them, gets a new one.
+        # By identity: after a replacement of `covs`, or inside a derivative with respect to them, a
+        # new decomposition is needed.
         return self._spectrum is not None and self._spectrum.covs is self.covs
 
     @property
@@ -194,7 +197,7 @@ class GaussianMixture(_repr.Printable):
         return self.means[component] + jnp.einsum("nij,nj->ni", roots[component], normal)
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point `x` of shape `(d,)`; the covariances must be positive
+        """The log-density at one point `x` of shape `(d,)`. The covariances must be positive
         definite.
         """
         return jax.nn.logsumexp(self.component_log_probs(x))
@@ -217,7 +220,7 @@ class GaussianMixture(_repr.Printable):
         data = jnp.asarray(alpha, self.means.dtype) ** 2
         covs = noise * _recomposed_ratio(axes, rotated, values, data, noise)
         covs = (covs + jnp.swapaxes(covs, 1, 2)) / 2
-        # Along the same axes. A mixture that was not decomposed gives one that is not.
+        # The posterior covariances have the same axes. The spectrum is only set if it was set here.
         spectrum = None
         if self._is_decomposed:
             ratio = noise * _ratio(rotated, values, data, noise)
@@ -230,7 +233,9 @@ class GaussianMixture(_repr.Printable):
         return mixture.denoise_view(mixture.view(alpha, sigma), x)
 
     def view(self, alpha: Array, sigma: Array) -> View:
-        """What `denoise` needs of `alpha` and `sigma`, whatever the state: a tree of arrays."""
+        """The part of `denoise` that depends on `alpha` and `sigma`, but not on the state: a tree
+        of arrays.
+        """
         axes, values, rotated, _ = self.spectrum
         dtype = self.means.dtype
         alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
@@ -248,17 +253,16 @@ class GaussianMixture(_repr.Printable):
         return jax.tree.map(lambda leaf: self._entries(leaf) if leaf.ndim else leaf, view)
 
     def denoise_view(self, view: View, x: Array) -> Array:
-        """`denoise`, of what `view(alpha, sigma)` has returned."""
+        """`denoise` from the output of `view(alpha, sigma)`."""
         check_state(x, self.dim)
         return _linalg.array(_posterior_mean(view, self._constants(), self._entries(x)))
 
     def log_mean_exp(self, natural: Array, precision: Array) -> Array:
         """`log E exp(<natural, X> - precision |X|^2 / 2)`, for `natural` of shape `(d,)` and a
-        scalar `precision`; NaN where infinite.
+        scalar `precision`; NaN if it is infinite.
 
-        With `b = natural - precision mu`, a component gives
-        `<natural, mu> - precision |mu|^2 / 2 + <b, S K b> / 2 - log det(K^-1) / 2`, where
-        `K^-1 = I + precision S`.
+        With `b = natural - precision mu`, a component gives `<natural, mu> - precision |mu|^2 / 2 +
+        <b, S K b> / 2 - log det(K^-1) / 2`, where `K^-1 = I + precision S`.
         """
         axes, values, rotated, _ = self.spectrum
         one = jnp.ones_like(precision)
@@ -285,13 +289,13 @@ class GaussianMixture(_repr.Printable):
         return _Constants(*map(self._entries, constants))
 
     def _entries(self, array: Array) -> Numbers:
-        """An array as its entries, if the mixture is small."""
+        """The entries of an array if the mixture is small, else the array."""
         small = self.means.size * self.dim <= _UNROLL
         return _linalg.unrolled(array) if small else array
 
 
 def decomposed(tree: T) -> T:
-    """A tree with all its mixtures `decomposed`: for the first line of a compiled program."""
+    """A tree in which all mixtures are `decomposed`. Call it at the start of a compiled program."""
     is_mixture = lambda node: isinstance(node, GaussianMixture)
 
     def convert(node: Any) -> Any:
@@ -313,7 +317,7 @@ def _diagonal(values: Array) -> Array:
 
 @jax.custom_jvp
 def _rotated(values: Array, axes: Array, covs: Array) -> Array:
-    """`axes^T covs axes`, which is diagonal; its derivative by `covs` is not."""
+    """`axes^T covs axes`, which is diagonal. Its derivative by `covs` is not diagonal."""
     return _diagonal(values)
 
 
@@ -323,8 +327,8 @@ def _rotated_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return _diagonal(values), jnp.swapaxes(axes, 1, 2) @ tangents[2] @ axes
 
 
-# C = data R + noise I, for R = diag(values), as functions of R, `(K, d, d)`, that have derivatives
-# in all directions, of any order. Their values are elementwise.
+# Functions of C = data R + noise I for R = diag(values), `(K, d, d)`. Their values are elementwise,
+# and they have derivatives of any order in all directions of R.
 
 
 def _noisy(rotated: Array, data: Array, noise: Array) -> Array:
@@ -351,7 +355,7 @@ def _ratio(rotated: Array, values: Array, data: Array, noise: Array) -> Array:
 
 @_ratio.defjvp
 def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # Of dR as `noise C^-1 dR C^-1`, where a product rule has a difference of large numbers.
+    # The term of dR is `noise C^-1 dR C^-1`; the product rule has a difference of large numbers.
     inverse, ratio = _inverse(*primals), _ratio(*primals)
     rotated, _, _, noise = primals
     of_rotated, _, of_data, of_noise = tangents
@@ -393,10 +397,10 @@ def _noisy_tangent(primals: tuple, tangents: tuple) -> Array:
 
 
 def _residuals(view: View, constants: _Constants, x: Numbers) -> tuple[Numbers, Numbers]:
-    """The residuals e_k, and the logarithms of the posterior's weights, not normalized."""
+    """The residuals e_k, and the log-weights of the posterior, not normalized."""
     residuals = x[None] - view.centers
     along = _linalg.product(constants.to_axes, residuals)
-    # The value is `inverse * along`. Its derivative is that of a linear system in R.
+    # The value is `inverse * along`, and the derivative is the derivative of a linear system in R.
     whitened = jax.lax.custom_linear_solve(
         lambda y: view.data * _linalg.product(constants.rotated, y) + view.noise * y,
         along,
@@ -414,10 +418,10 @@ def _plain_mean(view: View, constants: _Constants, x: Numbers) -> Numbers:
     return _mixed(p, constants.means + _linalg.product(view.gains, residuals))
 
 
-# The posterior mean. Differentiated step by step, a loop stores some thirty numbers a call for the
-# backward pass. The derivative in the state, which guidance needs most often, is that of the
-# module's docstring: one product by A_k a direction; where the mixture is small, a symmetric matrix
-# of a few numbers. Of one Gaussian it is the same for all states.
+# The posterior mean. With automatic differentiation, a loop stores about thirty numbers per call
+# for the backward pass. The derivative in the state, which guidance needs most often, therefore has
+# the closed form of the module docstring: one product by A_k per direction, or a symmetric matrix
+# of a few numbers for a small mixture. For one Gaussian the derivative is the same at all states.
 _posterior_mean = eqx.filter_custom_jvp(_plain_mean)
 
 
@@ -448,17 +452,17 @@ def _mixed(p: Numbers, values: Numbers) -> Numbers:
 
 
 def check_mixture(value: Any, name: str) -> None:
-    """Refuse, with a `TypeError`, what is no mixture."""
+    """Raise a `TypeError` if `value` is not a mixture."""
     _checks.instance(
         value, GaussianMixture, name, "build it by tiltjax.GaussianMixture(weights, means, covs)"
     )
 
 
 def check_state(x: Array, dim: int) -> None:
-    """Refuse, with a `ValueError`, a state whose shape is not `(dim,)`."""
+    """Raise a `ValueError` if the shape of a state is not `(dim,)`."""
     if x.shape != (dim,):
         raise ValueError(
-            f"this mixture lives on states of shape ({dim},), got a state of shape {x.shape}"
+            f"this mixture needs states of shape ({dim},), got a state of shape {x.shape}"
         )
 
 
@@ -476,6 +480,6 @@ def _check_covariances(covs: np.ndarray) -> None:
         smallest = np.linalg.eigvalsh(cov).min()
         if smallest < -small:
             raise ValueError(
-                f"covs[{index}] must be positive semi-definite, got smallest eigenvalue "
+                f"covs[{index}] must be positive semi-definite, got the smallest eigenvalue "
                 f"{smallest:g} in {cov.tolist()}"
             )

@@ -3,21 +3,21 @@ r"""Posterior samplers: draws of `X_1 | X_t = x`, differentiable in x.
 | posterior | a draw | law |
 |---|---|---|
 | `Exact(model)` | closed form of a mixture | exact; the derivative holds the component fixed |
-| `Glass(model, steps)` | a flow with the same network, no retraining | exact as steps grow |
-| `FlowMap(model, steps)` | where the probability flow takes x | a point, not a law |
+| `Glass(model, inner_steps)` | a flow with the same network | exact as steps grow |
+| `FlowMap(model, inner_steps)` | the end of the probability flow from x | a point, not a law |
 | `Renoise(model, snr_factor, inner_steps)` | the flow from a noisier state | in between |
 | `Tweedie(model)` | the denoiser | a point: the mean |
 
-**Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian view, so its
-own denoiser is the model's at another time and state (`Interpolant.observe`, and `tiltjax.models`).
-Running the flow of that denoiser from noise draws from the posterior: Holderrieth et al. (arXiv
-2602.05993, GLASS flows). The noise of that inner flow is a free choice; it is scaled to the width a
-posterior of `base_scale` wide data would have, `1 / sqrt(snr_t + base^-2)`, so that the same steps
-resolve it at every time.
+**Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian likelihood, so
+its denoiser is the model's denoiser at another time and state (`Interpolant.observe`, and
+`tiltjax.models`). The flow of this denoiser from noise draws from the posterior: Holderrieth et al.
+(arXiv 2602.05993, GLASS flows). The noise of this inner flow is a free choice. It has the width of
+the posterior of data of standard deviation `base_scale`, `1 / sqrt(snr_t + base^-2)`, so that the
+same steps resolve the flow at every time.
 
 Both inner flows use the exponential form of the probability flow,
-`d(x / sigma) = D d(alpha / sigma)`: exact for a constant denoiser, with no singularity at the data
-end, for any interpolant.
+`d(x / sigma) = D d(alpha / sigma)`. This form is exact for a constant denoiser and has no
+singularity at t = 1, for any interpolant.
 """
 
 from typing import Any, NamedTuple
@@ -34,14 +34,14 @@ from tiltjax.mixtures import check_state, decomposed
 from tiltjax.models import Analytic, Model
 
 _MODEL_HINT = (
-    "use Analytic(mixture) for a mixture; tokens have no posterior of numbers, and are guided by "
+    "use Analytic(mixture) for a mixture; guide tokens, which have no posterior of numbers, by "
     "tokens.Completions(model, reward, scale)"
 )
 
 
 class Posterior(_repr.Printable):
-    """A sampler of `X_1 | X_t = x` around a model. Subclasses define `draw(key, t, x)` for one
-    sample, and `draws` if several can share work.
+    """A sampler of `X_1 | X_t = x` for a model. Subclasses define `draw(key, t, x)` for one sample,
+    and `draws` if several draws can share work.
     """
 
     _always = ("inner_steps",)
@@ -50,19 +50,19 @@ class Posterior(_repr.Printable):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # `draws` of another posterior would not be draws of this one.
+        # An inherited `draws` would not match the `draw` of the subclass.
         if "draw" in vars(cls) and "draws" not in vars(cls):
             cls.draws = Posterior.draws
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
-        """One draw, of the shape of `x`, reparametrized: differentiable in `x`."""
+        """One draw, of the shape of `x`, reparametrized and thus differentiable in `x`."""
         raise NotImplementedError
 
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         """k independent draws, `(k, *x.shape)`; `draws(..., 1)[0]` is `draw(...)`.
 
-        **Arguments:** `denoised`, `D_t(x)` as a function of x, where it is known already: a
-        posterior that needs it then makes one network call less.
+        **Arguments:** `denoised`, `D_t(x)` as a function of x, if it is known already. A posterior
+        that needs it then saves one network call.
 
         **Raises:** `ValueError` for `k < 1`.
         """
@@ -72,7 +72,7 @@ class Posterior(_repr.Printable):
 
 
 class Tweedie(Posterior):
-    """The posterior's mean `D_t(x)`: the draw of DPS. **Arguments:** `model`."""
+    """The posterior mean `D_t(x)`: the draw of DPS. **Arguments:** `model`."""
 
     model: Model
 
@@ -89,14 +89,15 @@ class Tweedie(Posterior):
 
 
 class Exact(Posterior):
-    """Draws from a mixture's posterior in closed form. **Arguments:** `model`, an `Analytic` model.
+    """Draws from the posterior of a mixture in closed form. **Arguments:** `model`, an `Analytic`
+    model.
 
-    For one Gaussian the derivative in x is the posterior mean's. For several, a draw picks a
-    component, and the derivative holds that choice fixed: right in law, blind to how x moves the
-    weights. `Glass` sees it.
+    For one Gaussian, the derivative in x is the derivative of the posterior mean. For several
+    components, a draw chooses a component, and the derivative holds this choice fixed. The law is
+    exact, but the derivative ignores how x changes the weights. `Glass` includes this change.
 
-    A draw is Matheron's: a sample `(X_1', X_0')` of the prior, corrected by the gain times the
-    residual of x, so that no posterior covariance is ever factored.
+    A draw uses Matheron's rule: a sample `(X_1', X_0')` of the prior, corrected by the gain times
+    the residual of x. No posterior covariance is factored.
     """
 
     model: Analytic
@@ -136,13 +137,17 @@ class Exact(Posterior):
 
 
 class Glass(Posterior):
-    """Draws by a flow with the model's own denoiser. **Arguments:** `model`; `inner_steps`,
-    denoiser calls a draw; `order`, 1 or 2.
+    """Draws by a flow with the model's own denoiser.
 
-    Error O(1 / steps^order) in the draw's spread, at the same calls: of order 1 the denoiser is
-    held constant over a step, of order 2 it is extrapolated linearly from the step before (Adams
-    and Bashforth, in the exponential form). The first call is the denoiser at `(t, x)` itself,
-    which a guidance needs anyway and shares.
+    The error of a draw's spread is O(1 / steps^order), at the same number of calls. With order 1
+    the denoiser is constant over a step. With order 2 it is extrapolated linearly from the previous
+    step (Adams and Bashforth, in the exponential form). The first call is the denoiser at `(t, x)`
+    itself, which a guidance also needs and shares.
+
+    **Arguments:** `model`; `inner_steps`, the denoiser calls per draw; `order`, 1 or 2.
+
+    **Raises:** `ValueError` for `inner_steps < 1` or another order. Source: Holderrieth et al.
+    (arXiv 2602.05993).
     """
 
     model: Model
@@ -162,8 +167,8 @@ class Glass(Posterior):
     def draws(self, key: Array, t: Array, x: Array, k: int, denoised: Array | None = None) -> Array:
         k = _checks.count(k, "k")
         denoised = self.model.denoise(t, x) if denoised is None else denoised
-        # Each draw has a copy of the state: the derivative in a common one would be a sum over
-        # draws at every step of the flow.
+        # Each draw has its own copy of the state. The derivative in a common state would be a sum
+        # over draws at every step of the flow.
         noises = jax.random.normal(key, (k, *x.shape), x.dtype)
         states = jnp.broadcast_to(x, (k, *x.shape))
         return jax.vmap(lambda xi, x: self._flow(xi, t, x, denoised))(noises, states)
@@ -195,13 +200,14 @@ class Glass(Posterior):
 
 
 class _GlassStep(NamedTuple):
-    """A step of the inner flow from s on, along `Z_s = s X_1 + (1 - s) width noise`.
+    """A step of the inner flow from s, along `Z_s = s X_1 + (1 - s) width noise`.
 
-    - `prepared`: the model at the time of both views, `X_t` and `Z_s`, taken together.
-    - `of_natural`, `of_z`: its state there, `of_natural eta + of_z z`, with eta the natural
-      parameter of `X_t`.
-    - `remaining`: what the step leaves of `z - D`.
-    - `extrapolate`: what a denoiser that is linear in s adds, in units of its change over a step.
+    - `prepared`: the model at the time of the combined likelihood of `X_t` and `Z_s`.
+    - `of_natural`, `of_z`: the coefficients of the state at that time, `of_natural eta + of_z z`,
+      with eta the natural parameter of `X_t`.
+    - `remaining`: the factor that the step applies to `z - D`.
+    - `extrapolate`: the contribution of a denoiser that is linear in s, in units of its change over
+      a step.
     """
 
     prepared: Any
@@ -214,7 +220,7 @@ class _GlassStep(NamedTuple):
 def _glass_steps(
     model: Model, precision: Array, width: Array, num: int, dtype: Any
 ) -> tuple[Array, _GlassStep]:
-    """`remaining` of the first of `num` steps, at which the denoiser is known, and the others."""
+    """`remaining` of the first of `num` steps, whose denoiser is known, and the other steps."""
     s = jnp.arange(num, dtype=dtype) / num
     remaining = (1 - s - 1 / num) / (1 - s)
     noise = ((1 - s[1:]) * width) ** 2
@@ -223,18 +229,18 @@ def _glass_steps(
     # With m steps to go: 1 + (m - 1) log((m - 1) / m).
     left = np.arange(num - 1, 0, -1)
     extrapolate = jnp.asarray(1 + (left - 1) * np.log(np.maximum(left - 1, 1) / left), dtype)
-    # All coefficients, for all steps at once: in the loop each would be an operation.
+    # The coefficients are computed for all steps at once, to save operations inside the loop.
     prepared = jax.vmap(model.prepare)(times)
     of_z = of_natural * s[1:] / noise
     return remaining[0], _GlassStep(prepared, of_natural, of_z, remaining[1:], extrapolate)
 
 
 class FlowMap(Posterior):
-    """Where the unguided probability flow takes x: `X_{t,1}(x)`. **Arguments:** `model`;
-    `inner_steps`, of second order.
+    """The end of the unguided probability flow from x: `X_{t,1}(x)`. **Arguments:** `model`;
+    `inner_steps`, of second order; `floor` in (0, 1).
 
-    Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times the noise's scale,
-    then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where that
+    Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times its value for the
+    noise, then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where this
     logarithm is finite.
 
     **Raises:** `ValueError` for a `floor` outside (0, 1).
@@ -252,7 +258,7 @@ class FlowMap(Posterior):
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
         model, times = decomposed(self.model), self._times(t, x.dtype)
-        # A correction and the prediction after it are at the same time.
+        # A correction and the next prediction are at the same time.
         which = (np.arange(2 * self.inner_steps + 1) + 1) // 2
         prepared = jax.tree.map(lambda leaf: leaf[which], jax.vmap(model.prepare)(times))
         rows, from_row = _linalg.rows((prepared, *_heun_weights(model.interpolant, times).T))
@@ -269,7 +275,9 @@ class FlowMap(Posterior):
         return _linalg.array(end)
 
     def _times(self, t: Array, dtype: Any) -> Array:
-        """From t on, `(inner_steps + 1,)`: the logarithm of `sigma / alpha` falls evenly."""
+        """The times from t on, `(inner_steps + 1,)`, evenly spaced in the logarithm of
+        `sigma / alpha`.
+        """
         interpolant = self.model.interpolant
         last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
         noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
@@ -281,11 +289,11 @@ class FlowMap(Posterior):
 
 def _heun_weights(interpolant: Interpolant, times: Array) -> Array:
     """Heun's method between n + 1 times and the jump at the end, as weights of the state, of its
-    denoiser and of the previous one, `(2 n + 1, 3)`: one loop, in which the network is compiled
-    once.
+    denoiser and of the previous denoiser, `(2 n + 1, 3)`. In this form it is one loop, in which the
+    network is compiled once.
     """
     sigma, alpha = jax.vmap(interpolant.sigma)(times), jax.vmap(interpolant.alpha)(times)
-    # One step is `contraction * x + gain * D`.
+    # A prediction is `contraction * x + gain * D`.
     contraction = sigma[1:] / sigma[:-1]
     gain = alpha[1:] - alpha[:-1] * contraction
     zero, one = jnp.zeros_like(gain), jnp.ones_like(gain)
@@ -296,13 +304,13 @@ def _heun_weights(interpolant: Interpolant, times: Array) -> Array:
 
 
 class Renoise(Posterior):
-    """Where the flow takes a noisier state: noise is added until the snr has fallen by
-    `snr_factor`, and `FlowMap` runs from there.
+    """The end of the flow from a noisier state: noise is added until the snr has fallen by
+    `snr_factor`, and `FlowMap` starts there.
 
     `x_s = (alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) xi` at the time
-    s with `snr_s = snr_t / snr_factor`, the forward noising of `X_t`. A factor of 1 is `FlowMap`;
-    in the limit it forgets x. Not the posterior: see Holderrieth et al. (arXiv 2602.05993, weighted
-    diamond maps).
+    s with `snr_s = snr_t / snr_factor`, the forward noising of `X_t`. With a factor of 1 it is
+    `FlowMap`; for an infinite factor it does not depend on x. Its law is not the posterior: see
+    Holderrieth et al. (arXiv 2602.05993, weighted diamond maps).
 
     **Arguments:** `model`; `snr_factor >= 1`; `inner_steps` of the inner `FlowMap`.
 
@@ -323,7 +331,7 @@ class Renoise(Posterior):
         interpolant = self.model.interpolant
         s = interpolant.time(interpolant.snr(t) / self.snr_factor)
         ratio = interpolant.alpha(s) / interpolant.alpha(t)
-        # sigma_s^2 - ratio^2 sigma_t^2, without subtracting.
+        # sqrt(sigma_s^2 - ratio^2 sigma_t^2), without a difference of large numbers.
         std = interpolant.sigma(s) * jnp.sqrt(1 - 1 / self.snr_factor)
         noisy = ratio * x + std * jax.random.normal(key, x.shape, x.dtype)
         return FlowMap(self.model, self.inner_steps).draw(key, s, noisy)

@@ -1,17 +1,17 @@
-r"""Named problems with known answers: data, no solvers.
+r"""Named problems with known answers. This module contains data only.
 
 | name | prior | reward | scale |
 |---|---|---|---|
 | `gaussian` | N(0, I/2) | `-abs(x - (0, 2.5))^2` | 3 |
 | `quadratic` | modes ±(2.5, 0), covariance I/2, equal weights | the same | 3 |
-| `noniso` | the same modes, leaning towards each other's top: off-diagonals ±.25 | the same | 3 |
+| `noniso` | the same modes with correlated coordinates, off-diagonals ±.25 | the same | 3 |
 | `unequal` | the modes of `quadratic` with weights .2, .8 | the same | 3 |
 | `uncentered` | modes (-4, 0), (1, 0), covariance I/2, equal weights | the same | 3 |
 | `double_well` | the prior of `quadratic` | `DoubleWell` | 3 |
 | `step` | modes ±3 on the line, variance 1 | `StepReward(10)` | 5 |
 | `bump` | the same | `exp(-(x - 3)^2 / 2)` | 5 |
 
-The six mixtures in the plane and the two problems on the line are those of Dandapanthula and Boffi
+The six mixtures in the plane and the two problems on the line come from Dandapanthula and Boffi
 (arXiv 2606.02884).
 """
 
@@ -24,11 +24,12 @@ from tiltjax.mixtures import GaussianMixture
 
 
 class Problem(NamedTuple):
-    """A prior, a reward and a scale, with what is known of them.
+    """A prior, a reward and a scale, with known values.
 
-    `sigma`: the damping width the paper uses, the standard deviation of a mode. `log_norm`: the log
-    normalizing constant `log E[exp(scale * r(X))]` under the prior, to the digits given. `bounds`:
-    `((low, high), ...)`, where to look.
+    - `sigma`: the damping width in the paper, the standard deviation of a mode.
+    - `log_norm`: the log normalizing constant `log E[exp(scale * r(X))]` under the prior, to the
+      digits shown.
+    - `bounds`: `((low, high), ...)`, the region to plot.
     """
 
     name: str
@@ -76,7 +77,7 @@ def unequal() -> Problem:
 
 
 def uncentered() -> Problem:
-    """A far mode and a near one: the tilt leaves the far one almost no mass."""
+    """A far mode and a near mode: the tilt gives the far mode almost no mass."""
     return _plane("uncentered", [0.5, 0.5], [[-4.0, 0.0], [1.0, 0.0]], [_HALF, _HALF], -7.5169)
 
 
@@ -87,13 +88,13 @@ def double_well() -> Problem:
 
 
 def step() -> Problem:
-    """A reward without gradient: only selection can choose the mode."""
+    """A reward without a gradient: only selection can choose the mode."""
     reward = rewards.StepReward(10.0)
     return Problem("step", _two_modes(), reward, 5.0, 1.0, -0.6931, _LINE)
 
 
 def bump() -> Problem:
-    """A bounded reward on the right mode: the tilt keeps 1.528% of its mass on the left."""
+    """A bounded reward on the right mode: the left mode has 1.528% of the mass of the tilt."""
     return Problem("bump", _two_modes(), rewards.Bump([3.0], 1.0), 5.0, 1.0, 3.4881, _LINE)
 
 
@@ -105,7 +106,9 @@ NAMES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_wel
 
 
 def get(name: str) -> Problem:
-    """The problem called `name`. **Raises:** `ValueError` listing the names if there is none."""
+    """The problem called `name`. **Raises:** `ValueError` that lists the names if there is no such
+    problem.
+    """
     if name not in NAMES:
         raise ValueError(f"unknown problem {name!r}: choose one of {', '.join(NAMES)}")
     return globals()[name]()

@@ -1,8 +1,9 @@
-r"""Resampling: which particles go on, and how often.
+r"""Resampling: how often each particle continues.
 
-From log-weights `(n,)` to int32 ancestors `(num,)`, particle i of the next generation descending
-from `ancestors[i]`. All of these are unbiased: with normalized weights W_i, particle i is chosen
-`num W_i` times on average, and between `floor` and `ceil` of that for those that are marked.
+A scheme maps log-weights `(n,)` to int32 ancestors `(num,)`: particle i of the next generation
+descends from `ancestors[i]`. All schemes are unbiased: with normalized weights W_i, particle i is
+chosen `num W_i` times on average. With the schemes that are marked in the last column, particle i
+is chosen either `floor(num W_i)` or `ceil(num W_i)` times.
 
 | scheme | the points u_j that are looked up in the cumulative weights | floor or ceil |
 |---|---|---|
@@ -12,10 +13,11 @@ from `ancestors[i]`. All of these are unbiased: with normalized weights W_i, par
 | `residual` | `floor(num W_i)` copies each, the rest multinomial | at least floor |
 | `ssp` | none: pairs of particles exchange their fractions until one is whole | yes |
 
-Floor and ceil hold up to the rounding of the cumulative weights, of which a million in single
-precision leave an offspring more or less to a few hundred. Weights need not be normalized; `-inf`
-is a weight of zero. Ancestors come in no particular order. Reference: Chopin and Papaspiliopoulos,
-*An Introduction to Sequential Monte Carlo*, chapter 9; Gerber, Chopin and Whiteley (2019) for ssp.
+Floor and ceil hold up to the rounding of the cumulative weights. With a million particles in single
+precision, a few hundred of them have one offspring more or less. Weights need not be normalized;
+`-inf` is a weight of zero. Ancestors are in no particular order. References: Chopin and
+Papaspiliopoulos, *An Introduction to Sequential Monte Carlo*, chapter 9; Gerber, Chopin and
+Whiteley (2019) for ssp.
 """
 
 import functools
@@ -33,49 +35,59 @@ Resampler = Callable[..., Array]
 
 
 def multinomial(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """Independent draws. The most variable scheme, and the one that theorems are about.
-    `log_weights` `(n,)`, ancestors `(num,)`.
+    """Ancestors `(num,)` of independent draws, from `log_weights` `(n,)`. This scheme has the
+    largest variance, and most theorems assume it.
+
+    **Arguments:** `key`; `log_weights`; `num`, by default n. **Raises:** `ValueError` for
+    log-weights of another rank, with NaN or inf, or all -inf.
     """
     key, (log_weights, num) = _checks.key(key), _checked(log_weights, num)
-    # Ordered uniforms without sorting: normalized partial sums of exponentials.
+    # Normalized partial sums of exponentials are ordered uniforms, without sorting.
     gaps = jnp.cumsum(jax.random.exponential(key, (num + 1,), log_weights.dtype))
     return _look_up(log_weights, gaps[:-1] / gaps[-1])
 
 
 def stratified(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """One point in each of `num` equal strata. Shapes as in `multinomial`."""
+    """Ancestors with one random point in each of `num` equal strata. Arguments and shapes as in
+    `multinomial`.
+    """
     log_weights, num = _checked(log_weights, num)
     offsets = jax.random.uniform(_checks.key(key), (num,), log_weights.dtype)
     return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offsets) / num)
 
 
 def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """The same point in each of `num` equal strata. Shapes as in `multinomial`."""
+    """Ancestors with the same point in each of `num` equal strata. Arguments and shapes as in
+    `multinomial`.
+    """
     log_weights, num = _checked(log_weights, num)
     offset = jax.random.uniform(_checks.key(key), (), log_weights.dtype)
     return _counted(log_weights, offset, num)
 
 
 def residual(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """Whole copies first, the rest multinomially. Shapes as in `multinomial`."""
+    """Ancestors with whole copies first and the rest multinomial. Arguments and shapes as in
+    `multinomial`.
+    """
     log_weights, num = _checked(log_weights, num)
     whole, fraction = _split(log_weights, num)
-    # Not the ordered points of `multinomial`: any of them, taken alone, must be uniform.
+    # Not the ordered points of `multinomial`: each point must be uniform by itself, because only
+    # some of the points are used.
     drawn = _look_up(
         jnp.log(fraction), jax.random.uniform(_checks.key(key), (num,), fraction.dtype)
     )
     first = jnp.cumsum(whole, dtype=jnp.int32)
     slot = jnp.arange(num, dtype=jnp.int32)
     copies = jnp.searchsorted(first, slot, side="right")
-    # The last slots are drawn: as many as whole copies leave.
+    # The whole copies fill the first slots, and draws fill the rest.
     return jnp.where(
         slot < first[-1], jnp.minimum(copies, len(whole) - 1), drawn[num - 1 - slot]
     ).astype(jnp.int32)
 
 
 def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
-    """Srinivasan's process: two particles at a time trade their fractional offspring until one of
-    them is whole. Sequential.
+    """Ancestors by Srinivasan's process: pairs of particles trade their fractional offspring until
+    one of the two is whole. Sequential. Arguments and shapes as in `multinomial`.
     """
     log_weights, num = _checked(log_weights, num)
     whole, fraction = _split(log_weights, num)
@@ -84,24 +96,24 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
     def trade(
         carry: tuple[Array, Array], particle: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array], Array]:
-        # Particle i has the fraction f, particle j has g. One of them ends at 0 or 1; the other
-        # goes on to the next trade.
+        # Particle i has the fraction f, particle j has g. One of the two ends at 0 or 1; the other
+        # particle continues to the next trade.
         i, f = carry
         j, g, uniform = particle
         total = f + g
         over = total > 1
-        # Mass 1 (or total, if less) goes to one of the two, so that the means stay.
+        # The probabilities keep the means: the winner gets mass 1, or `total` if that is less.
         to_i = uniform < jnp.where(over, (1 - g) / (2 - total), f / jnp.maximum(total, 1e-30))
         winner, loser = jnp.where(to_i, i, j), jnp.where(to_i, j, i)
-        # Over one: the winner is complete, the loser keeps what is left. Under: the loser has none,
-        # the winner goes on with all of it.
+        # Above one, the winner is complete and the loser continues with the rest. Below one, the
+        # loser has nothing and the winner continues with the total.
         complete = jnp.where(over, winner, -1)
         return (jnp.where(over, loser, winner), jnp.where(over, total - 1, total)), complete
 
     index = jnp.arange(len(whole), dtype=jnp.int32)
     start = index[0], fraction[0]
     (last, left), complete = jax.lax.scan(trade, start, (index[1:], fraction[1:], uniforms[1:]))
-    # Fractions sum to a whole number: what is left is 0 or 1 up to rounding.
+    # The fractions sum to a whole number, so the last fraction is 0 or 1 up to rounding.
     complete = jnp.append(complete, jnp.where(left > 0.5, last, -1))
     counts = whole + jnp.zeros_like(whole).at[jnp.where(complete < 0, len(whole), complete)].add(
         1, mode="drop"
@@ -116,10 +128,10 @@ def _checked(log_weights: Array, num: int | None) -> tuple[Array, int]:
     log_weights = _checks.floating(log_weights, "log_weights")
     if log_weights.ndim != 1 or not len(log_weights):
         raise ValueError(
-            f"log_weights must be one number a particle, got shape {log_weights.shape}"
+            f"log_weights must be one number per particle, got shape {log_weights.shape}"
         )
     if _checks.concrete(log_weights):
-        largest = np.asarray(log_weights).max()  # NaN if any of them is
+        largest = np.asarray(log_weights).max()  # NaN if any log-weight is NaN
         if not np.isfinite(largest):
             raise ValueError(
                 f"log_weights must be finite or -inf, not all -inf: their maximum is {largest}"
@@ -128,14 +140,14 @@ def _checked(log_weights: Array, num: int | None) -> tuple[Array, int]:
 
 
 def _weights(log_weights: Array) -> Array:
-    """Relative to the largest: nothing overflows, and a common factor does not matter."""
+    """Weights relative to the largest weight, to avoid overflow."""
     return jnp.exp(log_weights - jnp.max(log_weights))
 
 
-@jax.jit  # a scan of many operations, each of which would be compiled by itself
+@jax.jit  # outside a program, each of the many operations of the scans would compile separately
 def _cumulative(log_weights: Array) -> Array:
-    """Partial sums of the weights; those of zero add nothing at all, whatever the order of
-    summation rounds to.
+    """Partial sums of the weights. A weight of zero adds exactly nothing, whatever the rounding of
+    the sums.
     """
     weights = _weights(log_weights)
     sums = jax.lax.associative_scan(jnp.add, weights)
@@ -144,11 +156,10 @@ def _cumulative(log_weights: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="num")
 def _counted(log_weights: Array, offset: Array, num: int) -> Array:
-    """The particles under the points `(j + offset) / num`."""
+    """The particles at the points `(j + offset) / num`."""
     cumulative = _cumulative(log_weights)
-    # Equally spaced points below a cumulative weight can be counted, which is faster than to look
-    # each of them up. The whole of the weight is above all of them, whatever is lost in the
-    # product.
+    # Equally spaced points below a cumulative weight can be counted, which is faster than a search
+    # for each point. The total weight is above all points, whatever the rounding of the product.
     scaled = cumulative * (num / cumulative[-1])
     below = jnp.floor(scaled) + jnp.where(scaled - jnp.floor(scaled) > offset, 1, 0)
     ends = jnp.where(cumulative == cumulative[-1], num, jnp.clip(below, 0, num)).astype(jnp.int32)
@@ -160,8 +171,8 @@ def _counted(log_weights: Array, offset: Array, num: int) -> Array:
 @jax.jit
 def _look_up(log_weights: Array, points: Array) -> Array:
     cumulative = _cumulative(log_weights)
-    # Points are below one, but their product with the total may round up to it: the last particle
-    # with any weight takes those.
+    # Points are below one, but their product with the total may round up to the total. The last
+    # particle with positive weight gets such points.
     total = jnp.nextafter(cumulative[-1], jnp.zeros_like(cumulative[-1]))
     ancestors = jnp.searchsorted(
         cumulative, jnp.minimum(points * cumulative[-1], total), side="right"
@@ -171,9 +182,9 @@ def _look_up(log_weights: Array, points: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="num")
 def _split(log_weights: Array, num: int) -> tuple[Array, Array]:
-    """Expected offspring as whole numbers and fractions."""
+    """The whole part and the fraction of the expected offspring."""
     weights = _weights(log_weights)
     expected = num * (weights / jnp.sum(weights))
-    # A whole number that rounding left a little below itself is whole.
+    # Rounding may leave a whole number slightly too small.
     whole = jnp.floor(expected * (1 + 8 * jnp.finfo(expected.dtype).eps))
     return whole.astype(jnp.int32), jnp.maximum(expected - whole, 0.0)

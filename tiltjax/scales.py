@@ -1,17 +1,17 @@
 r"""Scale laws `lambda_t`: the strength of a reward at each time of a guidance.
 
 Guidance estimates `∇ log E[exp(scale * r(X_1)) | X_t = x]`. An estimate from one draw at full scale
-is too large, as it ignores the uncertainty of `X_1`. For a Gaussian prior `N(mu, s^2 I)` and
-`r(x) = -|x - y|^2` the exact remedy is a smaller scale,
+is too large, because it ignores the uncertainty of `X_1`. For a Gaussian prior `N(mu, s^2 I)` and
+`r(x) = -|x - y|^2`, the exact correction is a smaller scale,
 
-    lambda_t = scale / (1 + 2 scale v_t),      v_t = Var(X_1 | X_t) = 1 / (1/s^2 + snr_t),
+    lambda_t = scale / (1 + 2 scale v_t),      v_t = Var(X_1 | X_t) = 1 / (1/s^2 + snr_t).
 
-after which one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi (arXiv
-2606.02884).
+With this scale one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi
+(arXiv 2606.02884).
 
-A law is called as `law(key, snr, t, x)` and its value is held constant under differentiation: a
-derivative through an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1,
-the one the target is defined by.
+A law is called as `law(key, snr, t, x)`. Its value is held constant under differentiation, because
+a derivative through an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1,
+which defines the target.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from tiltjax.models import Model
 
 
 class Scale(_repr.Printable):
-    """A scale law; subclasses define `final` and `__call__(key, snr, t, x) -> scalar`."""
+    """A scale law. Subclasses define `final` and `__call__(key, snr, t, x) -> scalar`."""
 
     final: eqx.AbstractVar[Array]
 
@@ -59,10 +59,12 @@ class Constant(Scale):
 class Damped(Scale):
     """`lambda_t = scale / (1 + 2 scale v_t)` with `v_t = sigma^2 / (1 + sigma^2 snr_t)`.
 
-    Exact for a prior `N(mu, sigma^2 I)`, any interpolant, and the reward `-|x - y|^2` (put a weight
-    h on it into `scale`). Elsewhere it is a heuristic with one hyper-parameter.
+    Exact for a prior `N(mu, sigma^2 I)`, any interpolant, and the reward `-|x - y|^2` (multiply
+    `scale` by the weight of a weighted reward). Otherwise it is a heuristic with one
+    hyper-parameter.
 
-    **Arguments:** `scale >= 0`; `sigma >= 0`, the prior's standard deviation, in the data's units.
+    **Arguments:** `scale >= 0`; `sigma >= 0`, the prior's standard deviation, in the units of the
+    data.
     """
 
     final: Array
@@ -86,13 +88,13 @@ def gaussian_variance(sigma: Array, snr: Array) -> Array:
 
 
 class SelfDamped(Scale):
-    """`lambda_t = scale / (1 + 2 scale v_t(x))` with the model's own posterior variance in place of
-    a width.
+    """`lambda_t = scale / (1 + 2 scale v_t(x))` with the posterior variance of the model.
 
-    `v_t(x) = (sigma_t^2 / alpha_t) tr(∂D/∂x) / d` (Tweedie's second identity), the trace from one
-    Hutchinson probe: one pullback through the denoiser, no hyper-parameter. On one isotropic
-    Gaussian it is `Damped` with the right sigma; on mixtures a scalar misses the direction between
-    modes, which `Laplace` has. A learned Jacobian may say v < 0, which is taken as 0.
+    `v_t(x) = (sigma_t^2 / alpha_t) tr(∂D/∂x) / d` (Tweedie's second identity), with the trace from
+    one Hutchinson probe: one pullback through the denoiser, and no hyper-parameter. On one
+    isotropic Gaussian it equals `Damped` with the right sigma. On mixtures, a scalar cannot
+    represent the direction between modes, but `Laplace` can. If a learned Jacobian gives v < 0, v
+    is set to 0.
 
     **Arguments:** `scale >= 0`; `model`.
     """
@@ -112,5 +114,5 @@ class SelfDamped(Scale):
 
 
 def as_scale(scale: "float | Array | Scale") -> Scale:
-    """`scale` itself if it is a law, else the constant."""
+    """`scale` itself if it is a law, else the constant law."""
     return scale if isinstance(scale, Scale) else Constant(scale)

@@ -1,21 +1,24 @@
-r"""One step of a sampler, from time t to u.
+r"""Solvers: one step of a sampler, from time t to u.
 
-All of them move a *field*: the denoiser `D~` of the law that is sampled, which is the model's own
-`D`, or under guidance `D~ = D + (sigma_t^2 / alpha_t) ∇ log h`. Its probability flow has the drift
-`b + (g_t^2 / 2) ∇ log h`.
+Every solver integrates a *field*: the denoiser `D~` of the law that is sampled. This is the model's
+own `D`, or `D~ = D + (sigma_t^2 / alpha_t) ∇ log h` under guidance. Its probability flow has the
+drift `b + (g_t^2 / 2) ∇ log h`.
 
 | solver | step | order |
 |---|---|---|
 | `Euler()` | `x + (u - t) b~_t(x)` | 1 |
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
-| `Adaptive(rtol, atol)` | as many Runge-Kutta steps as a tolerance takes | 5 |
-| `tokens.Unmask(even)` | tokens: some of the masked ones are drawn from `D~` | 1 |
+| `Adaptive(rtol, atol)` | as many Runge-Kutta steps as the tolerance needs | 5 |
+| `tokens.Unmask(even)` | tokens: some of the masked tokens are drawn from `D~` | 1 |
 
 with `E~ = (x - alpha_t D~) / sigma_t`, `S2 = eta^2 sigma_u^2 (1 - rho^2)`,
-`rho = alpha_t sigma_u / (alpha_u sigma_t)`: eta = 1 is the ancestral (DDPM) kernel of the reversed
-process, eta = 0 DDIM. A step to t = 1 jumps to `D~`: the whole of it with a fixed step, with
-`Adaptive` the last thousandth.
+`rho = alpha_t sigma_u / (alpha_u sigma_t)`. With eta = 1, `Ancestral` is the ancestral (DDPM)
+kernel of the reversed process; with eta = 0 it is DDIM. A step to t = 1 is a jump to `D~`.
+`Adaptive` jumps only at the end of such a step, from a noise-to-data ratio of `floor`.
+
+References: Song et al. (arXiv 2011.13456), the probability flow; Ho, Jain and Abbeel
+(arXiv 2006.11239, DDPM); Song, Meng and Ermon (arXiv 2010.02502, DDIM).
 """
 
 from collections.abc import Callable
@@ -31,8 +34,8 @@ from tiltjax.interpolants import Interpolant
 
 
 class Streams(NamedTuple):
-    """The random keys of one particle in one step: for the guidance, the solver's noise, and the
-    second stage.
+    """The random keys of one particle in one step: for the guidance, for the noise of the solver,
+    and for the second stage.
     """
 
     guidance: Array
@@ -54,8 +57,8 @@ class Kernel(NamedTuple):
     def propose(
         self, key: Array, x: Array, denoised: Array, shift: Array | None
     ) -> tuple[Array, Array]:
-        """A state from this kernel p with its mean shifted, q, and `log p - log q` there, without a
-        difference of densities.
+        """A draw from q, this kernel p with its mean shifted, and `log p - log q` at the draw,
+        computed without a difference of densities.
         """
         noise = jax.random.normal(key, x.shape, x.dtype)
         moved = self.keep * x + self.gain * denoised + self.std * noise
@@ -70,10 +73,10 @@ Field = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 class Solver(_repr.Printable):
-    """One step for one sample; subclasses define `step`, `stochastic` and the weak `order` of their
-    mean.
+    """One step for one sample. Subclasses define `step`, `stochastic` and `order`, the weak order
+    of the mean of the step.
 
-    `steps` is the number of steps of a run by default.
+    `steps` is the default number of steps of a run.
     """
 
     stochastic: ClassVar[bool]
@@ -91,7 +94,7 @@ class Solver(_repr.Printable):
         x: Array,
         state: Any,
     ) -> tuple[Array, Any]:
-        """The state at `u`, and the guidance's memory."""
+        """The state at `u`, and the memory of the guidance."""
         raise NotImplementedError
 
 
@@ -108,10 +111,10 @@ class Euler(Solver):
 
 
 class Heun(Solver):
-    """The trapezoidal step of the probability flow, two evaluations of the field.
+    """The trapezoidal step of the probability flow, with two evaluations of the field.
 
-    **Arguments:** `share_draw`: whether the second stage reuses the first's posterior draws. Fresh
-    ones (the default) halve the variance that the draws leave behind.
+    **Arguments:** `share_draw`: whether the second stage uses the posterior draws of the first
+    stage. Fresh draws (the default) halve the variance that comes from the draws.
     """
 
     share_draw: bool = eqx.field(static=True, default=False)
@@ -123,9 +126,9 @@ class Heun(Solver):
     order = 2
 
     def step(self, keys, interpolant, field, t, u, x, state):
-        # Two Euler steps by u - t, one from t and one from u, end a trapezoid's other slope beyond
-        # it: halfway back lies the trapezoid. As a loop, so that the field, which is nearly all of
-        # a program, is compiled once.
+        # The trapezoidal step is the mean of x and the end of two Euler steps by u - t, one from t
+        # and one from u. The two steps are a loop, so that the field, which is most of a program,
+        # is compiled once.
         def euler(carry, stage):
             key, s = stage
 
@@ -135,8 +138,8 @@ class Heun(Solver):
                     u < 1, x + (u - t) * interpolant.velocity(s, x, denoised), denoised
                 ), state
 
-            # The field has no value at t = 1, and u is the same for all particles: a branch, not a
-            # select.
+            # A branch, not a select: the field has no value at t = 1. All particles have the same
+            # u, so vmap keeps the branch.
             return jax.lax.cond(s < 1, move, lambda *carry: carry, *carry), None
 
         keys = jnp.stack([keys.guidance, keys.guidance if self.share_draw else keys.second])
@@ -145,7 +148,7 @@ class Heun(Solver):
 
 
 class Stochastic(Solver):
-    """A step that is a draw from a kernel, which a weighted run can shift and weigh; subclasses
+    """A step that is a draw from a kernel, which a weighted run can shift and weigh. Subclasses
     define `kernel` and `finish`.
     """
 
@@ -153,11 +156,11 @@ class Stochastic(Solver):
     order = 1
 
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Any:
-        """The step from t to u."""
+        """The kernel of the step from t to u."""
         raise NotImplementedError
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The last step of a weighted run, to t = 1, from the unguided denoiser."""
+        """The state after the last step of a weighted run, to t = 1, from the unguided denoiser."""
         raise NotImplementedError
 
     def step(self, keys, interpolant, field, t, u, x, state):
@@ -166,8 +169,8 @@ class Stochastic(Solver):
 
 
 class Ancestral(Stochastic):
-    """The Gaussian kernel of one step. **Arguments:** `eta >= 0`, the noise: 1 ancestral (DDPM), 0
-    deterministic (DDIM).
+    """The Gaussian kernel of one step. **Arguments:** `eta` in [0, 1], the noise: 1 for ancestral
+    (DDPM), 0 for deterministic (DDIM).
     """
 
     eta: Array
@@ -176,11 +179,11 @@ class Ancestral(Stochastic):
         self.eta = _checks.in_range(eta, "eta", 0, 1)
 
     def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel:
-        """The step from t to u."""
+        """The kernel of the step from t to u."""
         sigma_t, sigma_u = interpolant.sigma(t), interpolant.sigma(u)
         rho = interpolant.alpha(t) * sigma_u / (interpolant.alpha(u) * sigma_t)
         # sqrt(sigma_u^2 - S2) / sigma_t, as a sum: near t = 0, where rho is small, the difference
-        # is all rounding.
+        # would be only rounding.
         keep = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2) / sigma_t
         std = self.eta * sigma_u * jnp.sqrt(1 - rho**2)
         return Kernel(
@@ -192,34 +195,33 @@ class Ancestral(Stochastic):
         )
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The last step: a jump to the denoiser, without noise."""
+        """The state after the last step: the denoiser, without noise."""
         return denoised
 
 
 class Adaptive(Solver):
-    r"""The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size
+    """The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size
     control (Diffrax).
 
-    Solved on a circle, where all interpolants are alike: with `c = sigma_0`,
+    The flow is solved on a circle, on which all interpolants are alike. With `c = sigma_0`,
     `r = hypot(sigma, c alpha)` and the angle `phi = arctan(sigma / (c alpha))`, which falls from pi
     / 2 (noise) to 0 (data),
 
         y = x / r = sin(phi) X_0 + cos(phi) X_1 / c,      dy/dphi = cos(phi) E~ - sin(phi) D~ / c,
 
-    of unit size and without singularity at either end. A step to t = 1 is solved until
-    `tan(phi) = floor` and jumps to `D~` from there, which leaves an error of second order in
-    `floor`.
+    with y of unit size and no singularity at either end. A step to t = 1 is solved until
+    `tan(phi) = floor` and then jumps to `D~`, with an error of second order in `floor`.
 
-    The tolerance is that of a deterministic field. The *draws* of a random guidance are therefore
-    held fixed over a step, which the solver divides as it likes: more steps are more draws. A
-    guidance's *memory* is held, too, and updated once, where the step ends.
+    The tolerance assumes a deterministic field. The *draws* of a random guidance are therefore
+    fixed during a step, which the solver may divide; more steps are more draws. The *memory* of a
+    guidance is also fixed during a step, and updated once at its end.
 
-    Reverse-mode gradients are those of the numbers computed (checkpointed: memory grows with the
-    logarithm of `max_steps`); there are no forward-mode ones. A step that fails, or takes more than
-    `max_steps` of its own, ends in NaN, which a run reports.
+    Reverse-mode gradients are the exact gradients of the computation (checkpointed: memory grows
+    with the logarithm of `max_steps`). There are no forward-mode gradients. A step that fails, or
+    takes more than `max_steps` internal steps, ends in NaN, which a run reports.
 
-    **Arguments:** `rtol`, `atol`, the error allowed in each step of the solver's own, relative and
-    in units of c; `max_steps`; `floor`.
+    **Arguments:** `rtol`, `atol`, the error allowed in each internal step, relative and absolute
+    for y; `max_steps`; `floor` in (0, 1).
     """
 
     rtol: Array
@@ -258,10 +260,10 @@ class Adaptive(Solver):
         *,
         dense: bool = False,
     ) -> "FlowSegment":
-        """The flow of the field `denoise(t, x)` from t to u, backwards if u < t; neither may be 1.
-        Only a `dense` one can be called.
+        """The flow of the field `denoise(t, x)` from t to u, backward if u < t. Neither time may be
+        1. Only a `dense` flow can be called.
         """
-        import diffrax  # here, as it would make `import tiltjax` a third slower
+        import diffrax  # here, because it makes `import tiltjax` a third slower
 
         circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
 
@@ -282,8 +284,8 @@ class Adaptive(Solver):
             dt0=None,
             y0=x / circle.radius(t),
             saveat=diffrax.SaveAt(t1=True, dense=dense),
-            # No step can be smaller than the rounding of the angle: where the field is NaN, that
-            # ends the search.
+            # No step can be smaller than the rounding of the angle. If the field is NaN, this bound
+            # ends the solve.
             stepsize_controller=diffrax.PIDController(
                 self.rtol, self.atol, dtmin=float(jnp.finfo(x.dtype).eps), force_dtmin=False
             ),
@@ -298,7 +300,7 @@ class Adaptive(Solver):
         end = jnp.where(u < 1, u, jnp.maximum(t, self.last(interpolant)))
         denoise = lambda s, x: field(keys.guidance, s, x, state)[0]
         flow = self.solve(interpolant, denoise, t, end, x)
-        # Where the solver failed the field is evaluated at the state before, which shows the cause.
+        # If the solver failed, the field is evaluated at the previous state, to find the cause.
         denoised, state = field(keys.guidance, end, jnp.where(flow.success, flow.end, x), state)
         return jnp.where(flow.success, jnp.where(u < 1, flow.end, denoised), jnp.nan), state
 
@@ -320,10 +322,10 @@ class _Circle(eqx.Module):
 
 
 class FlowSegment(eqx.Module):
-    """A piece of the probability flow: the state `end` at its end and, if it is dense, at any time
-    `t -> x`.
+    """A piece of the probability flow: the state `end` at its end and, if it is dense, the state
+    `t -> x` at any time.
 
-    Where the solver failed, `success` is false, `end` arbitrary, and the states are NaN.
+    If the solver failed, `success` is false, `end` is arbitrary, and the states are NaN.
     """
 
     circle: _Circle
@@ -332,6 +334,6 @@ class FlowSegment(eqx.Module):
     interpolation: Any
 
     def __call__(self, t: Array) -> Array:
-        """The state at time t of the piece."""
+        """The state at a time t of the piece."""
         y = self.interpolation.evaluate(self.circle.angle(t))
         return jnp.where(self.success, self.circle.radius(t) * y, jnp.nan)

@@ -1,20 +1,21 @@
-"""Which methods choose the right squares of a checkerboard, and at what cost?
+"""Which methods sample the right squares of a checkerboard, and at what cost?
 
-The exact model of the checkerboard, a bump of width 1.5 as reward, scale 10. Mean reward and
-covariance trace of the samples against those of the tilt, by quadrature; denoiser calls and
-pullbacks for each sample that is kept, best-of-n's discarded ones included.
+The prior is the exact model of the checkerboard, the reward a bump of width 1.5, the scale 10.
+Reported are the mean reward and the covariance trace of the samples, against those of the tilt by
+quadrature. The cost is in denoiser calls and pullbacks for each sample of the output, including the
+samples that best-of-n discards.
 
-The plug-in rows are in the published setting (200 Euler steps from t = 0, 50 GLASS steps), once
-with the noise's scale sqrt(3) respected, and once as published: there the posterior draws and the
-gain of guidance take the noise to have unit scale. Published numbers: Dandapanthula and Boffi
-(arXiv 2606.02884), with a learned network.
+The plug-in rows use the published setting (200 Euler steps from t = 0, 50 GLASS steps), once with
+the right noise scale sqrt(3), and once as published. The published code assumes unit noise in the
+posterior draws and in the gain of the guidance. Published numbers: Dandapanthula and Boffi (arXiv
+2606.02884), with a learned network.
 
-With `--network CHECKPOINT` every method asks the network of `training.py` instead, trained for
-10,000 steps or taken from the checkpoint that was kept there; fewer settings then, and fewer
-samples of the plug-in rows, as published. Outside of its data a network answers with anything, and
-a guidance that asks there is thrown out further: without a bound one percent of `Conjugate`'s
-samples do not end. Its denoiser is held within the square of the data, but not that of methods that
-differentiate the network, as a bound has no gradient.
+With `--network CHECKPOINT` every method uses the network of `training.py`, trained for 10,000 steps
+or read from the checkpoint. There are then fewer settings, and fewer samples in the plug-in rows,
+as published. Outside of its training data a network is arbitrary. A guidance that evaluates the
+network there moves samples out further: without a bound, one percent of `Conjugate`'s samples
+diverge. The network's denoiser is therefore clipped to the square of the data. The clip is left out
+for methods that differentiate the network, because it has no gradient.
 
     python -m benchmarks.accuracy.checkerboard [--quick] [--network CHECKPOINT]
 """
@@ -36,11 +37,11 @@ from benchmarks import common
 from benchmarks.training import training
 
 REWARD, SCALE = tj.rewards.Bump([0.5, 0.5], 1.5), 10.0
-WITHIN = 0.01, 0.04  # what counts as the tilt: of its mean reward, of its trace
+WITHIN = 0.01, 0.04  # tolerances for the tilt: of its mean reward, of its trace
 
 
 class UnitNoise(tj.Model):
-    """A model's denoiser and starting law on a path that takes the noise to have unit scale."""
+    """A model's denoiser and start on an interpolant that assumes unit noise."""
 
     board: tj.Model
     interpolant: tj.interpolants.Interpolant
@@ -59,16 +60,16 @@ class UnitNoise(tj.Model):
 
 
 def bounded(network: Any, t: jax.Array, x: jax.Array) -> jax.Array:
-    """A velocity network's denoiser, held within the data's square, where every posterior mean
-    lies.
+    """A velocity network's denoiser, clipped to the data's square, which contains every posterior
+    mean.
     """
     path = tj.models.Checkerboard().interpolant
     return jnp.clip(jax.vmap(path.denoised_from_velocity)(t, x, network(t, x)), -3.0, 3.0)
 
 
 class Row(NamedTuple):
-    """A method: `samples(seed, num)` keeps about `num`; calls and pullbacks of the denoiser for
-    each that is kept.
+    """A method: `samples(seed, num)` returns about `num` samples; the costs are denoiser calls and
+    pullbacks for each of them.
     """
 
     name: str
@@ -98,7 +99,7 @@ def exact() -> tuple[float, float, float]:
 
 
 def summary(x) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Mean reward and covariance trace, each with its standard error."""
+    """The mean reward and the covariance trace, each with its standard error."""
     x = np.asarray(x, np.float64)
     rewards = np.exp(-np.sum((x - 0.5) ** 2, axis=1) / (2 * 1.5**2))
     squares = np.sum((x - x.mean(axis=0)) ** 2, axis=1)
@@ -111,8 +112,8 @@ def summary(x) -> tuple[tuple[float, float], tuple[float, float]]:
 
 def plug_in_rows(model: tj.Model, label: str) -> list[Row]:
     steps, inner = 200, 50
-    # The first step is at t = 0 there; its guidance is asked at the second time, where this run
-    # begins.
+    # The published first step is at t = 0, but evaluates the guidance at the second time, where
+    # this run starts.
     times = jnp.linspace(0.0, 1.0, steps + 1)[1:]
 
     @functools.cache
@@ -131,7 +132,7 @@ def plug_in_rows(model: tj.Model, label: str) -> list[Row]:
 
     def row(name, published, *, damped=False, k=1, n=1):
         def samples(seed, num):
-            # All groups are taken from one run.
+            # One run provides all groups.
             return tj.best_of_n(run(damped, k, num if k > 1 else 4 * num), REWARD, n).x[:num]
 
         cost = n * common.plug_in_calls(inner, k) * (steps - 1)
@@ -243,7 +244,7 @@ def main() -> None:
     for num, row in rows:
         try:
             x = row.samples(7, num)
-        except FloatingPointError as error:  # a network that is asked outside of its data
+        except FloatingPointError as error:  # a network evaluated outside of its data
             failed[row.name] = str(error)
             print(f"{row.name:52s} {error}", flush=True)
             continue

@@ -1,9 +1,9 @@
-"""How much computing does each method need to sample the tilt, not only to sample something?
+"""How much computation does each method need to sample the tilt accurately?
 
-On the two-mode quadratic mixture (scale 3, 2,000 samples) every method is run over growing
-settings; reported is the cheapest one whose W2 to the tilt, averaged over seeds, is within 1.2
-times the floor: in CPU-seconds, and in denoiser calls and pullbacks a sample. A method that never
-gets there is listed with the closest it came.
+Every method runs on the two-mode quadratic mixture (scale 3, 2,000 samples) with increasingly
+expensive settings. Reported is the cheapest setting whose W2 to the tilt, averaged over seeds, is
+within 1.2 times the floor, in CPU-seconds and in denoiser calls and pullbacks per sample. For a
+method that never reaches this bound, the setting with the smallest W2 is listed.
 
     python -m benchmarks.accuracy.cost_to_floor [--quick]
 """
@@ -21,8 +21,8 @@ from benchmarks import common
 
 
 class Setting(NamedTuple):
-    """One way to run a method; `forward` and `backward`: denoiser calls and pullbacks through them,
-    per evaluation of the field.
+    """One setting of a method. `forward` and `backward` are the denoiser calls and the pullbacks
+    through them, per evaluation of the field.
     """
 
     method: str
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
 
 def settings(problem: tj.problems.Problem) -> Iterator[Setting]:
-    """Cheapest first within a method."""
+    """All settings, by increasing cost within each method."""
     prior, reward, scale = problem.prior, problem.reward, problem.scale
     model = tj.Analytic(prior)
     damping, glass = tj.Damped(scale, problem.sigma), tj.Glass(model, inner_steps=20)
@@ -107,7 +107,7 @@ def main() -> None:
             np.array([tj.metrics.wasserstein(samples[seed], exact[seed]) for seed in range(seeds)])
             / floor
         )
-        evaluations = 2 * steps - 1  # of Heun's two stages, the last step one
+        evaluations = 2 * steps - 1  # Heun has two stages, and its last step one
         calls = {"forward": forward * evaluations, "backward": backward * evaluations}
         row = {
             "setting": setting,

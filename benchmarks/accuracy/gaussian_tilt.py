@@ -1,8 +1,9 @@
-"""How far does each method land from the tilt of a Gaussian mixture, and what does it cost?
+"""How far from the tilt of a Gaussian mixture are the samples of each method, and what do they
+cost?
 
-Five mixtures with the reward -|x - (0, 2.5)|^2 at scale 3, in the published setting: 2,000 samples,
+Five mixtures have the reward -|x - (0, 2.5)|^2 at scale 3, in the published setting: 2,000 samples,
 49 Heun steps on [.001, .999], 20 GLASS steps, scores clipped at length 100. W2 is the exact
-2-Wasserstein distance to 2,000 exact samples, as a mean over seeds with its standard error; the
+2-Wasserstein distance to 2,000 exact samples, the mean over seeds with its standard error. The
 floor is the distance between two exact sets. Published numbers: the code of Dandapanthula and Boffi
 (arXiv 2606.02884), one run each.
 
@@ -91,7 +92,7 @@ def main() -> None:
             cell = {"w2": w2, "over_floor": w2[0] / floor[0], **timing._asdict()}
             cell["published"] = PUBLISHED.get(method, (None,) * 5)[column]
             if cell["published"]:
-                # The published value is one run: its own standard error is the spread between runs.
+                # The published value is one run, whose standard error is the spread between runs.
                 cell["sigmas"] = (w2[0] - cell["published"]) / (w2[1] * (1 + seeds) ** 0.5)
             table.setdefault(method, {})[name] = cell
             print(

@@ -1,9 +1,10 @@
-"""How much of a method's error is the network's?
+"""How much of a method's error comes from the learned network?
 
-A velocity network (3 x 256) is trained on the two-mode `quadratic` prior by flow matching; `Tilted`
-and `Conjugate` with it and with the exact model, for targets inside and outside of the data: W2 to
-the exact tilt over the floor, and the mean along the target's direction. Beside it the calibrated
-variance v(snr) of both models against the exact posterior variance.
+A velocity network (3 x 256) is trained on the two-mode `quadratic` prior by flow matching. `Tilted`
+and `Conjugate` run with the network and with the exact model, for targets inside and outside of the
+data. Reported are W2 to the exact tilt over the floor, and the mean along the target's direction. A
+second table compares the calibrated variance v(snr) of both models with the exact posterior
+variance.
 
     python -m benchmarks.accuracy.learned [--quick]
 """
@@ -122,7 +123,7 @@ def main() -> None:
         }
         for method in ("Tilted", "Conjugate"):
             for name, model in models.items():
-                # As a plain function the reward hides its form: it has to be fitted.
+                # As a plain function the reward hides its form, so that Conjugate must fit it.
                 hidden = lambda x, reward=reward: reward(x)
                 tilted = method == "Tilted"
                 guidance = (

@@ -1,9 +1,10 @@
-"""Where will each method land, before anything runs?
+"""Which distance to the tilt does the theory predict for each method, without a run?
 
-The predicted W2 to the tilt on the problem `gaussian` (scale 3): one Gaussian, so the laws are
-exact. Plug-in by its number of draws, one damped draw by how wrong its width is with the least k at
-which plain plug-in comes closer (`theory.matching_k`), and `theory.recommend` at several budgets of
-denoiser calls. Published: one damped particle matches eight to sixteen plain ones.
+The tables show the predicted W2 to the tilt on the problem `gaussian` (scale 3), one Gaussian, so
+that the laws are exact. They cover plug-in by its number of draws; one damped draw by the error of
+its width, with the smallest k at which undamped plug-in is closer (`theory.matching_k`); and
+`theory.recommend` at several budgets of denoiser calls. Published: one damped particle matches
+eight to sixteen undamped ones.
 
     python -m benchmarks.accuracy.predictions [--quick]
 """

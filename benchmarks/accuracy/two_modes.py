@@ -1,8 +1,10 @@
-"""Two modes on the line: what selection repairs, and where it overshoots.
+"""Does selection correct the mode weights of guided samples on the line, and where does it
+overshoot?
 
-P(X >= 0) after best-of-n of plug-in guided samples (k = 1, 50 GLASS steps), for a step reward,
-where theory says 1 - 2^-n, and for a bounded bump on the right mode, where the tilt has .98472;
-2,000 groups, scale 5. Published: the code of Dandapanthula and Boffi.
+Reported is P(X >= 0) after best-of-n of plug-in guided samples (k = 1, 50 GLASS steps, 2,000
+groups, scale 5). The first reward is a step, for which theory gives 1 - 2^-n. The second is a
+bounded bump on the right mode, for which the tilt has .98472. Published: the code of Dandapanthula
+and Boffi (arXiv 2606.02884).
 
     python -m benchmarks.accuracy.two_modes [--quick]
 """

@@ -1,15 +1,16 @@
-"""How much memory does FLUX.1-dev take on each of 1, 2, 4 and 8 devices?
+"""How much memory does FLUX.1-dev need on each of 1, 2, 4 and 8 devices?
 
     python -m benchmarks.images.flux_memory [--size 512] [--particles 2] [--no-remat] [--quick]
 
-Nothing is allocated: the 12-billion network is built abstractly, lowered and compiled for virtual
-devices, and the compiler says what every one of them holds. Parameters are bfloat16 and divided on
-both axes of the mesh (`transformer.sharded`), particles on its axis `data`.
+Nothing is allocated. The network of 12 billion parameters is built abstractly, lowered and compiled
+for virtual devices, and the compiler reports the memory of each device. Parameters are bfloat16 and
+divided on both axes of the mesh (`transformer.sharded`); particles are divided on its axis `data`.
 
-The parameters' part is exact on any machine. What is computed is the CPU's compiler's: its matrix
-products are float32, for which it first copies all parameters, twice their bytes, which are left
-out of `computed` (compiled in float32 throughout there are no copies, and what remains agrees); and
-attention saves its scores. `estimate` is `model.memory` for a GPU with fused attention.
+The memory of the parameters is exact on any machine. The memory of the computation is that of the
+CPU's compiler. Its matrix products are float32, so that it first copies all parameters, with twice
+their bytes; these copies are left out of `computed`. (A program compiled entirely in float32 has no
+copies, and its remaining memory agrees.) Its attention saves the scores. `estimate` is
+`flux.memory` for a GPU with fused attention.
 """
 
 import argparse
@@ -37,7 +38,7 @@ MESHES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
 
 
 def network(mesh, remat):
-    """FLUX.1-dev as shapes that say where they will be."""
+    """FLUX.1-dev as abstract arrays with their shardings."""
     config = transformer.Config()
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": remat}
     abstract = nnx.eval_shape(lambda: transformer.Transformer(config, **options, rngs=nnx.Rngs(0)))
@@ -55,8 +56,8 @@ def network(mesh, remat):
 
 
 def compiled(n, size, particles, remat, gradient):
-    """Bytes of arguments and of buffers on one of n devices, and the seconds it took to trace and
-    lower, and to compile.
+    """The bytes of arguments and of buffers on one of n devices, and the seconds of tracing and
+    lowering, and of compilation.
     """
     mesh = jax.make_mesh(
         MESHES[n],
@@ -125,7 +126,7 @@ def main():
             arguments, buffers, lowering, compiling = compiled(
                 n, settings.size, settings.particles, remat, gradient
             )
-            computed = buffers - 2 * (whole // n)  # less the copies
+            computed = buffers - 2 * (whole // n)  # without the copies
             fused = estimate(gradient=gradient, remat=remat).activations / n
             what, mesh = "gradient" if gradient else "forward", f"{shape[0]} x {shape[1]}"
             print(

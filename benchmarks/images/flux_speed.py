@@ -1,16 +1,17 @@
-"""How fast is FLUX.1-dev, guided and not, beside what the device can do at all?
+"""How fast is FLUX.1-dev, guided and unguided, compared with the fastest matrix product of the
+device?
 
     python -m benchmarks.images.flux_speed [--sizes 512 1024] [--attention cudnn] [--remat]
         [--peer] [--quick]
 
-Weights are random and bfloat16, of a network of two times; nothing is downloaded. The ceiling is a
-product of two bfloat16 matrices of side 8192, timed in the same run. Arithmetic is counted from
-shapes: two operations for each weight and token, and four n^2 d for the scores and values of n
-tokens of width d in every block; with a gradient to the latents, forward pass included, weights
-count twice and attention three times. An image is 28 steps, decoded; a guided one as published,
-with one draw for 5 of them. `--peer` times the forward pass of `diffusers` in the same run, where
-it and PyTorch with a device are installed. `--quick` is a small network at 64 x 64 pixels, to see
-that it runs; its numbers are not written.
+The network has two times, and random weights in bfloat16; nothing is downloaded. The ceiling is a
+product of two bfloat16 matrices of side 8192, timed in the same run. Operations are counted from
+shapes: two for each weight and token, and four n^2 d for the scores and values of n tokens of width
+d in every block. For a gradient to the latents, including the forward pass, the operations of
+weights count twice and those of attention three times. An image takes 28 steps and is decoded. A
+guided image follows the published setting, with one draw for 5 of its steps. `--peer` times the
+forward pass of `diffusers` in the same run, if it and PyTorch with a device are installed.
+`--quick` runs a small network at 64 x 64 pixels as a test, and writes no numbers.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SMALL_CODER = autoencoder.Config(
 
 
 def seconds(call, repeats=REPEATS):
-    """The first call, mostly compilation, and the median of later ones, on the wall."""
+    """The wall seconds of the first call, mostly compilation, and the median of later calls."""
     walls = []
     for seed in range(repeats + 1):
         start = time.perf_counter()
@@ -49,15 +50,15 @@ def seconds(call, repeats=REPEATS):
 
 
 def ceiling(side):
-    """Operations per second of a large product in bfloat16."""
+    """The operations per second of a large product in bfloat16."""
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
     return 2 * side**3 / seconds(lambda key: product(a, b), 20)[1]
 
 
 def operations(config, tokens):
-    """Of a forward pass over so many tokens of text and image together, and with a gradient to its
-    input.
+    """The operations of a forward pass over this number of text and image tokens, and those of a
+    forward pass with a gradient to its input.
     """
     d = config.width
     double, single = config.num_layers, config.num_single_layers
@@ -69,14 +70,14 @@ def operations(config, tokens):
 
 
 def networks(config, coder, settings):
-    """Random weights on the device, as a model of a prompt that means nothing."""
+    """A model with random weights on the device, and a random text."""
     options = {
         "dtype": jnp.bfloat16,
         "param_dtype": jnp.bfloat16,
         "remat": settings.remat,
         "attention": settings.attention,
     }
-    # One program, so that no second copy of a parameter is left behind.
+    # One program, so that no second copy of a parameter remains.
     network = jax.jit(lambda: transformer.Transformer(config, **options, rngs=nnx.Rngs(0)))()
     decoder = jax.jit(
         lambda: autoencoder.Autoencoder(coder, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
@@ -95,7 +96,7 @@ def measured(model, size, top):
     x = jax.random.normal(jax.random.key(4), (1, *model.shape))
     t = jnp.asarray(0.4)
     forward = jax.jit(lambda model, x: batch(model.denoise, (None, 0))(t, x))
-    # As a guidance takes it: the gradient of a sum of squares, forward pass included.
+    # The gradient of a sum of squares, including the forward pass, as in a guidance.
     pulled = jax.jit(
         lambda model, x: jax.grad(lambda x: jnp.sum(batch(model.denoise, (None, 0))(t, x) ** 2))(x)
     )
@@ -137,13 +138,13 @@ def measured(model, size, top):
 
 
 def peak_gb():
-    """Of the device, since the process began; of the process where the device does not say."""
+    """The peak memory of the device since the process began, or of the process if it is unknown."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else common.peak_gb()
 
 
 def peer(config, sizes):
-    """Seconds of a forward pass of the published class in bfloat16, random weights."""
+    """The seconds of a forward pass of the published class in bfloat16, with random weights."""
     try:
         import torch
         from diffusers import FluxTransformer2DModel

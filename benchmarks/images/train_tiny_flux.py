@@ -1,22 +1,23 @@
-"""Can a FLUX.1 of ten thousandth the size be trained on two cores within the hour, and does it draw
-what it is told?
+"""Can a FLUX.1 of a ten-thousandth of the size be trained on two cores within an hour, and do its
+images match their captions?
 
     python -m benchmarks.images.train_tiny_flux [--output FOLDER] [--quick]
 
-Trains the model that the package brings along, the same classes on images of
-`tiltjax.images.shapes`, in four stages, and measures each of them before the next begins. A folder
-that holds a stage already is continued from there.
+The benchmark trains the small model of the package, with the classes of FLUX.1, on images of
+`tiltjax.images.shapes`. There are four stages, and each is evaluated before the next begins. A
+stage that is already in the folder is continued from its files.
 
-| stage | minimized | evaluated by |
+| stage | loss | evaluation |
 |---|---|---|
 | `autoencoder` | squared error + 1e-4 of the latents' divergence from noise | `read` of images |
-| `clip` | contrast of images and captions that fit | the most similar of 64 captions |
+| `clip` | contrastive loss of images and captions | the most similar of 64 captions |
 | `velocity` | flow matching at equal times, with T5 | `read` of samples by 28 steps of Euler |
 | `flow_map` | half as before; half: one step is two steps | the same by 4 steps, and by 1 |
 
-Network and encoders are written in the layout that FLUX.1 is published in, as 16-bit numbers. Steps
-of a stage share one schedule: a tenth up, a cosine down. References: Jordan et al. (2024), Muon;
-Frans et al. (arXiv 2410.12557) and Boffi et al. (arXiv 2505.18825), self-distilled maps.
+The network and the encoders are written in the published layout of FLUX.1, as 16-bit numbers. The
+steps of a stage share one learning-rate schedule: a tenth of them increasing, then a cosine decay.
+References: Jordan et al. (2024), Muon; Frans et al. (arXiv 2410.12557) and Boffi et al. (arXiv
+2505.18825), self-distilled maps.
 """
 
 import argparse
@@ -110,8 +111,8 @@ CLIP = clip.Config(
 
 
 def muon(name, steps):
-    """Muon on matrices, the convolutions' and the stacked blocks' among them, Adam on the rest; a
-    tenth of the steps up, then a cosine.
+    """The optimizer: Muon on matrices, including those of convolutions and stacked blocks, and Adam
+    on the rest. The learning rate increases for a tenth of the steps, then follows a cosine.
     """
     rate = training.schedule(RATES[name], steps, max(steps // 10, 1))
     axes = {2: ((0,), 1), 3: ((1,), 2), 4: ((0, 1, 2), 3)}
@@ -132,15 +133,15 @@ def muon(name, steps):
 
 
 def images(key, n):
-    """Scenes and their images."""
+    """Scenes and the images of the scenes."""
     found = shapes.scenes(key, n)
     keys = jax.random.split(jax.random.fold_in(key, 1), n)
     return found, jax.vmap(shapes.draw)(keys, *found)
 
 
 def partly(key, scenes, sparse=False):
-    """Scenes of which each word is left out now and then; of half of them, if `sparse`, every other
-    word. Its number is then the one after the last.
+    """Scenes in which some words are left out, at random; if `sparse`, every other word in half of
+    the scenes. The number of a missing word is the one after the last word.
     """
     key_words, key_scenes = jax.random.split(key)
     often = jax.random.bernoulli(key_scenes, 0.5, scenes.shape.shape)
@@ -152,7 +153,7 @@ def partly(key, scenes, sparse=False):
 
 
 def captions(of):
-    """Token ids of all captions, with every word said or not:
+    """The token ids of all captions, with every word given or left out, of shape
     `(shapes + 1, colors + 1, places + 1, colors + 1, LENGTH)`.
     """
     table = np.zeros((*(n + 1 for n in COUNTS), LENGTH), np.int32)
@@ -166,8 +167,8 @@ def captions(of):
 
 
 class Contrast(eqx.Module):
-    """`-log` of the probability of a caption's images, and of an image's captions, among all of a
-    batch.
+    """The contrastive loss: `-log` of the probability of a caption's images, and of an image's
+    captions, within a batch.
     """
 
     ids: jax.Array
@@ -188,8 +189,8 @@ class Contrast(eqx.Module):
 
 
 class Matching(eqx.Module):
-    """Flow matching at equal times, on latents that are drawn once; with `maps`, half of the batch
-    by maps through a time between.
+    """The flow-matching loss at equal times, on latents that are computed once. With `maps`, half
+    of the batch has the loss of maps through an intermediate time.
     """
 
     ids: jax.Array
@@ -218,7 +219,7 @@ class Matching(eqx.Module):
             output = call(mix * noise + (1 - mix) * data, start, start, slice(None))
             return jnp.mean((output - (noise - data)) ** 2)
         half, at = slice(None, n // 2), slice(n // 2, None)
-        # From anywhere, often from the noise, to anywhere, often to the data.
+        # From any time, often the noise, to any time, often the data.
         ends = jax.random.uniform(keys[4], (2, n // 2))
         often = jax.random.bernoulli(keys[5], jnp.asarray([[0.3], [0.5]]), (2, n // 2))
         above, below = jnp.where(often, jnp.asarray([[1.0], [0.0]]), jnp.sort(ends, axis=0)[::-1])
@@ -239,8 +240,8 @@ class Matching(eqx.Module):
 
 
 def train_autoencoder(steps, folder):
-    """Its weights, with the latents' mean and width in its configuration; a loop in Python, as XLA
-    on a CPU is slow at convolutions in loops.
+    """The autoencoder's weights, with the mean and the width of the latents in its configuration.
+    The loop is in Python, because XLA on a CPU is slow for convolutions in loops.
     """
     start, template = split_parameters(autoencoder.Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
     rule = muon("autoencoder", steps)
@@ -297,7 +298,7 @@ def train_autoencoder(steps, folder):
 
 
 def save(folder, network, config, renames=None, stacked=()):
-    """One part as it is published, its numbers 16 bits long."""
+    """Write one part in the published layout, as 16-bit numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = state_dicts.to_state_dict(network, renames, stacked)
     files.write(
@@ -308,7 +309,7 @@ def save(folder, network, config, renames=None, stacked=()):
 
 
 def write_tokenizers(folder):
-    """Whole words in lower case, for both encoders."""
+    """Write tokenizers of whole lower-case words, for both encoders."""
     for name, special in SPECIAL.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         vocabulary = {word: i for i, word in enumerate((*special, *WORDS))}
@@ -344,7 +345,7 @@ def write_tokenizers(folder):
 
 
 def train_clip(steps, folder):
-    """Both towers; FLUX.1 reads the first, a reward may have both."""
+    """Train both CLIP towers: FLUX.1 uses the text tower, a reward may use both."""
     ids = captions(prompts.clip_tokenizer(folder / "tokenizer", LENGTH))
     start = clip.CLIP(CLIP, rngs=nnx.Rngs(1))
     found = training.minimize(
@@ -381,8 +382,8 @@ def train_clip(steps, folder):
 
 
 def matching(folder, maps):
-    """The loss of both last stages, with the latents of as many images as are drawn, and the CLIP
-    states of all captions.
+    """The loss of the last two stages, with latents of `images` drawn once, and the CLIP states of
+    all captions.
     """
     coder, reader = loading.load("autoencoder", folder), loading.load("clip", folder)
     encode = jax.jit(
@@ -402,7 +403,7 @@ def matching(folder, maps):
 
 
 def train_velocity(steps, folder):
-    """The velocity, from noise, with the T5 that it reads."""
+    """Train the velocity, from random weights, together with its T5."""
     start = transformer.Transformer(VELOCITY, rngs=nnx.Rngs(2)), t5.T5(T5, rngs=nnx.Rngs(3))
     train_networks(
         "velocity", jax.random.key(5), start, matching(folder, False), steps, folder, ema=0.998
@@ -410,7 +411,7 @@ def train_velocity(steps, folder):
 
 
 def train_flow_map(steps, folder):
-    """Maps between any two times, from the velocity."""
+    """Train maps between any two times, from the velocity."""
     start = loading.load("transformer", folder), loading.load("t5", folder)
     train_networks(
         "flow_map", jax.random.key(6), start, matching(folder, True), steps, folder, ema=0.995
@@ -418,7 +419,7 @@ def train_flow_map(steps, folder):
 
 
 def train_networks(name, key, start, loss, steps, folder, ema):
-    """What both last stages do: minimize, and write transformer and T5."""
+    """The common part of the last two stages: minimize, then write the transformer and T5."""
     rule = muon(name, steps)
     found = training.minimize(key, start, loss, steps=steps, optimizer=rule, ema=ema, progress=True)
     write_networks(folder, found.average)
@@ -448,7 +449,7 @@ def write_networks(folder, networks):
 
 
 def agreement(wanted, found):
-    """The fraction of images in which `read` finds each word of their scene, and all of them."""
+    """The fraction of images in which `read` finds each word of the scene, and all words."""
     same = np.asarray(
         [
             [have is not None and a == b for a, b in zip(want, have or want, strict=True)]
@@ -465,8 +466,8 @@ def agreement(wanted, found):
 
 
 def evaluate_autoencoder(folder, n):
-    """The peak signal-to-noise ratio, and what is read, of images that went through the
-    autoencoder.
+    """The peak signal-to-noise ratio of images after the autoencoder, and the agreement of what
+    `read` finds in them.
     """
     coder = loading.load("autoencoder", folder)
     scenes, drawn = images(jax.random.key(7), n)
@@ -479,7 +480,9 @@ def evaluate_autoencoder(folder, n):
 
 
 def evaluate_clip(folder, n):
-    """How often the caption of an image is the most similar of 64, 63 of them of other scenes."""
+    """The fraction of images whose caption is the most similar of 64; the other 63 are of other
+    scenes.
+    """
     network, tokens = (
         clip.load(folder / "clip"),
         prompts.clip_tokenizer(folder / "tokenizer", LENGTH),
@@ -496,7 +499,7 @@ def evaluate_clip(folder, n):
 
 
 def evaluate_samples(folder, num, each, steps, leap):
-    """What is read in samples for so many captions of whole scenes, `each` of a caption."""
+    """The agreement of samples with `num` captions of whole scenes, `each` samples per caption."""
     velocity, coder = loading.load("transformer", folder), loading.load("autoencoder", folder)
     encoders = {"clip": loading.load("clip", folder), "t5": loading.load("t5", folder)}
     encoders |= {"clip_tokenizer": prompts.clip_tokenizer(folder / "tokenizer", LENGTH)}
@@ -536,7 +539,7 @@ def main():
 
 
 def train(folder, quick):
-    """Every stage that the folder lacks, and the results of all."""
+    """Train every stage that is missing in the folder, and return the results of all stages."""
     steps, n = QUICK if quick else STEPS, 64 if quick else 1000
     write_tokenizers(folder)
     stages = {
@@ -561,7 +564,7 @@ def train(folder, quick):
 
 
 def evaluate_maps(folder, n):
-    """Samples of the same network by its velocity, and by its maps in few steps."""
+    """The evaluation of samples from one network, by its velocity and by its maps in few steps."""
     return {
         "velocity_28_steps": evaluate_samples(folder, n // 4, 4, 28, False),
         "map_4_steps": evaluate_samples(folder, n // 4, 4, 4, True),

@@ -1,10 +1,12 @@
-"""Where do the methods land for rewards that no closed form tilts, in 2 to 100 dimensions?
+"""How close to the tilt is each method for rewards without a closed-form tilt, in 2 to 100
+dimensions?
 
-Two modes at ±2.5 along the first coordinate, variance 1/2 in every coordinate. All rewards but the
-double well are sums over the coordinates, which no method is told; so the tilt is a product of laws
-on the line, known by quadrature in any dimension. Reported are the share P(x_1 >= 0) of the right
-mode, and the root mean square over the coordinates of the W2 distances between marginals (exact on
-the line), with the floor between two exact samples. The double well is folded by the sign of x_1.
+The prior has two modes at ±2.5 along the first coordinate, with variance 1/2 in every coordinate.
+All rewards except the double well are sums over the coordinates, so that the tilt is a product of
+laws on the line, known by quadrature in any dimension. The methods do not use this form. Reported
+are the mass P(x_1 >= 0) of the right mode, and the root mean square over the coordinates of the W2
+distances between marginals (exact on the line), with the floor between two exact samples. The
+double well is folded by the sign of x_1.
 
     python -m benchmarks.rewards.any_reward [--quick]
 """
@@ -25,14 +27,14 @@ MODE, VARIANCE = 2.5, 0.5
 
 
 def two_modes(t, x):
-    """The denoiser of the prior on the path `Linear()`, at any dimension's cost of one product."""
+    """The denoiser of the prior on the interpolant `Linear()`, at the cost of one product."""
     noisy = t**2 * VARIANCE + (1 - t) ** 2
     gate = jnp.tanh(t * MODE * x[0] / noisy)
     return (t * VARIANCE / noisy * x).at[0].add((1 - t) ** 2 / noisy * MODE * gate)
 
 
 class Problem(NamedTuple):
-    """A reward that is a sum of `part(i, x_i)`, with the scale."""
+    """A reward that is a sum of `part(i, x_i)`, and its scale."""
 
     name: str
     dim: int
@@ -50,7 +52,7 @@ class Problem(NamedTuple):
         return jnp.stack([self.law(i).sample(keys[i], num)[:, 0] for i in range(self.dim)], axis=1)
 
     def law(self, i: int) -> theory.quadrature.GridTilt:
-        """The tilt's law of coordinate i."""
+        """The law of coordinate i under the tilt."""
         means = [[-MODE], [MODE]] if i == 0 else [[0.0]]
         prior = tj.GaussianMixture(
             [1 / len(means)] * len(means), means, [[[VARIANCE]]] * len(means)
@@ -79,14 +81,14 @@ def problems(dims: tuple[int, ...]) -> list[Problem]:
 
 
 def marginal_w2(x, y) -> float:
-    """Root mean square over the coordinates of the W2 distances between equally many samples."""
+    """The root mean square over the coordinates of W2 between samples of the same number."""
     return float(
         np.sqrt(np.mean((np.sort(np.asarray(x), axis=0) - np.sort(np.asarray(y), axis=0)) ** 2))
     )
 
 
 def right_share(law: theory.quadrature.GridTilt) -> float:
-    """`P(x_1 >= 0)`."""
+    """The mass `P(x_1 >= 0)`."""
     return float(law.expect(lambda x: jnp.where(x[0] >= 0, 1.0, 0.0)))
 
 
@@ -99,7 +101,7 @@ def methods(model: tj.Model, reward: Callable, scale: float) -> dict[str, tj.gui
         "plug-in": tj.PlugIn(glass, reward, scale),
         "damped": tj.PlugIn(glass, reward, tj.Damped(scale, VARIANCE**0.5)),
     }
-    if model.shape[0] <= 10:  # it pulls back along every coordinate
+    if model.shape[0] <= 10:  # Laplace pulls back along every coordinate
         rows["Laplace"] = tj.Laplace(model, reward, scale)
     rows["Conjugate"] = tj.Conjugate(model, reward, scale, variance=variance)
     rows["Conjugate, anisotropic"] = tj.Conjugate(
@@ -117,7 +119,7 @@ def landed(
     num: int,
     fold: Callable = lambda x: x,
 ) -> dict:
-    """For each method the right mode's share and the marginal W2, `None` where the run failed."""
+    """For each method the mass of the right mode and the marginal W2, `None` if the run failed."""
     results = {}
     for method, guidance in methods(model, reward, scale).items():
         try:

@@ -1,11 +1,12 @@
-"""A reward that may be asked 192 times: how far below the optimum is the best answer?
+"""With 192 queries of a reward, how far below the optimum is the best query?
 
-Data: eight modes of unit width on a ring in six dimensions (a plane turned at random). The reward,
-hidden behind noise of .05, has one peak of height 1 two widths away from a mode, and a broad one of
-height .6 on the other side. Queries go out 16 at a time: best-of-n (all from the model), steering
-by a surrogate that is fitted once, to 64 draws of the model, and the two optimists that learn after
-each round. Twenty seeds: simple regret (of the noiseless reward) after 64, 128 and 192 queries, and
-the share of seeds that climbed the high peak (regret below .1).
+The data have eight modes of unit width on a ring in six dimensions (in a randomly rotated plane).
+The reward is observed with noise of .05. It has a peak of height 1 at two widths from a mode, and a
+broad peak of height .6 on the other side. Queries are made in batches of 16, by best-of-n (all
+queries from the model), by steering with a surrogate that is fitted once to 64 draws of the model,
+and by two optimistic searches that learn after each batch. Reported over twenty seeds are the
+simple regret (of the noiseless reward) after 64, 128 and 192 queries, and the share of seeds that
+reach the high peak (regret below .1).
 
     python -m benchmarks.rewards.blackbox [--quick] [--figure FILE]
 """
@@ -33,7 +34,7 @@ def problem() -> tuple[tj.Model, tj.rewards.Reward, float]:
     peak = ring[2] + 2 * away / np.linalg.norm(away)
     high, low = tj.rewards.Bump(peak, 2.5), 0.6 * tj.rewards.Bump(ring[6], 4.0)
     reward = high + low
-    # The two peaks hardly touch: the maximum is found from the high one by ascent.
+    # The two peaks hardly overlap, so gradient ascent from the high peak finds the maximum.
     x = jnp.asarray(peak)
     for _ in range(200):
         x = x + 0.1 * jax.grad(lambda x: reward(x))(x)

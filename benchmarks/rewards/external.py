@@ -1,13 +1,14 @@
-"""What does it cost to leave JAX for a reward?
+"""What does a reward outside of JAX cost?
 
-Microseconds for each call of a compiled `vmap(reward)`, and of `vmap(value_and_grad(reward))`, on
-batches of 1, 64 and 4,096 states of dimension 16: `tanh(W x) . v` with 64 units, in JAX, in NumPy
-and in PyTorch (if it is installed) behind `External`, and the functions alone, called on NumPy
-arrays. The fastest of 200 calls (50 at 4,096): all that is slower is the machine's other work.
+Reported are microseconds per call of a compiled `vmap(reward)`, and of
+`vmap(value_and_grad(reward))`, on batches of 1, 64 and 4,096 states of dimension 16. The reward is
+`tanh(W x) . v` with 64 units, in JAX, and in NumPy and PyTorch (if installed) through `External`.
+The functions alone, called on NumPy arrays, are a comparison. The time is that of the fastest of
+200 calls (50 at 4,096), because other work of the machine only slows calls down.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rewards.external [--quick]
 
-(With more threads, NumPy's and PyTorch's wait for those of the program.)
+(With more threads, those of NumPy and PyTorch wait for those of the program.)
 """
 
 import argparse

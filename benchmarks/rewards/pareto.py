@@ -1,11 +1,11 @@
-"""Two rewards that compete: does each method walk along the exact front as their weights change?
+"""For two competing rewards, does each method follow the exact front as the weights change?
 
-Two modes in the plane (`problems.quadratic`) and `r_1 = -|x - (-1.5, 1.5)|^2`,
-`r_2 = -|x - (2, -1)|^2 / 2`, tilted by `w r_1 + (1 - w) r_2` at nine weights, scale 1. The exact
-tilts have closed mean rewards; beside them the measured ones, and W2 to each tilt over its floor
-(1,500 samples, 50 Heun steps). `Conjugate` is given the sum as a black box. A point beyond the
-front is no better one: it has left the base law further than the tilt does, which is what W2 shows.
-Every method compiles once for all weights.
+The prior has two modes in the plane (`problems.quadratic`). The rewards
+`r_1 = -|x - (-1.5, 1.5)|^2` and `r_2 = -|x - (2, -1)|^2 / 2` are combined to `w r_1 + (1 - w) r_2`
+at nine weights, scale 1. The exact tilts have closed mean rewards. They are compared with the
+measured mean rewards, and W2 to each tilt is given over its floor (1,500 samples, 50 Heun steps).
+`Conjugate` takes the sum as a black box. A point beyond the front is not better than the front: it
+is further from the base law than the tilt, as W2 shows. Every method compiles once for all weights.
 
     python -m benchmarks.rewards.pareto [--quick]
 """
@@ -37,7 +37,7 @@ STYLE = {
 
 
 class Opaque(eqx.Module):
-    """A reward that does not show its form; its weights stay leaves."""
+    """A reward that hides its form; its weights stay leaves."""
 
     reward: tj.rewards.Reward
 
@@ -158,7 +158,7 @@ def main() -> None:
                 flush=True,
             )
         rows.append(row)
-    # what each reward has where only the other counts
+    # The value of each reward at the weight where only the other reward counts.
     corner = np.min([row["exact"] for row in rows], axis=0)
     area = lambda means: tj.rewards.objectives.hypervolume(means, corner)
     areas = {"exact": area([row["exact"] for row in rows])}

@@ -1,19 +1,20 @@
-"""Does the work of a device fall as devices are added, and what do they exchange?
+"""Does the work of each device decrease with the number of devices, and how much data do they
+exchange?
 
     python -m benchmarks.speed.devices [--quick]
 
-A guided network on 1, 2, 4 and 8 virtual devices, one fresh process each: `sample`, and `smc` that
-resamples after every step, with as many particles in all whatever the number of devices (strong)
-and as many on each of them (weak). Of each program its compiler says, for one device, the
-floating-point operations (the loop's body counted once), the memory of arguments and buffers, and
-what collective operations a step has in the partitioned program. `received` is what a device then
-receives in a step by the ring algorithms: of k devices, all-gather (k - 1) / k of its result,
-all-reduce twice that, all-to-all that, a permutation the whole. Both branches of what is resampled
-if need be count. CPU-seconds are of one run, over all devices: virtual devices share the cores of
-one machine, and no time on the wall means anything here.
+A guided network runs on 1, 2, 4 and 8 virtual devices, each in a fresh process. The runs are
+`sample`, and `smc` with resampling after every step, with the same total number of particles
+(strong scaling) and with the same number on each device (weak scaling). For each program, the
+compiler reports for one device the floating-point operations (the loop's body counted once), the
+memory of arguments and buffers, and the collective operations of a step. `received` is the number
+of bytes that a device then receives in a step by the ring algorithms. For k devices this is (k - 1)
+/ k of the result of an all-gather or an all-to-all, twice that for an all-reduce, and all of a
+permutation. Both branches of conditional resampling count. CPU-seconds are of one run, over all
+devices. Virtual devices share the cores of one machine, so that wall times have no meaning here.
 
-Then, on paper, the share of time in exchange for 8 to 256 chips: predictions, from those counts and
-published peaks, of which nothing was measured (`predicted`).
+A second table predicts the share of time in exchange for 8 to 256 chips, from these counts and
+published peak rates (`predicted`). None of these predictions was measured.
 """
 
 import argparse
@@ -50,8 +51,8 @@ BYTES = {
 
 
 class Exchange(NamedTuple):
-    """A collective operation of a program: its kind, the bytes of its result on a device, and how
-    often it runs.
+    """A collective operation of a program: its kind, the bytes of its result on a device, and the
+    number of times it runs.
     """
 
     kind: str
@@ -59,7 +60,7 @@ class Exchange(NamedTuple):
     times: int
 
     def received(self, devices: int) -> float:
-        """Bytes that a device receives, by the ring algorithms."""
+        """The bytes that a device receives, by the ring algorithms."""
         around = (devices - 1) / devices
         share = {
             "all-reduce": 2 * around,
@@ -70,8 +71,8 @@ class Exchange(NamedTuple):
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation of a compiled program, and the name of the one it starts
-    with.
+    """The instructions of each computation of a compiled program, and the name of its entry
+    computation.
     """
     found: dict[str, list[str]] = {}
     entry, name = "", ""
@@ -85,8 +86,8 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def exchanges(text: str) -> Iterator[Exchange]:
-    """The collective operations that a compiled program runs, those of loops as often as these
-    turn.
+    """The collective operations of a compiled program. Those in loops are counted once per
+    iteration.
     """
     found, entry = computations(text)
 
@@ -121,7 +122,7 @@ def exchanges(text: str) -> Iterator[Exchange]:
 
 
 def size(shape: str) -> int:
-    """Bytes of an array or a tuple of arrays as programs write them: `(f32[8,2]{1,0}, pred[])`."""
+    """The bytes of an array or a tuple in the notation of programs: `(f32[8,2]{1,0}, pred[])`."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
     return sum(
         BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in arrays
@@ -139,12 +140,12 @@ def programs(devices: int, quick: bool) -> Iterator[tuple[str, str, int]]:
 
 
 def measure(devices: int, quick: bool) -> None:
-    """One process: its programs, a row of JSON each."""
+    """Measure the programs of one process, and print one row of JSON for each."""
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     )
     os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax  # the flags above are read when it starts
+    import jax  # the flags above are read when it is imported
     import jax.numpy as jnp
 
     import tiltjax as tj
@@ -204,7 +205,7 @@ def measure(devices: int, quick: bool) -> None:
 
 
 def scaled(rows: list[dict[str, Any]]) -> str:
-    """What was measured, as a table: what one device has of each."""
+    """The measured values as a table, for one device."""
     head = (
         "| scaling | devices | particles | `sample`, Mflop | KiB | `smc`, Mflop | KiB | "
         "collectives a step | KiB received a step | CPU-ms, `sample` | `smc` |\n"
@@ -231,9 +232,9 @@ def scaled(rows: list[dict[str, Any]]) -> str:
 
 
 class Chip(NamedTuple):
-    """Published peaks: bfloat16 operations a second, bytes a second in one direction between chips
-    of a group, the chips of a group, and bytes a second in one direction from a chip to other
-    groups.
+    """Published peak rates: bfloat16 operations per second; bytes per second in one direction
+    between chips of a group; the number of chips of a group; and bytes per second in one direction
+    from a chip to other groups.
     """
 
     operations: float
@@ -243,8 +244,8 @@ class Chip(NamedTuple):
     source: str
 
     def seconds(self, size: float, chips: int, times: int = 1) -> float:
-        """Of an all-gather of so many bytes in all, or, with `times=2`, of an all-reduce: first
-        between the groups, each chip a share, then in them.
+        """The seconds of an all-gather with `size` bytes in all, or, with `times=2`, of an
+        all-reduce: first between the groups, with a share for each chip, then inside the groups.
         """
         inside = min(chips, self.group)
         groups = chips / inside
@@ -270,26 +271,26 @@ CHIPS = {
     ),
 }
 ON_PAPER = (8, 16, 32, 64, 128, 256)
-TOYS = 10_000  # of the network above, on each chip
+TOYS = 10_000  # particles of the network above, on each chip
 WIDE, TOKENS, LATENT = (
     3072,
     4096 + 512,
     4096 * 64 * 4,
 )  # FLUX.1 at 1024 x 1024: its width, tokens of image and text, bytes of float32 latents
-# of two streams and of one; what all of a block's chips add up
+# Blocks of two streams and of one; the reductions over the chips of all blocks.
 BLOCKS, REDUCTIONS = 19 + 38, 2 * 19 + 38
-# Two operations for each weight and token, four n^2 d for attention; a forward pass.
+# Operations of a forward pass: two for each weight and token, four n^2 d for attention.
 FORWARD = BLOCKS * (2 * TOKENS * 12 * WIDE**2 + 4 * TOKENS**2 * WIDE)
 
 
 def predicted(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The share of a step's time in exchange, by chip, case and number of chips, at the peaks of
-    both and with nothing done at the same time.
+    """The share of a step's time in exchange, by chip, case and number of chips. Computation and
+    exchange run at their peak rates, and do not overlap.
     """
     row = max((r for r in rows if r["verb"] == "smc"), key=lambda r: r["devices"])
     state = 4 * SHAPE
     gathered = row["result_bytes_a_step"]["all-gather"] / row["num"]  # of a particle
-    # copies of the state that a particle carries: x, its denoised state, its pull
+    # The copies of the state that a particle carries: x, its denoised state, its shift.
     states = gathered // state
     one = next(r for r in rows if r["verb"] == "sample" and r["devices"] == 1)
     work = one["operations"] / one["num"]

@@ -1,18 +1,18 @@
-"""How far is guided sampling from the least time that its denoiser evaluations take?
+"""How far is the time of guided sampling from the time of its denoiser evaluations alone?
 
-A plug-in of k draws by GLASS of m steps has to evaluate the denoiser, and pull a gradient back
-through it, `1 + (m - 1) k` times for each particle and each look of the solver: the first
-evaluation of all draws is one and the same. The floor is the time of just these, measured in the
-same run and batched the same way: a compiled loop that does nothing but evaluate the denoiser on as
-many rows and pull back, each answer at once or all of them at the end, rows as the first axis or
-the last, whichever is fastest. Everything else counts against the sampler: random numbers, GLASS's
-own arithmetic, the reward, the log-sum-exp, the outer solver, and whatever is evaluated twice to
-save memory. Both are run in turn, and medians compared, in wall and in CPU seconds. A ratio below
-one says that the compiler does better with the sampler's loop than with a bare one.
+A plug-in of k draws by GLASS of m steps must evaluate the denoiser, and pull a gradient back
+through it, `1 + (m - 1) k` times for each particle and each evaluation of the guidance by the
+solver, because all draws share their first evaluation. The floor is the time of these evaluations
+alone, measured in the same run and with the same batch: a compiled loop that only evaluates the
+denoiser and pulls back. The pullbacks run at once or at the end, and the rows are the first or the
+last axis, whichever is fastest. All other work counts against the sampler: random numbers, GLASS's
+own arithmetic, the reward, the log-sum-exp, the outer solver, and evaluations that are repeated to
+save memory. Both are run alternately, and medians are compared, in wall and in CPU seconds. A ratio
+below one means that the compiler optimizes the sampler's loop better than the bare loop.
 
-Mixtures in closed form (49 Heun steps, GLASS of 20; on the line 100 Euler steps, GLASS of 50),
-2,000 particles, and a velocity network of 4 x 256 units with any weights (10 Euler steps, GLASS of
-50).
+The rows are mixtures in closed form (49 Heun steps, GLASS of 20; on the line 100 Euler steps, GLASS
+of 50) with 2,000 particles, and a velocity network of 4 x 256 units with random weights (10 Euler
+steps, GLASS of 50).
 
     python -m benchmarks.speed.limits [--quick]
 """
@@ -36,7 +36,7 @@ LOOP = 40  # evaluations in a bare run
 
 
 class Row(NamedTuple):
-    """A guided run; `looks`, how often its solver asks the guidance."""
+    """A guided run; `looks` is the number of evaluations of the guidance by its solver."""
 
     name: str
     model: tj.Model
@@ -89,8 +89,8 @@ def rows(quick: bool) -> list[Row]:
 
 
 def bare(model: tj.Model, num: int, chain: bool, axis: int = 0) -> Callable[[int], jax.Array]:
-    """`LOOP` evaluations of the denoiser on `num` rows, which are the array's axis 0 or 1, each
-    with its pullback: at once, or back along the chain.
+    """`LOOP` evaluations of the denoiser on `num` rows along axis 0 or 1, each with its pullback:
+    at once, or back along the chain.
     """
 
     @eqx.filter_jit
@@ -117,7 +117,7 @@ def bare(model: tj.Model, num: int, chain: bool, axis: int = 0) -> Callable[[int
 
 
 def in_turn(runs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median wall and CPU seconds of each."""
+    """The median wall and CPU seconds of each run."""
     for run in runs.values():
         jax.block_until_ready(run(0))
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -132,14 +132,14 @@ def in_turn(runs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, tu
 
 def measure(row: Row, num: int, repeats: int) -> dict[str, Any]:
     guidance = tj.PlugIn(tj.Glass(row.model, inner_steps=row.inner), row.reward, row.scale, k=row.k)
-    # Any noise will do for the time it takes.
+    # The values of the noise do not affect the time.
     start = jax.random.normal(jax.random.key(9), (num, *row.model.shape))
     settings = {"num": num, "times": row.times, "solver": row.solver, "start": start}
     runs: dict[str, Callable[[int], Any]] = {
         "sample": lambda seed: tj.sample(jax.random.key(seed), row.model, guidance, **settings).x
     }
     sizes = {num, num * row.k}
-    # A network says itself where its rows are, and a chain of it would have to be remembered.
+    # A network fixes the axis of its rows, and a chain of it would have to be stored.
     ways = [(chain, axis) for chain in (False, True) for axis in (0, 1)]
     ways = ways if isinstance(row.model, tj.Analytic) else ways[:1]
     runs |= {f"{size} {way}": bare(row.model, size, *way) for size in sizes for way in ways}

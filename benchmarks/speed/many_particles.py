@@ -1,7 +1,7 @@
-"""Does cost stay linear and memory flat up to a million particles?
+"""Is the cost linear and the memory constant up to a million particles?
 
-Plug-in guidance, k = 1, on the two-mode quadratic mixture with 49 Heun steps and `batch=10,000`;
-one fresh process a row, so that peak memory is that row's.
+Plug-in guidance with k = 1 runs on the two-mode quadratic mixture with 49 Heun steps and
+`chunk_size=10_000`. Each row has a fresh process, so that the peak memory is that of the row.
 
     python -m benchmarks.speed.many_particles [--quick]
 """

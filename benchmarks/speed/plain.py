@@ -1,10 +1,11 @@
-r"""What does the library cost over plain JAX? The same flow of a mixture, written in twenty lines
-with one `eigh`, in the same process.
+r"""How much slower is the library than plain JAX?
 
-A row is a number of components and a dimension, and what guides the flow: nothing, `dps` or
-`Laplace`, whose plain forms are JAX's own derivatives of the plain denoiser; and the log-density of
-a mixture on a grid, as `theory` evaluates it. 2,048 particles (65,536 for two components in the
-plane), 40 Heun steps; medians of five alternating runs, first calls apart.
+The comparison is the same flow of a mixture, written in twenty lines with one `eigh`, in the same
+process. A row has a number of components, a dimension, and a guidance: none, `dps` or `Laplace`,
+whose plain forms are JAX's own derivatives of the plain denoiser. A further row is the log-density
+of a mixture on a grid, as `theory` evaluates it. There are 2,048 particles (65,536 for two
+components in the plane) and 40 Heun steps. Times are medians of five alternating runs, without the
+first calls.
 
     python -m benchmarks.speed.plain [--quick] [--busy]
 
@@ -42,7 +43,7 @@ while True:
 
 
 class Row(NamedTuple):
-    """A mixture of `components` in `dim` dimensions, what is computed, and for how many points."""
+    """A mixture of `components` in `dim` dimensions, the computation, and the number of points."""
 
     components: int
     dim: int
@@ -60,7 +61,7 @@ def mixture(components: int, dim: int) -> tj.GaussianMixture:
     return tj.GaussianMixture(*(part.astype(np.float32) for part in (weights, means, covs)))
 
 
-# The yardstick, of one particle: a mixture is (log_weights, means, variances, axes).
+# The plain code, for one particle. A mixture is (log_weights, means, variances, axes).
 
 
 def decompose(law: tj.GaussianMixture) -> tuple:
@@ -146,14 +147,14 @@ def seconds(call: Callable[[int], Any], seed: int) -> float:
 
 
 def compare(row: Row, calls: list[Callable[[int], Any]], repeats: int) -> list[float]:
-    """Median seconds of each call, run in turns."""
+    """The median seconds of each call, run alternately."""
     runs = [[seconds(call, seed) for call in calls] for seed in range(1, repeats + 1)]
     return [statistics.median(column) for column in zip(*runs, strict=True)]
 
 
 @contextlib.contextmanager
 def busy(processes: int = 2) -> Iterator[None]:
-    """While other processes multiply matrices."""
+    """A context in which other processes multiply matrices."""
     others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(processes)]
     try:
         time.sleep(5)  # until they are compiled
@@ -165,11 +166,11 @@ def busy(processes: int = 2) -> Iterator[None]:
 
 
 def rows(quick: bool) -> list[Row]:
-    """All comparisons, or those of small mixtures."""
+    """All comparisons, or with `quick` only those of small mixtures."""
     sizes = SIZES[:3] if quick else SIZES
     found = [Row(k, d, "none", 65_536 if d == 2 else 2_048) for k, d in sizes]
     found += [Row(k, d, "dps", 65_536 if d == 2 else 2_048) for k, d in sizes]
-    # Laplace is for low dimensions: its pullbacks alone are d times a denoiser.
+    # Laplace is for low dimensions, because its pullbacks cost d times a denoiser.
     found += [Row(k, d, "Laplace", 65_536 if d == 2 else 2_048) for k, d in sizes if d < 10]
     return found + [Row(k, d, "log-density", 200_000 if d == 2 else 20_000) for k, d in sizes]
 

@@ -1,18 +1,17 @@
-"""Does a general sequential Monte Carlo sampler that knows the density reach the tilt sooner than
-tiltjax, which knows the denoiser?
+"""Does a general sequential Monte Carlo sampler, which uses the density, reach the tilt sooner than
+tiltjax, which uses the denoiser?
 
-What one would otherwise install: the adaptive tempered SMC of BlackJAX, of prior `rho` and
-log-likelihood `scale * r`, on the six mixtures and on the bump on the line. It is given more than
-tiltjax, namely the density of `rho` and exact samples of it to start from, neither of which a flow
-or diffusion model has; tiltjax asks its denoiser alone. 2,000 particles each: BlackJAX with HMC
-moves (step .2, 10 leapfrogs, 10 moves a temperature, effective share of one half, systematic
-resampling), one compiled program; tiltjax unweighted by `Tilted` where the reward is conjugate and
-by `Conjugate` else, and weighted by `smc` (200 steps; Laplace's twist for quadratic rewards, else
-`r(D)`, tempered).
+The general sampler is the adaptive tempered SMC of BlackJAX, with prior `rho` and log-likelihood
+`scale * r`, on the six mixtures and on the bump on the line. It gets the density of `rho` and exact
+samples of `rho` as a start. A flow or diffusion model has neither, and tiltjax only uses its
+denoiser. Both have 2,000 particles. BlackJAX runs HMC moves (step .2, 10 leapfrogs, 10 moves per
+temperature, effective share of one half, systematic resampling) as one compiled program. tiltjax
+runs unweighted, by `Tilted` if the reward is conjugate and by `Conjugate` otherwise; and weighted,
+by `smc` (200 steps; Laplace's twist for quadratic rewards, otherwise `r(D)`, tempered).
 
-W2 to as many exact samples of the tilt, over the floor between two exact sets (`double_well` folded
-at its symmetry); what log Z is off; CPU seconds of a run without compilation, which is the first
-call's beside them. Without BlackJAX it says so and ends.
+Reported are W2 to exact samples of the tilt, over the floor between two exact sets (`double_well`
+folded at its symmetry); the error of log Z; and CPU seconds of a run without compilation, next to
+those of the first call. Without BlackJAX the program prints a message and ends.
 
     pip install blackjax
     python -m benchmarks.speed.vs_peers [--quick]
@@ -33,7 +32,7 @@ import tiltjax as tj
 from benchmarks import common
 
 PROBLEMS = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_well", "bump")
-# seed -> (unweighted samples, log Z or nothing)
+# From a seed to (unweighted samples, log Z or None).
 Run = Callable[[int], tuple[Any, Any]]
 
 
@@ -107,7 +106,7 @@ def tiltjax_runs(problem: tj.problems.Problem, num: int) -> dict[str, Run]:
 
 
 def average(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error."""
+    """The mean and its standard error."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
@@ -156,7 +155,7 @@ def main() -> None:
         problem = tj.problems.get(name)
         law = theory.tilt if theory.is_quadratic(problem.reward) else theory.quadrature.tilt
         truth = law(problem.prior, problem.reward, problem.scale)
-        # The law of double_well is that of -x: what lies on the left counts at the right.
+        # The law of double_well is symmetric under x to -x: fold the left half to the right.
         fold = lambda x, name=name: (
             x * np.where(x[:, :1] < 0, -1, 1) if name == "double_well" else x
         )

@@ -1,27 +1,27 @@
-"""How much faster than the published PyTorch code is the same guided sampling, and is it as close
-to the tilt?
+"""How much faster is tiltjax than the published PyTorch code for the same guided sampling, and is
+it as close to the tilt?
 
-The published functions (github.com/sanjitdp/reward-guidance, a local checkout) and tiltjax in turn,
-each row of each in a fresh process without caches, 2,000 samples, in the published setting: six
-mixtures (49 Heun steps on [.001, .999], GLASS of 20 steps and a jump, FMRG of 50, scores clipped at
-100), two problems on the line (200 Euler steps, GLASS of 50), once as they are and once as the best
-of 16, and the checkerboard with one and the same network (published architecture, trained here for
-a moment, weights handed to both; GLASS of 50, and of 200 published Euler steps 100, as they take
-minutes). Both evaluate the denoiser as often: GLASS here takes so many steps that its calls are
-those of the other.
+The published functions (github.com/sanjitdp/reward-guidance, a local checkout) and tiltjax run
+alternately. Each row of each side has a fresh process without caches, and 2,000 samples in the
+published setting. The rows are six mixtures (49 Heun steps on [.001, .999], GLASS of 20 steps and a
+jump, FMRG of 50, scores clipped at 100); two problems on the line (200 Euler steps, GLASS of 50),
+with and without best-of-16; and the checkerboard with the same network on both sides (published
+architecture, trained briefly here; GLASS of 50, and 100 of the published 200 Euler steps, as they
+take minutes). Both sides evaluate the denoiser equally often: the number of GLASS steps of tiltjax
+is chosen for this.
 
 A process reports CPU seconds (user and system, of all threads) and wall seconds of a first call and
-of later ones, of which the median counts (what is not compiled counts its first call, too), and
-what a user waits for: the wall from before the process starts until the samples are on the host,
-imports and compilation included, with the largest resident memory until then. Where one call takes
-minutes there is no second one: compilation is then what two calls of two steps differ by. Both run
-with the threads they choose themselves; `--cores 1` holds both to one core. W2 is that of the
-samples to as many exact ones of the tilt, the same for both sides (`double_well` folded at its
-symmetry, x to -x, which leaves out the split between far modes), of quarters where there is one
-call. Its error is the spread of both sides' calls, pooled; of so few calls it is known badly, and
-Student's t takes that into account.
+of later calls, of which the median counts (code that is not compiled counts its first call, too).
+It also reports the time that a user waits: the wall seconds from the start of the process until the
+samples are on the host, including imports and compilation, with the largest resident memory until
+then. A row whose calls take minutes has only one call; its compilation time is then the difference
+between two calls of two steps. Both sides choose their number of threads; `--cores 1` limits both
+to one core. W2 is the distance from the samples to as many exact samples of the tilt, the same for
+both sides. `double_well` is folded at its symmetry, x to -x, which leaves out the split between far
+modes. For a row with one call W2 is computed on quarters of the samples. The error of W2 is the
+pooled spread of both sides' calls. As there are few calls, its significance uses Student's t.
 
-The goals are those of this library for two cores; a row that misses one is named.
+The goals are those of this library for two cores. Rows that miss a goal are named.
 
     python -m benchmarks.speed.vs_reference --reference CHECKOUT [--python OTHER_PYTHON]
         [--cores N] [--quick]
@@ -51,16 +51,16 @@ MIXTURES = ("gaussian", "quadratic", "noniso", "unequal", "uncentered", "double_
 METHODS = ("k = 1", "k = 8", "k = 16", "damped", "FMRG")
 LINE = {"step": ("step", {"R": 10.0}), "bump": ("gaussian", {"center": 3.0, "sigma_r": 1.0})}
 GROUP = 16
-SIGMA = 0.5**0.5  # the damping's, that of a mode
-WIDTH = 3.0**0.5  # the noise's on the checkerboard
+SIGMA = 0.5**0.5  # of the damping: the width of a mode
+WIDTH = 3.0**0.5  # of the noise on the checkerboard
 DRAWS = {"k = 1": 1, "k = 8": 8, "k = 16": 16, "damped": 1, "best of 16": 1}
-PATIENCE, CALLS = 2.0, 4  # seconds of calls that count, and how many there are at most
+PATIENCE, CALLS = 2.0, 4  # seconds of the counted calls, and their largest number
 PARTS = 4  # of a single call's samples, for the error of W2
 FOLDER = {"line": "mode_selection", "board": "checkerboard", "plane": "gaussian_mixture"}
 
 
 class Row(NamedTuple):
-    """One line of the table; `steps` of the outer solver."""
+    """One row of the table; `steps` are those of the outer solver."""
 
     problem: str
     method: str
@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 
 def calls(row: Row) -> dict[str, tuple[int, int]]:
-    """Denoiser calls and pullbacks a sample, of each side."""
+    """The denoiser calls and pullbacks per sample, of each side."""
     if row.kind != "plane":
         group, inner = GROUP if row.method == "best of 16" else 1, 50
         return dict.fromkeys(
@@ -95,7 +95,7 @@ def calls(row: Row) -> dict[str, tuple[int, int]]:
         at = dict.fromkeys(
             ("published", "tiltjax"), (21 * DRAWS[row.method] + 1, 21 * DRAWS[row.method])
         )
-    # The published guidance asks for nothing in the last stage, at .999, but the reward.
+    # In the last stage, at .999, the published guidance evaluates only the reward.
     evaluations = {"published": 2 * row.steps - 1, "tiltjax": 2 * row.steps}
     extra = {"published": 1, "tiltjax": 0}
     return {
@@ -104,12 +104,12 @@ def calls(row: Row) -> dict[str, tuple[int, int]]:
     }
 
 
-# What runs in processes of their own:
+# Functions that run in processes of their own:
 # `prepare(row, ...) -> call(seed, steps) -> samples on the host`.
 
 
 def published(row: Row, checkout: Path, weights: Path | None) -> Callable[[int, int], np.ndarray]:
-    """The published functions, without their progress bar."""
+    """A call of the published functions, without their progress bar."""
     bar: Any = types.ModuleType("tqdm")
     bar.trange = lambda n, **_: range(n)
     sys.modules["tqdm"] = bar
@@ -185,7 +185,7 @@ def gelu_network(params: dict[str, Any], t: Any, x: Any) -> Any:
 
 
 def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int, int], np.ndarray]:
-    """The same by tiltjax."""
+    """A call of tiltjax for the same row."""
     import jax
     import jax.numpy as jnp
 
@@ -220,8 +220,7 @@ def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int
     else:
         arrays = {name: jnp.asarray(array) for name, array in np.load(str(weights)).items()}
         reward, scale, num, start = tj.rewards.Bump([0.5, 0.5], 1.5), 10.0, row.num, WIDTH
-        # As published: draws and gain take the noise to have unit scale, whatever that of the
-        # start.
+        # As published: draws and gain assume unit noise, for any scale of the start.
         model = tj.from_velocity(
             gelu_network, arrays, shape=(2,), batched=True, interpolant=tj.Linear(1.0)
         )
@@ -229,7 +228,7 @@ def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int
 
     def by_euler(seed: int, steps: int) -> np.ndarray:
         key_start, key = jax.random.split(jax.random.key(seed))
-        # The first published step is at t = 0, where its guidance is asked at the second time.
+        # The published first step is at t = 0, with its guidance evaluated at the second time.
         times = jnp.linspace(1 / row.steps, 1.0, steps + 1)
         noise = start * jax.random.normal(key_start, (num, *model.shape))
         drawn = tj.sample(
@@ -241,7 +240,7 @@ def ours(row: Row, checkout: Path | None, weights: Path | None) -> Callable[[int
 
 
 def clock() -> tuple[float, float]:
-    """Wall, one clock for all processes, and CPU seconds of this one."""
+    """The wall time, by a clock that all processes share, and the CPU seconds of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return time.monotonic(), usage.ru_utime + usage.ru_stime
 
@@ -253,7 +252,7 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) -> None:
-    """One row of one side: its seconds to the standard output, its samples to `out`."""
+    """Run one row of one side: its seconds go to the standard output, its samples to `out`."""
     begun = clock()
     call = {"published": published, "tiltjax": ours}[side](row, checkout, weights)
     ready = clock()
@@ -290,14 +289,14 @@ def child(side: str, row: Row, checkout: Path, weights: Path | None, out: Path) 
     print(json.dumps(report | {"version": module.__version__, "threads": threads}))
 
 
-# The parent.
+# The parent process.
 
 
 def spawn(
     side: str, row: Row, args: argparse.Namespace, weights: Path | None, folder: Path
 ) -> dict[str, Any]:
-    """A side's report of a row, with `samples` and the wall of the whole process until they were
-    there.
+    """A side's report of a row, with `samples`, and the wall seconds of the whole process until the
+    samples were ready.
     """
     out = folder / f"{side}.npy"
     command = [
@@ -311,7 +310,7 @@ def spawn(
     ]
     command += ["--row", json.dumps(row), "--reference", str(args.reference.absolute())]
     command += ["--weights", str(weights)] if weights else []
-    # As a user starts it: no caches, no flags.
+    # As a user starts the process: no caches, no flags.
     unset = ("JAX_", "XLA_", "OMP_", "MKL_", "OPENBLAS_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     environment |= {
@@ -328,7 +327,7 @@ def spawn(
 
 
 def train(steps: int, folder: Path) -> Path:
-    """Weights of the published architecture after `steps` steps of flow matching."""
+    """A file with weights of the published architecture after `steps` steps of flow matching."""
     import jax
     import jax.numpy as jnp
 
@@ -353,7 +352,7 @@ def train(steps: int, folder: Path) -> Path:
 
 
 def truths(row: Row, number: int) -> list[np.ndarray]:
-    """So many sets of exact samples of the tilt."""
+    """`number` sets of exact samples of the tilt."""
     import jax
     import jax.numpy as jnp
 
@@ -379,7 +378,7 @@ def truths(row: Row, number: int) -> list[np.ndarray]:
 def distances(row: Row, samples: np.ndarray, exact: list[np.ndarray]) -> list[float]:
     import tiltjax as tj
 
-    # The law of double_well is that of -x: what lies on the left counts at the right.
+    # The law of double_well is symmetric under x to -x: fold the left half to the right.
     folded = lambda x: x * np.where(x[:, :1] < 0, -1, 1) if row.problem == "double_well" else x
     parts = lambda sets: np.split(sets[0], PARTS) if row.once else list(sets)[:3]
     return [
@@ -389,13 +388,13 @@ def distances(row: Row, samples: np.ndarray, exact: list[np.ndarray]) -> list[fl
 
 
 def farther(w2: dict[str, list[float]]) -> float:
-    """How many standard errors tiltjax is farther from the tilt: Student's t of the pooled spread,
-    as the normal that is as unlikely.
+    """The number of standard errors by which tiltjax is farther from the tilt: the normal quantile
+    of the probability of Student's t with the pooled spread.
     """
     import scipy.stats
 
     found = scipy.stats.ttest_ind(w2["tiltjax"], w2["published"], alternative="greater")
-    # no infinities in the results
+    # Clipped, because the results must not hold infinities.
     return float(scipy.stats.norm.isf(np.clip(found[1], 1e-300, 1 - 1e-16)))
 
 
@@ -418,7 +417,7 @@ def compare(
 
 
 def fingerprint(checkout: Path) -> str:
-    """Of the published files that run here."""
+    """A checksum of the published files that run here."""
     files = [
         checkout / folder / name
         for folder in sorted(FOLDER.values())
@@ -428,7 +427,7 @@ def fingerprint(checkout: Path) -> str:
 
 
 def goals(rows: list[dict]) -> dict[str, dict]:
-    """Each goal, its worst row, and the rows that miss it."""
+    """Each goal, its worst row, and the rows that miss the goal."""
     name = lambda row: f"{row['problem']}, {row['method']}"
     ratio = lambda key: lambda row: row["ratios"][key]
     plane = lambda method: [

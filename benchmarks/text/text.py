@@ -1,18 +1,18 @@
-"""Does steering make a small language model write what it rarely writes?
+"""Can steering make a small language model write sentences that are rare in its data?
 
-A transformer of two layers learns, as masked diffusion, sentences of a made-up language: subjects
-and verbs agree in number, and one sentence in twelve is glad, one grim, which shows in some of its
-adjectives, verbs and adverbs. The attribute is to be glad. The reward does not know the language:
-it is the log-odds of a logistic regression on words, learned from 3,000 labeled sentences. The
-judges do: the attribute is that a sentence is glad with probability above one half under the true
-law of its words; nats a word, the log of a perplexity, are those of an interpolated trigram model
-of 50,000 other sentences.
+A transformer of two layers learns sentences of an artificial language by masked diffusion. Subjects
+and verbs agree in number. One sentence in twelve is glad and one is grim, as some of its
+adjectives, verbs and adverbs show. The wanted attribute is glad. The reward is the log-odds of a
+logistic regression on words, learned from 3,000 labeled sentences. The evaluation uses the true
+language: a sentence is glad if its probability to be glad is above one half under the true law of
+its words. Nats per word, the log of a perplexity, are those of an interpolated trigram model of
+50,000 other sentences.
 
-Every row asks the network as often, once a token for each of n samples or particles: best of n and
-softmax of n unguided samples; Feynman-Kac steering, gradient-free, with four completions a state
-and the potentials `Difference` and `Max` (every fourth step); and with proposals that lean towards
-the completions that were liked. `best` is the sentence of largest reward of the n, `draw` one by
-weight, which is what tends to the tilt.
+Every row evaluates the network equally often, once per token for each of n samples or particles.
+The rows are best of n and softmax of n of unguided samples; gradient-free Feynman-Kac steering,
+with four completions per state and the potentials `Difference` and `Max` (every fourth step); and
+steering whose proposals are shifted towards completions of high reward. `best` is the sentence of
+largest reward of the n. `draw` is a draw by weight, whose law tends to the tilt.
 
     python -m benchmarks.text.text [--quick]
 """
@@ -33,7 +33,7 @@ from benchmarks import common
 
 TONES = ("dull", "glad", "grim")
 SHARES = (10 / 12, 1 / 12, 1 / 12)
-OWN = 0.7  # how often a word that could show the tone does
+OWN = 0.7  # probability that a word with a tone shows it
 WORDS = {
     "adjective": ("gray plain quiet old small slow", "bright kind merry", "bitter cold cruel"),
     "verb": ("see meet follow find hear", "love cheer hug", "hate hit fear"),
@@ -86,7 +86,7 @@ def sentences(seed: int, num: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def glad(tokens: np.ndarray) -> np.ndarray:
-    """The probability of each sentence to be glad, by the true law of its words."""
+    """The probability that each sentence is glad, under the true law of its words."""
     table = np.zeros((3, len(VOCABULARY)))
     for lists in WORDS.values():
         for tone in range(3):
@@ -100,7 +100,7 @@ def glad(tokens: np.ndarray) -> np.ndarray:
 
 
 class Trigrams:
-    """An interpolated model of the next word given two."""
+    """An interpolated model of the next word given two words."""
 
     def __init__(self, tokens: np.ndarray):
         n = len(VOCABULARY)
@@ -112,18 +112,18 @@ class Trigrams:
         np.add.at(self.three, (a, b, c), 1)
 
     def nats(self, tokens: np.ndarray) -> np.ndarray:
-        """Of each sentence, by word: the log of its perplexity."""
+        """The log of the perplexity of each sentence, per word."""
         rows = np.pad(tokens, ((0, 0), (2, 0)), constant_values=INDEX["."])
         a, b, c = rows[:, :-2], rows[:, 1:-1], rows[:, 2:]
         law = (self.one[c] + 1) / (self.one.sum() + len(VOCABULARY))
-        # Each order trusts itself as if it had seen its context five times less of the shorter one.
+        # The law of the shorter context has the weight of five observations of the longer one.
         law = (self.two[b, c] + 5 * law) / (self.two[b].sum(-1) + 5)
         law = (self.three[a, b, c] + 5 * law) / (self.three[a, b].sum(-1) + 5)
         return -np.log(law).mean(1)
 
 
 def critic(tokens: np.ndarray, is_glad: np.ndarray) -> tj.rewards.Reward:
-    """Log-odds of a logistic regression on which words occur how often."""
+    """The log-odds of a logistic regression on the counts of words."""
     counts = np.zeros((len(tokens), len(VOCABULARY)), np.float32)
     np.add.at(counts, (np.arange(len(tokens))[:, None], tokens), 1)
     labels = jnp.asarray(is_glad, jnp.float32)
@@ -158,7 +158,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """From `t` `(B,)`, which it has no need of, and tokens `(B, LENGTH)`, to logits."""
+    """A network from `t` `(B,)`, which is not used, and tokens `(B, LENGTH)`, to logits."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 64, layers: int = 2, heads: int = 4):
         self.words = nnx.Embed(len(VOCABULARY) + 1, width, rngs=rngs)
@@ -177,8 +177,9 @@ class Transformer(nnx.Module):
 
 
 def train(tokens: np.ndarray, steps: int, batch: int = 256) -> tuple[Transformer, float]:
-    """The network, and its last mean loss: the bound on nats a word,
-    `E[mean over the hidden of -log D]`, 1 to all hidden alike often.
+    """The network, and its last mean loss: the bound of nats per word,
+    `E[mean over the hidden of -log D]`, where any number of hidden tokens from one to all is
+    equally likely.
     """
     network = Transformer(nnx.Rngs(0))
     optimizer = nnx.Optimizer(
@@ -207,13 +208,13 @@ def train(tokens: np.ndarray, steps: int, batch: int = 256) -> tuple[Transformer
 
 
 def pick(key, x, log_weights, reward):
-    """The best and a draw of one population."""
+    """The sample of largest reward, and a draw by weight, from one population."""
     values = jax.vmap(reward)(x)
     return x[jnp.argmax(values)], x[jax.random.categorical(key, log_weights)]
 
 
 def weigh(key, model, reward, *, scale, num, guide, **settings):
-    """`smc` with its default settings."""
+    """The particles of `smc` with its default settings."""
     return tj.smc(key, model, guide(model, reward, scale), num=num, **settings)
 
 

@@ -1,19 +1,22 @@
-"""Reward against divergence: fine-tuning, adapters by half, and annealing, below the frontier that
-nobody can beat.
+"""How close do fine-tuning, LoRA scaling and annealing come to the best trade-off between reward
+and
+divergence?
 
-The mixtures of the DAS toys and its swiss roll, a network of 3 x 128 units trained on each from
-scratch, and fine-tuned on the reward through all steps of its chain: with the divergence, at
-several scales; and without, as DRaFT is (adapters of rank 4), stopped early. Between the base and
-that tuned network lie LoRA scaling, a share c of the adapters at all times, and annealing, a share
-g(t) of its denoiser. Weighted annealing samples the geometric mean of the two laws at the end.
+The data are the mixtures of the DAS toys and its swiss roll. For each, a network of 3 x 128 units
+is trained from scratch and fine-tuned on the reward through all steps of its chain: with the
+divergence, at several scales; and without it, as in DRaFT (adapters of rank 4), stopped early. LoRA
+scaling (a share c of the adapters at all times) and annealing (a share g(t) of the tuned denoiser)
+interpolate between the base and the network tuned without the divergence. Weighted annealing
+samples the geometric mean of the two laws at the end.
 
-Each is judged as the law of its flow (60 Heun steps): mean reward; divergence `KL(q | data)` in
-nats from the density of its own samples; coverage of the data by as many samples. Of all laws with
-one mean reward the exact tilt is nearest to the data: no mark can lie above its curve, but for the
-errors shown. The divergence of a weighted run comes from its normalizing constants: of
-`p^(1 - g) q^g` it is `g (log Z)' - log Z`, and that of the base network is missing in it.
+Each method is judged by the law of its flow (60 Heun steps): the mean reward; the divergence
+`KL(q | data)` in nats, from the density of its own samples; and the coverage of the data by as many
+samples. Of all laws with one mean reward, the exact tilt is nearest to the data, so that no point
+lies above the tilt's curve, up to the errors shown. The divergence of a weighted run comes from its
+normalizing constants. For `p^(1 - g) q^g` it is `g (log Z)' - log Z`; the divergence of the base
+network is not included.
 
-The second table follows fine-tuning without a divergence as it goes on: the reward tends to its
+The second table follows fine-tuning without a divergence over its steps: the reward tends to its
 maximum, the entropy to minus infinity.
 
     python -m benchmarks.training.annealing [--quick]
@@ -42,7 +45,7 @@ LENGTHS = (10, 30, 100, 300)
 
 
 def frontier(toy, base_scale: float = 1.0) -> np.ndarray:
-    """Mean rewards and minus divergences of the exact tilts, by rising scale."""
+    """The mean rewards and minus the divergences of the exact tilts, by increasing scale."""
     points = []
     for scale in np.concatenate([[0.0], np.geomspace(0.01, 30.0, 40)]):
         tilt = theory.tilt(toy.prior, toy.reward, float(scale))
@@ -52,7 +55,7 @@ def frontier(toy, base_scale: float = 1.0) -> np.ndarray:
 
 
 def judge(toy, model: tj.Model, base_draws: jax.Array, num: int) -> dict:
-    """What the law of a model's flow is worth."""
+    """The mean reward, the divergence and the coverage of the law of a model's flow."""
     x, log_prob = tj.sample_with_log_prob(jax.random.key(5), model, num=num, steps=60)
     error = lambda values: float(np.std(values, ddof=1) / math.sqrt(num))
     rewards = np.asarray(jax.vmap(toy.reward)(x), np.float64)
@@ -69,8 +72,8 @@ def judge(toy, model: tj.Model, base_draws: jax.Array, num: int) -> dict:
 
 
 def weighted(toy, base: tj.Model, tuned: tj.Model, share: float, num: int, runs: int) -> dict:
-    """The geometric mean of the two laws: reward, and the divergence from its normalizing
-    constants, by runs.
+    """The geometric mean of the two laws: its reward, and its divergence from the normalizing
+    constants, over runs.
     """
     step = 0.05
 
@@ -202,8 +205,8 @@ def figure(name: str, result: dict) -> None:
 
 
 def beyond(row: dict, curve: np.ndarray) -> float:
-    """How far a mark is above the frontier, in its own standard errors: of the divergence, and of
-    the reward by the curve's slope.
+    """The height of a point above the frontier, in its standard errors: those of the divergence,
+    and those of the reward times the curve's slope.
     """
     best = np.interp(row["reward"][0], curve[:, 0], curve[:, 1])
     slope = np.interp(

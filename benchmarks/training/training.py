@@ -1,20 +1,21 @@
-"""How fast does a network train, and how good is it for its steps?
+"""How fast does a network train, and how good is it after its training steps?
 
-The velocity network of 4 x 256 units on the checkerboard by flow matching, batch 4096 of endless
-exact samples: one run for each number of steps, each with a schedule of its own; by Muon at a rate
-of .05, with times `1 - U^2` that look more often where the squares have their edges. Steps and
-CPU-seconds a step with compilation apart; the arithmetic done in a second, beside that of one bare
-product of 4096 x 256 by 256 x 256 matrices, which bounds it. Of 20,000 unguided samples the share
-in filled squares, beside that of the exact denoiser at the same solver steps (what it lacks of 1 is
-the solver's); and the excess of the loss over the exact model's on the same draws, which is the
-mean square of the velocity's error.
+The velocity network of 4 x 256 units is trained on the checkerboard by flow matching, with batches
+of 4096 new exact samples. Each number of steps is a separate run with its own schedule, by Muon at
+a rate of .05, with times `1 - U^2`, which are denser where the squares have their edges. Reported
+are steps and CPU-seconds per step, without compilation, and the arithmetic per second, next to that
+of one bare product of 4096 x 256 by 256 x 256 matrices, which bounds it. Of 20,000 unguided
+samples, the share in filled squares is compared with that of the exact denoiser at the same solver
+steps (what that share lacks of 1 is the solver's error). The excess of the loss over the exact
+model's loss on the same draws is the mean square of the velocity's error.
 
 With `--reference CHECKOUT`, a checkout of the published PyTorch code
-(github.com/sanjitdp/reward-guidance) in an environment with torch, matplotlib and tqdm, both are
-trained in turn, three rounds of each: processes as a user starts them, the seconds of a step being
-those that more steps add. Its network has a fifth hidden layer, and so has ours there, and both
-descend by Adam; a run without the option keeps what was measured last. It was once recorded at 22.9
-steps a second on two idle cores, of another machine maybe.
+(github.com/sanjitdp/reward-guidance) in an environment with torch, matplotlib and tqdm, both codes
+train alternately, three rounds each. They run in processes as a user starts them, and the seconds
+per step are those of additional steps. The published network has a fifth hidden layer; ours has it
+too in this comparison, and both use Adam. A run without the option keeps the last measurement. An
+earlier record of the published code is 22.9 steps per second on two idle cores, possibly of another
+machine.
 
     python -m benchmarks.training.training [--quick] [--steps 10000]
         [--reference CHECKOUT --python OTHER_PYTHON]
@@ -59,7 +60,7 @@ tj.fit(jax.random.key(0), network, data, steps=int(sys.argv[1]),
 def velocity(
     board: tj.models.Checkerboard, steps: int, checkpoint: Path | None = None
 ) -> tj.training.Fit:
-    """The network of 4 x 256 units after so many steps."""
+    """The network of 4 x 256 units after this number of steps."""
     # A new function each time, so that every run compiles.
     data = lambda key: board.sample(key, BATCH)
     network = tj.training.networks.Velocity(board.shape, rngs=nnx.Rngs(0))
@@ -83,20 +84,20 @@ def velocity(
 
 
 def late(key: jax.Array) -> jax.Array:
-    """A law of times with more of them near the data."""
+    """A time from a law with more times near the data."""
     return 1 - jax.random.uniform(key) ** 2
 
 
 def gigaflops(network: tj.training.networks.Velocity) -> float:
-    """Of a step: forward, by the weights, and, but for the first layer, by its input; elementwise
-    work is not counted.
+    """The GFLOP of a step: forward, backward to the weights and, except for the first layer, to the
+    input. Elementwise work is not counted.
     """
     sizes = [layer.kernel.size for layer in (*network.layers, network.last)]
     return 2 * BATCH * (3 * sum(sizes) - sizes[0]) / 1e9
 
 
 def bare_product() -> float:
-    """GFLOP/s of one product of the hidden layers' size."""
+    """The GFLOP/s of one product of the hidden layers' size."""
     x, w = jnp.ones((BATCH, 256)), jnp.ones((256, 256))
     many = jax.jit(lambda x, w: jax.lax.fori_loop(0, 50, lambda _, x: x @ w * (1 / 256), x))
     timing = common.timed(lambda seed: many(x + seed, w))
@@ -104,7 +105,7 @@ def bare_product() -> float:
 
 
 def process(command: list[str], folder: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of a process."""
+    """The wall and CPU seconds of a process."""
     before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -115,7 +116,7 @@ def process(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def side_by_side(checkout: Path, python: str, steps: int, rounds: int = 3) -> dict:
-    """Seconds a step, wall and CPU, of both, taken in turn."""
+    """The wall and CPU seconds per step of both codes, run alternately."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = lambda n: [
             python,
@@ -152,7 +153,7 @@ def side_by_side(checkout: Path, python: str, steps: int, rounds: int = 3) -> di
 def share(
     board: tj.models.Checkerboard, model: tj.Model, num: int, steps: int
 ) -> tuple[float, float]:
-    """Of unguided samples in filled squares, with its standard error."""
+    """The share of unguided samples in filled squares, with its standard error."""
     x = tj.sample(jax.random.key(3), model, num=num, steps=steps, chunk_size=2000).x
     inside = np.asarray(jax.vmap(board.log_prob)(x)) > -np.inf
     return float(inside.mean()), float(np.sqrt(inside.mean() * (1 - inside.mean()) / num))
@@ -161,7 +162,7 @@ def share(
 def excess(
     board: tj.models.Checkerboard, network: tj.training.networks.Velocity, rounds: int
 ) -> tuple[float, float]:
-    """The loss over the exact model's on the same draws, with its standard error."""
+    """The excess of the loss over the exact model's on the same draws, with its standard error."""
 
     @jax.jit
     def gap(network, key):
@@ -219,7 +220,7 @@ def main() -> None:
         fit = velocity(board, steps, args.checkpoint if steps == args.steps else None)
         return fit, time.perf_counter() - wall, common.cpu_seconds() - cpu
 
-    train(1)  # what is done once a process is in no figure
+    train(1)  # leaves one-time work of the process out of all figures
     _, compile_wall, compile_cpu = train(1)
     product = bare_product()
     exact, exact_error = share(board, board, num, solver_steps)
@@ -236,7 +237,7 @@ def main() -> None:
     rows = []
     for steps in runs:
         fit, wall, cpu = train(steps)
-        # A run of a single step does little but compile.
+        # The time of a one-step run is almost all compilation.
         speed, cpu_step = (steps - 1) / (wall - compile_wall), (cpu - compile_cpu) / (steps - 1)
         row = {
             "steps": steps,

@@ -1,11 +1,12 @@
-"""What does an audit see of each method, and what is the truth?
+"""What does an audit report for each method, and is its report right?
 
 On the five mixtures with a quadratic reward and on `double_well` (scale 1, 100 ancestral steps,
-4,000 paths): effective share, Pareto k of the weights' tail, path KL with its standard error, log Z
-less that of the continuous tilt, and beside them W2 of the same diffusion's samples to the exact
-tilt over the floor (2,000 samples; `double_well`, which is even, folded by the sign of x_1). The
-path KL is an upper bound of the samples' own divergence: it may be large where W2 is small, not the
-other way round.
+4,000 trajectories), the table has the effective share, the Pareto k of the weights' tail, the KL
+between trajectories with its standard error, and log Z minus that of the continuous tilt. It
+compares them with W2 between the samples of the same diffusion and the exact tilt, over the floor
+(2,000 samples; `double_well`, which is even, is folded by the sign of x_1). The KL between
+trajectories is an upper bound of the samples' own divergence: it may be large where W2 is small,
+but not the reverse.
 
     python -m benchmarks.weighted.audits [--quick]
 """

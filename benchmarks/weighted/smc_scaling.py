@@ -1,10 +1,10 @@
-"""What do weights cost, and does the weighted loop scale?
+"""What do weights cost, and does the weighted loop scale to a million particles?
 
-The weighted loop against `sample` with the same guidance, solver and steps (`Ancestral`, as many
-denoiser calls and gradients through them), run time without compilation, in one process in turn:
-with the mixture in closed form, whose call costs tens of nanoseconds and is next to nothing, and
-with networks of two layers. Then its cost a particle and peak memory from a thousand particles to a
-million, one fresh process a row.
+The weighted loop and `sample` run alternately in one process, with the same guidance, solver and
+steps (`Ancestral`, the same number of denoiser calls and gradients through them). Run times exclude
+compilation. The models are the mixture in closed form, whose call takes only tens of nanoseconds,
+and networks of two layers. A second table has the cost per particle and the peak memory of the
+weighted loop from a thousand to a million particles, in a fresh process for each row.
 
     python -m benchmarks.weighted.smc_scaling [--quick]
 """
@@ -39,7 +39,7 @@ def problem(width: int = 0):
 
 
 def ratio(width: int, num: int, steps: int, repeats: int) -> dict:
-    """Weighted over unweighted run time, in turn."""
+    """The weighted over the unweighted run time, run alternately."""
     model, guidance = problem(width)
     table = {"none resampled": 0.0, "below half": 0.5, "every step": 1.0}
     runs = {
@@ -96,7 +96,7 @@ def main() -> None:
         "|\n|---|---|---|---|---|"
     )
     for width in WIDTHS[: 2 if args.quick else 3]:
-        # Wide networks take long: fewer steps and repeats say the same.
+        # Wide networks are slow, and fewer steps and repetitions suffice.
         found = ratio(
             width,
             10_000 if args.quick else 100_000,

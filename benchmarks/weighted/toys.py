@@ -1,19 +1,21 @@
-"""The mixture toys of DAS with the exact score: do settings of one loop reach their targets, and
-why does the published one miss them?
+"""On the mixture toys of DAS with the exact score, do settings of one loop reach the targets, and
+why
+does the published loop miss them?
 
-Nine modes on a square, reward -x^2/100 - y^2, and eight on a circle, reward -x^2 - (y - 1)^2/10,
-scale 1; the noise levels of DDPM (1,000, betas from 1e-4 to .02), 100 ancestral steps. Independent
-runs of 100 particles, ten of each run kept. Mean reward with its standard error over runs (of
-single points, where there are no runs), and the earth mover's distance (Euclidean, by exact
-assignment) of 500 points to 500 of the target, mean and standard deviation over twenty subsets,
-with its floor.
+The toys are nine modes on a square with the reward -x^2/100 - y^2, and eight modes on a circle with
+the reward -x^2 - (y - 1)^2/10, at scale 1. The noise levels are those of DDPM (1,000, betas from
+1e-4 to .02), with 100 ancestral steps. There are independent runs of 100 particles, of which ten
+are used. Reported are the mean reward with its standard error over runs (or over points, if there
+are no runs), and the earth mover's distance (Euclidean, by exact assignment) of 500 points to 500
+of the target, mean and standard deviation over twenty subsets, with its floor.
 
-`published` is the mean reward of Kim et al. (arXiv 2501.05803), a learned score, from the
-notebooks' figures; they show no distances. Their loop has two faults, which `notebook` repeats here
-with the exact score: resampling hands on states and noise predictions, but neither the denoised
-states, which make up most of the next mean, nor guidance and twists; and the last weights are 0/0,
-so that the last resampling never comes. The same loop without them is beside it. Guidance with a
-shift of `∇ r(D)`, not multiplied by the step's variance, is their baseline.
+`published` is the mean reward of Kim et al. (arXiv 2501.05803) with a learned score, read from the
+notebooks' figures, which show no distances. The published loop has two faults, and `notebook`
+repeats it with the exact score. First, resampling passes on states and noise predictions, but
+neither the denoised states, which make up most of the next mean, nor guidance and twists. Second,
+the last weights are 0/0, so that the last resampling is skipped. The table also has the loop
+without these faults. Guidance with a shift of `∇ r(D)`, not multiplied by the step's variance, is
+the baseline of that paper.
 
     python -m benchmarks.weighted.toys [--quick]
 """
@@ -55,18 +57,18 @@ def grid(path: tj.DiscreteVP) -> jax.Array:
 
 
 class Unscaled(tj.weighted.proposals.Proposal):
-    """The base kernel's mean plus `∇ log h`, whatever the step's variance."""
+    """The base kernel's mean plus `∇ log h`, independent of the step's variance."""
 
     def shift(self, kernel, pull):
         return pull / kernel.tweedie
 
 
 def notebook(key, model, reward, times, num: int, descends: bool, weighs_last: bool):
-    """DAS as its notebooks have it, with and without what resampling forgets and what the last
-    weights lose.
+    """The loop of DAS as in its notebooks, with and without the faults of resampling and of the
+    last weights.
 
-    The last step moves nothing (its variance is zero), unless states and noise predictions are
-    another particle's than denoised states.
+    The last step has variance zero. It therefore moves nothing, unless the states and noise
+    predictions of a particle come from another particle than its denoised states.
     """
     path, gathered = (
         model.interpolant,
@@ -104,7 +106,7 @@ def notebook(key, model, reward, times, num: int, descends: bool, weighs_last: b
         )
         return (x, log_weights + ratio, value), uneven
 
-    # The move from level 0 is to level 0.
+    # The step from level 0 ends at level 0.
     ends = jnp.append(times[1:-1], times[-2])
     factors = jnp.minimum(jnp.expm1(jnp.arange(STEPS) * np.log1p(GAMMA)), 1.0)
     scanned = (jax.random.split(key_run, STEPS), times[:-1], ends, factors)
@@ -120,7 +122,7 @@ def mover(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def judged(points, *, reward, target: np.ndarray, rng: np.random.Generator) -> dict:
-    """Mean reward and EMD of points by run, `(runs, n, d)`."""
+    """The mean reward and EMD of points `(runs, n, d)`."""
     points = np.asarray(points)
     means = np.asarray(jax.vmap(jax.vmap(reward))(points)).mean(axis=1)
     flat = points.reshape(-1, points.shape[-1])
@@ -133,7 +135,7 @@ def judged(points, *, reward, target: np.ndarray, rng: np.random.Generator) -> d
 
 
 def methods(model: tj.Model, reward: tj.rewards.Reward, times) -> dict:
-    """Functions of a key, each a run of weighted particles."""
+    """Functions of a key, each of which returns a run of weighted particles."""
     laplace = tj.Laplace(model, reward, 1.0)
     run = lambda method, num=100, **settings: (
         lambda key: method(key, model, reward, num=num, times=times, **settings)

@@ -1,17 +1,19 @@
-"""The toys of DAS with learned networks: how much of a method's error is the network's?
+"""On the toys of DAS with learned networks, how much of a method's error comes from the network?
 
-The two mixtures of `toys.py` and the swiss roll, `(s cos s / 2, s sin s / 2, z) + N(0, .3^2 I)`
-with s uniform on 3 pi [1/2, 3/2] and z on [-3, 3], reward `-x^2 / 100 - y^2 / 100 - z^2`. For each
-a network of the published size (two layers of 64 units) is trained from scratch to tell the noise
-at 1,000 levels, and every method runs twice: with the exact denoiser and with the network. Mean
-reward with its standard error (over runs of 100 particles, ten of each kept; over single points
-where there are no runs) and the earth mover's distance of 500 points to 500 of the target, mean and
-standard deviation over twenty subsets; the floor is the target's own. 100 ancestral steps, scale 1;
-`published` as in `toys.py`.
+The toys are the two mixtures of `toys.py` and the swiss roll,
+`(s cos s / 2, s sin s / 2, z) + N(0, .3^2 I)` with s uniform on 3 pi [1/2, 3/2] and z on [-3, 3],
+with the reward `-x^2 / 100 - y^2 / 100 - z^2`. For each, a network of the published size (two
+layers of 64 units) is trained from scratch to predict the noise at 1,000 levels. Every method runs
+twice, with the exact denoiser and with the network. Reported are the mean reward with its standard
+error (over runs of 100 particles, of which ten are used, or over points if there are no runs), and
+the earth mover's distance of 500 points to 500 of the target, mean and standard deviation over
+twenty subsets. The floor is that of the target itself. There are 100 ancestral steps at scale 1;
+`published` is as in `toys.py`.
 
-The roll is a product of a curve in the plane and an interval. Small Gaussians of its own noise,
-closer to each other than they are wide, stand for both: then the denoiser and the tilt are closed
-forms. Beside the table what `tj.audit` says of two guidances on either model.
+The roll is a product of a curve in the plane and an interval. Both are approximated by small
+Gaussians of the roll's own noise, closer to each other than their width, so that the denoiser and
+the tilt have closed forms. A second table has the reports of `tj.audit` for two guidances with
+either model.
 
     python -m benchmarks.weighted.toys_learned [--quick]
 """
@@ -38,8 +40,8 @@ NOISE, SPACING = 0.3, 0.25
 
 
 class Clamped(tj.rewards.Reward):
-    """A quadratic reward whose squares end at 10,000, with their gradient: the notebooks' own,
-    which diverged samples need.
+    """A quadratic reward whose squares, and their gradients, are clipped at 10,000, as in the
+    notebooks. Diverged samples need the clip.
     """
 
     reward: tj.rewards.Quadratic
@@ -49,8 +51,8 @@ class Clamped(tj.rewards.Reward):
 
 
 class Toy(NamedTuple):
-    """A data law: `prior`, a mixture, with the exact model, a sampler of clean states and the width
-    of a mode.
+    """A data law: `prior`, a mixture; the exact model; a sampler of clean states; and the width of
+    a mode.
     """
 
     prior: tj.GaussianMixture
@@ -65,8 +67,8 @@ class Toy(NamedTuple):
 
 
 def mixture(means: list, reward: tj.rewards.Quadratic, path: tj.DiscreteVP) -> Toy:
-    # Eight modes are written as nine, two of which are halves of one: both mixtures are then one
-    # program, compiled once.
+    # Eight modes are written as nine, with one mode in two halves, so that both mixtures share one
+    # compiled program.
     extra = 9 - len(means)
     weights = np.repeat([0.5, 1.0], [2 * extra, 9 - 2 * extra])
     prior = tj.GaussianMixture(weights, means[:extra] + means, 0.3 * np.stack([np.eye(2)] * 9))
@@ -76,14 +78,14 @@ def mixture(means: list, reward: tj.rewards.Quadratic, path: tj.DiscreteVP) -> T
 
 
 def roll(path: tj.DiscreteVP) -> Toy:
-    """The swiss roll; its grid of centers is that of equal steps along the curve, weighed by the s
-    that each step takes.
+    """The swiss roll. The centers of its Gaussians have equal steps along the curve, weighted by
+    the range of s in each step.
     """
     point = lambda s: np.stack([s * np.cos(s), s * np.sin(s)], axis=-1) / 2
     fine = np.linspace(1.5 * np.pi, 4.5 * np.pi, 100_001)
     length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(point(fine), axis=0), axis=1))])
     num = int(length[-1] / SPACING)
-    # edges and middles by turns
+    # Edges and middles alternate.
     at = np.interp(np.arange(2 * num + 1) / (2 * num) * length[-1], length, fine)
     curve, shares = point(at[1::2]), np.diff(at[::2]) / np.ptp(fine)
     count = int(6 / SPACING)
@@ -143,8 +145,8 @@ def weighed(
     times: jax.Array,
     settings: dict,
 ) -> jax.Array:
-    """Points by run, `(runs, n, d)`, each of 100 weighted particles: `smc` of a guidance, or a
-    published method of a reward.
+    """Points `(runs, n, d)`, each run of 100 weighted particles: from `smc` with a guidance, or
+    from a published method with a reward.
     """
 
     def one(key):
@@ -159,7 +161,7 @@ def weighed(
 def faulty(
     keys: jax.Array, model: tj.Model, reward: tj.rewards.Reward, times: jax.Array
 ) -> jax.Array:
-    """The same of the published loop."""
+    """Points `(runs, n, d)` of the published loop with its faults."""
 
     def one(key):
         key_run, key_keep = jax.random.split(key)
@@ -172,15 +174,15 @@ def faulty(
 
 
 def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str, Callable]:
-    """Functions of a key: points by run, `(runs, n, d)`."""
+    """Functions of a key that return points `(runs, n, d)`."""
     reward, total = toy.clamped, runs * toys.KEPT
     dps, laplace = tj.dps(model, reward, 1.0), tj.Laplace(model, reward, 1.0)
     conjugate = tj.Conjugate(
         model, reward, 1.0, variance=tj.calibrate(jax.random.key(0), model, budget=2**18)
     )
     glass = tj.Glass(model, inner_steps=5, order=2)
-    # It asks closer to the data than its time says, and no closer than level 0 is the network
-    # trained: the jump comes ten levels earlier.
+    # GLASS evaluates the network at lower noise than that of its time, but the network is trained
+    # only down to level 0. The jump therefore comes ten levels earlier.
     inner = jnp.delete(times, -2)
 
     def sampled(guidance=None, times=times, solver=None):
@@ -227,8 +229,8 @@ def methods(toy: Toy, model: tj.Model, times: jax.Array, runs: int) -> dict[str,
 
 
 def slope(model: tj.Model, path: tj.DiscreteVP) -> float:
-    """The root mean square of the entries of `∂D/∂x` at the noisiest level, where a network's error
-    of noise is multiplied by sigma / alpha.
+    """The root mean square of the entries of `∂D/∂x` at the noisiest level, where the network's
+    error in the noise is multiplied by sigma / alpha.
     """
     t = path.clock(jnp.asarray(len(toys.LEVELS) - 1.0))
     x = jax.random.normal(jax.random.key(7), (1000, *model.shape))
@@ -236,7 +238,7 @@ def slope(model: tj.Model, path: tj.DiscreteVP) -> float:
 
 
 def audits(toy: Toy, model: tj.Model, times: jax.Array, num: int) -> dict:
-    """What `tj.audit` says of two guidances; log Z is judged against the tilt's."""
+    """The reports of `tj.audit` for two guidances, with log Z compared with the tilt's."""
     log_norm = float(theory.tilt(toy.prior, toy.reward, 1.0).log_norm)
     guidances = {
         "DPS": tj.dps(model, toy.clamped, 1.0),
@@ -296,9 +298,7 @@ def main() -> None:
                     row = judge(run(jax.random.key(3)))
                 except FloatingPointError as error:
                     row = {"failed": "not finite", "why": str(error)}
-                except (
-                    RuntimeError
-                ) as error:  # of Gibbs, which says when it has not forgotten its start
+                except RuntimeError as error:  # of Gibbs, which raises if its chain has not mixed
                     row = {"failed": "not mixed", "why": str(error)}
                 rows.setdefault(method, {})[which] = row
                 print(
@@ -333,7 +333,7 @@ def main() -> None:
 
 
 def cells(row: dict) -> list[str]:
-    """Mean reward and EMD of a row, in words where the run failed."""
+    """The mean reward and EMD of a row, or a note if the run failed."""
     if "failed" in row:
         return [row["failed"]] * 2
     return ["{:.3f} ± {:.3f}".format(*row["reward"]), "{:.2f} ± {:.2f}".format(*row["emd"])]

@@ -1,19 +1,20 @@
-"""Is the normalizing constant unbiased whatever a weighted run is made of?
+"""Is the normalizing constant unbiased for every combination of the parts of a weighted run?
 
-Every combination that makes sense of guidance, proposal, potential, gate (schedule and threshold),
-tempering and resampling, on `quadratic` at scale .3 with 8 particles and 20 steps. The truth is Z
-of the stepped base chain, by its transfer operator on a grid: no sampler, no limit. For each cell,
-with the mean of `exp(log_norm) / Z` over independent runs,
+The cells are all sensible combinations of guidance, proposal, potential, gate (schedule and
+threshold), tempering and resampling, on `quadratic` at scale .3 with 8 particles and 20 steps. The
+truth is Z of the stepped base chain, by its transfer operator on a grid. It needs no sampler and no
+limit. For each cell, with the mean of `exp(log_norm) / Z` over independent runs,
 
     z = (mean - 1) / its standard error.
 
-Potentials that add up along a path count twice on the way, as their weights' variance grows without
-bound otherwise; `Adaptive` tempering is for `Difference` and proposals without children, and needs
-a threshold above its share. As many runs a cell as bring the relative standard error below 6% and
-the largest run below 5% of the sum, decided by 250 others; cells that miss all the same are
-counted, not drawn again, which would discard large runs. What a compiled program can choose by
-number (guidance, potential, resampling, a table of factors, guided proposals) is an argument of it.
-Of each kind one size: 2 draws, 2 children, `Exponential`.
+Potentials that accumulate along a trajectory resample only twice, because the variance of their
+weights otherwise grows without bound. `Adaptive` tempering is for `Difference` and proposals
+without children, and needs a threshold above its share. The number of runs of a cell brings the
+relative standard error below 6% and the largest run below 5% of the sum; a pilot of 250 other runs
+decides it. Cells that still miss these bounds are counted, not repeated, because a repetition would
+discard large runs. Parts that a compiled program can select by number (guidance, potential,
+resampling, a table of factors, guided proposals) are its arguments. Each kind has one size: 2
+draws, 2 children, `Exponential`.
 
     python -m benchmarks.weighted.unbiased [--quick]
 """
@@ -59,7 +60,7 @@ MOVES = (proposals.Guided(), proposals.Shifted())
 
 
 class AnyScheme(eqx.Module):
-    """The resampling scheme of number `which`."""
+    """The resampling scheme number `which`."""
 
     which: jax.Array
 
@@ -70,7 +71,7 @@ class AnyScheme(eqx.Module):
 
 
 class AnyGuidance(Guidance):
-    """The guidance of number `which`; none of them has memory."""
+    """The guidance number `which`; no guidance has memory."""
 
     model: tj.Model
     parts: tuple[Guidance, ...]
@@ -85,7 +86,7 @@ class AnyGuidance(Guidance):
 
 
 class AnyMove(proposals.Proposal):
-    """The guided proposal of number `which`."""
+    """The guided proposal number `which`."""
 
     which: jax.Array
 
@@ -94,7 +95,7 @@ class AnyMove(proposals.Proposal):
 
 
 class AnyPotential(potentials.Potential):
-    """The potential of number `which`, with the memories of all."""
+    """The potential number `which`, with the memories of all potentials."""
 
     which: jax.Array
 
@@ -109,8 +110,8 @@ class AnyPotential(potentials.Potential):
 
 
 def chain_log_norm() -> float:
-    """`log E[exp(scale r)]` at the end of the base chain for two modes ±2.5 along the first
-    coordinate: the coordinates are independent.
+    """`log E[exp(scale r)]` at the end of the base chain, for two modes ±2.5 along the first
+    coordinate, with independent coordinates.
     """
     times, grid = np.linspace(1e-3, 1, STEPS + 1), np.linspace(-9, 9, 1801)
     cell, total = grid[1] - grid[0], 0.0
@@ -150,7 +151,7 @@ def guidances() -> dict[str, Guidance]:
     }
 
 
-# What is one program: proposals by kind, gates, temperings.
+# The parts that make a program: proposals by kind, gates, temperings.
 KINDS_OF_MOVE = {
     "Base": lambda which: proposals.Base(),
     "guided": AnyMove,
@@ -172,7 +173,7 @@ def programs() -> list[tuple[str, str, str]]:
 
 
 def compiled(guides: tuple[Guidance, ...], move: str, gate: str, temper: str):
-    """Chunks of ratios to Z by number, of one program."""
+    """A function from a number to a chunk of ratios to Z, of one compiled program."""
     model, (schedule, threshold) = guides[0].model, GATES[gate]
     over = {
         "none": None,
@@ -208,8 +209,8 @@ def compiled(guides: tuple[Guidance, ...], move: str, gate: str, temper: str):
 
 
 def runs_for(pilot: np.ndarray) -> int:
-    """How many chunks a cell needs, by a pilot: a large run in it counts as one of that size in
-    each chunk.
+    """The number of chunks that a cell needs, from a pilot. A large run of the pilot counts as one
+    run of that size in each chunk.
     """
     spread, top = pilot.std(ddof=1) / pilot.mean(), pilot.max() / pilot.sum()
     return int(
@@ -218,7 +219,7 @@ def runs_for(pilot: np.ndarray) -> int:
 
 
 def judge(sample, chunks: int, first: int) -> dict:
-    """`sample(i)` is chunk number i of ratios to the truth."""
+    """The statistics of a cell; `sample(i)` is chunk number i of ratios to the truth."""
     ratio = np.concatenate([sample(first + i) for i in range(chunks)])
     error, largest = ratio.std(ddof=1) / np.sqrt(len(ratio)), ratio.max() / ratio.sum()
     return {
@@ -262,8 +263,8 @@ def cells_of(
 
 
 def summary(cells: list[dict]) -> dict:
-    """Of z over cells; `pooled` is the mean ratio of all, each cell alike: weights by their errors
-    would favor cells that came out low.
+    """The statistics of z over cells. `pooled` is the mean ratio with equal weights: weights by the
+    errors would favor cells with low estimates.
     """
     z, errors = np.array([cell["z"] for cell in cells]), np.array([cell["error"] for cell in cells])
     return {

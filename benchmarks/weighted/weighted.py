@@ -1,17 +1,17 @@
 """Do weighted particles reach the tilt, and is log Z right?
 
-W2 of 2,000 particles after 200 steps to the exact tilt, over the floor of two exact sets, mean over
-five runs; log Z less that of the continuous tilt, after 200 steps and after 1,000 (two runs): what
-is left there is the stepped chain's own, of order one over the steps. Proposals by the kernel at
-the tilted denoiser (`Guided`) and by the score (`Shifted`), with Laplace's twist, and with the
-exact one. `double_well` is even: it is folded by the sign of x_1, and the share of the right half
-stands beside it. Its reward is convex between the wells, where Laplace's twist expects what is not
-there; a plain twist that counts by and by holds.
+Reported are W2 of 2,000 particles after 200 steps to the exact tilt, over the floor of two exact
+sets, the mean over five runs; and log Z minus that of the continuous tilt, after 200 steps and
+after 1,000 (two runs). The difference at 1,000 steps is that of the stepped chain, of order one
+over the steps. The proposals are the kernel at the tilted denoiser (`Guided`) and the shift by the
+score (`Shifted`), with Laplace's twist and with the exact one. `double_well` is even and is folded
+by the sign of x_1; the share of the right half is given too. Its reward is convex between the
+wells, where Laplace's twist is wrong; a plain, tempered twist works.
 
-The bump on the line: P(X >= 0), by twists that know the answer and that do not. The checkerboard:
-mean reward and covariance trace, by the drift of `Conjugate` and by none, with the twist
-`scale * r(D)`, at once and by and by, and without any twist. Means and standard errors over runs; z
-against the truth, which is by quadrature.
+For the bump on the line the table has P(X >= 0), with exact and with estimated twists. For the
+checkerboard it has the mean reward and the covariance trace, with the drift of `Conjugate` and
+without a drift, with the twist `scale * r(D)`, tempered and not, and without a twist. Values are
+means and standard errors over runs; z is relative to the truth by quadrature.
 
     python -m benchmarks.weighted.weighted [--quick]
 """
@@ -58,7 +58,7 @@ def wells(problem: tj.problems.Problem, model: tj.Model) -> Settings:
 
 
 def average(values: list) -> list[float]:
-    """Mean and standard error."""
+    """The mean and its standard error."""
     return [float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))]
 
 
@@ -144,7 +144,7 @@ def line(num: int, runs: int) -> dict:
 
 
 def tilted_board(reward, scale: float) -> dict[str, float]:
-    """Mean reward, covariance trace and log Z, by Gauss-Legendre nodes in each square."""
+    """The mean reward, covariance trace and log Z, by Gauss-Legendre nodes in each square."""
     nodes, weights = np.polynomial.legendre.leggauss(40)
     axis = (np.arange(-3.0, 3.0)[:, None] + (nodes + 1) / 2).reshape(-1)
     x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)

@@ -137,7 +137,7 @@ def test_bad_input_gets_a_message(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty" / "transformer").mkdir(parents=True)
     other = ("--output", tmp_path / "other")  # the folder of settings that were refused is theirs
     assert "lacks vae, text_encoder, text_encoder_2" in message(*other, model=tmp_path / "empty")
-    assert "no name of the Hugging Face hub" in message(
+    assert "not of the form of the Hugging Face hub" in message(
         "--output", tmp_path / "a", model=tmp_path / "nowhere"
     )
     assert "--particles out" in message(

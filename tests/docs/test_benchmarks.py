@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tiltjax as tj
-from benchmarks import run
+from benchmarks import run, tables
 from benchmarks.speed import limits
 from benchmarks.speed import vs_reference as versus
 
@@ -59,6 +59,36 @@ def test_a_table_says_what_the_files_say(tmp_path):
     (tmp_path / "another.json").write_text("{}")
     with pytest.raises(ValueError, match="no headline for another"):
         run.table(tmp_path)
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    tables.main()
+
+
+def test_every_results_file_is_shown():
+    assert set(tables.pages()) == {path.stem for path in RESULTS.glob("*.json")}
+    pages = "".join(page.read_text() for page in tables.EVIDENCE.glob("*.md"))
+    shown = {found[2] for found in tables.MARKED.finditer(pages)}
+    assert {name for name in tables.TABLES if not name.startswith("readme_")} <= shown
+
+
+def test_a_stale_page_is_named_or_written(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: readme_speed -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "EVIDENCE", tmp_path / "none")
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    with pytest.raises(SystemExit, match=r"README\.md"):
+        tables.main()
+    monkeypatch.setattr(sys, "argv", ["tables"])
+    tables.main()
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-2:] == ["<!-- end -->", "after"]
+    assert lines[3].startswith("| method on `quadratic` |")
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    tables.main()
 
 
 def test_the_runner_passes_on_what_each_needs():

@@ -44,16 +44,23 @@ def blocks(text, language=""):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_code_of_the_pages_runs():
+@pytest.mark.parametrize(
+    "is_reference", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pages", "reference"]
+)
+def test_the_code_of_the_pages_runs(is_reference, tmp_path):
     """In one process for all pages: most of the time is start-up and compilation."""
-    pages = {name: blocks(text, "python") for name, text in DOCUMENTS.items()}
-    pages = {name: code for name, code in pages.items() if code and name != "README.md"}
+    pages = {
+        name: blocks(text, "python")
+        for name, text in DOCUMENTS.items()
+        if name.startswith("docs/reference") == is_reference and name != "README.md"
+    }
+    pages = {name: code for name, code in pages.items() if code}
     assert len(pages) > 3
     run = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(pages),
-        env=environment.quick(8),
-        cwd=ROOT,
+        env=environment.quick(8) | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
@@ -61,6 +68,35 @@ def test_the_code_of_the_pages_runs():
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout.splitlines()[-1])
     assert not errors, "\n".join(errors.values())
+
+
+# What users get, or subclass, and do not call.
+NOT_CALLED = {
+    *("Audit", "Curve", "Denoiser", "Estimate", "Estimated", "Fit", "Flow", "Guidance", "Info"),
+    *("LogNorm", "Masked", "Masking", "Model", "Network", "Objective", "Option", "PathLaw", "Plan"),
+    *("Potential", "Proposal", "Reveal", "Reward", "Rollout", "Schedule", "Search", "Selected"),
+    *("State", "Tempering", "Tilt", "TokenLaw", "Variance", "W2Bounds", "AffineField", "DrawsLaw"),
+    *("MeanDriftLaw", "Logits", "Posterior", "Scale", "Solver", "Interpolant", "Particles"),
+    *("Problem", "Surrogate"),
+    *("ClipScore", "Aesthetic", "image_reward", "yes_or_no"),  # weights of gigabytes
+}
+
+
+def test_the_reference_calls_every_public_function():
+    """In an example that runs, on the page that describes it."""
+    missing = {}
+    for path, text in PAGES.items():
+        called = set(re.findall(r"(\w+)", "\n".join(blocks(text, "python"))))
+        for name in re.findall(r"^::: ([\w.]+)$", text, re.M):
+            if name == "tiltjax.images.flux":  # weights of gigabytes
+                continue
+            module = importlib.import_module(name)
+            public = {
+                key for key in getattr(module, "__all__", ()) if callable(getattr(module, key))
+            }
+            if absent := public - called - NOT_CALLED:
+                missing[path.name, name] = sorted(absent)
+    assert not missing
 
 
 def test_code_that_is_not_run_names_what_exists():

@@ -410,7 +410,7 @@ def test_retries_wait_longer_each_time(monkeypatch):
     ("settings", "error", "message"),
     [
         ({"value_and_grad": 3}, TypeError, "value_and_grad: expected a callable, got int"),
-        ({"batched": False, "chunk_size": 3}, ValueError, "one sample a call: leave out chunk"),
+        ({"batched": False, "chunk_size": 3}, ValueError, "one sample per call: leave out chunk"),
         ({"retries": -1}, ValueError, "retries must be at least 0, got -1"),
         ({"timeout": 0}, ValueError, r"timeout must lie in \(0, inf\), got 0"),
     ],
@@ -482,7 +482,7 @@ def test_a_service_judges_and_then_hangs(model, service, tmp_path):
         judge, timeout=0.2, chunk_size=4, retries=1, backoff=0.0, record=record
     )
     start = time.monotonic()
-    message = r"'judge' did not return within 0.2 s for a batch of 4, 2 times: raise timeout="
+    message = r"'judge' did not return within 0.2 s for a batch of 4, 2 times: increase timeout="
     with pytest.raises(TimeoutError, match=message) as caught, tj.external.failures():
         tj.best_of_n(particles, hanging, 4)
     assert time.monotonic() - start < 5

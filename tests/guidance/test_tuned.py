@@ -481,7 +481,7 @@ def test_networks_in_single_precision_by_batches():
         (lambda: tj.Tuned(*TWO, Monomial(jnp.nan, 0.0)), r"finite number, got nan at t = 0\.001"),
         (lambda: tj.Tuned(*TWO, jnp.inf), "weight must be finite"),
         (lambda: tj.Tuned(*TWO, Monomial(jnp.ones(2), 1.0)), "one number"),
-        (lambda: tj.Tuned(*TWO, scale=2.0), "there is none"),
+        (lambda: tj.Tuned(*TWO, scale=2.0), "reward is None"),
         (lambda: tj.Tuned(*TWO, reward=REWARD, scale=-1.0), "scale must not be negative"),
         (lambda: tj.Tuned(P, model([1.0], [0.0], [1.0], tj.Linear(2.0))), "same interpolant"),
         (lambda: tj.Tuned(P, tj.Analytic(contracts.planar())), "same states"),
@@ -526,7 +526,7 @@ def preference(x):
 def test_a_reward_in_the_place_of_the_weight_is_refused():
     with pytest.raises(TypeError, match=r"got the reward Quadratic: .*reward="):
         tj.Tuned(*TWO, REWARD)
-    with pytest.raises(TypeError, match=r"got preference: a reward goes by name, reward="):
+    with pytest.raises(TypeError, match=r"got preference: pass a reward by name, reward="):
         tj.Tuned(*TWO, preference)
     with pytest.raises(TypeError, match=r"got the class PowerWeight: use power\(p\)"):
         tj.Annealed(*TWO, type(models.power(2.0)))

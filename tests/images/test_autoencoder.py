@@ -176,7 +176,7 @@ def test_what_it_refuses(network):
     with pytest.raises(ValueError, match=r"latents must be \(..., height, width, 4\)"):
         network.decode(VALUES["latents"][..., :3])
     bad = autoencoder.Config.from_json({**parts.AUTOENCODER, "norm_num_groups": 3})
-    with pytest.raises(ValueError, match="8 channels are no multiple of norm_num_groups = 3"):
+    with pytest.raises(ValueError, match="8 channels must be a multiple of norm_num_groups = 3"):
         autoencoder.Autoencoder(bad, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         parts.small_autoencoder(chunk_size=0)

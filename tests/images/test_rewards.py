@@ -106,9 +106,9 @@ def test_the_three_regions():
 
 def test_masks_and_palettes_that_are_none():
     for mask in (np.zeros((4, 4)), np.ones((4, 4)), 2 * rewards.bottom_half(4, 4)):
-        with pytest.raises(ValueError, match="some of the image inside and some outside"):
+        with pytest.raises(ValueError, match="some pixels inside and some outside"):
             rewards.MaskedBrightness(mask)
-    with pytest.raises(ValueError, match=r"image of \(6, 8\) met a mask of \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"size \(6, 8\) but the mask has size \(4, 4\)"):
         rewards.MaskedBrightness(rewards.bottom_half(4, 4))(IMAGE)
     with pytest.raises(
         ValueError, match=r"\(red, green, blue\) must have shape \(3,\), got \(4,\)"
@@ -263,7 +263,7 @@ def test_scores_that_are_none():
     with pytest.raises(ValueError, match=r"takes images \(..., 8, 8, 3\)"):
         network.vision_model(jnp.zeros((6, 8, 3)))
     for head, message in (
-        ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "for an input of 20"),
+        ({"weight": np.ones((1, 3)), "bias": np.ones(1)}, "an input of size 20"),
         ({"weight": np.ones((2, 20)), "bias": np.ones(2)}, "must give one number, got 2"),
         ({"0.weight": np.ones((1, 20))}, "a weight and a bias"),
     ):
@@ -360,7 +360,7 @@ def test_without_the_packages(monkeypatch):
 def test_image_reward_says_what_is_cut_or_wrong():
     with pytest.raises(ValueError, match="training mode"):
         rewards.image_reward("a bird", ImageReward())
-    with pytest.warns(UserWarning, match="reads 35 tokens"):
+    with pytest.warns(UserWarning, match="takes 35 tokens"):
         reward = rewards.image_reward("a" * 36, ImageReward().eval())
     with pytest.raises(ValueError, match="use Decoded on latents"):
         reward.evaluate(np.zeros((1, 4, 4, 16)))
@@ -450,7 +450,7 @@ def test_yes_or_no_is_the_log_odds_with_its_gradient():
 
 
 def test_questions_that_are_none():
-    with pytest.raises(ValueError, match="begin with the same token"):
+    with pytest.raises(ValueError, match="must differ in their first token"):
         rewards.yes_or_no("?", Judge().eval(), Processor(), size=(8, 16), answers=("No", "Never"))
     with pytest.raises(ValueError, match="training mode"):
         rewards.yes_or_no("?", Judge(), Processor(), size=(8, 16))

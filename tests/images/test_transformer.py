@@ -178,7 +178,7 @@ def test_wrong_configurations_and_options_are_errors():
         Config.from_json({"num_layer": 3})
     with pytest.raises(ValueError, match="add up to attention_head_dim = 128"):
         Config(axes_dims_rope=(16, 16, 16))
-    with pytest.raises(ValueError, match="patch_size = 1"):
+    with pytest.raises(ValueError, match="patch_size must be 1"):
         Config(patch_size=2)
     with pytest.raises(ValueError, match="attention must be"):
         network("dev", attention="flash")

@@ -339,7 +339,7 @@ BAD = {
     "mixture dimension": (
         lambda: metrics.mode_weights(np.ones((3, 1)), MIXTURE),
         ValueError,
-        "mixture d = 2",
+        "mixture has d = 2",
     ),
     "not a mixture": (
         lambda: metrics.mode_weights(np.ones((3, 1)), None),
@@ -364,7 +364,7 @@ BAD = {
     "text": (
         lambda: metrics.wasserstein([["a"]], np.ones((1, 1))),
         TypeError,
-        "x must be real numbers",
+        "x must hold real numbers",
     ),
     "complex": (
         lambda: metrics.mmd(np.ones((2, 1), complex), np.ones((2, 1))),
@@ -379,19 +379,19 @@ BAD = {
     "negative": (
         lambda: metrics.wasserstein(np.ones((2, 1)), np.ones((2, 1)), None, [1.0, -1.0]),
         ValueError,
-        "weights_y must be finite and non-negative",
+        "weights_y must be finite and nonnegative",
     ),
     "no mass": (
         lambda: metrics.wasserstein(np.ones((2, 1)), np.ones((2, 1)), [0.0, 0.0]),
         ValueError,
-        "positive mass",
+        "positive sum",
     ),
     "weights twice": (
         lambda: metrics.wasserstein(
             Particles(jnp.ones((2, 1)), jnp.zeros(2)), np.ones((2, 1)), np.ones(2)
         ),
         TypeError,
-        "leave weights_x out",
+        "leave out weights_x",
     ),
     "log-weights": (
         lambda: metrics.wasserstein(

@@ -232,12 +232,12 @@ BAD = {
     "no direction": (
         lambda: metrics.cosine_diversity(np.eye(3)[:, :2]),
         ValueError,
-        "1 of 3 samples are 0",
+        "origin.* 1 of 3 samples are",
     ),
     "few samples": (
         lambda: metrics.truncated_entropy(normal(0, 16, 30)),
         ValueError,
-        "16 samples .* rank 15 at most",
+        "16 samples have no entropy in k = 20",
     ),
     "few with weight": (
         lambda: metrics.truncated_entropy(weighted(normal(0, 9, 4), jnp.arange(9) < 3), 3),
@@ -247,7 +247,7 @@ BAD = {
     "few directions": (
         lambda: metrics.truncated_entropy(ONES, 3),
         ValueError,
-        "d = 2 directions, got k = 3",
+        "d = 2, got k = 3",
     ),
     "no k": (lambda: metrics.truncated_entropy(ONES, 0), ValueError, "k must be"),
     "dimensions": (

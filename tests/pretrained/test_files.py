@@ -211,7 +211,7 @@ def test_adapters_of_a_flow_map_reach_the_second_embedder():
         a, b = factors(48, 256, seed=seed)
         place = f"transformer.time_text_embed.{which}_embedder.timestep_embedder.linear_1"
         low_rank |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
-    with pytest.raises(ValueError, match=r"2 of 2 adapters fit no matrix .*key_names\.dual"):
+    with pytest.raises(ValueError, match=r"2 of 2 adapters match no matrix .*key_names\.dual"):
         adapters.merged(arrays, low_rank)
     merged = adapters.merged(key_names.dual(arrays), low_rank)
     base = arrays["time_text_embed.timestep_embedder.linear_1.weight"]
@@ -226,14 +226,14 @@ def test_adapters_of_a_flow_map_reach_the_second_embedder():
 def test_wrong_adapters_are_errors_with_names():
     arrays, (a, b) = published(), factors(48, 48)
     place = "transformer_blocks.0.attn.to_q"
-    with pytest.raises(ValueError, match=r"lack their other half: .*lora_A"):
+    with pytest.raises(ValueError, match=r"lack the other half of their pair: .*lora_A"):
         adapters.merged(arrays, {f"{place}.lora_A.weight": a})
-    with pytest.raises(ValueError, match=r"1 keys are no adapters.*dora_scale"):
+    with pytest.raises(ValueError, match=r"1 keys are not adapters.*dora_scale"):
         adapters.merged(
             arrays,
             {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, f"{place}.dora_scale": a},
         )
-    with pytest.raises(ValueError, match="ranks 2 and 1"):
+    with pytest.raises(ValueError, match="different ranks, 2 and 1"):
         adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:, :1]})
     with pytest.raises(ValueError, match=r"to_q.weight \(47, 48\)"):
         adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:47]})
@@ -285,12 +285,12 @@ def test_spoilt_files_are_errors(tmp_path):
         b"<!DOCTYPE html><html>" * 9,
     ):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match="no safetensors file, or was cut off"):
+        with pytest.raises(ValueError, match="not a safetensors file, or is truncated"):
             files.read(path)
     path.write_bytes(whole.replace(b'"F32"', b'"U32"'))
-    with pytest.raises(ValueError, match="a is stored as U32"):
+    with pytest.raises(ValueError, match="a has the unsupported dtype U32"):
         files.read(path)
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match=r"y\.safetensors does not exist"):
         files.read(tmp_path / "y.safetensors")
 
 
@@ -347,7 +347,7 @@ def test_adapters_are_merged_while_loading(tmp_path):
 
 
 def test_folders_without_what_is_needed_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no name of the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="not of the form of the Hugging Face hub"):
         loading.load("transformer", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         loading.load("transformer", tmp_path)
@@ -359,7 +359,7 @@ def test_folders_without_what_is_needed_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"\d+ missing: "):
         loading.load("transformer", tmp_path)
     (tmp_path / "transformer" / "model-0.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no safetensors files, but config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no safetensors files, only config\.json"):
         loading.load("transformer", tmp_path)
     with pytest.raises(ValueError, match="kind must be one of transformer"):
         loading.load("unet", tmp_path)
@@ -386,9 +386,9 @@ def test_the_hub_and_its_refusals(monkeypatch, tmp_path):
         return files.located("someone/model")
 
     assert answer(str(tmp_path)) == tmp_path
-    with pytest.raises(PermissionError, match=r"gated model: accept its licence.*HF_TOKEN"):
+    with pytest.raises(PermissionError, match=r"gated model: accept its license.*HF_TOKEN"):
         answer(errors.GatedRepoError)
-    with pytest.raises(FileNotFoundError, match="no such model"):
+    with pytest.raises(FileNotFoundError, match="no model of this name"):
         answer(errors.RepositoryNotFoundError)
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         answer(errors.LocalEntryNotFoundError)
@@ -411,7 +411,7 @@ def test_other_parts_are_built_from_their_configuration():
     prefixed["text_model.embeddings.position_ids"] = np.arange(7)[None]
     plain, other = (loading.from_state_dict("clip", each, config) for each in (arrays, prefixed))
     jax.tree.map(np.testing.assert_array_equal, plain, other)
-    with pytest.raises(ValueError, match="do not fit T5"):
+    with pytest.raises(ValueError, match="do not match T5"):
         loading.from_state_dict("t5", arrays, CONFIGS["t5"])
 
 

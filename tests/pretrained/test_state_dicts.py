@@ -104,7 +104,7 @@ def test_missing_unused_and_misshapen_keys_are_errors_with_names(abstract, publi
     del wrong["blocks.1.norm.weight"]
     wrong["blocks.2.norm.weight"] = np.zeros(4)
     wrong["conv.weight"] = np.zeros((5, 3, 1, 2))
-    with pytest.raises(ValueError, match="do not fit Network") as error:
+    with pytest.raises(ValueError, match="do not match Network") as error:
         built(abstract, wrong)
     for part in ("1 missing: blocks.1.norm.weight (4,)", "1 unused: blocks.2.norm.weight (4,)"):
         assert part in str(error.value)

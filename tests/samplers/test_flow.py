@@ -97,7 +97,7 @@ def test_a_trajectory_that_cannot_be_solved_is_reported():
         (
             (X, 0.1, 1.0, tj.Conjugate(MODEL, REWARD)),
             {"key": KEY},
-            "Conjugate remembers its last step",
+            "Conjugate has a memory of its last step",
         ),
         ((X, 0.1, 1.0, tj.dps(tj.Tilted(MODEL, REWARD), REWARD)), {"key": KEY}, "another model"),
     ],

@@ -65,7 +65,7 @@ def test_chains_that_do_not_mix_are_reported():
             lambda x: -jnp.sum(x**2) + 5 * jax.nn.relu(x[0] - 2),
             "Hessian is not constant: use Conjugate",
         ),
-        (tj.rewards.LinearReward([0.0, 1.0]), "not concave in any direction: use Tilted"),
+        (tj.rewards.LinearReward([0.0, 1.0]), "no concave direction.*: use Tilted"),
     ],
 )
 def test_other_rewards_are_refused(reward, message):

@@ -83,7 +83,7 @@ def test_a_round_asks_for_states_once_where_it_can():
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"num": 4}, "num must be as many"),
+        ({"num": 4}, "num must be at least queries = "),
         ({"rounds": 0}, "rounds"),
         ({"surrogate": "ucb"}, "GaussianProcess"),
     ],
@@ -98,8 +98,8 @@ def test_bad_settings_are_refused(over, message):
     [
         (lambda x: x.sum(1) * 1j, "real numbers"),
         (lambda x: np.full(len(x), "good"), "real numbers"),
-        (lambda x: np.zeros(3), "8 values for 8 states, it gave shape"),
-        (lambda x: np.full(len(x), np.nan), "8 of 8 are not"),
+        (lambda x: np.zeros(3), "8 values for 8 states, got shape"),
+        (lambda x: np.full(len(x), np.nan), "got 8 of 8 that are not"),
     ],
 )
 def test_bad_answers_are_refused(answer, message):

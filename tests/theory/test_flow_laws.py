@@ -371,7 +371,7 @@ def test_refusals_say_why_and_what_to_use():
 def test_laws_beyond_the_quadratures_reach_are_refused():
     law = theory.plug_in_law(line(1.0), tj.rewards.Quadratic([2.5]), 9e5)
     np.testing.assert_allclose(law.means[0, 0], 2.5 + 2.5 / 1.8e6, rtol=1e-9)
-    with pytest.raises(ValueError, match="beyond what the quadrature resolves"):
+    with pytest.raises(ValueError, match="beyond the range of the quadrature"):
         theory.plug_in_law(line(1.0), tj.rewards.Quadratic([2.5]), 2e6)
 
 

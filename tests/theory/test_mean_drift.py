@@ -162,7 +162,7 @@ def test_the_law_compiles_maps_and_its_masses_differentiate():
 
 def test_refusals_say_why_and_what_to_use():
     prior, reward, scale = modes(3.0)
-    with pytest.raises(ValueError, match=r"StepReward has no gradient.*leave the prior as it is"):
+    with pytest.raises(ValueError, match=r"StepReward has gradient zero.*not change the prior"):
         theory.mean_drift_law(prior, 2.0 * tj.rewards.StepReward(1.0) + reward, scale)
     with pytest.raises(ValueError, match="got dimension 2"):
         theory.mean_drift_law(tj.problems.quadratic().prior, tj.rewards.Quadratic([0.0, 1.0]), 1.0)

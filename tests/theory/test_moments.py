@@ -359,7 +359,7 @@ def test_more_than_one_draw_is_refused_with_what_to_do_instead():
         theory.plug_in_law(plane, isotropic, tj.Damped(1.0, 0.7), k=4)
     with pytest.raises(
         ValueError,
-        match=r"mixture of 2: take one component, GaussianMixture.*PlugIn\(..., k=4\)",
+        match=r"mixture of 2 components. Pass one component, GaussianMixture.*PlugIn\(..., k=4\)",
     ):
         theory.plug_in_law(contracts.planar(), isotropic, 1.0, k=4)
     with pytest.raises(ValueError, match=r"isotropic covariance.*k=1.*PlugIn\(..., k=4\)"):

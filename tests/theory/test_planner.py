@@ -207,7 +207,7 @@ def test_bad_input_says_what_to_use():
     )
     with pytest.raises(ValueError, match=r"budget must lie in \[1, inf\), got 0\.5"):
         plan_of(budget=0.5)
-    with pytest.raises(ValueError, match="no closed form for the tilt by Bump"):
+    with pytest.raises(ValueError, match="tilt by the reward Bump has no closed form"):
         plan_of(reward=tj.rewards.Bump([0.0, 0.0], 1.0))
     with pytest.raises(ValueError, match="pullback must lie in"):
         plan_of(pullback=-1.0)

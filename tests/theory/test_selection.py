@@ -204,7 +204,7 @@ def test_matching_n_is_the_best_of_all():
         for m in (n - 1, n, n + 1)
     ]
     assert near[1] < min(near[0], near[2])
-    with pytest.raises(ValueError, match=r"beyond maximum = 1000.*raise maximum"):
+    with pytest.raises(ValueError, match=r"at least maximum = 1000.*raise maximum"):
         theory.matching_n(PLANE, LINEAR, 1e4, maximum=1000)
 
 
@@ -279,7 +279,7 @@ def test_refusals_say_why_and_what_to_use():
         theory.softmax_of_n(PLANE, LINEAR, 2, -1.0)
     with pytest.raises(ValueError, match="does not vary over component 0"):
         theory.best_of_n(PLANE, tj.rewards.LinearReward([0.0, 0.0]), 2)
-    with pytest.raises(ValueError, match="does not resolve the winner"):
+    with pytest.raises(ValueError, match="does not resolve the selected draw"):
         theory.best_of_n(LINE, tj.rewards.Bump([1.0]), 10**6, cells=2000)
     with pytest.raises(ValueError, match="does not resolve a softmax"):
         theory.softmax_of_n(LINE, tj.rewards.Bump([1.0]), 4, 1e4)

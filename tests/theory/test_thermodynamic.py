@@ -82,9 +82,9 @@ def test_refusals_say_why():
             np.array([0.0, 1.0]), np.array([-1.0, -2.0]), np.array([0.1, 0.1])
         )
     theory.thermodynamic_bracket(np.array([0.0, 1.0]), np.array([-1.0, -1.1]), np.array([0.1, 0.1]))
-    with pytest.raises(ValueError, match="scales must rise"):
+    with pytest.raises(ValueError, match="scales must increase"):
         theory.thermodynamic_bracket(np.array([0.0, 0.0]), np.array([-1.0, -1.0]))
-    with pytest.raises(ValueError, match="two scales or more"):
+    with pytest.raises(ValueError, match="at least two scales"):
         theory.thermodynamic_bracket(np.array([0.0, 1.0]), np.array([-1.0]))
     with pytest.raises(ValueError, match="must not be negative"):
         theory.thermodynamic_integral(lambda scale: scale, -1.0)

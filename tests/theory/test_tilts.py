@@ -130,7 +130,7 @@ def test_log_norm_differentiates_to_the_expected_reward_even_for_isotropic_covar
 
 def test_refusals_say_why_and_what_to_use():
     prior = tj.problems.quadratic().prior
-    with pytest.raises(ValueError, match=r"eigenvalue -\d.*lower scale"):
+    with pytest.raises(ValueError, match=r"eigenvalue -\d.*Lower the scale"):
         theory.tilt(prior, tj.rewards.Quadratic([0.0, 0.0], weight=-1.0), 2.0)
     with pytest.raises(ValueError, match=r"Bump.*theory\.quadrature\.tilt"):
         theory.tilt(prior, tj.rewards.Bump([0.0, 0.0]), 2.0)

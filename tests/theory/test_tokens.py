@@ -129,7 +129,7 @@ def test_exclusions():
 
 
 def test_bad_input_says_what_to_do():
-    with pytest.raises(ValueError, match=r"3 tokens at 14 places .* pair_log_norm"):
+    with pytest.raises(ValueError, match=r"3 tokens at 14 positions .* pair_log_norm"):
         theory.token_tilt(chain(14), reward)
     with pytest.raises(ValueError, match="probability zero"):
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3, 3]))

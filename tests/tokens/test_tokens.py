@@ -442,7 +442,7 @@ def test_what_has_no_meaning_for_tokens_is_refused():
     ):
         with pytest.raises(TypeError, match="must be a Model, got MarkovChain"):
             build()
-    with pytest.raises(ValueError, match=r"no score to shift them by: use the proposal Guided"):
+    with pytest.raises(ValueError, match=r"no score.*use the proposal Guided"):
         tj.smc(
             jax.random.key(0),
             MODEL,
@@ -462,18 +462,18 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match="prompt must hold 4 integers"):
         tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=[0.0, 1, 2, 3])
     for prompt in ([0, 1, 2, 4], [-1, 1, 2, 3]):
-        with pytest.raises(ValueError, match="integers from 0 to 2, 3 hides one"):
+        with pytest.raises(ValueError, match="integers from 0 to 2, and 3 for a hidden"):
             tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt)
-    with pytest.raises(ValueError, match="transition must be square"):
+    with pytest.raises(ValueError, match="transition must have shape"):
         tj.tokens.MarkovChain(INITIAL, np.eye(2), LENGTH)
     for initial, transition in (
         ([0.5, -0.5], np.eye(2)),
         ([0, 0], np.eye(2)),
         ([1, 1], [[1, 0], [0, 0]]),
     ):
-        with pytest.raises(ValueError, match="non-negative, with positive sums"):
+        with pytest.raises(ValueError, match=r"nonnegative.*positive sum"):
             tj.tokens.MarkovChain(initial, transition, LENGTH)
-    with pytest.raises(ValueError, match="one token or more"):
+    with pytest.raises(ValueError, match="at least one token"):
         tj.tokens.MarkovChain([], np.zeros((0, 0)), LENGTH)
     with pytest.raises(ValueError, match=r"proposal_weight must lie in \[0, 1\)"):
         tj.tokens.Completions(MODEL, reward, proposal_weight=1.0)
@@ -486,7 +486,7 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(TypeError, match="even must be True or False"):
         tj.tokens.Unmask(3)
     for x in (jnp.zeros(4), jnp.zeros(3, jnp.int32)):
-        with pytest.raises(ValueError, match="a state is 4 integers, 3 where one is hidden"):
+        with pytest.raises(ValueError, match="a state must hold 4 integers, with 3 for a hidden"):
             MODEL.denoise(jnp.asarray(0.5), x)
     with pytest.raises(ValueError, match=r"the shape \(4, 3\)"):
         tj.sample(
@@ -502,7 +502,7 @@ def test_bad_input_says_what_to_do():
         tj.Annealed(MODEL, MODEL)
     wrong = (
         ([[0.0, 1, 2, 3]], r"start must hold \(1, 4\) integers"),
-        ([[0, 9, 3, 3]], "integers from 0 to 2.* 0 to 9 in start"),
+        ([[0, 9, 3, 3]], "start must hold integers from 0 to 2.* 0 to 9"),
     )
     for start, message in (
         *wrong,
@@ -513,9 +513,9 @@ def test_bad_input_says_what_to_do():
     gapped = tj.tokens.MarkovChain(
         INITIAL, [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]], LENGTH
     )
-    with pytest.raises(ValueError, match="take steps=4"):
+    with pytest.raises(ValueError, match="use steps=4"):
         tj.sample(jax.random.key(0), gapped, num=4, steps=2)
-    with pytest.raises(ValueError, match="has the probability zero"):
+    with pytest.raises(ValueError, match="has probability zero"):
         tj.tokens.MarkovChain(
             INITIAL,
             [[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]],

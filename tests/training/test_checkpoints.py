@@ -123,10 +123,10 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
             again()
     for content in (b"", b"not a checkpoint"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="holds no checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint"):
             run(file, steps=2)
     np.savez(file, x=np.ones(3))
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         run(file, steps=2)
 
 

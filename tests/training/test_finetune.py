@@ -229,7 +229,7 @@ def test_mistakes_are_named():
     excluding = lambda x: jnp.where(x[0] > 0.5, x[0], -jnp.inf)
     excluding.__qualname__ = "excluding"
     for error, match, call in (
-        (ValueError, "no gradient at any of 4 samples", lambda: run(reward=step)),
+        (ValueError, "zero at all of 4 samples", lambda: run(reward=step)),
         (
             ValueError,
             "excluding is -inf at . of 4 samples .* a finite penalty",
@@ -237,15 +237,19 @@ def test_mistakes_are_named():
         ),
         (
             FloatingPointError,
-            "failed in step 0 .* mean of excluding .* a finite penalty",
+            "failed in step 0 .* mean of excluding.* a finite penalty",
             lambda: run(reward=excluding, objective=training.policy_gradient),
         ),
         (ValueError, r"scale must lie in \(0, inf", lambda: run(scale=0.0)),
         (ValueError, r"scale must lie in \(0, inf", lambda: run(scale=math.nan)),
         (ValueError, "base and tuned must", lambda: run(base=other)),
         (ValueError, "end at 1", lambda: run(times=jnp.asarray([0.001, 0.5, 0.9]))),
-        (ValueError, "two steps or more", lambda: run(times=jnp.asarray([0.001, 1.0]))),
-        (ValueError, "at least 2", lambda: run(batch_size=1, objective=training.policy_gradient)),
+        (ValueError, "at least two steps", lambda: run(times=jnp.asarray([0.001, 1.0]))),
+        (
+            ValueError,
+            "batch_size >= 2",
+            lambda: run(batch_size=1, objective=training.policy_gradient),
+        ),
         (ValueError, "last_steps must", lambda: training.reparametrized(0)),
         (TypeError, "objective", lambda: run(objective="draft")),
         (TypeError, "base", lambda: run(base=START)),
@@ -254,10 +258,10 @@ def test_mistakes_are_named():
             r"model\(network\) must be a Model, got dict",
             lambda: run(model=lambda network: network),
         ),
-        (ValueError, "one scalar for one sample: got shape", lambda: run(reward=lambda x: x)),
+        (ValueError, "one scalar for one sample, got shape", lambda: run(reward=lambda x: x)),
         (
             ValueError,
-            "one scalar for one sample: got shape",
+            "one scalar for one sample, got shape",
             lambda: run(reward=lambda x: x, objective=training.policy_gradient),
         ),
         (

@@ -144,7 +144,7 @@ def test_a_gradient_flows_to_every_parameter():
 def test_a_loss_that_means_nothing_is_refused():
     with pytest.raises(ValueError, match=r"velocity of VP is unbounded .* target=from_noise"):
         training.loss(network(), KEY, gaussian(4), interpolant=tj.VP())
-    with pytest.raises(ValueError, match="target must be from_velocity"):
+    with pytest.raises(ValueError, match="target must be the function from_velocity"):
         training.loss(network(), KEY, gaussian(4), target="velocity")
     with pytest.raises(ValueError, match=r"expected \(4, 1\), got \(4, 2\)"):
         training.loss(lambda t, x: jnp.append(x, t), KEY, gaussian(4))
@@ -342,7 +342,7 @@ def test_mistakes_are_named():
     bad = np.array(data)
     bad[[3, 7]] = np.nan
     for error, match, run in (
-        (ValueError, "2 of 50 rows are not, the first one is 3", lambda: fit(data=bad)),
+        (ValueError, "2 of 50 rows are not, the first is row 3", lambda: fit(data=bad)),
         (ValueError, r"shape \(n, \*shape\), got \(50,\)", lambda: fit(data=data[:, 0])),
         (ValueError, r"shape \(n, \*shape\), got \(0, 1\)", lambda: fit(data=data[:0])),
         (ValueError, "at least 32 bits, got bfloat16", lambda: fit(data=data.astype(jnp.bfloat16))),
@@ -359,12 +359,16 @@ def test_mistakes_are_named():
         (ValueError, r"learning_rate must lie in \(0, inf\)", lambda: fit(learning_rate=-1.0)),
         (
             ValueError,
-            "give learning_rate or optimizer",
+            "pass learning_rate or optimizer",
             lambda: fit(learning_rate=1.0, optimizer=optax.sgd(1.0)),
         ),
         (TypeError, "optimizer must be", lambda: fit(optimizer=1e-3)),
         (ValueError, "checkpoint_every needs", lambda: fit(checkpoint_every=10)),
-        (ValueError, "no folder", lambda: fit(checkpoint="/nowhere/at/all/run.npz")),
+        (
+            ValueError,
+            "does not exist: create it",
+            lambda: fit(checkpoint="/nowhere/at/all/run.npz"),
+        ),
         (ValueError, "no parameters", lambda: fit(net=lambda t, x: x)),
         (TypeError, "the network is called as", lambda: fit(net=eqx.nn.Linear(1, 1, key=KEY))),
         (ValueError, "training mode", lambda: fit(net=nnx.Dropout(0.5, rngs=nnx.Rngs(0)))),

@@ -128,7 +128,7 @@ def test_some_kernels_may_be_chosen():
 
 @pytest.mark.parametrize("network", [lambda t, x: x, eqx.nn.Linear(2, 2, key=jax.random.key(0))])
 def test_other_networks_are_refused(network):
-    with pytest.raises(TypeError, match=r"network must be a Module, got .* Flax modules"):
+    with pytest.raises(TypeError, match=r"network must be a Module, got .* a Flax module"):
         lora.init(jax.random.key(0), network)
 
 
@@ -141,11 +141,11 @@ def test_other_networks_are_refused(network):
         ),
         (
             lambda: lora.merge(NETWORK, NETWORK),
-            "two factors of each kernel by its path, got Network",
+            "path of each kernel to its two factors, got Network",
         ),
         (
             lambda: lora.merge(NETWORK, {("first", "kernel"): jnp.ones((3, 8))}),
-            "two factors of each kernel",
+            "path of each kernel to its two factors",
         ),
         (lambda: lora.merge(lambda t, x: x, {}), "network must be a Module, got function"),
     ],
@@ -169,7 +169,7 @@ def test_what_is_of_another_kind_is_refused(act, message):
         ),
         (
             lambda: lora.merge(NETWORK, lora.init(jax.random.key(0), NETWORK), jnp.ones(2)),
-            "scale is one number",
+            "scale must be one number",
         ),
         (
             lambda: lora.merge(NETWORK.first, lora.init(jax.random.key(0), NETWORK)),

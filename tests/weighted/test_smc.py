@@ -251,7 +251,7 @@ def test_the_loop_by_hand_ends_where_it_has_to():
         tj.weighted.step(keys[-1], run, state)
     with pytest.raises(TypeError, match="guidance must be a Guidance"):
         tj.weighted.SMC(MODEL, None, num=NUM)
-    with pytest.raises(TypeError, match="guide makes a guidance"):
+    with pytest.raises(TypeError, match="guide must be a function"):
         tj.tds(jax.random.key(0), MODEL, REWARD, num=NUM, guide=DPS)
 
 
@@ -357,7 +357,7 @@ def test_drifts_that_weigh_nothing_take_any_twist(drift):
     gap = abs(float(particles.log_norm - blind.log_norm))
     assert gap < 0.5
     if drift == "conjugate":
-        with pytest.raises(ValueError, match="no log_h to weigh particles by: give twist="):
+        with pytest.raises(ValueError, match="no log_h to weigh particles by: pass twist="):
             tj.smc(jax.random.key(5), MODEL, guidance, num=10, steps=5)
 
 
@@ -492,15 +492,16 @@ def test_constraints_and_failures_are_told():
     with pytest.raises(FloatingPointError, match="the reward's value"):
         tj.smc(jax.random.key(7), MODEL, broken, num=20, steps=STEPS, proposal=BASE)
     hard = tj.dps(MODEL, REWARD, 30.0)
-    with pytest.warns(UserWarning, match="Laplace"):
+    with pytest.warns(UserWarning, match="Laplace") as warned:
         tj.smc(jax.random.key(7), MODEL, hard, num=500, steps=STEPS, ess_threshold=1e-6)
+    assert warned[0].filename == __file__  # the line of the user
 
 
 def test_bad_input_says_what_to_do():
     run = lambda guidance=DPS, **kw: tj.smc(
         jax.random.key(0), MODEL, guidance, **{"num": 10, "steps": 5} | kw
     )
-    with pytest.raises(ValueError, match="only the noise of a step can be weighed, Heun"):
+    with pytest.raises(ValueError, match="only the noise of a step can be weighed, but Heun"):
         run(solver=tj.Heun())
     with pytest.raises(ValueError, match="eta = 0"):
         run(solver=tj.Ancestral(0.0))

@@ -2,10 +2,10 @@ r"""Functions that run outside of JAX: a NumPy function, a PyTorch module, a ser
 
 | name | |
 |---|---|
-| `External(fn)` | a Python function of a batch as a reward, with its gradient where it has one |
+| `External(fn)` | a Python function of a batch as a reward, with its gradient if it has one |
 | `from_torch(fn)` | a PyTorch function or module, with the gradient of `torch.autograd` |
 | `Record` | every sample at which a reward was evaluated, with its value |
-| `failures()` | within it, an error of a reward is raised as itself |
+| `failures()` | a context in which the original error of a reward is raised |
 """
 
 from tiltjax._callbacks import failures

@@ -10,12 +10,14 @@ T = TypeVar("T")
 
 
 class TimedOut(Exception):
-    """A call did not end in time."""
+    """A call did not end within its time limit."""
 
 
 def retry(call: Callable[[], T], retries: int, backoff: float) -> T:
-    """`call()`, repeated after an exception up to `retries` times, `backoff`, `2 * backoff`, ...
-    seconds later. **Raises:** what the last call raised.
+    """The result of `call()`. After an exception the call is repeated up to `retries` times,
+    `backoff`, `2 * backoff`, ... seconds later.
+
+    **Raises:** the exception of the last call.
     """
     for attempt in range(retries):
         try:
@@ -26,8 +28,10 @@ def retry(call: Callable[[], T], retries: int, backoff: float) -> T:
 
 
 def within(seconds: float | None, call: Callable[[], T]) -> T:
-    """`call()`, in a thread of its own if there is a time limit. **Raises:** `TimedOut`; the thread
-    cannot be stopped then, but it does not keep the interpreter from ending.
+    """The result of `call()`, which runs in its own thread if there is a time limit.
+
+    **Raises:** `TimedOut`. The thread then goes on, because it cannot be stopped, but it does not
+    keep the interpreter alive.
     """
     if seconds is None:
         return call()

@@ -1,4 +1,4 @@
-"""Python functions inside compiled programs: one flat batch for each call, errors as themselves."""
+"""Python functions inside compiled programs, with one flat batch per call and their own errors."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ from tiltjax import _callbacks
 
 class Callback(NamedTuple):
     """`reward.evaluate(x, gradient)`, a function of NumPy arrays `(n, *shape)`, as a function of
-    JAX arrays, whose leading axes become the batch. Compared by value, so that it compiles once.
+    JAX arrays, whose leading axes become the batch.
 
-    `rank` is that of one sample.
+    `rank` is the number of axes of one sample. Callbacks are compared by value, so that equal ones
+    compile once.
     """
 
     reward: Any
@@ -35,17 +36,17 @@ class Callback(NamedTuple):
         return tuple(part.reshape(leading + part.shape[1:]) for part in parts)
 
     def into_buffers(self, _context: Any, out: tuple[Any, ...], x: Any) -> None:
-        """On a CPU, from and into the memory of the program."""
+        """Run on a CPU: read from and write to the memory of the program."""
         for buffer, part in zip(out, self.of_numpy(np.asarray(x).copy()), strict=True):
             np.asarray(buffer)[...] = part
 
     def of_arrays(self, x: Any) -> tuple[np.ndarray, ...]:
-        """On other devices, of arrays that JAX has brought to the CPU."""
+        """The result on other devices, for arrays that JAX has copied to the CPU."""
         return self.of_numpy(np.array(x))
 
 
 def _program(callback: Callback, x: Array) -> tuple[Array, ...]:
-    # JAX alone knows half precision. Rewards of tokens are of JAX's default precision.
+    # NumPy lacks JAX's half precision. Rewards of tokens use JAX's default precision.
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     wide = x.astype(jnp.float32) if floating and jnp.finfo(x.dtype).bits < 32 else x
     dtype = wide.dtype if floating else jnp.dtype(jnp.result_type(float))

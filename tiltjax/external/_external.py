@@ -3,28 +3,28 @@ r"""Rewards outside of JAX: a NumPy function, a PyTorch network, a service on an
     particles x draws --vmap--> one batch (n, *shape) --> fn --> values (n,)            r(x)
                                               value_and_grad --> values, gradients      r(x), ∇r(x)
 
-`External(fn)` is a reward like any other: it adds, scales, and stands inside compiled, batched and
-scanned loops. However deeply it is batched, `fn` is called with one flat batch. Methods need
+`External(fn)` is a reward like any other. It can be added and scaled, and it works inside compiled,
+vectorized and scanned loops. At any depth of vectorization, `fn` gets one flat batch. Methods need
 
 | of the reward | methods |
 |---|---|
-| values alone | selection; `smc` with `ValueOnly` and `proposals.Base()`; `ess_threshold=0` |
-| gradients | `PlugIn`, `dps`, `fmrg`, `Conjugate`: give `value_and_grad`, or use `from_torch` |
+| values only | selection; `smc` with `ValueOnly` and `proposals.Base()`; `ess_threshold=0` |
+| gradients | `PlugIn`, `dps`, `fmrg`, `Conjugate`: pass `value_and_grad`, or use `from_torch` |
 | second derivatives | `Laplace`: not with these rewards |
 
-`fn` must be a function: the same value for the same sample, whatever else is in the batch. How
-often and in which order it is called is not promised: a value that nothing needs is not computed,
-and one that several devices need may be computed on each. A `Record` stores the calls.
+`fn` must return the same value for the same sample, independent of the rest of the batch. The
+number and the order of the calls are not guaranteed: a value that is not needed is not computed,
+and a value that several devices need may be computed on each. A `Record` stores the calls.
 
-**Failures.** A reward that raises, hangs, or returns something else than n numbers stops the run.
-The functions of this library raise the error itself. A program of your own (`jax.jit`) raises a
-`JaxRuntimeError` whose text holds the message; inside `with failures():` it raises the error
-itself. A `Record` with a file is saved when a run stops.
+**Failures.** A reward that raises, hangs, or does not return n numbers stops the run. The functions
+of this library raise the original error. Your own program (`jax.jit`) raises a `JaxRuntimeError`
+whose text contains the message; inside `with failures():` it raises the original error. A `Record`
+with a file is saved when a run stops.
 
 **Threads.** On a CPU the function runs on the thread of the compiled program, on a copy of its
-memory, and must not call JAX: that can wait for the very thread it occupies. (`jax.pure_callback`
-itself does so, where arrays are larger than 100 kB and the machine has one core; hence buffers
-here.)
+memory. The function must not call JAX, because JAX may then wait for the thread on which the
+function runs. (`jax.pure_callback` itself causes this deadlock for arrays larger than 100 kB on a
+machine with one core. This module therefore uses buffers.)
 """
 
 import math
@@ -58,22 +58,24 @@ class External(rewards.Reward):
 
     **Arguments:**
 
-    - `fn(x) -> values`: a batch `(n, *shape)` to `(n,)` real numbers; with `batched=False` one
-      sample to one number. `x` is a copy in float32 or float64, which the function may change.
-    - `value_and_grad(x) -> (values, gradients)`: both at once, `(n,)` and `(n, *shape)`, where the
-      reward has to be differentiated.
-    - `chunk_size`: the most samples in one call.
-    - `timeout`: seconds in which a call has to end; a call that does not goes on in its thread.
-    - `retries`: how often a call that failed is repeated, after `backoff`, `2 * backoff`,
+    - `fn(x) -> values`: from a batch `(n, *shape)` to real numbers `(n,)`; with `batched=False`
+      from one sample to one number. `x` is a copy in float32 or float64, which the function may
+      change.
+    - `value_and_grad(x) -> (values, gradients)`: both, `(n,)` and `(n, *shape)`, needed if the
+      reward is differentiated.
+    - `chunk_size`: the largest number of samples in one call.
+    - `timeout`: the time limit of a call, in seconds. A call that exceeds it continues in its
+      thread.
+    - `retries`: the number of repetitions of a failed call, after `backoff`, `2 * backoff`,
       `4 * backoff`, ... seconds.
     - `record`: a `Record`.
-    - `name`: for messages; the function's by default.
+    - `name`: for messages; by default the name of the function.
 
-    Build it once: another function, or record, is another reward, and compiles anew.
+    Build the reward once: a new function or record makes a new reward, which compiles again.
 
-    **Raises:** in a run: what the function raised; `TimeoutError`; `ValueError` for shapes,
+    **Raises:** in a run: the exception of the function; `TimeoutError`; `ValueError` for shapes,
     `TypeError` for dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample);
-    `ValueError` where a run needs a gradient and there is no `value_and_grad`.
+    `ValueError` if a run needs a gradient and there is no `value_and_grad`.
     """
 
     fn: Callable = eqx.field(static=True)
@@ -105,7 +107,7 @@ class External(rewards.Reward):
         if record is not None:
             _checks.instance(record, Record, "record", "use Record('queries.npz')")
         if chunk_size is not None and not batched:
-            raise ValueError("batched=False is one sample a call: leave out chunk_size")
+            raise ValueError("batched=False takes one sample per call: leave out chunk_size")
         self.fn, self.value_and_grad, self.record = fn, value_and_grad, record
         self.batched = _checks.flag(batched, "batched")
         self.chunk_size = None if chunk_size is None else _checks.count(chunk_size, "chunk_size")
@@ -125,10 +127,10 @@ class External(rewards.Reward):
         return _value(self, x)
 
     def evaluate(self, x: np.ndarray, gradient: bool = False) -> tuple[np.ndarray, ...]:
-        """`(values,)`, or `(values, gradients)`, of a batch `(n, *shape)`: what a run computes, for
-        trying a reward before one.
+        """`(values,)` or `(values, gradients)` of a batch `(n, *shape)`, as a run computes them.
+        Use it to test a reward before a run.
 
-        **Raises:** as the class says, each error as itself.
+        **Raises:** the errors of the class, each in its original form.
         """
         fn = self.value_and_grad if gradient else self.fn
         if fn is None:
@@ -147,7 +149,8 @@ class External(rewards.Reward):
 
     def _evaluate_chunk(self, fn: Callable, x: np.ndarray, gradient: bool) -> tuple:
         def call() -> tuple[np.ndarray, ...]:
-            # A copy: the function may write into it, and a call that timed out may still read it.
+            # A copy, because the function may change it, and a call that timed out may still read
+            # it.
             copy = x.copy()
             result = within(self.timeout, lambda: fn(copy if self.batched else copy[0]))
             return self._check(result, x, gradient)
@@ -158,7 +161,7 @@ class External(rewards.Reward):
             times = f", {self.retries + 1} times" if self.retries else ""
             raise TimeoutError(
                 f"the external reward {self.name!r} did not return within {self.timeout:g} s for a "
-                f"batch of {len(x)}{times}: raise timeout=, lower chunk_size=, or repair the "
+                f"batch of {len(x)}{times}: increase timeout=, lower chunk_size=, or check the "
                 "service"
             ) from None
 
@@ -194,7 +197,7 @@ class External(rewards.Reward):
             )
         array = array.reshape(shape).astype(x.dtype if x.dtype.kind == "f" else np.float64)
         wrong = np.isnan(array) | ((array == np.inf) & (name == "values"))
-        # A state that is not finite is the model's fault, which the run reports.
+        # A state that is not finite is the error of the model, and the run reports it.
         finite = np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
         wrong = np.any(wrong.reshape(len(x), -1), axis=1) & finite
         if wrong.any():
@@ -227,14 +230,14 @@ def _value_and_grad(reward: External, x: Array) -> tuple[Array, ...]:
 @_value_and_grad.defjvp
 def _value_and_grad_jvp(primals: tuple, tangents: tuple) -> tuple:
     raise ValueError(
-        f"the external reward {primals[0].name!r} has no second derivatives, as Laplace needs: use "
-        "PlugIn, dps or Conjugate, or write the reward in JAX"
+        f"the external reward {primals[0].name!r} has no second derivatives, which Laplace needs: "
+        "use PlugIn, dps or Conjugate, or write the reward in JAX"
     )
 
 
 def _no_gradient(reward: External) -> str:
     return (
-        f"the external reward {reward.name!r} has no gradient: give value_and_grad=, or use what "
-        "needs none: best_of_n, softmax_of_n, or smc(key, model, dps(model, ValueOnly(reward), "
-        "scale), proposal=proposals.Base(), num=...)"
+        f"the external reward {reward.name!r} has no gradient: give value_and_grad=, or use a "
+        "method without gradients: best_of_n, softmax_of_n, or smc(key, model, dps(model, "
+        "ValueOnly(reward), scale), proposal=proposals.Base(), num=...)"
     )

@@ -13,17 +13,19 @@ from tiltjax import _checks
 class Record:
     """Every sample at which a reward was evaluated, with its value, in the order of evaluation.
 
-    `.x`, `(n, *shape)`; `.values`, `(n,)`; `.calls`, of the function; `len`, n. **Arguments:**
-    `path` of an `.npz` file with `x` and `values`, written when the reward fails, after a call if
-    `every` seconds have passed since the last time, and by `save()`.
+    The record has `.x`, `(n, *shape)`; `.values`, `(n,)`; `.calls`, the number of calls of the
+    function; and the length n.
 
-    **Raises:** `ValueError` for a path that is no `.npz` file, and where `save()` has none.
+    **Arguments:** `path` of an `.npz` file for `x` and `values`. The file is written when the
+    reward fails, after a call if `every` seconds have passed since the last time, and by `save()`.
+
+    **Raises:** `ValueError` for a path that is not an `.npz` file, and for `save()` without a path.
     """
 
     def __init__(self, path: str | os.PathLike | None = None, every: float = 60.0):
         self.path = None if path is None else Path(_checks.file_name(path, "path"))
         if self.path is not None and self.path.suffix != ".npz":
-            raise ValueError(f"path: a record is an .npz file, got {str(self.path)!r}")
+            raise ValueError(f"path: a record must be an .npz file, got {str(self.path)!r}")
         self.every, self.calls = float(_checks.nonnegative(every, "every")), 0
         self._x: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
@@ -34,13 +36,13 @@ class Record:
 
     @property
     def x(self) -> np.ndarray:
-        """The samples."""
+        """The samples, `(n, *shape)`."""
         with self._lock:
             return np.concatenate(self._x) if self._x else np.zeros(0)
 
     @property
     def values(self) -> np.ndarray:
-        """Their rewards."""
+        """The rewards of the samples, `(n,)`."""
         with self._lock:
             return np.concatenate(self._values) if self._values else np.zeros(0)
 
@@ -54,7 +56,7 @@ class Record:
                 self.save()
 
     def save(self) -> None:
-        """Write the file: all of it or nothing. **Raises:** `ValueError` without a path."""
+        """Write the file, completely or not at all. **Raises:** `ValueError` without a path."""
         if self.path is None:
             raise ValueError("this record has no path: use Record('queries.npz')")
         with self._lock:

@@ -10,17 +10,17 @@ from tiltjax.external._external import External
 
 
 def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
-    """A PyTorch function or module, a batch `(n, *shape)` to `(n,)`, as a reward with its gradient
-    by `torch.autograd`.
+    """A PyTorch function or module, from a batch `(n, *shape)` to `(n,)`, as a reward with its
+    gradient by `torch.autograd`.
 
-    Samples must not see each other: put modules in evaluation mode. A module gets its batch in the
-    dtype of its parameters; samples share the memory of the tensor where the device is the CPU.
+    Samples of a batch must not depend on each other: put modules in evaluation mode. A module gets
+    its batch in the dtype of its parameters. On the CPU the samples share the memory of the tensor.
 
-    **Arguments:** `fn`; `device`, where the batch goes, the module being there already; `settings`
-    of `External`: `chunk_size`, `timeout`, `retries`, `backoff`, `record`, `name`.
+    **Arguments:** `fn`; `device`, the device of the batch, where the module must already be;
+    `settings` of `External`: `chunk_size`, `timeout`, `retries`, `backoff`, `record`, `name`.
 
-    **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode; in a run,
-    as `External`.
+    **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode, or
+    another device; in a run, as `External`.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -31,14 +31,14 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
         torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device must be one of PyTorch's, such as 'cuda:0', got {device!r}: {error}"
+            f"device must be a device of PyTorch, such as 'cuda:0', got {device!r}: {error}"
         ) from None
     dtype = None
     if isinstance(fn, torch.nn.Module):
         if fn.training:
             raise ValueError(
-                f"{type(fn).__name__} is in training mode, where samples may see each other: call "
-                ".eval() first"
+                f"{type(fn).__name__} is in training mode, where samples of a batch may depend on "
+                "each other: call .eval() first"
             )
         dtype = next((leaf.dtype for leaf in fn.parameters() if leaf.is_floating_point()), None)
 

@@ -5,11 +5,11 @@ r"""Guidances: estimates of `log h_t(x) = log E[exp(scale r(X_1)) | X_t = x]` an
 | `Doob(model, log_h)` | its closed form |
 | `PlugIn(posterior, reward, scale, k=)` | k draws of the posterior (`dps`, `fmrg`) |
 | `Laplace(model, reward, scale)` | a Gaussian posterior and a quadratic reward |
-| `Conjugate(model, reward, scale)` | the conjugate reward that fits at each state |
+| `Conjugate(model, reward, scale)` | a conjugate reward fitted at each state |
 | `Tuned(base, tuned, weight)` | a fine-tuned model |
-| `toward(model, tilted, reward, scale)` | a model that is tilted already |
+| `toward(model, tilted, reward, scale)` | none: the denoiser of a tilted model |
 
-`guidance.wrappers` changes any of them: clipping, normalizing, windows, averages.
+`guidance.wrappers` modifies a guidance: clipping, normalizing, windows, averages.
 """
 
 from tiltjax.guidance import wrappers

@@ -1,40 +1,44 @@
-r"""Variational conjugate tilting: a tilt for *any* reward, without differentiating the network.
+r"""Variational conjugate tilting: a tilt by *any* reward, without differentiating the network.
 
-A conjugate reward, `scale * r(x) = <a, x> - c |x|^2 / 2`, is tilted exactly by asking the denoiser
-at another time and state (`tiltjax.Tilted`). Any other reward is replaced, at each state, by the
-conjugate one that matches its *expected* gradient and curvature under a Gaussian `N(z, v I)` that
-stands for the tilted posterior of `X_1`:
+A conjugate reward, `scale * r(x) = <a, x> - c |x|^2 / 2`, is tilted exactly by one call of the
+denoiser at another time and state (`tiltjax.Tilted`). At each state, any other reward is replaced
+by a conjugate reward. That reward has the same *expected* gradient and curvature under a Gaussian
+`N(z, v I)`, which approximates the tilted posterior of `X_1`:
 
     c = max(0, -scale E[tr ∇^2 r] / d),      a = scale E[∇r] + c z.
 
-Then `z` is the tilted denoiser of `(a, c)`, one ordinary denoiser call, and `v = v(snr_t + c)` its
-mean squared error by coordinate. By Stein's identity
+Here `z` is the tilted denoiser of `(a, c)`, one ordinary denoiser call, and `v = v(snr_t + c)` is
+its mean squared error per coordinate. By Stein's identity,
 `E[tr ∇^2 r] = E[<eps, ∇r(z + sqrt(v) eps)>] / sqrt(v)`, so a few antithetic draws give both
-expectations with one gradient of the reward each, at the data end. The fit is carried from step to
-step, so that one iteration a step follows its fixed point; being drawn at random, it has a Monte
-Carlo error, which the steps average.
+expectations with one gradient of the reward per draw, at t = 1. The fit is carried from step to
+step, so one iteration per step is enough to follow the fixed point. The draws are random, so the
+fit has a Monte Carlo error, which averages out over the steps.
 
-**Anisotropic.** A view of other precisions in other directions is no state of the model, so `c`
-stays a number; but which number? The conjugate reward nearest to a quadratic one of curvature `C`,
-by mean square under a posterior of covariance `P`, has `c = tr(P C P) / tr(P P)`: the curvature
-where the posterior is wide, such as between modes. `P` is the denoiser's response to the natural
-parameter, so draws `w = D(eta + eps / sqrt(v)) - D(eta)`, of covariance `P P / v`, give it as
-`-scale E<w, ∇r(z + w)> / E|w|^2`, at one more denoiser call each and still without a derivative.
+**Anisotropic.** A Gaussian likelihood with different precisions in different directions is not a
+noisy state of the model, so `c` remains a number. Among all conjugate rewards, the nearest to a
+quadratic reward of curvature `C`, in mean square under a posterior of covariance `P`, has
+`c = tr(P C P) / tr(P P)`. This is the curvature in the directions in which the posterior is wide,
+such as between modes. `P` is the derivative of the denoiser with respect to the natural parameter.
+The draws `w = D(eta + eps / sqrt(v)) - D(eta)` have covariance `P P / v`, so they give this `c` as
+`-scale E<w, ∇r(z + w)> / E|w|^2`. Each draw costs one more denoiser call, still without a
+derivative.
 
-**Stable.** `a` follows `z` and `z` follows `a`; in a direction where the curvature exceeds `c` by
-more than `1 / v` this loop would oscillate and grow. The draws and the power method find the
-stiffest direction, and the fit moves by the fraction that stops the loop (`damping_fraction`). In
-one iteration it moves no further than two widths of the posterior, as far as its draws reach
-(`trust_fraction`), and widens by a factor of no more than two (`keep_precision`).
+**Stable.** `a` depends on `z` and `z` depends on `a`. In a direction in which the curvature exceeds
+`c` by more than `1 / v`, this iteration would oscillate and diverge. The draws and the power method
+find the stiffest direction, and the fit moves by the fraction that stops the oscillation
+(`damping_fraction`). In one iteration, the fitted mean moves by at most two widths of the
+posterior, which is as far as its draws reach (`trust_fraction`). The fitted width grows by a factor
+of at most two (`keep_precision`).
 
-The derivation is this library's own: the conjugate tilt of `tiltjax.models`, with Stein's identity
-in place of a reward's form.
+This library derives the method itself: it is the conjugate tilt of `tiltjax.models` with
+expectations by Stein's identity in place of the closed form of a reward.
 
-What breaks it: rewards with jumps (Stein's identity needs a weak derivative; `StepReward` has none
-and is not seen); far modes that the draws do not reach; rewards that turn within the width of a
-posterior (`scale sin(3 x)` from a scale of about 10 on); one direction far stiffer than hundreds of
-others, which it slows down; rewards that are flat between modes and stiff across (the fit settles
-on one mode and then sees only what is across: `tiltjax.gibbs` is exact for quadratic ones).
+The method fails for: rewards with jumps (Stein's identity needs a weak derivative, and `StepReward`
+has none); far modes that the draws do not reach; rewards that oscillate within the width of a
+posterior (`scale sin(3 x)` from a scale of about 10); one direction far stiffer than hundreds of
+other directions, in which the fit becomes slow; rewards that are flat between modes and stiff
+across them (the fit settles on one mode, and its draws then cover only the stiff directions;
+`tiltjax.gibbs` is exact for quadratic rewards of this kind).
 """
 
 from collections.abc import Callable
@@ -51,18 +55,19 @@ from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model
 
-_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a table of the variance: over the noise's own variance
+_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; the snr range for sigma_0 = 1
 # The safeguards of one iteration of the fit; `keep_precision` and `trust_fraction` derive them.
-_WIDENING = 2.0  # how much wider the fitted posterior may become
-_LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of its precision that this costs
-_WIDTHS = 2.0  # how many of its widths its mean may move
+_WIDENING = 2.0  # the largest factor by which the fitted posterior may widen
+_LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of the precision that this widening costs
+_WIDTHS = 2.0  # the largest move of the fitted mean, in widths of the posterior
 
 
 class Variance(_repr.Printable):
-    """A table of the denoiser's mean squared error a coordinate,
+    """A table of the denoiser's mean squared error per coordinate,
     `v(snr) = E|X_1 - D_t(X_t)|^2 / d`; built by `calibrate`.
 
-    Linear in the logarithms between its entries; NaN outside their range, which a run reports.
+    Between entries, `log v` is linear in `log snr`. Outside the table, `v` is NaN, which a run
+    reports.
     """
 
     log_snr: Array
@@ -78,10 +83,12 @@ class Variance(_repr.Printable):
 
 
 def log_snr_levels(model: Model, levels: int) -> Array:
-    """The entries of a table: evenly spaced, as far as the model's network was trained."""
+    """The `log snr` of the entries of a table, `(levels,)`: evenly spaced, on the range on which
+    the model's network was trained.
+    """
     base = model.interpolant.sigma(jnp.zeros((), model.dtype))
     widest = jnp.asarray(_SNR_RANGE, model.dtype) / base**2
-    # A network that is evaluated `ahead` of the model's snr reaches the ends of its range early.
+    # The network is called at the model's snr plus `ahead`, so its range is shifted by `ahead`.
     network, ahead = model.network_query()
     lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
     first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
@@ -90,7 +97,7 @@ def log_snr_levels(model: Model, levels: int) -> Array:
 
 @eqx.filter_jit
 def _variance_of(model: Analytic) -> Variance:
-    """The table of a mixture, without a network."""
+    """The table of a mixture, in closed form."""
     model = decomposed(_pytree.cast(model, model.dtype))
     log_snr = log_snr_levels(model, _LEVELS)
     return Variance(
@@ -99,7 +106,9 @@ def _variance_of(model: Analytic) -> Variance:
 
 
 class GaussianVariance(_repr.Printable):
-    """`v(snr) = s^2 / (1 + s^2 snr)`: that of data `N(mu, s^2 I)`, for `variance=s^2`."""
+    """`v(snr) = s^2 / (1 + s^2 snr)`, the variance function of data `N(mu, s^2 I)`, for
+    `variance=s^2`.
+    """
 
     data_variance: Array
 
@@ -111,7 +120,7 @@ class GaussianVariance(_repr.Printable):
 
 
 class Gaussian(NamedTuple):
-    """`N(mean, variance I)`, which stands for the tilted posterior of `X_1`."""
+    """`N(mean, variance I)`, the approximation of the tilted posterior of `X_1`."""
 
     mean: Array
     variance: Array
@@ -122,26 +131,26 @@ class Gaussian(NamedTuple):
 
 
 class Probe(_repr.Printable):
-    """`variance=Probe()`: the tilted posterior's variance at each state by Tweedie's identity,
-    `v = tr(∂D/∂eta) / d`, from one Hutchinson probe. No calibration and no average over states, but
-    one pullback through the denoiser each iteration.
+    """`variance=Probe()`: the variance of the tilted posterior at each state by Tweedie's identity,
+    `v = tr(∂D/∂eta) / d`, estimated with one Hutchinson probe. It needs no calibration and does not
+    average over states, but costs one pullback through the denoiser per iteration.
     """
 
     def posterior(self, key: Array, denoised: Callable, natural: Array) -> Gaussian:
         """`N(z, v I)` of a denoiser as a function of the natural parameter."""
         z, slope = _linalg.hutchinson(key, denoised, natural)
-        # The floor: the Jacobian of a learned denoiser may have a negative trace, but a variance
-        # is positive. The least positive number keeps `1 / v` finite.
+        # The Jacobian of a learned denoiser may have a negative trace, but a variance is positive.
+        # The smallest positive number keeps `1 / v` finite.
         return Gaussian(z, jnp.maximum(slope, jnp.finfo(natural.dtype).tiny))
 
 
 class Fit(NamedTuple):
-    """The conjugate reward that a step starts from: `c = fitted / spread`, `a = slope + c point`.
+    """The conjugate reward at the start of a step: `c = fitted / spread`, `a = slope + c point`.
 
-    - `point`, `slope`: where the reward was expanded, and its expected gradient there.
+    - `point`, `slope`: the point at which the reward was expanded, and the expected gradient there.
     - `fitted`, `spread`: running sums of `-<w, gradient>` and of `|w|^2` over the draws, in units
       of the variance.
-    - `stiff`: a unit vector that turns toward the reward's most concave direction.
+    - `stiff`: a unit vector that converges to the reward's most concave direction.
     """
 
     point: Array
@@ -152,7 +161,7 @@ class Fit(NamedTuple):
 
     @property
     def precision(self) -> Array:
-        """`c`: 0 before the first draws, and for a convex reward, fitted by a linear one."""
+        """`c`. It is 0 before the first draws and for a convex reward, whose fit is linear."""
         ratio = self.fitted / jnp.where(self.spread > 0, self.spread, 1)
         return jnp.where(self.spread > 0, jnp.maximum(ratio, 0), 0)
 
@@ -163,8 +172,8 @@ class Fit(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a state says of `X_1`: the model's posterior given `X_t = x`, tilted by the conjugate
-    terms of the reward, as a view of precision `snr` and natural parameter `natural`.
+    """The likelihood of `X_1` at a state, `exp(<natural, X_1> - snr |X_1|^2 / 2)`: the likelihood
+    of `X_t = x`, times the conjugate terms of the reward.
     """
 
     model: Model
@@ -172,12 +181,12 @@ class View(NamedTuple):
     natural: Array
 
     def denoised(self, a: Array, c: Array) -> Array:
-        """The posterior mean under one more tilt, by `<a, x> - c |x|^2 / 2`."""
+        """The posterior mean after one more tilt, by `<a, x> - c |x|^2 / 2`."""
         return self.model.denoise(*self.model.interpolant.observe(self.snr + c, self.natural + a))
 
 
 class Draws(NamedTuple):
-    """Displacements `w` `(n, *shape)` from the posterior's mean, each of them taken both ways; and
+    """Displacements `w` `(n, *shape)` from the posterior mean, each used with both signs, and
     `spread`, the mean of `|w|^2` in units of the variance.
     """
 
@@ -186,11 +195,12 @@ class Draws(NamedTuple):
 
 
 class Expansion(NamedTuple):
-    """The scaled reward about a posterior, from its gradients g at the draws; -C is its Hessian.
+    """The expansion of the scaled reward at a posterior, from gradients g at the draws; -C is its
+    Hessian.
 
     - `slope`: `E[g]`.
-    - `bent`: `C w` of each draw.
-    - `bent_stiff`: `C u` of the unit vector u that `Fit.stiff` is.
+    - `bent`: `C w` for each draw.
+    - `bent_stiff`: `C u` for the unit vector u = `Fit.stiff`.
     """
 
     slope: Array
@@ -199,47 +209,50 @@ class Expansion(NamedTuple):
 
 
 class Conjugate(Guidance):
-    """Variational conjugate tilting: guidance by the conjugate reward that fits `scale * r` at each
-    state.
+    """Variational conjugate tilting: guidance by a conjugate reward that is fitted to `scale * r`
+    at each state.
 
-    The conjugate terms of a sum enter exactly, only the rest is fitted: a conjugate reward is
-    tilted exactly.
+    The conjugate terms of a sum enter exactly, and only the other terms are fitted. A conjugate
+    reward is therefore tilted exactly.
 
     | an evaluation costs | denoiser calls | gradients of the reward |
     |---|---|---|
     | isotropic draws | `iterations + 1` | `iterations * (draws + 2)` |
     | `anisotropic=True` | `iterations * (1 + draws / 2) + 1` | `iterations * (draws + 2)` |
 
-    and no derivative of the network. Measured against known tilts
-    (`benchmarks/rewards/any_reward.py`, `benchmarks/accuracy/checkerboard.py`): closest of all
-    guidances to the tilt on bumps, kinks, plateaus and wells, in 1 to 100 dimensions, mode masses
-    off by up to a tenth; on a reward that is flat between modes and stiff across them it is wrong,
-    one mode takes nearly all.
+    No derivative of the network is needed. In measurements against known tilts
+    (`benchmarks/rewards/any_reward.py`, `benchmarks/accuracy/checkerboard.py`), it is the closest
+    of all guidances to the tilt on bumps, kinks, plateaus and wells in 1 to 100 dimensions, with
+    errors of the mode masses of up to 0.1. On a reward that is flat between modes and stiff across
+    them it is wrong: one mode gets nearly all the mass.
 
     **Arguments:**
 
     - `model`; `reward`, differentiable almost everywhere and without jumps; `scale >= 0`.
-    - `iterations`: refinements of the fit an evaluation, from the previous step's.
-    - `draws`: an even number, antithetic pairs.
-    - `smoothing`: the weight of the previous curvature in each iteration, in [0, 1). It
-      averages the draws' noise over steps: steadier for stiff rewards; for smooth ones 0 has the
-      smaller bias (on the checkerboard 1% of the trace instead of 6%).
-    - `variance`: `v(snr)`, the denoiser's mean squared error a coordinate. One of: any function of
-      the snr; a number, the variance `s^2` of the data, for `v(snr) = s^2 / (1 + s^2 snr)`, exact
-      for one isotropic Gaussian; `calibrate(key, model)`, measured; `Probe()`, estimated at each
-      state by a derivative. An `Analytic` model alone needs none: its own is computed here.
-    - `anisotropic`: draw along the responses of the denoiser, for rewards and posteriors of
-      different widths in different directions.
+    - `iterations`: refinements of the fit per evaluation, starting from the fit of the previous
+      step.
+    - `draws`: an even number, because the draws are antithetic pairs.
+    - `smoothing`: the weight of the previous curvature in each iteration, in [0, 1). Smoothing
+      averages the noise of the draws over steps, which stabilizes stiff rewards. For smooth
+      rewards, 0 has the smaller bias (on the checkerboard 1% of the trace instead of 6%).
+    - `variance`: `v(snr)`, the denoiser's mean squared error per coordinate. Use a function of the
+      snr; a number, the variance `s^2` of the data, for `v(snr) = s^2 / (1 + s^2 snr)`, exact for
+      one isotropic Gaussian; `calibrate(key, model)`, a measurement; or `Probe()`, an estimate at
+      each state from a derivative. An `Analytic` model needs no `variance`: the default is a table
+      of its mixture.
+    - `anisotropic`: draw along the derivative of the denoiser, for rewards and posteriors whose
+      widths differ between directions.
 
-    The network is called at `snr_t + c`: on a path with a cleanest level (`DiscreteVP`) end the
-    grid where that is still inside and jump, `times=[..., 1.0]`. Beyond the table `v` is NaN, which
-    a run reports.
+    The network is called at `snr_t + c`. If the interpolant has a cleanest level (`DiscreteVP`),
+    end the grid at a time at which `snr_t + c` is still below that level, and then jump:
+    `times=[..., 1.0]`. Beyond its table `v` is NaN, which a run reports.
 
-    `log_h` is exact for a conjugate reward on an `Analytic` model, and otherwise `None`: to weigh
-    particles, use this as a proposal beside another twist.
+    `log_h` is exact for a conjugate reward on an `Analytic` model, and `None` otherwise. To weigh
+    particles, use this guidance as a proposal and pass another guidance as `twist`.
 
-    **Raises:** `ValueError` for conjugate terms that are convex together, an odd number of draws, a
-    `smoothing` outside [0, 1), a network without `variance`, a number that is not positive.
+    **Raises:** `ValueError` for conjugate terms with a convex sum, an odd number of draws, a
+    `smoothing` outside [0, 1), a network without `variance`, or a `variance` that is not positive;
+    `TypeError` for a `variance` of another type.
     """
 
     model: Model
@@ -273,7 +286,7 @@ class Conjugate(Guidance):
         self.iterations = _checks.count(iterations, "iterations")
         self.draws = _checks.count(draws, "draws")
         if self.draws % 2:
-            raise ValueError(f"draws come in antithetic pairs: draws must be even, got {draws}")
+            raise ValueError(f"draws must be even, got {draws}: the draws are antithetic pairs")
         self.smoothing = _checks.in_range(smoothing, "smoothing", 0, 1, closed="left")
         self.anisotropic = _checks.flag(anisotropic, "anisotropic")
         zero = jnp.zeros((), model.dtype)
@@ -285,7 +298,9 @@ class Conjugate(Guidance):
         self.variance = _variance(variance, model) if needed or variance is not None else None
 
     def init(self, x: Array) -> Fit:
-        """No tilt; the stiffest direction is looked for from that of `x`."""
+        """The fit without a tilt. The search for the stiffest direction starts at the direction of
+        `x`.
+        """
         zero = jnp.zeros((), x.dtype)
         return Fit(
             jnp.zeros_like(x),
@@ -312,8 +327,9 @@ class Conjugate(Guidance):
         return View(self.model, snr, natural)
 
     def _refine(self, view: View, fit: Fit, key: Array) -> Fit:
-        """One iteration: draw from the posterior of the fit, expand the reward there, and move
-        toward the conjugate reward of that expansion, as far as is stable and was seen.
+        """The fit after one iteration: draw from the posterior of the fit, expand the reward there,
+        and move toward the conjugate reward of that expansion, as far as is stable and within reach
+        of the draws.
         """
         key_draws, key_probe = jax.random.split(key)
         posterior = self._posterior(view, fit, key_probe)
@@ -327,22 +343,24 @@ class Conjugate(Guidance):
         return move(new, fraction, posterior, expansion)
 
     def _posterior(self, view: View, fit: Fit, key: Array) -> Gaussian:
-        """`N(z, v I)` for the posterior that the fit tilts."""
+        """`N(z, v I)`, the approximation of the posterior under the tilt of the fit."""
         denoised = lambda a: view.denoised(a, fit.precision)
         if isinstance(self.variance, Probe):
             return self.variance.posterior(key, denoised, fit.natural)
         return Gaussian(denoised(fit.natural), self.variance(view.snr + fit.precision))
 
     def _gain(self, view: View, fit: Fit, posterior: Gaussian) -> Array:
-        """`dz / da`, the variance at the precision of the fit; a probe's is that of the posterior
-        before.
+        """`dz / da`: the variance at the precision of the fit. With `Probe` it is the variance of
+        the posterior before this iteration.
         """
         if isinstance(self.variance, Probe):
             return posterior.variance
         return self.variance(view.snr + fit.precision)
 
     def _draws(self, view: View, fit: Fit, posterior: Gaussian, key: Array) -> Draws:
-        """Half the draws, `sqrt(v) eps`, or the responses of the denoiser to `eps / sqrt(v)`."""
+        """Half the draws: `sqrt(v) eps`, or the changes of the denoiser for a change
+        `eps / sqrt(v)` of the natural parameter.
+        """
         x = posterior.mean
         normal = jax.random.normal(key, (self.draws // 2, *x.shape), x.dtype)
         if not self.anisotropic:
@@ -352,12 +370,12 @@ class Conjugate(Guidance):
         return Draws(w, jnp.sum(w**2) / (posterior.variance * len(w)))
 
     def _gradient(self, x1: Array) -> Array:
-        """That of the terms that are fitted."""
+        """The gradient of the terms that are fitted."""
         remainder: Any = self.remainder
         return jax.grad(lambda x1: self.scale * rewards.value(remainder, x1))(x1)
 
     def _log_h(self, t: Array, x: Array) -> Array | None:
-        """`log h` of a conjugate reward, where it has a closed form."""
+        """`log h` of a conjugate reward if it has a closed form, else `None`."""
         if not isinstance(self.model, Analytic):
             return None
         log_h = self.model.posterior(t, x).log_mean_exp(
@@ -370,7 +388,7 @@ class Conjugate(Guidance):
 
 
 def expand(gradient: Callable, posterior: Gaussian, draws: Draws, stiff: Array) -> Expansion:
-    """The expansion of a reward by two gradients a draw, and two along `stiff`."""
+    """The expansion of a reward from two gradients per draw and two gradients along `stiff`."""
     z, along = posterior.mean, posterior.width * stiff
     ahead = jax.vmap(lambda w: gradient(z + w))(draws.w)
     behind = jax.vmap(lambda w: gradient(z - w))(draws.w)
@@ -379,51 +397,52 @@ def expand(gradient: Callable, posterior: Gaussian, draws: Draws, stiff: Array) 
 
 
 def curvature(posterior: Gaussian, draws: Draws, expansion: Expansion) -> Array:
-    """`E<w, C w> / v`: `c` of the fit is this over the spread."""
+    """`E<w, C w> / v`. The `c` of the fit is this value divided by the spread."""
     return jnp.sum(draws.w * expansion.bent) / (posterior.variance * len(draws.w))
 
 
 def stiffness(fit: Fit, draws: Draws, expansion: Expansion) -> Array:
-    """The largest curvature that was seen: along `fit.stiff`, or in the direction of a draw."""
+    """The largest curvature found: along `fit.stiff`, or in the direction of a draw."""
     along_stiff = jnp.sum(fit.stiff * expansion.bent_stiff)
     return jnp.maximum(along_stiff, jnp.max(jax.vmap(_steepness)(draws.w, expansion.bent)))
 
 
 def average(fit: Fit, fitted: Array, spread: Array, smoothing: Array) -> Fit:
-    """The fit with new sums, of weight `1 - smoothing`."""
+    """The fit with new sums, which have weight `1 - smoothing`."""
     mix = lambda old, new: smoothing * old + (1 - smoothing) * new
     return fit._replace(fitted=mix(fit.fitted, fitted), spread=mix(fit.spread, spread))
 
 
 def keep_precision(new: Fit, fit: Fit, posterior: Gaussian) -> Fit:
-    """Lost precision: `c` may rise at once, and falls by at most `(1 - 1 / widening^2) / v`.
+    """The new fit with a lower bound on `c`: `c` may rise at once, but falls by at most
+    `(1 - 1 / widening^2) / v`.
 
-    A Gaussian of precision `1 / v` that loses this much has `1 / (widening^2 v)` left: its width
-    grows by the factor `widening`. Draws that have jumped over a kink see none of its curvature,
-    and without this bound the fit would forget the kink in one iteration.
+    A Gaussian of precision `1 / v` that loses this much precision has `1 / (widening^2 v)` left, so
+    its width grows by the factor `widening`. Draws beyond a kink contain no information about its
+    curvature. Without this bound, the fit would lose the kink in one iteration.
     """
     least = fit.precision - _LOST_PRECISION / posterior.variance
     return new._replace(fitted=jnp.maximum(new.fitted, least * new.spread))
 
 
 def damping_fraction(fit: Fit, excess: Array) -> Array:
-    """Fraction: how far to move where the curvature exceeds `c` by `excess / v`.
+    """The fraction of a full move that is stable if the curvature exceeds `c` by `excess / v`.
 
-    There z answers to `a` with the gain v, and `a` to z with `-excess / v`, so that a move by the
-    fraction f multiplies the error by `1 - f (1 + excess)`. The whole move diverges from an excess
-    of 1 on, and `f = 1 / (1 + excess)` ends the error in one iteration. The first fit is taken
-    whole, as there is none before it to move from.
+    Then z responds to `a` with the gain v, and `a` to z with `-excess / v`, so a move by the
+    fraction f multiplies the error by `1 - f (1 + excess)`. The full move diverges for an excess
+    above 1, and `f = 1 / (1 + excess)` removes the error in one iteration. The first fit is taken
+    in full, because there is no earlier fit.
     """
     return jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
 
 
 def trust_fraction(fit: Fit, new: Fit, posterior: Gaussian, expansion: Expansion) -> Array:
-    """Widths: the fraction of a move that takes the posterior's mean `widths * sqrt(v d)` far.
+    """The fraction of a move that shifts the posterior mean by `widths * sqrt(v d)`.
 
     A Gaussian of precision `1 / v` and natural parameter `z / v` has the mean
-    `(z / v + E[g] + c' z - a) / (1 / v + c' - c)` once the new conjugate reward
-    `(E[g] + c' z, c')` replaces `(a, c)`. The draws have seen the reward about `sqrt(v d)` from z,
-    and further away their expansion means nothing.
+    `(z / v + E[g] + c' z - a) / (1 / v + c' - c)` after the new conjugate reward
+    `(E[g] + c' z, c')` replaces `(a, c)`. The draws evaluate the reward at distances of about
+    `sqrt(v d)` from z, and their expansion is meaningless farther away.
     """
     z, variance, c = posterior.mean, posterior.variance, fit.precision
     shift = (expansion.slope - fit.natural + c * z) / (1 / variance + new.precision - c)
@@ -431,12 +450,12 @@ def trust_fraction(fit: Fit, new: Fit, posterior: Gaussian, expansion: Expansion
 
 
 def move(fit: Fit, fraction: Array, posterior: Gaussian, expansion: Expansion) -> Fit:
-    """The fit expanded a fraction of the way from its point to the posterior's mean, and its
-    stiffest direction turned by one step of the power method.
+    """The fit with its point moved by a fraction of the way to the posterior mean, and with its
+    stiffest direction after one step of the power method.
     """
     toward = lambda old, new: old + fraction * (new - old)
-    # The shift of the power method makes the most concave direction the dominant one, not the most
-    # convex.
+    # With this shift, the power method converges to the most concave direction, not to the most
+    # convex direction.
     bent = expansion.bent_stiff
     return fit._replace(
         point=toward(fit.point, posterior.mean),
@@ -446,8 +465,8 @@ def move(fit: Fit, fraction: Array, posterior: Gaussian, expansion: Expansion) -
 
 
 def _steepness(w: Array, bent: Array) -> Array:
-    """`|C w| / |w|` for `bent = C w`, at least the curvature along w; 0 along a convex direction,
-    which needs no restraint.
+    """`|C w| / |w|` for `bent = C w`, an upper bound on the curvature along w; 0 along a convex
+    direction, in which the fit needs no damping.
     """
     along = _length(w)
     ratio = _length(bent) / jnp.where(along > 0, along, 1)
@@ -471,18 +490,18 @@ def _variance(value: Any, model: Model) -> Any:
     if value is None and isinstance(model, Analytic):
         return _variance_of(model)
     choices = (
-        "a function of the snr, or the data's variance as a number; calibrate(key, model), which "
-        "measures it once; or Probe(), which estimates it at each state by a derivative"
+        "a function of the snr; a number, the variance of the data; calibrate(key, model), which "
+        "measures it once; or Probe(), which estimates it at each state from a derivative"
     )
     if value is None:
         raise ValueError(
-            "Conjugate needs variance=, the mean squared error of this network's denoiser: "
-            f"{choices}"
+            "Conjugate needs variance=, the mean squared error of the denoiser of this network: "
+            f"pass {choices}"
         )
     known = isinstance(value, Probe) or callable(value)
     if isinstance(value, bool | type) or (isinstance(value, eqx.Module) and not known):
         got = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"variance must be one of these: {choices}; got {got}")
+        raise TypeError(f"variance must be {choices}; got {got}")
     if isinstance(value, eqx.Module):
         return value
     if callable(value):
@@ -495,17 +514,17 @@ def _check_concave(precision: Array, scale: Array) -> None:
         return
     if (c := float(np.asarray(precision) * np.asarray(scale))) < 0:
         raise ValueError(
-            f"the conjugate terms of this reward are convex together (c = {c:g} < 0): at the noise "
-            "end their tilt does not exist. Tilted can be evaluated where snr_t + c > 0; PlugIn "
-            "guides from the start"
+            f"the sum of the conjugate terms of this reward is convex (c = {c:g} < 0), and its "
+            "tilt does not exist near t = 0: use PlugIn, or evaluate Tilted at times with "
+            "snr_t + c > 0"
         )
 
 
 def _split(
     reward: rewards.Reward, zero: tuple[Array, Array]
 ) -> tuple[Array, Array, rewards.Reward | None]:
-    """`(a, c)` of the conjugate terms of a reward, and the sum of the others, `None` if there are
-    none.
+    """`(a, c)` of the conjugate terms of a reward, and the sum of its other terms (`None` if there
+    are no others).
     """
     (natural, precision), rest = zero, None
     for term in _terms(reward):
@@ -516,7 +535,8 @@ def _split(
             continue
         if a.shape != natural.shape:
             raise ValueError(
-                f"the reward is one of states of shape {a.shape}, the model's have {natural.shape}"
+                f"the reward takes states of shape {a.shape}, but the states of the model have "
+                f"shape {natural.shape}"
             )
         natural, precision = (
             natural + a.astype(natural.dtype),
@@ -526,7 +546,7 @@ def _split(
 
 
 def _terms(reward: rewards.Reward) -> list[rewards.Reward]:
-    """The terms of a sum, also of a multiple of one."""
+    """The terms of a sum, or of a multiple of a sum."""
     if isinstance(reward, rewards.Sum):
         return [part for term in reward.terms for part in _terms(term)]
     if isinstance(reward, rewards.Scaled):
@@ -535,7 +555,7 @@ def _terms(reward: rewards.Reward) -> list[rewards.Reward]:
 
 
 class Toward(Guidance):
-    """Guidance by another model that is tilted already; built by `toward`."""
+    """Guidance by a model that is already tilted; built by `toward`."""
 
     model: Denoiser
     tilted: Denoiser
@@ -555,12 +575,13 @@ class Toward(Guidance):
 def toward(
     model: Denoiser, tilted: Denoiser, reward: Callable, scale: float | Array = 1.0
 ) -> Toward:
-    """A tilted model (`Tilted`, or a reward-fine-tuned network) as a guidance of the base `model`.
+    """The guidance of the base `model` by a tilted model (`Tilted`, or a reward-fine-tuned
+    network).
 
-    **Arguments:** `model`; `tilted`, of the same states and interpolant; `reward` and `scale`, what
-    it is tilted by.
+    **Arguments:** `model`; `tilted`, with the same states and interpolant; `reward` and `scale`,
+    which define the tilt.
 
-    **Raises:** `ValueError` for models of other states, or on other paths.
+    **Raises:** `ValueError` for models with different states or interpolants.
     """
     _checks.instance(model, Denoiser, "model", "toward(model, tilted, reward, scale)")
     _checks.instance(tilted, Denoiser, "tilted", "such as Tilted(model, reward, scale)")

@@ -1,4 +1,4 @@
-"""Doob's h-transform, where the h-function is known in closed form."""
+"""Doob's h-transform for an h-function in closed form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from tiltjax.models import Model
 
 
 class Doob(Guidance):
-    """The exact h-function, where it is known: the guided flow samples the tilt itself.
+    """The exact h-function in closed form: the guided flow samples the tilt itself.
 
     **Arguments:** `model`; `log_h(t, x) -> scalar`, differentiable in x and valid up to t = 1, such
     as `theory.log_h(prior, reward, scale)`.
@@ -31,8 +31,8 @@ class Doob(Guidance):
             interpolant, model.interpolant
         ):
             raise ValueError(
-                f"log_h belongs to the interpolant {interpolant}, the model to "
-                f"{model.interpolant}: give both the same one"
+                f"log_h has the interpolant {interpolant}, the model has {model.interpolant}: "
+                "give both the same one"
             )
         self.model = model
         self.log_h = _pytree.Function(log_h, "log_h")

@@ -13,23 +13,24 @@ from tiltjax.models import Model
 
 
 class Laplace(Guidance):
-    r"""Laplace's approximation of h at the denoiser, from the model's own posterior covariance.
+    """Laplace's approximation of h at the denoiser, with the posterior covariance of the model.
 
     With `m = D_t(x)`, `J = ∂D/∂x`, `P = (sigma^2 / alpha) J` (Tweedie's second identity;
-    symmetrized, as a learned Jacobian is not) and the curvature `H = -∇^2 r(m)`,
+    symmetrized, because a learned Jacobian is not symmetric) and the curvature `H = -∇^2 r(m)`,
 
         log h = scale r(m) - logdet(I + scale P H) / 2 + scale^2 g^T (I + scale P H)^-1 P g / 2,
             g = ∇r(m)
-        score = J^T (I + scale H P)^-1 scale g,
+        score = J^T (I + scale H P)^-1 scale g.
 
-    the score with J and H held fixed: differentiating through them is worse. Exact for a Gaussian
-    prior and a concave quadratic reward, whatever their matrices; on mixtures it beats any scalar
-    damping. Convex directions of the reward are taken as flat (H is projected onto the positive
-    semi-definite cone), without which the integral may diverge; directions in which a learned
-    Jacobian says that P is negative are taken as known (`linalg.square_root`).
+    The score holds J and H fixed, because differentiating through them gives worse results. The
+    approximation is exact for a Gaussian prior and a concave quadratic reward with any matrices. On
+    mixtures it beats any scalar damping. Convex directions of the reward are treated as flat (H is
+    projected onto the positive semi-definite cone), because the integral may diverge otherwise.
+    Directions in which a learned Jacobian makes P negative are treated as known exactly
+    (`_linalg.square_root`).
 
-    Costs one denoiser call and d pullbacks through it for states of size d: for low-dimensional
-    states.
+    One evaluation costs one denoiser call and d pullbacks for states of size d, so this guidance is
+    for low-dimensional states.
 
     **Arguments:** `model`; `reward`, twice differentiable; `scale >= 0`.
     """
@@ -55,7 +56,7 @@ class Laplace(Guidance):
         root_cov = _linalg.square_root(tweedie * (jacobian + jacobian.T) / 2)
 
         value, gradient = jax.value_and_grad(reward)(mean)
-        # root root^T = H: then I + root^T P root is symmetric, which I + H P is not.
+        # With root root^T = H, the matrix I + root^T P root is symmetric, but I + H P is not.
         concave = _linalg.spectral(jax.nn.relu, -jax.hessian(reward)(mean), _linalg.rotations)
         root = _linalg.square_root(concave)
         factor = root.T @ root_cov
@@ -64,7 +65,7 @@ class Laplace(Guidance):
         solved, half_logdet = _linalg.solve(system, (root.T @ cov_gradient)[:, None])
         damped = self.scale * (gradient - self.scale * root @ solved[:, 0])
         log_h = self.scale * value - half_logdet + self.scale * damped @ cov_gradient / 2
-        # tweedie * J^T damped, with the Jacobian as it is.
+        # The shift is tweedie * J^T damped, with the Jacobian that is not symmetrized.
         return Estimate(
             (mean + tweedie * jacobian.T @ damped).reshape(shape), mean.reshape(shape), log_h
         ), state

@@ -1,4 +1,4 @@
-"""The plug-in estimate of `log h` by posterior draws, and the published methods DPS and FMRG."""
+"""The plug-in estimate of `log h` from posterior draws, and the published methods DPS and FMRG."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +19,15 @@ class PlugIn(Guidance):
     """`h^(x) = (1/k) sum_i exp(lambda_t r(X_1^(i)(x)))` with k fresh posterior draws,
     differentiated through the draws.
 
-    The estimator in common use. Its gradient is that of a softmax over draws, so for small k it
-    follows the reward of typical draws instead of the tilt: it overshoots the reward's maximizer
-    and loses spread (`theory.plug_in_law`), and it cannot choose between modes. Bias of order 1/k;
-    the damped scale removes it at k = 1 for one Gaussian.
+    This is the most common estimator. Its gradient is the gradient of a softmax over draws. For
+    small k it therefore follows the reward of typical draws instead of the tilt: it overshoots the
+    reward's maximizer, loses spread (`theory.plug_in_law`) and cannot choose between modes. The
+    bias is of order 1/k. For one Gaussian and k = 1, the scale `Damped` removes the bias.
 
     **Arguments:** `posterior`; `reward`, any function of one sample; `scale`, a number or a law;
-    `k >= 1` draws, where one is enough of a point like `Tweedie`.
+    `k >= 1` draws. A posterior that is a point, such as `Tweedie`, needs only one draw.
 
-    **Raises:** `TypeError` for what is no posterior, `ValueError` for `k < 1`. Source:
+    **Raises:** `TypeError` if `posterior` is not a `Posterior`, `ValueError` for `k < 1`. Source:
     Dandapanthula and Boffi (arXiv 2606.02884).
     """
 
@@ -58,13 +58,13 @@ class PlugIn(Guidance):
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         interpolant = self.model.interpolant
-        # Apart, not split: a law that draws nothing has its key never hashed.
+        # `fold_in` instead of `split`: the compiler drops the key of a scale law without draws.
         key_scale, key_draws = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         scale = self.scale(key_scale, interpolant.snr(t), t, jax.lax.stop_gradient(x))
 
         def log_h(x: Array) -> tuple[Array, Array]:
-            # Of the network, the step needs D(x) and a draw may: one call serves both, and the
-            # gradient of the draw.
+            # The step needs D(x), and a draw may need it too. One network call serves the step,
+            # the draw and the gradient of the draw.
             denoised = self.model.denoise(t, x)
             draws = self.posterior.draws(key_draws, t, x, self.k, denoised)
             tilts = jax.vmap(lambda x1: scale * rewards.value(self.reward, x1))(draws)
@@ -78,13 +78,13 @@ class PlugIn(Guidance):
 
 
 def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0) -> PlugIn:
-    """Diffusion posterior sampling: `log h = scale * r(D_t(x))`, the plug-in at the posterior's
-    mean.
+    """Diffusion posterior sampling: `log h = scale * r(D_t(x))`, the plug-in estimate at the
+    posterior mean.
 
-    In the drift form `(g_t^2 / 2) scale ∇ r(D_t(x))`. For one Gaussian and a quadratic reward it
-    has the law of `PlugIn` with k = 1, for anything else it has not.
+    The drift gains the term `(g_t^2 / 2) scale ∇ r(D_t(x))`. The samples have the law of `PlugIn`
+    with k = 1 only for one Gaussian and a quadratic reward.
 
-    Source: Chung et al. (arXiv 2209.14687).
+    **Arguments:** as in `PlugIn`. Source: Chung et al. (arXiv 2209.14687).
     """
     return PlugIn(Tweedie(model), reward, scale)
 
@@ -96,12 +96,12 @@ def fmrg(
     *,
     inner_steps: int = 20,
 ) -> Unscaled:
-    """Flow-map reward guidance: the drift `b_t + scale ∇ r(X_{t,1}(x))`, `X_{t,1}` the flow's own
-    end-point.
+    """Flow-map reward guidance: the drift `b_t + scale ∇ r(X_{t,1}(x))`, where `X_{t,1}` is the end
+    of the probability flow.
 
-    The gradient is not multiplied by `g_t^2 / 2`, so it is no h-transform; what it samples for one
-    Gaussian is `theory.fmrg_law`. **Arguments:** as in `PlugIn`; `inner_steps` of the inner
-    `FlowMap`.
+    The gradient is not multiplied by `g_t^2 / 2`, so this is not an h-transform. For one Gaussian,
+    `theory.fmrg_law` is the law of the samples. **Arguments:** as in `PlugIn`; `inner_steps` of the
+    inner `FlowMap`.
 
     Source: Dandapanthula and Boffi (arXiv 2606.02884).
     """

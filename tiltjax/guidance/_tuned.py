@@ -1,5 +1,5 @@
-"""A fine-tuned model as a guidance of its base model, with exact weights:
-`tiltjax.models._annealed` has the mathematics.
+"""A fine-tuned model as a guidance of its base model, with exact weights. The docstring of
+`tiltjax.models._annealed` derives the weights.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from tiltjax.solvers import Ancestral, Solver
 
 
 class TunedState(NamedTuple):
-    """What `Tuned` remembers of a path: its last time `t` and state `x`, both denoisers there,
-    `base` and `tuned`, of the shape of `x`, and the scalar `log_ratio`, L, the log-density of Q
-    against P so far.
+    """The memory of `Tuned` along a trajectory: the last time `t` and state `x`; both denoisers
+    there, `base` and `tuned`, of the shape of `x`; and the scalar `log_ratio`, the log-density L of
+    Q with respect to P so far.
     """
 
     t: Array
@@ -30,22 +30,24 @@ class TunedState(NamedTuple):
 
 
 class Tuned(Guidance):
-    """A fine-tuned (or conditional) model as a guidance of its base, with the twist that makes
+    """A fine-tuned (or conditional) model as a guidance of its base model, with a twist that makes
     weighted particles exact.
 
-    `smc(key, base, Tuned(base, tuned, weight), num=n)` is `p^(1 - g) q^g` at `g(1)`, for any
-    `weight`, and `log_norm` the log of its integral, as particles are added and steps made small;
-    with a `reward` it is the tilt `p exp(scale * reward)`, of which the tuned model is a guess.
-    Only `Ancestral(1)` will do, whose noise is memoryless. Under `sample` it moves as
-    `Annealed(base, tuned, weight)` does, and `log_h` says nothing. It sees every state of a path,
-    also where a schedule weighs nothing: two denoiser calls for each.
+    The particles of `smc(key, base, Tuned(base, tuned, weight), num=n)` tend to `p^(1 - g) q^g` at
+    `g(1)` as the number of particles grows and the steps shrink, for any `weight`; `log_norm` tends
+    to the log of its integral. With a `reward` the target is the tilt `p exp(scale * reward)`,
+    which the tuned model approximates. The solver must be `Ancestral(1)`, because only its noise is
+    memoryless. Under `sample` the particles move as under `Annealed(base, tuned, weight)`, and
+    `log_h` has no meaning. `Tuned` is called at every state of a trajectory, also if a schedule
+    weighs nothing there, at two denoiser calls per state.
 
-    **Arguments:** `base`, `tuned`: models of the same states with the same interpolant; `weight`:
-    as in `Annealed` (a function of t as an Equinox module), by default 1, and any finite number,
-    also outside [0, 1], where the weights of particles may have heavy tails and `p^(1 - g) q^g`
-    must have an integral; `reward` and `scale >= 0`: of the tilt. **Raises:** `ValueError` for
-    models that do not fit together, a weight that is not finite at some time, a scale without a
-    reward; `TypeError` for a function in the place of the weight.
+    **Arguments:** `base`, `tuned`: models with the same states and interpolant; `weight`: as in
+    `Annealed` (a function of t as an Equinox module), 1 by default. Any finite number is allowed.
+    Outside [0, 1] the weights of particles may have heavy tails, and `p^(1 - g) q^g` must have a
+    finite integral. `reward` and `scale >= 0`: of the tilt.
+
+    **Raises:** `ValueError` for models that do not match, a weight that is not finite at some time,
+    or a scale without a reward; `TypeError` for a plain function as the weight.
     """
 
     base: Model
@@ -67,11 +69,11 @@ class Tuned(Guidance):
         self.base, self.tuned = base, tuned
         weight = 1.0 if weight is None else weight
         if callable(weight) and not isinstance(weight, eqx.Module):
-            # A reward would do as one: it takes a number, too, and Tuned any finite answer.
+            # A reward could pass as a weight: it also accepts a number, and Tuned accepts any
+            # finite value.
             raise TypeError(
                 "the third argument of Tuned is a weight, got "
-                f"{getattr(weight, '__name__', type(weight).__name__)}: "
-                "a reward goes by name, "
+                f"{getattr(weight, '__name__', type(weight).__name__)}: pass a reward by name, "
                 "reward=; a weight is a number, power(p), step(f), or a function of t as an "
                 "equinox.Module"
             )
@@ -83,7 +85,7 @@ class Tuned(Guidance):
         self.scale = _checks.nonnegative(scale, "scale")
         if reward is None and not (_checks.concrete(scale) and np.asarray(scale) == 1):
             raise ValueError(
-                "scale multiplies a reward, and there is none: give reward=, or change weight"
+                "scale multiplies a reward, but reward is None: pass reward=, or change weight"
             )
 
     @property
@@ -95,8 +97,8 @@ class Tuned(Guidance):
         return True
 
     def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
-        """Refuse times at which the tuned model was not trained, and weighted runs whose noise is
-        not `Ancestral(1)`'s.
+        """Raise a `ValueError` for times at which the tuned model was not trained, and for weighted
+        runs with another noise than `Ancestral(1)`.
         """
         self.tuned.check_times(times)
         if weighted_solver is None:
@@ -109,12 +111,14 @@ class Tuned(Guidance):
                 else type(weighted_solver).__name__
             )
             raise ValueError(
-                "Tuned weighs by the ratio of two models' densities, which paths tell under "
-                f"memoryless noise alone: use Ancestral(1), got {got}"
+                "Tuned weighs particles by a density ratio that is exact only for memoryless "
+                f"noise: use Ancestral(1), got {got}"
             )
 
     def init(self, x: Array) -> TunedState:
-        """The memory before the first call: no state comes after t = 1."""
+        """The memory before the first call. Its time is 1, so that no first step counts as a step
+        forward.
+        """
         zero = jnp.zeros((), x.dtype)
         return TunedState(
             jnp.ones((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros_like(x), zero
@@ -133,8 +137,8 @@ class Tuned(Guidance):
     def log_tilt(self, x1: Array) -> Array:
         if self.reward is None:
             raise ValueError(
-                "this Tuned is no tilt by a reward, its target p^(1 - g) q^g has no scale * r(x): "
-                "give reward= and scale="
+                "this Tuned has no reward, and its target p^(1 - g) q^g is no tilt by a reward: "
+                "pass reward= and scale="
             )
         return self.scale * rewards.value(self.reward, x1)
 
@@ -144,17 +148,17 @@ class Tuned(Guidance):
         return weight_at(self.weight, jnp.ones_like(state.t)) * state.log_ratio
 
     def _log_ratio_of_step(self, last: TunedState, t: Array, x: Array) -> Array:
-        """`log K_q / K_p` of the step from the last state to `(t, x)`; 0 where that is no step
-        forward, as in stages of a flow's solver.
+        """`log K_q / K_p` of the step from the last state to `(t, x)`; 0 if that is not a step
+        forward, such as a stage of a flow solver.
         """
         later = t > last.t
-        # Any two times will do where there was no step: both sides of a select need a value.
+        # A select evaluates both branches: without a step, any two valid times are good.
         kernel = Ancestral(jnp.ones_like(t)).kernel(
             self.base.interpolant, jnp.where(later, last.t, 0.25), jnp.where(later, t, 0.5)
         )
         moves = later & (
             kernel.std > 0
-        )  # times so close that rounding leaves no noise between them
+        )  # two times may be so close that rounding leaves no noise between them
         std = jnp.where(moves, kernel.std, 1.0)
         noise = (x - kernel.keep * last.x - kernel.gain * last.base) / std
         shift = kernel.gain * (last.tuned - last.base) / std

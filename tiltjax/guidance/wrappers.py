@@ -1,17 +1,17 @@
-r"""Guidances made of guidances: when one acts, how strongly, and the mean of several draws of it.
+r"""Guidances that wrap a guidance: its times, its strength, and the mean of several of its draws.
 
-| wrapper | score | what it is for |
+| wrapper | score | purpose |
 |---|---|---|
-| `Window(guidance, start, stop)` | as it is for `start <= t < stop`, else zero | fewer calls |
+| `Window(guidance, start, stop)` | unchanged for `start <= t < stop`, else zero | fewer calls |
 | `GainCapped(guidance, limit)` | times `min(1, limit / (g_t^2 / 2))` | a bounded gain |
-| `NormDamped(guidance, sigma)` | `s / (1 + 2 abs(s) v_t)` | `Damped` at its own length |
+| `NormDamped(guidance, sigma)` | `s / (1 + 2 abs(s) v_t)` | `Damped` with `abs(s)` as scale |
 | `Averaged(guidance, k)` | `sum_i w_i s_i`, `w` the softmax of `log h_i` | k draws |
 
-`v_t = sigma^2 / (1 + sigma^2 snr_t)` is the variance of a Gaussian of width sigma that is seen at
-time t. Together with `Normalized` these are what published pipelines for text-to-image models are
-made of (`tiltjax.images.flux.published`); all but `Averaged` are deviations from the mathematics,
-which is why each has a name. They compose from the inside out: a gradient is first brought to a
-length, then averaged, then capped.
+`v_t = sigma^2 / (1 + sigma^2 snr_t)` is the posterior variance at time t for Gaussian data of
+standard deviation sigma. Published pipelines for text-to-image models combine these wrappers with
+`Normalized` (`tiltjax.images.flux.published`). All wrappers except `Averaged` are deviations from
+the mathematics. Wrappers compose from the inside out: published pipelines first normalize a
+gradient, then average it, then cap its gain.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ from tiltjax.solvers import Solver
 
 
 class Wrapper(Guidance):
-    """A guidance that passes on everything of another one, but for its estimate."""
+    """A guidance that changes the estimate of another guidance and delegates all else to it."""
 
     guidance: eqx.AbstractVar[Guidance]
 
@@ -60,12 +60,12 @@ class Wrapper(Guidance):
 
 
 class Rescaled(Wrapper):
-    """A guidance whose score is multiplied by `factor(t, estimate)` and everything else kept."""
+    """A guidance whose score is multiplied by `factor(t, estimate)`."""
 
     def __check_init__(self) -> None:
         if isinstance(self.guidance, Guidance) and not isinstance(self.model, Model):
             raise ValueError(
-                f"{type(self).__name__} changes the length of a score, and states of "
+                f"{type(self).__name__} changes the length of a score, but the states of "
                 f"{type(self.model).__name__} have none: use Window or a smaller scale"
             )
 
@@ -73,7 +73,7 @@ class Rescaled(Wrapper):
         raise NotImplementedError
 
     def to_length(self, t: Array, estimate: Estimate, length: Array) -> Array:
-        """The factor that brings the score to a length; 1 where it is zero, with a finite
+        """The factor that scales the score to `length`. It is 1 for a zero score, with a finite
         derivative there.
         """
         score = estimate.score(self.model.interpolant, t)
@@ -89,8 +89,10 @@ class Rescaled(Wrapper):
 
 
 class Clipped(Rescaled):
-    """`guidance` with its score shortened to the length `limit` where it is longer. A deviation
-    from the mathematics.
+    """`guidance` with its score shortened to the length `limit` if it is longer. A deviation from
+    the mathematics.
+
+    **Arguments:** `guidance`, which must return the unguided denoiser; `limit > 0`.
     """
 
     guidance: Guidance
@@ -105,11 +107,12 @@ class Clipped(Rescaled):
 
 
 class Normalized(Rescaled):
-    """`guidance` with its score brought to the length `length`, whatever it was. A deviation from
-    the mathematics.
+    """`guidance` with its score scaled to the length `length`. A deviation from the mathematics.
 
-    What published pipelines do to make a reward's scale inert: the estimate of `∇ log h` keeps its
-    direction only. A zero stays zero.
+    Published pipelines do this to remove the effect of the reward's scale: only the direction of
+    the estimate of `∇ log h` is used. A zero score stays zero.
+
+    **Arguments:** `guidance`, which must return the unguided denoiser; `length > 0`.
     """
 
     guidance: Guidance
@@ -124,10 +127,10 @@ class Normalized(Rescaled):
 
 
 class Unscaled(Rescaled):
-    """`guidance` whose `∇ log h` enters the flow's drift as it is, without the factor `g_t^2 / 2`
-    that tilting requires.
+    """`guidance` whose `∇ log h` enters the flow's drift without the factor `g_t^2 / 2` that
+    tilting requires.
 
-    **Arguments:** `guidance`, any that knows its unguided denoiser.
+    **Arguments:** `guidance`, which must return the unguided denoiser.
     """
 
     guidance: Guidance
@@ -140,16 +143,18 @@ class Unscaled(Rescaled):
 
 
 class Window(Wrapper):
-    """`guidance` at the times `start <= t < stop`; at others there is no guidance, and neither its
-    reward nor its draws are evaluated.
+    """`guidance` at the times `start <= t < stop`. At other times there is no guidance, and neither
+    the reward nor the draws are evaluated.
 
-    Outside its `log_h` is 0, a twist without information: weights stay exact, as they end with
-    `log_tilt`, and become uneven. Its memory rests. The steps i to j - 1 of a grid are the window
-    `(times[i], times[j])`.
+    Outside the window `log_h` is 0, a twist without information. Weights stay exact, because they
+    end with `log_tilt`, but they become uneven. The memory does not change outside the window. The
+    window `(times[i], times[j])` contains the steps i to j - 1 of a grid.
 
-    **Arguments:** `guidance`; `0 <= start < stop <= 1`, with `stop = 1` up to the end.
+    **Arguments:** `guidance`; `0 <= start < stop <= 1`; with `stop = 1` the window lasts to the
+    end.
 
-    **Raises:** `ValueError` for a window that is empty or leaves [0, 1].
+    **Raises:** `ValueError` for a window that is empty or leaves [0, 1], or for a guidance that
+    must be called at every state, such as `Tuned`.
     """
 
     guidance: Guidance
@@ -184,7 +189,7 @@ class GainCapped(Rescaled):
     """`guidance` whose score enters the flow's drift with `min(g_t^2 / 2, limit)` instead of
     `g_t^2 / 2`, which is infinite at t = 0.
 
-    **Arguments:** `guidance`, any that knows its unguided denoiser; `limit > 0`.
+    **Arguments:** `guidance`, which must return the unguided denoiser; `limit > 0`.
     """
 
     guidance: Guidance
@@ -199,11 +204,11 @@ class GainCapped(Rescaled):
 
 
 class NormDamped(Rescaled):
-    """`guidance` with its score s shortened to `s / (1 + 2 |s| v_t)`: `Damped`, where the length of
-    the score is all that is known of a scale.
+    """`guidance` with its score s shortened to `s / (1 + 2 |s| v_t)`: the damping of `Damped`, with
+    the length of the score in place of the scale.
 
-    **Arguments:** `guidance`, any that knows its unguided denoiser; `sigma >= 0`, the width of the
-    data, in their units.
+    **Arguments:** `guidance`, which must return the unguided denoiser; `sigma >= 0`, the standard
+    deviation of the data.
     """
 
     guidance: Guidance
@@ -214,8 +219,7 @@ class NormDamped(Rescaled):
         self.sigma = _checks.nonnegative(sigma, "sigma")
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
-        # With its own length as the target: the factor that would bring a score of that length to
-        # 1, upside down.
+        # `to_length` returns 1 / |s| with a safe derivative at zero, and |s|^2 / |s| is the length.
         inverse = self.to_length(t, estimate, jnp.ones((), estimate.tilted.dtype))
         score = estimate.score(self.model.interpolant, t)
         length = _linalg.inner(score, score) * inverse
@@ -225,16 +229,18 @@ class NormDamped(Rescaled):
 
 
 class Averaged(Guidance):
-    """k independent draws of a random guidance, weighed by what each log_hs:
+    """The weighted mean of k independent draws of a random guidance:
     `log h = log mean exp(log h_i)`, `s = sum_i softmax(log h)_i s_i`.
 
-    Of a plug-in of one draw it is the plug-in of k. It differs where each draw is wrapped by
-    itself: `Averaged(Normalized(PlugIn(...), 10.), k)` brings every gradient to one length before
-    they are averaged. The k draws are rows of a network's batch, and share the unguided denoiser.
+    The average of a plug-in estimate with one draw is the plug-in estimate with k draws. The two
+    differ if each draw is wrapped separately: `Averaged(Normalized(PlugIn(...), 10.), k)`
+    normalizes every gradient before averaging. The k draws are rows of one network batch and share
+    the unguided denoiser.
 
-    **Arguments:** `guidance`, any that gives `log_h` and knows its unguided denoiser; `k >= 1`.
+    **Arguments:** `guidance`, which must return `log_h` and the unguided denoiser; `k >= 1`.
 
-    **Raises:** `ValueError` for a guidance that gives neither.
+    **Raises:** `ValueError` for a guidance that lacks one of these, or that must be called at every
+    state, such as `Tuned`.
     """
 
     guidance: Guidance
@@ -255,7 +261,7 @@ class Averaged(Guidance):
         )
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
-        # What no key touches, the unguided denoiser above all, is not repeated.
+        # `vmap` does not repeat what is independent of the key, above all the unguided denoiser.
         def draw(key: Array, state: Any) -> tuple[Any, ...]:
             estimate, state = self.guidance(key, t, x, state)
             return *estimate, state
@@ -264,8 +270,8 @@ class Averaged(Guidance):
         tilted, denoised, log_hs, state = jax.vmap(draw, out_axes=(0, None, 0, 0))(keys, state)
         if log_hs is None or denoised is None:
             raise ValueError(
-                f"{type(self.guidance).__name__} gives no log_h or no unguided denoiser, by which "
-                "its draws would be averaged"
+                f"{type(self.guidance).__name__} gives no log_h or no unguided denoiser, and "
+                "Averaged needs both: use a guidance such as PlugIn"
             )
         weights = jax.nn.softmax(log_hs).astype(x.dtype)
         shift = jnp.tensordot(weights, tilted - denoised[None], 1)
@@ -283,6 +289,6 @@ def _check_memoryless(guidance: Guidance, name: str) -> None:
     _checks.instance(guidance, Guidance, "guidance", f"{name} wraps one, such as PlugIn")
     if guidance.needs_every_state:
         raise ValueError(
-            f"{type(guidance).__name__} needs every state of its own trajectory and can be neither "
-            "interrupted nor drawn several times at a state"
+            f"{type(guidance).__name__} needs every state of its own trajectory, and {name} would "
+            f"interrupt or repeat it: use {type(guidance).__name__} without {name}"
         )

@@ -19,7 +19,6 @@ and not within a sampler's loop.
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,9 @@ class Tokenizer:
         first = [] if self.start is None else [self.start]
         room = self.length - len(first) - 1
         if len(ids) > room:
-            warnings.warn(
+            _checks.warn(
                 f"the prompt has {len(ids)} tokens for {self.name}, which reads {room}: cut is "
-                f"{prompt[places[room] :].strip()!r}",
-                stacklevel=2,
+                f"{prompt[places[room] :].strip()!r}"
             )
         ids = [*first, *ids[:room], self.end]
         return np.asarray(ids + [self.pad] * (self.length - len(ids)), np.int32)

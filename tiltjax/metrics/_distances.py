@@ -1,4 +1,4 @@
-r"""How far two populations are apart, how spread one is, and how sure that number is.
+r"""Distances between two populations, and the standard errors of measured numbers.
 
 | number | definition | computed |
 |---|---|---|
@@ -9,18 +9,17 @@ r"""How far two populations are apart, how spread one is, and how sure that numb
 | `standard_error` | of a mean of independent values | JAX |
 | `bootstrap` | of any statistic | JAX, or a loop in Python |
 
-and the measures of diversity: how spread a population is, and how much of a base law it reaches.
-All of them are in `tiltjax.metrics`.
+The measures of diversity are in `tiltjax.metrics` as well.
 
-Populations are `(num, d)`, or `(num, *shape)` with the trailing axes flattened, or `Particles`,
-whose weights then count. Distances are in the units of the samples, `mmd` (a squared distance
-between kernel means) has none.
+Populations are `(num, d)`, `(num, *shape)` with the trailing axes flattened, or `Particles`, with
+their weights. Distances are in the units of the samples; `mmd`, a squared distance between kernel
+means, has no unit.
 
-Exact transport costs O(num^2) memory; between samples of one law in dimension d > 4 it falls no
-faster than num^(-1/d): read it next to its value between two independent samples of the truth.
+Exact transport needs O(num^2) memory. Between samples of one law in dimension d > 4 it decreases no
+faster than num^(-1/d): compare it with its value between two independent samples of the truth.
 
 References: Bonneel et al. (2015) for sliced transport, Gretton et al. (2012) for `mmd`, Fournier
-and Guillin (2015) for that rate.
+and Guillin (2015) for the rate.
 """
 
 import functools
@@ -47,7 +46,7 @@ from tiltjax.particles import Particles
 
 _ROWS = 256  # rows of a kernel matrix in memory at once
 _NUMBERS = 2**22  # floats in memory at once where the block's size can be chosen
-_MEDIAN_POINTS = 1024  # points of the two sets together that decide the bandwidth
+_MEDIAN_POINTS = 1024  # points of both sets from which the default bandwidth is computed
 
 
 def wasserstein(
@@ -58,18 +57,20 @@ def wasserstein(
 ) -> float:
     """The exact 2-Wasserstein distance between two empirical laws, in float64.
 
-    On the line the coupling is that of the quantiles, whatever the numbers and weights. Otherwise
-    it is a linear program: the network simplex of POT where that is installed (0.3 to 0.7 s for
-    2000 points against 2000), else, for unweighted sets of one size, the Hungarian method of SciPy
-    (the same value; up to ten times as long).
+    On the line the coupling is that of the quantiles, for any numbers and weights. Otherwise the
+    distance is a linear program. If POT is installed, its network simplex solves the program (0.3
+    to 0.7 s for 2000 points against 2000). Otherwise, for unweighted sets of the same size, the
+    Hungarian method of SciPy gives the same value in up to ten times the time.
 
     **Arguments:**
 
     - `x`, `y`: `(n, *shape)` and `(m, *shape)`, or `Particles`.
-    - `weights_x`, `weights_y`: `(n,)` and `(m,)`, non-negative, normalized here; equal by default.
+    - `weights_x`, `weights_y`: `(n,)` and `(m,)`, nonnegative, not necessarily normalized; equal by
+      default.
 
     **Raises:** `ValueError` for shapes that disagree, empty sets, samples that are not finite,
-    negative weights. `ImportError` where only POT can answer and it is missing.
+    negative weights; `TypeError` for weights next to `Particles`; `ImportError` if POT is needed
+    and missing.
     """
     x, weights_x = _as_numpy(x, weights_x, "x")
     y, weights_y = _as_numpy(y, weights_y, "y")
@@ -93,13 +94,11 @@ def wasserstein(
 
             return float(np.sqrt(np.mean(costs[linear_sum_assignment(costs)])))
         raise ImportError(
-            "exact transport between weighted sets, or sets of different sizes, in more than one "
-            "dimension needs POT: "
-            "pip install tiltjax[transport] (or resample both sets to one size, or use "
-            "sliced_wasserstein)"
+            "exact transport in more than one dimension, between weighted sets or sets of "
+            "different sizes, needs POT: pip install tiltjax[transport] (or resample both sets to "
+            "one size, or use sliced_wasserstein)"
         ) from None
-    # POT stops at 100 000 pivots unless told otherwise, and calls what it then has the optimum in
-    # all but a warning.
+    # By default POT stops at 100 000 pivots, and returns an unfinished result with only a warning.
     mass_x = np.full(len(x), 1 / len(x)) if weights_x is None else weights_x
     mass_y = np.full(len(y), 1 / len(y)) if weights_y is None else weights_y
     return float(np.sqrt(ot.emd2(mass_x, mass_y, costs, numItermax=2**62)))
@@ -108,15 +107,15 @@ def wasserstein(
 def sliced_wasserstein(
     key: Array, x: ArrayLike | Particles, y: ArrayLike | Particles, num_projections: int = 128
 ) -> Array:
-    """The sliced 2-Wasserstein distance, a scalar: `W2^2` of the projections on random directions,
-    averaged, square root.
+    """The sliced 2-Wasserstein distance, a scalar: the root of the mean of `W2^2` between the
+    projections on random directions.
 
     For two copies of one set shifted by s it is `|s| / sqrt(d)`, up to the error of the directions,
-    which falls as `num_projections^(-1/2)`. It can be jitted and differentiated. Source: Bonneel et
-    al. 2015, *Sliced and Radon Wasserstein barycenters of measures*.
+    which decreases as `num_projections^(-1/2)`. It can be jitted and differentiated. Source:
+    Bonneel et al. 2015, *Sliced and Radon Wasserstein barycenters of measures*.
 
-    **Arguments:** `x`, `y` as for `wasserstein`; `num_projections`: how many directions, drawn from
-    the typed key `key`.
+    **Arguments:** `key`, a typed key for the directions; `x`, `y` as in `wasserstein`;
+    `num_projections`, the number of directions.
 
     **Raises:** `ValueError` or `TypeError` for shapes that disagree, empty sets, samples that are
     not finite.
@@ -128,12 +127,12 @@ def sliced_wasserstein(
 
 @functools.partial(jax.jit, static_argnums=5)
 def _sliced(key, x, y, weights_x, weights_y, num_projections) -> Array:
-    # Drawn in single precision and then cast: the same directions whatever the dtype of the
-    # samples.
+    # Drawn in single precision and then cast, so that the dtype of the samples does not change the
+    # directions.
     directions = jax.random.normal(key, (num_projections, x.shape[1]), jnp.float32).astype(x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
     if weights_x is None and weights_y is None:
-        # The coupling of the ranks is the same in every direction, and counted in whole numbers.
+        # The coupling of the ranks is the same in every direction, and exact in integers.
         n, m = len(x), len(y)
         rank_x, rank_y, counts = _quantiles(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n, np)
         mass = jnp.asarray(counts / (n * m), x.dtype)
@@ -161,14 +160,15 @@ def mmd(
     """The unbiased squared maximum mean discrepancy, a scalar, with the kernel
     `k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2))`.
 
-    `sum_{i != j} v_i v_j k(x_i, x_j) / (1 - sum v_i^2)`, the same for y, minus twice the mean of
-    `k(x_i, y_j)`. Being unbiased it is negative about half of the time when the laws agree; with
-    self-normalized weights it is unbiased only to leading order. Kernel matrices exist 256 rows at
-    a time. Source: Gretton et al. 2012, *A kernel two-sample test*, eq. 3.
+    It is `sum_{i != j} v_i v_j k(x_i, x_j) / (1 - sum v_i^2)`, plus the same for y, minus twice the
+    mean of `k(x_i, y_j)`. The estimate is unbiased, so it is negative about half of the time if the
+    laws agree; with self-normalized weights it is unbiased only to leading order. At most 256 rows
+    of a kernel matrix are in memory at once. Source: Gretton et al. 2012, *A kernel two-sample
+    test*, eq. 3.
 
-    **Arguments:** `x`, `y` as for `wasserstein`, at least two of each; `bandwidth`: in the units of
-    the samples; by default the median distance among up to 1024 points evenly spaced in x followed
-    by y (weights play no part in it).
+    **Arguments:** `x`, `y` as in `wasserstein`, at least two samples each; `bandwidth`, in the
+    units of the samples, by default the median distance, without weights, among up to 1024 points
+    evenly spaced in x followed by y.
 
     **Raises:** `ValueError` as `wasserstein`, for a bandwidth that is not positive, and for sets of
     fewer than two points.
@@ -180,7 +180,7 @@ def mmd(
         width = _median_distance(x, y)
         if _checks.concrete(width) and float(width) == 0:
             raise ValueError(
-                "the median distance is 0, most points coincide: pass a positive bandwidth"
+                "the median distance is 0 because most points coincide: pass a positive bandwidth"
             )
     else:
         width = _checks.positive(bandwidth, "bandwidth").astype(x.dtype)
@@ -198,7 +198,7 @@ def _median_distance(x: Array, y: Array) -> Array:
 
 @jax.jit
 def _mmd(x, y, weights_x, weights_y, bandwidth) -> Array:
-    # Distances come from inner products, which lose digits when the cloud is far from the origin.
+    # Distances come from inner products, which lose digits for a cloud far from the origin.
     center = jnp.mean(jnp.concatenate([x, y]), axis=0, keepdims=True)
     x, y = x - center, y - center
 
@@ -216,23 +216,23 @@ def _mmd(x, y, weights_x, weights_y, bandwidth) -> Array:
 def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
     """The average responsibility `E P(k | X)` of every component, shape `(K,)`, summing to 1.
 
-    Under the mixture itself its expectation is `mixture.weights`, however much the components
-    overlap.
+    Under the mixture itself its expectation is `mixture.weights`, for any overlap of the
+    components.
 
-    **Raises:** `ValueError` as `wasserstein`, for points of another dimension than the mixture's
+    **Raises:** `ValueError` as `wasserstein`, for points of another dimension than the mixture's,
     and for a mixture with singular covariances, whose components have no density.
     """
     check_mixture(mixture, "mixture")
     points, weights = states(x, "x")
     if points.shape[1] != mixture.dim:
         raise ValueError(
-            f"x has d = {points.shape[1]}, the mixture d = {mixture.dim}: they must agree"
+            f"x has d = {points.shape[1]} but the mixture has d = {mixture.dim}: they must agree"
         )
     dtype = np.promote_types(points.dtype, mixture.means.dtype)
     found = _mode_weights(*_pytree.cast((points, or_equal(weights, points), mixture), dtype))
     if _checks.concrete(found) and not np.all(np.isfinite(found)):
         raise ValueError(
-            f"responsibilities are not finite, got {np.asarray(found)}: covariances must be "
+            f"responsibilities are not finite, got {np.asarray(found)}: the covariances must be "
             "nonsingular"
         )
     return found
@@ -251,7 +251,7 @@ def standard_error(values: ArrayLike, axis: int = 0) -> Array:
     """
     values = _checks.finite(values, "values")
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-        raise TypeError(f"axis must be a whole number, got {axis!r}")
+        raise TypeError(f"axis must be an integer, got {axis!r}")
     if values.ndim == 0 or not -values.ndim <= axis < values.ndim or values.shape[axis] < 2:
         raise ValueError(
             f"a standard error needs at least two values along axis {axis}, got shape "
@@ -264,32 +264,33 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
     """`statistic(x)` and its bootstrap standard error: the standard deviation over `num` sets drawn
     from x with replacement.
 
-    The sets hold repeats, which statistics of pairs (`mmd`, `pairwise_diversity`) and of nearest
-    neighbors notice: for them the error is a guide only. Source: Efron 1979, *Bootstrap methods:
-    another look at the jackknife*.
+    Each set contains repeated samples, which changes statistics of pairs (`mmd`,
+    `pairwise_diversity`) and of nearest neighbors: for them the error is only a guide. Source:
+    Efron 1979, *Bootstrap methods: another look at the jackknife*.
 
     **Arguments:**
 
-    - `statistic`: `x -> array`. One that JAX can trace is vmapped; one that cannot be traced
-      (`wasserstein`, say) runs in a loop in Python.
+    - `statistic`: `x -> array`. It is vectorized if JAX can trace it, and otherwise (for example
+      `wasserstein`) runs in a Python loop.
     - `x`: `(n, ...)`, or a pytree of arrays with one leading axis, drawn together.
+    - `num`: the number of sets, at least 2.
 
     **Returns:** `(estimate, standard_error)`, both of the shape of `statistic(x)`.
 
-    **Raises:** `TypeError` for `Particles`, whose weights a resample by index would ignore;
+    **Raises:** `TypeError` for `Particles`, because a resample by index would ignore their weights;
     `ValueError` for leading axes that disagree, fewer than two samples, `num` below 2.
     """
     key, num = _checks.key(key), _checks.count(num, "num")
     _checks.function(statistic, "statistic")
     if num < 2:
-        raise ValueError(f"num must be at least 2 to have a standard deviation, got {num}")
+        raise ValueError(f"num must be at least 2 for a standard deviation, got {num}")
     if isinstance(x, Particles):
         raise TypeError(
-            "expected samples, got Particles: pass particles.resample(key), or particles.x if "
+            "x must be samples, got Particles: pass particles.resample(key), or particles.x if "
             "unweighted"
         )
     for leaf in jax.tree.leaves(x):
-        _checks.finite(leaf, "x")  # counts are as good as numbers, and stay what they are
+        _checks.finite(leaf, "x")  # integers pass the check, and keep their dtype
     x = jax.tree.map(
         lambda leaf: (
             _checks.finite(leaf, "x") if eqx.is_inexact_array_like(leaf) else jnp.asarray(leaf)
@@ -310,7 +311,7 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
     chunk_size = max(1, min(num, _NUMBERS // size))
     try:
         values = jax.lax.map(one, keys, batch_size=chunk_size)
-    except jax.errors.JAXTypeError:  # it reads values, as NumPy does
+    except jax.errors.JAXTypeError:  # the statistic reads values, as NumPy does
         values = jnp.stack([one(key) for key in keys])
     return estimate, jnp.std(values, axis=0, ddof=1)
 
@@ -328,18 +329,18 @@ def _squared_distances(points: Array, point: Array) -> Array:
 
 
 def _cumulative(mass, xp):
-    """Cumulative weights ending at exactly 1."""
+    """Cumulative weights that end at exactly 1."""
     cumulative = xp.cumsum(mass)
     return cumulative / cumulative[-1]
 
 
 def _quantiles(cumulative_x, cumulative_y, xp):
     """The monotone coupling of two sorted sets: the pairs `(i, j)` of ranks that share mass, and
-    how much.
+    their masses.
     """
     levels = xp.sort(xp.concatenate([cumulative_x, cumulative_y]))
     mass = levels - xp.concatenate([xp.zeros_like(levels[:1]), levels[:-1]])
-    # The middle of a piece lies inside it whichever way its ends were rounded.
+    # The middle of a piece is inside the piece, even if its ends are rounded.
     middle = levels - mass / 2
     return xp.searchsorted(cumulative_x, middle), xp.searchsorted(cumulative_y, middle), mass
 
@@ -347,12 +348,12 @@ def _quantiles(cumulative_x, cumulative_y, xp):
 def _as_numpy(
     value: Any, weights: ArrayLike | None, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Samples as `(num, d)` and normalized weights, `None` if equal, both in float64; points
+    """Samples as `(num, d)`, and normalized weights (`None` if equal), both in float64. Points
     without mass are dropped.
     """
     if isinstance(value, Particles) and weights is not None:
         raise TypeError(
-            f"{name} is Particles and has its weights: leave weights_{name} out, or pass {name}.x"
+            f"{name} is Particles, which have weights: leave out weights_{name}, or pass {name}.x"
         )
     x, log_weights = unpack(value, name)
     x = np.asarray(x, np.float64).reshape(len(x), -1)
@@ -368,7 +369,7 @@ def _as_numpy(
         )
     if not (np.all(np.isfinite(weights)) and np.all(weights >= 0) and np.sum(weights) > 0):
         raise ValueError(
-            f"weights_{name} must be finite and non-negative with positive mass, got {weights}"
+            f"weights_{name} must be finite and nonnegative with a positive sum, got {weights}"
         )
     positive = weights > 0
     return x[positive], weights[positive] / np.sum(weights[positive])

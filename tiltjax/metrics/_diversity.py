@@ -1,4 +1,4 @@
-r"""Diversity: how spread a population is, and how much of a base law it still reaches.
+r"""Diversity: the spread of a population, and the part of a base law that a population reaches.
 
 | number | definition | weights |
 |---|---|---|
@@ -6,22 +6,22 @@ r"""Diversity: how spread a population is, and how much of a base law it still r
 | `cosine_diversity` | `E[1 - <X, X'> / (|X| |X'|)]` | count |
 | `spectral_diversity` | `exp(-sum p log p)`, normalized eigenvalues p of the covariance | count |
 | `truncated_entropy` | `K/2 log(2 pi e) + 1/2 sum_{i <= K} log l_i`, of eigenvalues | count |
-| `spectral_distance` | `(sum_i (l_i(x) - l_i(y))^2)^(1/2)`, l in falling order | count |
+| `spectral_distance` | `(sum_i (l_i(x) - l_i(y))^2)^(1/2)`, l in decreasing order | count |
 | `recall` | the fraction of the base inside the balls around samples | equal ones only |
 | `coverage` | the fraction of the balls around the base that hold a sample | equal ones only |
 
-Reward is bought with diversity, so that the two are read together (`plotting.frontier`).
-Populations are as in `tiltjax.metrics`. Of images one measures features, whatever network gives
-them: `recall(jax.vmap(features)(x), jax.vmap(features)(base))`.
+A higher reward usually costs diversity, so report both (`plotting.frontier`). Populations are as in
+`tiltjax.metrics`. For images, measure the features of a network:
+`recall(jax.vmap(features)(x), jax.vmap(features)(base))`.
 
-The balls are those to the k-th nearest neighbor in the same set: existence ("is there a sample
-within?") knows no weights, and so both refuse unequal ones. Between two sets of one law coverage
-has, whatever the law,
+The radius of a ball is the distance to the k-th nearest neighbor in the same set. Whether a ball
+holds a sample does not depend on weights, so `recall` and `coverage` raise an error for unequal
+weights. Between two sets of any one law the expected coverage is
 
     E = 1 - ((N - 1) ... (N - k)) / ((M + N - 1) ... (M + N - k)),      N of the base, M samples,
 
-close to `1 - 2^-k` for N = M: read it next to that. Recall has no such formula: read it next to its
-value for base samples.
+close to `1 - 2^-k` for N = M: compare the coverage with this value. Recall has no such formula:
+compare it with its value for base samples.
 
 References: Kim et al. (arXiv 2501.05803) for the truncated entropy and the cosine distance of CLIP
 features; Kynkaanniemi et al. 2019 (arXiv 1904.06991), recall; Naeem et al. 2020 (arXiv 2002.09797),
@@ -47,7 +47,7 @@ def pairwise_diversity(x: ArrayLike | Particles) -> Array:
     """The mean distance `sum_{i != j} v_i v_j |x_i - x_j| / (1 - sum v_i^2)` between two distinct
     samples, a scalar.
 
-    **Raises:** `ValueError` for what is no population, and for fewer than two samples.
+    **Raises:** `ValueError` for arrays that are not a population, and for fewer than two samples.
     """
     x, weights = states(x, "x")
     at_least_two(x, weights, "x")
@@ -56,22 +56,22 @@ def pairwise_diversity(x: ArrayLike | Particles) -> Array:
 
 @jax.jit
 def _pairwise(x: Array, weights: Array) -> Array:
-    # Differences rather than inner products: the root would turn a rounding error of 1e-16 into
-    # 1e-8.
+    # Differences instead of inner products, because the root would turn a rounding error of 1e-16
+    # into 1e-8.
     row = lambda point: jnp.sqrt(jnp.sum((x - point[None]) ** 2, axis=1)) @ weights
     rows = jax.lax.map(row, x, batch_size=max(1, min(len(x), _NUMBERS // x.size)))
     return weights @ rows / (1 - jnp.sum(weights**2))
 
 
 def spectral_diversity(x: ArrayLike | Particles) -> Array:
-    """The effective number of directions `exp(-sum_i p_i log p_i)`, `p_i = l_i / sum_j l_j`, `l`
-    the covariance's eigenvalues.
+    """The effective number of directions `exp(-sum_i p_i log p_i)`, with `p_i = l_i / sum_j l_j`
+    and `l` the eigenvalues of the covariance.
 
-    A scalar between 1 (all samples on a line) and `min(d, num - 1)` (equal variance in every
-    direction); it does not change with scale, and samples that all coincide have 0. Source: Roy and
-    Vetterli 2007, *The effective rank*, for the covariance.
+    It is a scalar between 1 (all samples on a line) and `min(d, num - 1)` (equal variance in every
+    direction), and 0 if all samples coincide. It does not change with the scale of the samples.
+    Source: Roy and Vetterli 2007, *The effective rank*, here of the covariance.
 
-    **Raises:** `ValueError` for what is no population, and for fewer than two samples.
+    **Raises:** `ValueError` for arrays that are not a population, and for fewer than two samples.
     """
     x, weights = states(x, "x")
     at_least_two(x, weights, "x")
@@ -87,11 +87,11 @@ def _spectral(x: Array, weights: Array) -> Array:
 
 
 def cosine_diversity(x: ArrayLike | Particles) -> Array:
-    """The mean of `1 - cos` of the angle between two distinct samples, a scalar: 0 if all point one
-    way, 1 for independent directions.
+    """The mean of `1 - cos` of the angle between two distinct samples, a scalar: 0 if all samples
+    have the same direction, 1 for independent directions.
 
-    `sum_i v_i |u_i - m|^2 / (1 - sum v_i^2)` with `u_i = x_i / |x_i|` and m their mean: the same as
-    over all pairs, in O(num).
+    It is `sum_i v_i |u_i - m|^2 / (1 - sum v_i^2)` with `u_i = x_i / |x_i|` and m their mean. This
+    equals the mean over all pairs, in O(num).
 
     **Raises:** `ValueError` as `pairwise_diversity`, and for a sample at the origin, which has no
     direction.
@@ -101,8 +101,8 @@ def cosine_diversity(x: ArrayLike | Particles) -> Array:
     lengths = jnp.linalg.norm(x, axis=1, keepdims=True)
     if _checks.concrete(lengths) and not np.all(lengths):
         raise ValueError(
-            f"a direction needs a length, {np.sum(np.asarray(lengths) == 0)} of {len(x)} samples "
-            "are 0"
+            "samples must not be at the origin, which has no direction, but "
+            f"{np.sum(np.asarray(lengths) == 0)} of {len(x)} samples are"
         )
     return jnp.sum(_singular(x / lengths, or_equal(weights, x)) ** 2)
 
@@ -111,26 +111,24 @@ def truncated_entropy(x: ArrayLike | Particles, k: int = 20) -> Array:
     """The entropy `k/2 log(2 pi e) + 1/2 sum log l_i` of a Gaussian in the k directions of largest
     variance `l_i`, a scalar in nats.
 
-    Of k = d features it is the entropy of a Gaussian with their covariance. Variances are the
-    unbiased ones; their logarithms are biased downwards where num is not much larger than k:
-    compare populations of one size. `-inf` where a variance is 0 to rounding.
+    For k = d it is the entropy of a Gaussian with the covariance of the samples. The variances are
+    unbiased. Their logarithms are biased downwards unless num is much larger than k, so compare
+    populations of one size. The entropy is `-inf` if a variance is 0 up to rounding.
 
-    **Raises:** `ValueError` as `pairwise_diversity`; for k > d; and unless more than k samples have
-    weight: the covariance of k has rank k - 1 at most, and the logarithm would be that of a
-    rounding error.
+    **Raises:** `ValueError` as `pairwise_diversity`; for k > d; and for at most k samples with
+    weight, because their covariance has rank k - 1 at most.
     """
     x, weights = states(x, "x")
     k = _checks.count(k, "k")
     if k > x.shape[1]:
         raise ValueError(
-            f"there are d = {x.shape[1]} directions, got k = {k}: take fewer, or more features"
+            f"k must be at most d = {x.shape[1]}, got k = {k}: use a smaller k or more features"
         )
     num = np.count_nonzero(weights) if weights is not None and _checks.concrete(weights) else len(x)
     if num <= k:
         raise ValueError(
-            f"x holds {num} samples with weight, which have a covariance of rank {num - 1} at "
-            f"most, and no entropy in k = {k} directions: take more than k "
-            "samples, or a smaller k"
+            f"x holds {num} samples with weight, and {num} samples have no entropy in k = {k} "
+            "directions: use more than k samples, or a smaller k"
         )
     values = _singular(x, or_equal(weights, x))
     rounding = jnp.finfo(x.dtype).eps * max(x.shape) * values[0]
@@ -139,15 +137,15 @@ def truncated_entropy(x: ArrayLike | Particles, k: int = 20) -> Array:
 
 
 def spectral_distance(x: ArrayLike | Particles, y: ArrayLike | Particles) -> Array:
-    """How differently two populations spread: the Euclidean distance of the falling eigenvalues of
-    their (unbiased) covariances, a scalar.
+    """The Euclidean distance between the decreasing eigenvalues of the (unbiased) covariances of
+    two populations, a scalar in squared units of the features.
 
-    In squared units of the features. At most the Frobenius distance of the covariances (Hoffman and
-    Wielandt); zero also where one population is the other one turned or moved. Jena et al. (arXiv
-    2409.06493, annealed importance guidance) judge by a "spectral distance" whose formula could not
-    be confirmed: this is a definition of its own, and not to be compared with their numbers.
+    It is at most the Frobenius distance of the covariances (Hoffman and Wielandt), and zero also if
+    one population is a rotated or shifted copy of the other. Jena et al. (arXiv 2409.06493,
+    annealed importance guidance) use a "spectral distance" whose formula could not be confirmed.
+    The definition here is therefore our own: do not compare it with their numbers.
 
-    **Raises:** `ValueError` as `pairwise_diversity`, and for populations of two dimensions.
+    **Raises:** `ValueError` as `pairwise_diversity`, and for populations of different dimensions.
     """
     x, weights_x, y, weights_y = pair(x, y)
     at_least_two(x, weights_x, "x")
@@ -155,23 +153,24 @@ def spectral_distance(x: ArrayLike | Particles, y: ArrayLike | Particles) -> Arr
 
     def spectrum(x: Array, weights: Array | None) -> Array:
         values = _singular(x, or_equal(weights, x)) ** 2
-        # Fewer samples than directions: the others have no variance.
+        # With fewer samples than directions, the remaining variances are zero.
         return jnp.pad(values, (0, x.shape[1] - len(values)))
 
     return jnp.linalg.norm(spectrum(x, weights_x) - spectrum(y, weights_y))
 
 
 def recall(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 3) -> Array:
-    """The fraction of `base` that lies in a ball around a sample of x, out to its k-th nearest
-    neighbor in x: what of the base x can produce.
+    """The fraction of `base` inside a ball around a sample of x, a scalar in [0, 1]: the part of
+    the base that x can produce.
 
-    A scalar in [0, 1]. A sample far out has a large ball, and raises it: `coverage` has none of
-    this, as its balls are the base's.
+    The radius of a sample's ball is the distance to its k-th nearest neighbor in x. An outlier in x
+    has a large ball, which increases the recall. `coverage` does not have this problem, because its
+    balls are those of the base.
 
     **Arguments:** `x`, `(n, *shape)`; `base`, `(m, *shape)`; `k < n`. Time O(n (n + m) d), in
     blocks.
 
-    **Raises:** `ValueError` as `pairwise_diversity`, for two dimensions and too few samples;
+    **Raises:** `ValueError` as `pairwise_diversity`, for different dimensions and too few samples;
     `TypeError` for unequal weights.
     """
     x, base, k = _neighbors(x, base, k, "x")
@@ -179,11 +178,13 @@ def recall(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 3) ->
 
 
 def coverage(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 5) -> Array:
-    """The fraction of `base` with a sample of x nearer than its own k-th nearest neighbor in the
-    base: how much of the base is reached.
+    """The fraction of `base` with a sample of x nearer than the k-th nearest neighbor in the base,
+    a scalar in [0, 1]: the part of the base that x reaches.
 
-    A scalar in [0, 1]; of two sets of one law see above. **Arguments:** `x`, `(n, *shape)`; `base`,
-    `(m, *shape)`; `k < m`. Time O(m (n + m) d), in blocks.
+    The module's docstring gives its expectation for two sets of one law.
+
+    **Arguments:** `x`, `(n, *shape)`; `base`, `(m, *shape)`; `k < m`. Time O(m (n + m) d), in
+    blocks.
 
     **Raises:** as `recall`.
     """
@@ -193,8 +194,8 @@ def coverage(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 5) 
 
 @jax.jit
 def _singular(x: Array, weights: Array) -> Array:
-    """Square roots of the eigenvalues of the unbiased covariance, `(min(num, d),)`, falling."""
-    x = x - x[:1]  # exactly zero where all samples coincide, which a mean is not
+    """Square roots of the eigenvalues of the unbiased covariance, `(min(num, d),)`, decreasing."""
+    x = x - x[:1]  # exactly zero if all samples coincide, unlike the difference from the mean
     spread = jnp.sqrt(weights)[:, None] * (x - (weights @ x)[None])
     return jnp.linalg.svd(spread, compute_uv=False) / jnp.sqrt(1 - jnp.sum(weights**2))
 
@@ -202,13 +203,15 @@ def _singular(x: Array, weights: Array) -> Array:
 def _neighbors(
     x: ArrayLike | Particles, base: ArrayLike | Particles, k: int, name: str
 ) -> tuple[Array, Array, int]:
-    """Both sets, and a k that the one with the balls has neighbors for."""
+    """Both sets and k, after a check that the set named `name` has enough neighbors for
+    its balls.
+    """
     x, weights_x, base, weights_base = pair(x, base, "base")
     for weights, which in ((weights_x, "x"), (weights_base, "base")):
         if weights is not None:
             raise TypeError(
-                f"nearest neighbors know no weights, and those of {which} are not known to be "
-                f"equal: pass {which}.resample(key)"
+                f"nearest neighbors need equal weights, but those of {which} are unequal or "
+                f"traced: pass {which}.resample(key)"
             )
     k, num = _checks.count(k, "k"), len(x if name == "x" else base)
     if k >= num:
@@ -223,13 +226,13 @@ def _squares(points: Array, point: Array) -> Array:
 
 
 def _rows(fn, x: Array, others: Array) -> Array:
-    """`fn` of each row of x, so many at once as their differences from `others` allow."""
+    """`fn` of each row of x, in blocks whose differences from `others` fit into memory."""
     return jax.lax.map(fn, x, batch_size=max(1, min(len(x), _NUMBERS // others.size)))
 
 
 def _balls(x: Array, k: int) -> Array:
-    """Squared distances to the k-th nearest other point. Each point is its own nearest, at exactly
-    0.
+    """Squared distances to the k-th nearest other point. Each point is its own nearest neighbor, at
+    exactly 0.
     """
     return _rows(lambda point: -jax.lax.top_k(-_squares(x, point), k + 1)[0][k], x, x)
 

@@ -1,9 +1,7 @@
-"""Populations as arguments of functions: arrays `(num, *shape)` or `Particles`, read, checked
-and flattened.
+"""Checks of populations, arrays `(num, *shape)` or `Particles`, that are arguments of functions.
 
-What is checked: real numbers, at least one sample of at least one number, everything finite,
-log-weights of one number a sample and not all -inf. Values are checked where they are known,
-outside of `jit`.
+A population must consist of real, finite numbers, with at least one sample of at least one number.
+Log-weights must be one number per sample, not all -inf. Values are checked only outside of `jit`.
 """
 
 from typing import Any
@@ -18,8 +16,8 @@ from tiltjax.particles import Particles
 
 
 def states(value: Any, name: str) -> tuple[Array, Array | None]:
-    """Samples as `(num, d)`, in at least float32, and normalized weights, or `None` if those are
-    known to be equal.
+    """Samples as `(num, d)`, in at least float32, and normalized weights, `None` if they are known
+    to be equal.
     """
     x, log_weights = unpack(value, name)
     x = jnp.asarray(x).reshape(len(x), -1)
@@ -32,14 +30,14 @@ def states(value: Any, name: str) -> tuple[Array, Array | None]:
 
 
 def pair(x: Any, y: Any, name: str = "y") -> tuple[Array, Array | None, Array, Array | None]:
-    """`states` of both, of one dimension and one dtype; `name` is that of the second."""
+    """`states` of both, in one dimension and one dtype. `name` is the name of the second."""
     (x, weights_x), (y, weights_y) = states(x, "x"), states(y, name)
     same_dimension(x, y, name)
     return _pytree.cast((x, weights_x, y, weights_y), np.promote_types(x.dtype, y.dtype))
 
 
 def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
-    """The samples as they came, and the log-weights, `None` if those are known to be equal; both
+    """The samples, unchanged, and the log-weights, `None` if they are known to be equal. Both are
     checked.
     """
     log_weights = None
@@ -60,7 +58,7 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
     x = value if isinstance(value, jax.Array) else np.asarray(value)
     if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(
-            f"{name} must be real numbers, got {type(value).__name__} of dtype {x.dtype}"
+            f"{name} must hold real numbers, got {type(value).__name__} of dtype {x.dtype}"
         )
     if x.ndim < 2:
         hint = f": for samples on the line pass {name}[:, None]" if x.ndim == 1 else ""
@@ -82,7 +80,7 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
 
 
 def same_dimension(x: Any, y: Any, name: str = "y") -> None:
-    """Refuse points `(n, d)` and `(m, e)` of two dimensions."""
+    """Raise a `ValueError` for points `(n, d)` and `(m, e)` of different dimensions."""
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"x and {name} must have one dimension, got d = {x.shape[1]} and d = {y.shape[1]}"
@@ -90,15 +88,15 @@ def same_dimension(x: Any, y: Any, name: str = "y") -> None:
 
 
 def at_least_two(x: Array, weights: Array | None, name: str) -> None:
-    """Refuse populations that make no pairs."""
+    """Raise a `ValueError` for populations without two distinct samples of positive weight."""
     alone = weights is not None and _checks.concrete(weights) and np.max(np.asarray(weights)) == 1
     if len(x) < 2 or alone:
         got = "one that carries all of the weight" if alone else f"{len(x)}"
         raise ValueError(
-            f"{name} must hold at least two samples, for the pairs they make; got {got}"
+            f"{name} must hold at least two samples, because pairs are needed, got {got}"
         )
 
 
 def or_equal(weights: Array | None, x: Array) -> Array:
-    """The weights, spelled out where they are equal."""
+    """The weights as an array, also if they are equal."""
     return jnp.full(len(x), 1 / len(x), x.dtype) if weights is None else weights

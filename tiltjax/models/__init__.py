@@ -1,4 +1,4 @@
-r"""Models of the base law: anything that knows the denoiser `D_t(x) = E[X_1 | X_t = x]`.
+r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]`.
 
 | model | |
 |---|---|
@@ -8,7 +8,8 @@ r"""Models of the base law: anything that knows the denoiser `D_t(x) = E[X_1 | X
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
 
-`Model` is their base class, `Denoiser` that of models of any states, also of tokens.
+`Model` is the base class of models with real-valued states. `Denoiser` is the base class of all
+models, also of models of tokens.
 """
 
 from tiltjax.models._analytic import Analytic

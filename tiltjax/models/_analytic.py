@@ -13,12 +13,12 @@ from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.models._base import Model
 
-_NODES = 256  # of each component
+_NODES = 256  # per component
 
 
 def _normal_nodes(num: int, dim: int) -> np.ndarray:
-    """`num` quasi-random points of `N(0, I)`, `(num, dim)`, in pairs of opposites: the additive
-    recurrence of the generalized golden ratio, the root of `phi^(dim + 1) = phi + 1`.
+    """`num` quasi-random points of `N(0, I)`, `(num, dim)`, in pairs of opposite points, from the
+    additive recurrence of the generalized golden ratio, the root of `phi^(dim + 1) = phi + 1`.
     """
     phi = 2.0
     for _ in range(32):
@@ -69,11 +69,11 @@ class Analytic(Model):
         return self.mixture.denoise_view(prepared, x)
 
     def posterior_variance(self, snr: Array) -> Array:
-        """`E|X_1 - D_t(X_t)|^2 / d` at the time of signal-to-noise ratio `snr`, as
-        `E tr Cov(X_1 | X_t) / d`.
+        """The denoiser's mean squared error `E|X_1 - D_t(X_t)|^2 / d` at the signal-to-noise ratio
+        `snr`, as `E tr Cov(X_1 | X_t) / d`.
 
-        The expectation over `X_t` is the mean over quasi-random nodes of each component: no random
-        key, no network.
+        The expectation over `X_t` is the mean over quasi-random nodes of each component, so it
+        needs no random key.
         """
         mixture, sigma, d = self.mixture.decomposed(), jax.lax.rsqrt(snr), self.mixture.dim
         nodes = jnp.asarray(_normal_nodes(_NODES, d), mixture.means.dtype)
@@ -84,7 +84,7 @@ class Analytic(Model):
         def posterior(x: Array) -> GaussianMixture:
             return mixture.condition(jnp.ones_like(sigma), sigma, x)
 
-        # The posterior covariances are the same at all states.
+        # The posterior covariances do not depend on the state.
         within = jnp.trace(posterior(mixture.means[0]).covs, axis1=1, axis2=2)
 
         def trace_of_cov(x: Array) -> Array:

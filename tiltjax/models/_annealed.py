@@ -1,14 +1,15 @@
-r"""Between a base model and one that was fine-tuned on a reward: `Annealed`, a model, and `Tuned`,
-a guidance whose weights make it exact.
+r"""Models between a base model and a model that was fine-tuned on a reward: `Annealed`, a model,
+and `Tuned`, a guidance with exact weights.
 
-With the weight `g(t)` of the tuned model, rising from 0 (noise) to 1 (data),
+With the weight `g(t)` of the tuned model, which rises from 0 (noise) to 1 (data),
 
     D = (1 - g) D_base + g D_tuned,
 
-and velocities, scores and noises mix alike: at each time the score is that of `p_t^(1 - g) q_t^g`,
-p being the law of the base model, q that of the tuned one. Early on, where modes are chosen, the
-base model speaks, which knows all of them; late, where details are, the tuned one. Annealed
-importance guidance (AIG, arXiv 2409.06493) is `Annealed` with
+and velocities, scores and noises mix in the same way. At each time the score is the score of
+`p_t^(1 - g) q_t^g`, where p is the law of the base model and q the law of the tuned model. Early
+times, at which modes are chosen, use the base model, which covers all modes. Late times, at which
+details form, use the tuned model. Annealed importance guidance (AIG, arXiv 2409.06493) is
+`Annealed` with
 
 | weight | g(t) | in the published code |
 |---|---|---|
@@ -16,45 +17,47 @@ importance guidance (AIG, arXiv 2409.06493) is `Annealed` with
 | `step(f)` | 0 before f, then 1 | `step_0.6` |
 | a number | itself, at all times | |
 
-The marginals of such a sampler are not those geometric means, and no reward is involved: where it
-lands is between the two, and no more is promised. Each evaluation asks both models.
+The marginals of this sampler are not these geometric means, and no reward is involved. Its samples
+lie between the two models, without a further guarantee. Each evaluation calls both models.
 
 **Weights.** Let P and Q be the chains of the two models under `Ancestral(1)`, from the same noise.
-That noise is memoryless: reversed, both are the same noising chain, so that the density of a path
-is that of its last state,
+This noise is memoryless: reversed, both chains are the same noising chain. The density ratio of a
+trajectory is therefore the ratio at its last state,
 
-    L_t = log dQ/dP (x_0, ..., x_t) = log q_t(x_t) / p_t(x_t),
+    L_t = log dQ/dP (x_0, ..., x_t) = log q_t(x_t) / p_t(x_t).
 
-and it adds up from the kernels of the steps, of means m_p, m_q and variance s^2, with no divergence
-and no further network call:
+It is a sum over the kernels of the steps, with means m_p, m_q and variance s^2, and needs no
+divergence and no further network call:
 
     L_u - L_t = log K_q / K_p (x_u | x_t) = <m_q - m_p, x_u - (m_p + m_q) / 2> / s^2.
 
-`Tuned` proposes by D and is the twist `V_t = g(t) L_t`. The geometric mean of two Gaussian kernels
-is the kernel at D, up to a factor, so that a step weighs
+`Tuned` proposes by D and has the twist `V_t = g(t) L_t`. Up to a factor, the geometric mean of two
+Gaussian kernels is the kernel at D, so a step changes the log-weight by
 
     log w_u - log w_t = -g_t (1 - g_t) |m_q - m_p|^2 / (2 s^2) + (g_u - g_t) L_u
     d log w  = -(g_t^2 / 2) g (1 - g) |∇log q - ∇log p|^2 dt + g' L dt
-        (small steps; in the first g_t^2 the diffusion),
+        (small steps; the first g_t^2 is the diffusion coefficient),
 
-and weighted particles are `p_t^(1 - g) q_t^g` at each time, up to its integral, whose log at `g(1)`
-is `log_norm`. For a constant g this is the Feynman-Kac corrector of geometric means (Skreta et al.,
-arXiv 2503.02819); at g = 1 and g = 0 the chains of the two models, without weights. A weight beyond
-[0, 1] extrapolates: with an unconditional base and a conditional `tuned`, g > 1 is classifier-free
-guidance, corrected. No step of a constant weight in [0, 1] weighs more than 1; beyond, all weigh at
-least 1, without a bound, and weights may have heavy tails.
+and weighted particles have the law `p_t^(1 - g) q_t^g` at each time, up to its integral. `log_norm`
+is the log of this integral at `g(1)`. For a constant g this is the Feynman-Kac corrector of
+geometric means (Skreta et al., arXiv 2503.02819). For g = 1 and g = 0 it is the chain of one model,
+without weights. A weight outside [0, 1] extrapolates: with an unconditional base and a conditional
+`tuned`, g > 1 is classifier-free guidance with a correction. With a constant weight in [0, 1],
+every step multiplies the weight by at most 1. Outside [0, 1], every step multiplies it by at least
+1, without an upper bound, and weights may have heavy tails.
 
-Which schedule leads to `g(1)` is a matter of variance and of the laws on the way: the potentials of
-a path add up to `g(1) L`, and with `g(1) = 1`, as in the table, the weighted end is that of the
-chain Q. What finite steps cost: a kernel of variance s^2 leaves out how `X_1` varies given `X_t`,
-so that L strays from `log q_t / p_t` by about the square root of a step, and the end,
-`E_P[exp(g(1) L) ...]` exactly, is off the geometric mean by the order of one.
+The schedule that leads to `g(1)` changes the variance and the intermediate laws: the potentials of
+a trajectory add up to `g(1) L`. With `g(1) = 1`, as in the table, the weighted particles at the end
+have the law of the chain Q. The error of finite steps: a kernel of variance s^2 ignores the
+variance of `X_1` given `X_t`, so L differs from `log q_t / p_t` by about the square root of a step.
+The weighted law at the end is exactly `E_P[exp(g(1) L) ...]`, which differs from the geometric mean
+by the order of one step.
 
-**With a reward** the same object is an amortized proposal: the shift is the tuned model's, and the
-twist is the value function it has learned. At the optimum of KL-regularized fine-tuning q is the
-tilt, and `L_t = log h_t(x_t) - log Z` along each path; weights are then even, and say otherwise how
-far from the tilt the tuned model is (`audit`). The target is the tilt of the base, whatever was
-learned.
+**With a reward** the same object is an amortized proposal: the shift comes from the tuned model,
+and the twist is the value function that this model has learned. At the optimum of KL-regularized
+fine-tuning, q is the tilt, and `L_t = log h_t(x_t) - log Z` along each trajectory. The weights are
+then even. Otherwise they measure the distance of the tuned model from the tilt (`audit`). The
+target is always the tilt of the base.
 """
 
 from collections.abc import Callable
@@ -70,11 +73,11 @@ from tiltjax import _checks, _pytree, _repr, rewards
 from tiltjax.interpolants import Interpolant
 from tiltjax.models._base import Model
 
-_CHECKED_TIMES = 1000  # of a weight schedule
+_CHECKED_TIMES = 1000  # at which a weight schedule is evaluated
 
 
 class PowerWeight(_repr.Printable):
-    """`t^p`; what `power` builds."""
+    """`t^p`; built by `power`."""
 
     p: Array
 
@@ -86,7 +89,7 @@ class PowerWeight(_repr.Printable):
 
 
 class StepWeight(_repr.Printable):
-    """0 before `at`, then 1; what `step` builds."""
+    """0 before `at`, then 1; built by `step`."""
 
     at: Array
 
@@ -98,12 +101,14 @@ class StepWeight(_repr.Printable):
 
 
 def power(p: float | Array = 2.0) -> PowerWeight:
-    """The weight `t^p`, p > 0: the larger, the longer the base model speaks."""
+    """The weight `t^p`, p > 0. A larger p gives the base model more time."""
     return PowerWeight(_checks.positive(p, "p"))
 
 
 def step(at: float | Array = 0.6) -> StepWeight:
-    """The base model before time `at`, the tuned one from then on. `at` is a scalar."""
+    """The weight of the base model before time `at`, and of the tuned model from then on. `at` is a
+    scalar.
+    """
     return StepWeight(_checks.in_range(at, "at", 0, 1))
 
 
@@ -113,13 +118,14 @@ Weight = Callable[[Array], Array] | float | Array | None
 class Annealed(Model):
     """`(1 - g(t)) D_base + g(t) D_tuned`: a model like any other, to sample, to guide, to tilt.
 
-    Asked at another time than the sampler's, as `Tilted` and `Glass` do, it answers with the weight
-    of that time.
+    `Tilted` and `Glass` evaluate it at other times than the time of the sampler; the weight is then
+    the weight at those times.
 
-    **Arguments:** `base`, `tuned`: models of the same states on the same path; `weight`: `power(p)`
-    (by default of 1) or `step(f)`, any function of t with values in [0, 1], or a number.
-    **Raises:** `ValueError` for models that do not fit together, or a weight outside [0, 1] at
-    some time.
+    **Arguments:** `base`, `tuned`: models with the same states and interpolant; `weight`:
+    `power(p)` (by default `power(1)`) or `step(f)`, any function of t with values in [0, 1], or a
+    number.
+
+    **Raises:** `ValueError` for models that do not match, or a weight outside [0, 1] at some time.
     """
 
     base: Model
@@ -166,27 +172,24 @@ class Annealed(Model):
 
 
 def check_pair(base: Model, tuned: Model, name: str) -> None:
-    """Refuse, with a `ValueError` for `name`, two models that are not of the same states on the
-    same path.
-    """
+    """Raise a `ValueError` for `name` if two models have different states or interpolants."""
     _checks.instance(base, Model, "base", f"{name}(base, tuned, weight)")
     _checks.instance(tuned, Model, "tuned", f"{name}(base, tuned, weight)")
     if base.shape != tuned.shape or base.dtype != tuned.dtype:
         raise ValueError(
-            f"base and tuned must be models of the same states, got {base.shape} of {base.dtype} "
-            f"and {tuned.shape} of {tuned.dtype}"
+            f"base and tuned must have the same states, got {base.shape} of {base.dtype} and "
+            f"{tuned.shape} of {tuned.dtype}"
         )
     if not _pytree.same(base.interpolant, tuned.interpolant):
         raise ValueError(
             f"base and tuned must have the same interpolant, got {base.interpolant} and "
-            f"{tuned.interpolant}: "
-            "Rescheduled(tuned, base.interpolant) is the tuned one on the other's"
+            f"{tuned.interpolant}: use Rescheduled(tuned, base.interpolant)"
         )
 
 
 def average(weight: Array, base: Array, tuned: Array) -> Array:
-    """`(1 - share) base + share tuned`."""
-    # In this form one of two equal models is returned to the last bit.
+    """`(1 - weight) base + weight tuned`."""
+    # In this form the average of two equal models is exact to the last bit.
     return base + weight * (tuned - base)
 
 
@@ -194,13 +197,13 @@ def weight_at(weight: Any, t: Array) -> Array:
     """The weight at time t, a scalar. **Raises:** `ValueError` for another shape."""
     value = jnp.asarray(_pytree.cast(weight, t.dtype)(t) if callable(weight) else weight, t.dtype)
     if value.shape != ():
-        raise ValueError(f"a weight is one number at one time, got shape {value.shape}")
+        raise ValueError(f"a weight must be one number at one time, got shape {value.shape}")
     return value
 
 
 def weight_schedule(weight: Callable, dtype: Any, *, unit_range: bool = False) -> eqx.Module:
-    """A function of t as a module, tried at the times of a fine run if its values can be read:
-    finite, and in [0, 1] for `unit_range`.
+    """A function of t as a module. If its values can be read, they are checked on a fine grid of
+    times: finite, and in [0, 1] if `unit_range`. **Raises:** `TypeError`, `ValueError`.
     """
     if isinstance(weight, rewards.Reward | type):
         what = (
@@ -218,13 +221,13 @@ def weight_schedule(weight: Callable, dtype: Any, *, unit_range: bool = False) -
     with jax.ensure_compile_time_eval():
         times = jnp.linspace(1e-3, 1.0, _CHECKED_TIMES, dtype=dtype)
         values = jax.vmap(lambda t: weight_at(module, t))(times)
-    if not _checks.concrete(values):  # a function of something that is being traced
+    if not _checks.concrete(values):  # the function depends on a traced value
         return module
     values, slack = np.asarray(values), 8 * float(jnp.finfo(dtype).eps) if unit_range else np.inf
     wrong = ~np.isfinite(values) | (values < -slack) | (values > 1 + slack)
     if np.any(wrong):
         first = int(np.argmax(wrong))
-        rule = "in [0, 1] (Tuned takes any number)" if unit_range else "a finite number"
+        rule = "in [0, 1] (Tuned accepts any number)" if unit_range else "a finite number"
         raise ValueError(
             f"weight(t) must be {rule}, got {values[first]:g} at t = {float(times[first]):.4g}"
         )

@@ -1,4 +1,4 @@
-r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
+r"""Models, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]`.
 
 | model | denoiser |
 |---|---|
@@ -6,10 +6,10 @@ r"""Models: anything that knows `D_t(x) = E[X_1 | X_t = x]`.
 | `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax or Equinox module |
 | `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | that of another model |
 
-What is said of a model holds for posterior means. A network under classifier-free guidance, or a
-thresholded one, is none: then `Tilted`, `Rescheduled` and the posteriors sample something else.
-Reference: Efron (2011), *Tweedie's formula and selection bias*, for what a denoiser knows of the
-score.
+All statements about models assume that the denoiser is a posterior mean. A network under
+classifier-free guidance or with thresholding is not a posterior mean; `Tilted`, `Rescheduled` and
+the posteriors then sample another law. Reference: Efron (2011), *Tweedie's formula and selection
+bias*, for the relation between denoiser and score.
 """
 
 from typing import Any, ClassVar
@@ -24,15 +24,15 @@ from tiltjax import _checks, _pytree, _repr, _sharding, grids
 from tiltjax.interpolants import Interpolant, data_fraction
 from tiltjax.solvers import Solver
 
-_ROUNDING = 1e-5  # of an snr, relatively
+_ROUNDING = 1e-5  # the relative rounding of an snr
 
 
 class Denoiser(_repr.Printable):
-    """What every sampler asks of a model, whatever its states are: `Model` of numbers,
-    `tokens.Masked` of tokens.
+    """The interface between samplers and models: `Model` for real-valued states, `tokens.Masked`
+    for tokens.
 
-    Subclasses define `denoise(t, x)`, `corruption` and `initial`, and say what one state is:
-    `shape` and `dtype`.
+    Subclasses define `denoise(t, x)`, `corruption` and `initial`, and the `shape` and `dtype` of
+    one state.
     """
 
     shape: eqx.AbstractVar[tuple[int, ...]]
@@ -40,12 +40,12 @@ class Denoiser(_repr.Printable):
 
     _chosen = {"interpolant": "Linear()"}
 
-    # How many steps a run takes by default. None: as many as its solver names.
+    # The default number of steps of a run. None: the default of the solver.
     steps: ClassVar[int | None] = None
 
     @property
     def corruption(self) -> Any:
-        """The law of `X_t` given `X_1`, which a step of a solver reverses: an `Interpolant`,
+        """The law of `X_t` given `X_1`, which a step of a solver reverses: an `Interpolant` or
         `tokens.Masking`.
         """
         raise NotImplementedError
@@ -59,12 +59,12 @@ class Denoiser(_repr.Printable):
 
     @property
     def denoised_shape(self) -> tuple[int, ...]:
-        """The shape of what `denoise` returns."""
+        """The shape of the output of `denoise`."""
         return self.shape
 
     @property
     def state_dtype(self) -> Any:
-        """The dtype of a state; `dtype` is that of what `denoise` returns."""
+        """The dtype of a state; `dtype` is the dtype of the output of `denoise`."""
         return self.dtype
 
     def denoise(self, t: Array, x: Array) -> Array:
@@ -76,40 +76,40 @@ class Denoiser(_repr.Printable):
         raise NotImplementedError
 
     def default_solver(self, usual: Solver) -> Solver:
-        """The solver of a run that names none; `usual` is that of the sampler."""
+        """The solver of a run without `solver`; `usual` is the default of the sampler."""
         return usual
 
     def as_states(self, value: Any, name: str, leading: tuple[int, ...]) -> Array:
-        """What a user passed as states, `(*leading, *shape)`. **Raises:** `ValueError` for another
-        shape, or values that are no states.
+        """The states `(*leading, *shape)` that a user passed. **Raises:** `ValueError` for another
+        shape or invalid values.
         """
         states = _checks.floating(value, name)
         if _checks.concrete(states) and not np.all(np.isfinite(_sharding.addressable(states))):
             raise ValueError(f"{name} must be finite, got states with NaN or infinity")
         if states.shape != (*leading, *self.shape):
             raise ValueError(
-                f"{name} must hold num states, shape {(*leading, *self.shape)}, got {states.shape}"
+                f"{name} must be states of shape {(*leading, *self.shape)}, got {states.shape}"
             )
         return states
 
     def grid(self, steps: int) -> Array:
-        """The default grid of so many steps."""
+        """The default grid with `steps` steps, `(steps + 1,)`."""
         return grids.time_grid(None, steps)
 
     def check_start(self, t: Array) -> None:
-        """Refuse, with a `ValueError`, to start sampling at t where the law of `X_t` is not
-        known.
+        """Raise a `ValueError` if the law of `X_t` is not known, so that sampling cannot start at
+        t.
         """
 
     def check_guided_start(self, t: Array) -> None:
-        """Refuse, with a `ValueError`, to guide from a time at which no guidance is finite."""
+        """Raise a `ValueError` if no guidance is finite at t."""
 
     def check_times(self, times: Array) -> None:
-        """Refuse, with a `ValueError`, times at which the model does not know its denoiser."""
+        """Raise a `ValueError` for times at which the denoiser of the model is not known."""
 
 
 class Model(Denoiser):
-    """A denoiser of states that are numbers, on the path of its `interpolant`.
+    """A denoiser of real-valued states, with an `interpolant`.
 
     Subclasses define `denoise(t, x)` for one sample, of the shape of `x`, and the fields
     `interpolant`, `shape` and `dtype`.
@@ -130,8 +130,8 @@ class Model(Denoiser):
         return self.interpolant.score(t, x, self.denoise(t, x))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
-        """`denoise` of states `(n, *shape)` at one time; differentiable also in the parameters of a
-        network that wants a batch.
+        """`denoise` of states `(n, *shape)` at one time. It is also differentiable in the
+        parameters of a network with `batched=True`.
         """
         return jax.vmap(lambda x: self.denoise(t, x))(x)
 
@@ -140,21 +140,20 @@ class Model(Denoiser):
         return self.interpolant.noise(t, x, self.denoise(t, x))
 
     def prepare(self, t: Array) -> Any:
-        """What of `D_t(x)` does not depend on x, a tree of arrays: a loop over times finds it for
-        all of them before it starts.
+        """The part of `D_t(x)` that does not depend on x, a tree of arrays. A loop over times
+        computes it for all times before it starts.
         """
         return t
 
     def denoise_prepared(self, prepared: Any, x: Array) -> Array:
-        """`D_t(x)`, of what `prepare(t)` has returned."""
+        """`D_t(x)` from the output of `prepare(t)`."""
         return self.denoise(prepared, x)
 
     def check_start(self, t: Array) -> None:
-        """Refuse to start sampling at t, with a `ValueError`, where the law of `X_t` is not known
-        well enough for `initial`.
+        """Raise a `ValueError` if the law of `X_t` is not close enough to the law of `initial`.
 
-        `sigma_t X_0` is that law where the noise outweighs the data: `snr_t` times the noise's own
-        variance below 2%.
+        `initial` uses the law of `sigma_t X_0`. It is accurate if the noise dominates the data,
+        that is if `snr_t` times the variance of the noise is at most 2%.
         """
         if not _checks.concrete((t, self.interpolant)):
             return
@@ -162,13 +161,12 @@ class Model(Denoiser):
         if fraction > 0.02:
             raise ValueError(
                 f"a run from noise cannot start at t = {float(t):g}, where a fraction of "
-                f"{fraction:.2g} "
-                "of the state is data: start "
-                "earlier, at 1e-3 say, or pass the states at that time as start="
+                f"{fraction:.2g} of the state is data: start earlier, such as at 1e-3, or pass the "
+                "states at that time as start="
             )
 
     def check_guided_start(self, t: Array) -> None:
-        """Refuse to guide from where `alpha_t = 0`: a guidance moves the state by
+        """Raise a `ValueError` if `alpha_t = 0`, because a guidance moves the state by
         `sigma^2 / alpha` times a score.
         """
         if (
@@ -176,31 +174,34 @@ class Model(Denoiser):
             and data_fraction(self.interpolant, t, self.dtype)[0] == 0
         ):
             raise ValueError(
-                "a guided run must start at t > 0 (its gain sigma^2 / alpha is infinite at t = 0): "
-                "try 1e-3"
+                f"a guided run must start at t > 0, got t = {float(t):g}, where its gain "
+                "sigma^2 / alpha is infinite: try 1e-3"
             )
 
     def network_query(self) -> tuple[Interpolant, Array | float]:
-        """`(interpolant, added)`: at time t this model calls its network where the network's
-        `interpolant` has the snr `snr_t + added`.
+        """`(interpolant, added)`: at time t this model calls its network at the snr `snr_t + added`
+        of the network's `interpolant`.
         """
         return self.interpolant, 0.0
 
     def _trained_everywhere(self) -> bool:
-        """Whether no time can be wrong: a network of this very path, trained on all of it."""
+        """Whether every time is valid: the network has this interpolant and was trained on all of
+        it.
+        """
         interpolant, added = self.network_query()
         itself = interpolant is self.interpolant and isinstance(added, float) and added == 0
         return itself and type(interpolant).snr_range is Interpolant.snr_range
 
     def check_times(self, times: Array) -> None:
-        """Refuse, with a `ValueError`, times below 1 at which the network would be called where it
-        was not trained.
+        """Raise a `ValueError` for times below 1 at which the network would be called outside of
+        its training range.
         """
         if not _checks.concrete((self, times)) or self._trained_everywhere():
             return
         with jax.ensure_compile_time_eval():
             snr, lowest, highest, start, end = map(np.asarray, _network_snr(self, times))
-        # Near t = 1 an snr takes more rounding, 1 / (1 - t) of a time's, and levels are far apart.
+        # Near t = 1 an snr has more rounding, 1 / (1 - t) times that of t, and levels are far
+        # apart.
         early, late = snr < (1 - _ROUNDING) * lowest, snr > 1.001 * highest
         outside = (early | late) & (np.asarray(times) < 1)
         if not np.any(outside):
@@ -208,14 +209,13 @@ class Model(Denoiser):
         first = np.argmax(outside)
         where = (
             f"at t = {np.asarray(times)[first]:g} the network would be called at snr = "
-            f"{snr[first]:.4g}, and was trained from "
-            f"{lowest:.4g} to {highest:.4g}: "
+            f"{snr[first]:.4g}, but was trained from {lowest:.4g} to {highest:.4g}: "
         )
         if early[first]:
             raise ValueError(f"{where}start at t = {np.ceil(1e6 * start) / 1e6:g} or later")
         if not end > 0:
             raise ValueError(
-                f"{where}this tilt is narrower than the cleanest noise level, lower the scale"
+                f"{where}lower the scale, as this tilt is narrower than the cleanest noise level"
             )
         raise ValueError(
             f"{where}end the grid at t = {np.floor(1e6 * end) / 1e6:g} and jump from there, "
@@ -223,8 +223,8 @@ class Model(Denoiser):
         )
 
     def grid(self, steps: int) -> Array:
-        """The default grid, equal steps on [1e-3, 1]; where the network was trained on less, on
-        that, with a jump to 1 at the end.
+        """The default grid, equal steps on [1e-3, 1]. If the network was trained on less, the grid
+        covers only the training range and ends with a jump to 1.
         """
         times = grids.time_grid(None, steps)
         if not _checks.concrete(self) or self._trained_everywhere():
@@ -238,20 +238,21 @@ class Model(Denoiser):
                 if late
                 else 1 - (1 - start) / steps
             )
-            # Where nothing is left, or the tilt is a convex one, the checks say so.
+            # If no times are left, or the tilt is convex, the checks raise an error later.
             usable = (early or late) and (steps == 1 or start < end)
             return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times
 
     def grid_at(self, network_times: _checks.Numbers) -> Array:
-        """The grid, for `sample(..., times=)`, on which the network is called at the given times of
-        its own path, and at no others.
+        """The grid, for `sample(..., times=)`, on which the network is called exactly at the given
+        times of its own interpolant.
 
-        For networks that know certain noise levels only: `model.grid_at(interpolant.clock(levels))`
-        with a `DiscreteVP`. They are the times at which `snr_t + added` is the network's snr, and 1
-        at the end, the jump to the denoiser.
+        Use it for networks that accept only certain noise levels:
+        `model.grid_at(interpolant.clock(levels))` with a `DiscreteVP`. The grid consists of the
+        times at which `snr_t + added` is the network's snr, and of 1 at the end, the jump to the
+        denoiser.
 
-        **Arguments:** `network_times`, increasing, below 1. **Raises:** `ValueError` for those at
-        which this model never asks.
+        **Arguments:** `network_times`, increasing, below 1. **Raises:** `ValueError` for times at
+        which this model never calls its network.
         """
         network_times = _checks.finite(network_times, "network_times", 1)
         times, snr, lowest, earliest = _own_times(self, network_times)
@@ -262,27 +263,25 @@ class Model(Denoiser):
             if np.any(never):
                 raise ValueError(
                     f"network_times must lie in [{float(earliest):.6g}, 1), where the network's "
-                    "snr "
-                    f"is at least {float(lowest):.4g} "
-                    f"(the final 1 is added here), got {np.asarray(network_times)[never]}: leave "
-                    "those out"
+                    f"snr is at least {float(lowest):.4g} (grid_at appends the final 1), got "
+                    f"{np.asarray(network_times)[never]}: leave these times out"
                 )
         return jnp.append(times, jnp.ones((), times.dtype))
 
     def initial(self, key: Array, t: Array) -> Array:
-        """A starting state at the first time `t` of a run: `sigma_t X_0`, for which `alpha_t` must
-        be negligible.
+        """A starting state at the first time `t` of a run: `sigma_t X_0`. Then `alpha_t` must be
+        negligible.
         """
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
 
     def initial_log_prob(self, t: Array, x: Array) -> Array:
-        """The log-density at `x` of the law that `initial(key, t)` draws from. **Raises:**
-        `ValueError` where that law is not known.
+        """The log-density at `x` of the law of `initial(key, t)`. **Raises:** `ValueError` if that
+        law is not known.
         """
         if type(self).initial is not Model.initial:
             raise ValueError(
-                f"{type(self).__name__} starts from a law of its own, whose density is not known "
-                "here: its initial_log_prob must say it"
+                f"{type(self).__name__} starts from a law of its own, whose density is not known: "
+                "define its initial_log_prob"
             )
         sigma = self.interpolant.sigma(t)
         return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
@@ -307,13 +306,13 @@ def _network_snr(model: Model, times: Array) -> tuple[Array, ...]:
 
 @eqx.filter_jit
 def _own_times(model: Model, network_times: Array) -> tuple[Array, ...]:
-    """The model's times for those of its network, the snr of these, the least one it asks at, and
-    the time of that.
+    """The model's times for the times of its network, the snr of these times, the smallest snr at
+    which the model calls the network, and the network's time at this snr.
     """
     model, network_times = _pytree.cast((model, network_times), model.dtype)
     own, (interpolant, added) = model.interpolant, model.network_query()
     start = own.snr(jnp.zeros((), network_times.dtype))
     snr = jax.vmap(interpolant.snr)(network_times)
-    # A level that is the start itself may come out a rounding error before it.
+    # Rounding may put a level that is the start slightly before the start.
     times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - added, start)), 0)
     return times, snr, start + added, interpolant.time(start + added)

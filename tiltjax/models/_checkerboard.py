@@ -1,15 +1,15 @@
-r"""The checkerboard: a law with sharp edges and many modes whose denoiser is known in closed form.
+r"""The checkerboard: a law with sharp edges and many modes, with a denoiser in closed form.
 
-The data are uniform on the 18 unit squares of `[-3, 3]^2` where `floor(x + 3) + floor(y + 3)` is
-even. Given `X_t = x` the coordinates are independent truncated Gaussians within each square, so
-with the masses `w_i` and means `m_i` of the six unit intervals of each coordinate,
+The data are uniform on the 18 unit squares of `[-3, 3]^2` on which `floor(x + 3) + floor(y + 3)` is
+even. Given `X_t = x`, the coordinates are independent truncated Gaussians within each square. With
+the masses `w_i` and means `m_i` of the six unit intervals of each coordinate,
 
     D = sum_ij B_ij w_i w'_j (m_i, m'_j) / sum_ij B_ij w_i w'_j,      B_ij = 1 where i + j is even.
 
-An interval's mass and mean are integrals of `exp(eta z - snr z^2 / 2)` over it. Where the view is
-wide compared with the interval they come from Gauss-Legendre nodes, where it is narrow from the
-normal distribution function; each is exact to rounding on its side, also in single precision, and
-neither subtracts large numbers.
+The mass and mean of an interval are integrals of `exp(eta z - snr z^2 / 2)`. If this Gaussian is
+wide compared with the interval, Gauss-Legendre nodes give the integrals. If it is narrow, the
+normal distribution function gives them. Each form is exact to rounding in its range, also in single
+precision, and neither subtracts large numbers.
 """
 
 from typing import Any
@@ -27,15 +27,17 @@ from tiltjax.models._base import Model
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 _EDGES = np.arange(-3.0, 3.0)  # left ends of the intervals
 _BOARD = np.add.outer(np.arange(6), np.arange(6)) % 2 == 0
-_WIDE = 64.0  # the snr up to which 24 nodes an interval are exact: a view of standard deviation 1/8
-SCALE = float(np.sqrt(3.0))  # the standard deviation of a coordinate: uniform on [-3, 3]
+_WIDE = (
+    64.0  # the largest snr at which 24 nodes per interval are exact: a standard deviation of 1/8
+)
+SCALE = float(np.sqrt(3.0))  # the standard deviation of a coordinate, uniform on [-3, 3]
 
 
 class Checkerboard(Model):
     """The exact model of the checkerboard.
 
-    **Arguments:** `interpolant`, by default `Linear(base_scale=sqrt(3))`, noise as wide as the
-    data; `dtype` of the states.
+    **Arguments:** `interpolant`, by default `Linear(base_scale=sqrt(3))`, whose noise is as wide as
+    the data; `dtype` of the states.
     """
 
     interpolant: Interpolant
@@ -79,7 +81,7 @@ def _intervals(snr: Array, eta: Array) -> tuple[Array, Array]:
     """
     left = jnp.asarray(_EDGES, eta.dtype)
 
-    # Wide views: z = left + u, and the exponent relative to its largest value on the nodes.
+    # The wide case: z = left + u, and the exponent relative to its largest value on the nodes.
     u = jnp.asarray((_NODES + 1) / 2, eta.dtype)
     z = left[:, None] + u[None, :]
     wide = jnp.minimum(snr, _WIDE)
@@ -92,7 +94,7 @@ def _intervals(snr: Array, eta: Array) -> tuple[Array, Array]:
         left + jnp.sum(terms * u[None, :], axis=1) / total,
     )
 
-    # Narrow views: standardized ends, reflected so that both lie in the left tail or around 0.
+    # The narrow case: standardized ends, reflected so that both lie in the left tail or around 0.
     narrow = jnp.maximum(snr, _WIDE)
     root = jnp.sqrt(narrow)
     lower, upper = (left - eta / narrow) * root, (left + 1 - eta / narrow) * root
@@ -101,15 +103,14 @@ def _intervals(snr: Array, eta: Array) -> tuple[Array, Array]:
     log_high = jax.scipy.special.log_ndtr(high)
     gap = jnp.minimum(jax.scipy.special.log_ndtr(low) - log_high, -jnp.finfo(eta.dtype).tiny)
     log_mass = log_high + jnp.log(-jnp.expm1(gap))
-    # The mean above `low`: E[Z] - low = (phi(low) - phi(high)) / mass - low, written for the nearer
-    # end `high` in the tail.
+    # E[Z] = (phi(low) - phi(high)) / mass, clipped to the interval, as rounding may leave it.
     density = lambda z: jnp.exp(-(z**2) / 2 - jnp.log(2 * jnp.pi) / 2 - log_mass)
     mean = jnp.clip(density(low) - density(high), low, high)
     mean = jnp.where(flip, -mean, mean)
     narrow_mean = jnp.clip((mean / root) + eta / narrow, left, left + 1)
 
     is_wide = snr <= _WIDE
-    # The narrow mass without what all intervals of a coordinate share,
+    # The narrow mass omits the common term of all intervals of a coordinate,
     # `eta^2 / (2 snr) + log(2 pi / snr) / 2`, which would cost digits.
     masses = jnp.where(is_wide, wide_mass, log_mass)
     return masses, jnp.where(is_wide, wide_mean, narrow_mean)

@@ -1,8 +1,8 @@
 r"""A user's network `fn(t, x)` as a pytree and as a model.
 
-Everything around a network is written for one sample and vmapped. One that wants a batch is called
-with as many rows as the `vmap`s around the call make, forwards and backwards: its kernels never see
-another axis.
+All code around a network is written for one sample and vmapped. A network with `batched=True` is
+called with one row for each element of the surrounding `vmap`s, in the forward and in the backward
+pass, so its kernels never get an additional axis.
 """
 
 import inspect
@@ -41,8 +41,8 @@ class Net(_pytree.KeepsDtype):
 
 
 def call_network(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: bool) -> Array:
-    """The output of a network, of `shape`, for one sample; a network of batches gets as many rows
-    as the `vmap`s around this call make.
+    """The output of a network, of `shape`, for one sample. A batched network is called with one row
+    for each element of the surrounding `vmap`s.
     """
     if batched:
         output = _call_in_batches(net, t[None], x[None])
@@ -60,14 +60,14 @@ def _check_signature(fn: Callable, params: PyTree) -> None:
             f"accept ({error}): wrap it, as in "
             "from_velocity(lambda net, t, x: net(...), net, shape=...)"
         ) from None
-    except ValueError:  # a callable without a signature to read
+    except ValueError:  # the callable has no readable signature
         return
 
 
 def _check_output(
     output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool
 ) -> Array:
-    """What a network has returned, if it is of `shape`. **Raises:** `ValueError` if not."""
+    """The output of a network, if it has `shape`. **Raises:** `ValueError` for another shape."""
     got = getattr(output, "shape", None)
     if got != shape:
         what = f"a batch of states {state}" if batched else f"a state of shape {state}"
@@ -82,15 +82,14 @@ def _refuse_training_mode(fn: Any) -> None:
         return
     if (part := _pytree.in_training_mode(fn)) is not None:
         raise ValueError(
-            f"{part} is in training mode and would change its state while sampling: call .eval() "
-            "on the network first"
+            f"{part} is in training mode and would change while it samples: call .eval() on the "
+            "network first"
         )
 
 
-# A network that wants a batch, called from code for one sample. `custom_vmap` turns every `vmap`
-# axis around the call into more rows of the batch instead of an axis the network's kernels have
-# never seen; `custom_vjp` does the same for the pullback, because `custom_vmap` alone has no
-# reverse mode.
+# A call of a batched network from code for one sample. `custom_vmap` turns every surrounding `vmap`
+# axis into rows of the batch, so that the network's kernels get no additional axis. `custom_vjp`
+# does the same for the pullback, because `custom_vmap` alone has no reverse mode.
 
 
 @custom_vmap
@@ -132,8 +131,8 @@ def _call_in_batches(net: Net, t: Array, x: Array) -> Array:
 
 
 def _call_forward(net, t, x):
-    # By type: a Flax variable forwards unknown attributes to its array, so it would pass for
-    # anything.
+    # Test the type, because a Flax variable forwards unknown attributes to its array and would pass
+    # any test of attributes.
     primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
     if any(leaf.perturbed for leaf in jax.tree.leaves(net, is_leaf=primal) if primal(leaf)):
         raise TypeError(
@@ -198,21 +197,21 @@ def from_velocity(
     **Arguments:**
 
     - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: a function, a Flax NNX module or
-      an Equinox module, returning the shape of `x`. Parameters travel as arguments of the compiled
-      program, never as constants.
+      an Equinox module that returns the shape of `x`. Parameters are arguments of the compiled
+      program, not constants.
     - `shape`: the shape of one state, such as `(2,)` or `(16, 64, 64)`.
     - `batched`: if true, `fn` takes `t` of shape `(B,)` and `x` of shape `(B, *shape)`, and the
-      particle axis (times the draws of a guidance) becomes its batch axis. Differentiable in x by
-      reverse mode.
-    - `interpolant`: what the network was trained with, `Linear()` by default.
-    - `dtype`: of the states, JAX's default float unless given. The network's own dtype is left
-      alone.
+      particle axis (times the draws of a guidance) becomes the batch axis. Such a network is
+      differentiable in x by reverse mode only.
+    - `interpolant`: the interpolant of the network's training, `Linear()` by default.
+    - `dtype`: of the states, JAX's default float by default. The network keeps its own dtype.
 
-    The velocity is that of a posterior mean. One changed by classifier-free guidance or by
-    thresholding is not: plain sampling runs, but tilts, posteriors and guidances rest on identities
-    it does not satisfy.
+    The velocity must be that of a posterior mean. Classifier-free guidance and thresholding change
+    it: plain sampling then runs, but tilts, posteriors and guidances use identities that do not
+    hold.
 
-    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode.
+    **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode;
+    `TypeError` for a function with another signature.
     """
     return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
 
@@ -229,9 +228,9 @@ def from_noise(
     """A model from a noise network `E_t(x) = E[X_0 | X_t = x]`; arguments and conditions as in
     `from_velocity`.
 
-    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the network's error: start
-    later if that shows. A network that wants the index of a noise level instead of t:
-    `interpolants.DiscreteVP`.
+    At small `alpha_t` the denoiser `(x - sigma E) / alpha` magnifies the error of the network. If
+    this error shows, start later. For a network that takes the index of a noise level instead of t,
+    use `interpolants.DiscreteVP`.
     """
     return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
 

@@ -1,35 +1,38 @@
-r"""Models that are another model, asked at another time and state: `Tilted` and `Rescheduled`.
+r"""Models that evaluate another model at another time and state: `Tilted` and `Rescheduled`.
 
-A noisy state says of `X_1` what its natural parameters say,
-`exp(<alpha x / sigma^2, X_1> - snr |X_1|^2 / 2)`, on whichever path. So a model on one path is also
-one on any other (`Rescheduled`):
+On any interpolant, a noisy state determines the likelihood of `X_1` by its natural parameters,
+`exp(<alpha x / sigma^2, X_1> - snr |X_1|^2 / 2)`. A model on one interpolant is therefore also a
+model on any other interpolant (`Rescheduled`):
 
     D^new_t(x) = D_{t*}(x*),  (t*, x*) = observe(snr_t, alpha_t x / sigma_t^2),
-        alpha, sigma and snr those of the new path.
+        alpha, sigma and snr of the new interpolant.
 
-**Conjugate tilts.** If `scale * r(x) = <a, x> - c |x|^2 / 2 + const`, the tilt multiplies that
-likelihood by a factor of the same family. So the tilted posterior of `X_1` is the *untilted* one
-given another view, of precision `snr_t + c` and natural parameter `alpha x / sigma^2 + a`, and
+**Conjugate tilts.** If `scale * r(x) = <a, x> - c |x|^2 / 2 + const`, the tilt multiplies this
+likelihood by a factor of the same form. The tilted posterior of `X_1` is then the *untilted*
+posterior for another likelihood, of precision `snr_t + c` and natural parameter
+`alpha x / sigma^2 + a`, and
 
-    D~_t(x) = D_{t*}(x*),    (t*, x*) = observe(snr_t + c, alpha_t x / sigma_t^2 + a):
+    D~_t(x) = D_{t*}(x*),    (t*, x*) = observe(snr_t + c, alpha_t x / sigma_t^2 + a).
 
-one ordinary denoiser call, no derivative, and sampling the plain flow of `D~` samples the tilt,
-within modes and between them. Both hold for posterior means only: a denoiser under classifier-free
-guidance, or a thresholded one, is none. (For linear rewards see also Moitra, Risteski and Rohatgi,
-*Steering diffusion models with quadratic rewards*, COLT 2026.)
+This is one ordinary denoiser call without a derivative. The plain flow of `D~` samples the tilt,
+with the right law within modes and the right weights of modes. Both identities hold for posterior
+means only, not for a denoiser under classifier-free guidance or with thresholding. (For linear
+rewards see also Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards*,
+COLT 2026.)
 
-**Diffusion models.** A variance-preserving path starts with data in the state, `alpha_0 > 0`, and
-its `N(0, sigma_0^2 I)` is not quite the law of `X_0` under a tilt: one Gaussian `N(m, s^2)` of a
-tilt ends with its mean off by `-alpha_0 s m / sqrt(alpha_0^2 s^2 + sigma_0^2)`. On a path that
-starts from pure noise nothing is off,
+**Diffusion models.** A variance-preserving interpolant has data in its first state, `alpha_0 > 0`,
+so `N(0, sigma_0^2 I)` is not exactly the law of the first state under a tilt. For a tilt that is
+one Gaussian `N(m, s^2)`, the mean at the end is off by
+`-alpha_0 s m / sqrt(alpha_0^2 s^2 + sigma_0^2)`. An interpolant that starts from pure noise has no
+such error,
 
     Tilted(Rescheduled(model, Linear()), reward, scale),
 
-and with `c` at least the network's lowest snr, it is asked nothing noisier than it was trained on.
-A network that knows a table of levels is evaluated at these only on the grid
-`grid_at(interpolant.clock(levels))`, which starts at the first level whose snr is at least c: in
-pure noise, at t = 0, if c is that snr, and with data forgotten as above the further that level is
-away.
+and if `c` is at least the network's lowest snr, the network is never called on noisier states than
+in its training. For a network with a table of levels, the grid `grid_at(interpolant.clock(levels))`
+calls the network at these levels only. The grid starts at the first level whose snr is at least c.
+If c is that snr, this level is pure noise, at t = 0. Otherwise the start ignores some data, with
+the error above, which grows with the distance of the level from c.
 """
 
 from typing import Any
@@ -44,15 +47,15 @@ from tiltjax.models._base import Model
 
 
 class Rescheduled(Model):
-    """The same law on another path: `model`, asked at the time and state of its own path that say
-    as much.
+    """The same law on another interpolant: `model`, evaluated at the time and state of its own
+    interpolant with the same natural parameters.
 
-    Exact for posterior means, which a denoiser under classifier-free guidance, or a thresholded
-    one, is not. It is a model like any other: to sample, to tilt, to guide. The network is
-    evaluated at `snr_t` of the new interpolant; `sample` refuses times at which that is outside of
-    what it was trained on.
+    This is exact for posterior means, not for a denoiser under classifier-free guidance or with
+    thresholding. The result is a model like any other: to sample, to tilt, to guide. The network is
+    evaluated at `snr_t` of the new interpolant; `sample` raises an error for times outside of its
+    training range.
 
-    **Arguments:** `model`; `interpolant`, the new path, `Linear()` by default.
+    **Arguments:** `model`; `interpolant`, the new interpolant, `Linear()` by default.
     """
 
     model: Model
@@ -83,7 +86,7 @@ class Rescheduled(Model):
         return self.model.denoise_batch(*self._query(t, x))
 
     def _query(self, t: Array, x: Array) -> tuple[Array, Array]:
-        """`(t*, x*)`, for one state or a batch of them."""
+        """`(t*, x*)`, for one state or a batch of states."""
         new = self.interpolant
         return self.model.interpolant.observe(new.snr(t), new.alpha(t) / new.sigma(t) ** 2 * x)
 
@@ -92,18 +95,18 @@ class Rescheduled(Model):
 
 
 class Tilted(Model):
-    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, at one call of the
+    """The model of `rho(x) exp(scale * r(x))` for a conjugate reward: exact, with one call of the
     inner denoiser.
 
     For `-l |x - y|^2` (c = 2 l) the inner model is evaluated at `snr_t + c`, later than t. For
-    linear rewards (c = 0) it is evaluated at t, at a displaced state: at the start, t = eps, at
-    `|x*|` about `scale |a| sigma^2 / eps`, far outside what a network was trained on, so that there
-    "exact" is a statement about exact denoisers. For c < 0 the denoiser is right wherever
-    `snr_t + c > 0`, but sampling has no closed-form start. A diffusion model is better
-    rescheduled first (see above).
+    linear rewards (c = 0) it is evaluated at t, at a shifted state. At the start, t = eps, this
+    state has the norm `|x*|` of about `scale |a| sigma^2 / eps`, far outside of a network's
+    training data, so the result is exact only for exact denoisers. For c < 0 the denoiser is right
+    wherever `snr_t + c > 0`, but sampling has no closed-form start. Reschedule a diffusion model
+    first (see above).
 
-    **Arguments:** `model`; `reward`, `LinearReward`, `rewards.Quadratic` with a scalar weight,
-    sums and multiples; `scale >= 0`.
+    **Arguments:** `model`; `reward`, `LinearReward`, `rewards.Quadratic` with a scalar weight, sums
+    and multiples; `scale >= 0`.
 
     **Raises:** `ValueError` if the reward is not conjugate.
     """
@@ -123,8 +126,8 @@ class Tilted(Model):
         natural, precision = rewards.as_reward(reward).conjugate()
         if natural.shape != model.shape:
             raise ValueError(
-                f"the reward is one of states of shape {natural.shape}, the model's have "
-                f"{model.shape}"
+                f"the reward takes states of shape {natural.shape}, but the states of the model "
+                f"have shape {model.shape}"
             )
         self.model = model
         self.natural = scale * natural
@@ -152,7 +155,7 @@ class Tilted(Model):
         return self.model.denoise_batch(*self._query(t, x))
 
     def _query(self, t: Array, x: Array) -> tuple[Array, Array]:
-        """`(t*, x*)`, for one state or a batch of them."""
+        """`(t*, x*)`, for one state or a batch of states."""
         interpolant = self.interpolant
         likelihood = interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x
         natural = likelihood + jnp.broadcast_to(self.natural, x.shape)
@@ -167,9 +170,8 @@ class Tilted(Model):
         if _checks.concrete(self.precision) and np.asarray(self.precision) < 0:
             raise ValueError(
                 f"this reward is convex (c = {float(self.precision):g} < 0): the tilted law has no "
-                "closed form at the noise "
-                "end, so Tilted cannot start sampling there. Use it as a denoiser where snr_t + c "
-                "> 0."
+                "closed form near t = 0, so Tilted cannot start sampling there. Use it as a "
+                "denoiser at times with snr_t + c > 0."
             )
 
     def initial(self, key: Array, t: Array) -> Array:

@@ -1,5 +1,5 @@
 """Published weights: safetensors files and the Hugging Face hub, key names, low-rank adapters, and
-PyTorch state dicts as Flax modules.
+Flax modules from PyTorch state dicts.
 """
 
 from tiltjax.pretrained import adapters, files, key_names, state_dicts

@@ -2,9 +2,9 @@ r"""Low-rank adapters (LoRA) in published files, added to the weights of a netwo
 
     W + scale * (alpha / rank) B A
 
-in either form of the names, with or without the second embedder. An array is read and added to when
-it is used; adapters that find no matrix are errors at once. Reference: Hu et al. (arXiv
-2106.09685), LoRA.
+The names may have either form, with or without the second embedder. An array is read and added to
+when it is used. Adapters without a matching matrix raise an error at once. Reference: Hu et al.
+(arXiv 2106.09685), LoRA.
 """
 
 import re
@@ -39,13 +39,13 @@ _FACTORS = {
 def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: float = 1.0) -> View:
     """The weights with low-rank adapters added.
 
-    **Arguments:** `state_dict`, under the names of `FluxTransformer2DModel`, with two embedders
-    (`dual`) for those of a flow map; `adapters`, pairs of `lora_A`, `lora_B` or `lora_down`,
-    `lora_up` of (out, rank) and (rank, in), with or without `alpha`, by dotted or underscored names
-    of either form; `scale`, of all of them.
+    **Arguments:** `state_dict`, with the names of `FluxTransformer2DModel`, and with two embedders
+    (`dual`) for the adapters of a flow map; `adapters`, pairs of `lora_A`, `lora_B` or `lora_down`,
+    `lora_up` of shapes (rank, in) and (out, rank), with or without `alpha`, with dotted or
+    underscored names of either form; `scale` of all adapters.
 
-    **Raises:** `ValueError`, with the names, for adapters of other modules or shapes, without their
-    other half, or of another kind.
+    **Raises:** `ValueError`, with the names, for adapters of other modules or shapes, for half of a
+    pair, and for keys that are not adapters.
     """
     shifts = diffusers(_shifts(adapters, state_dict))
     strange = [
@@ -55,8 +55,8 @@ def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: fl
     ]
     if strange:
         raise ValueError(
-            f"{len(strange)} of {len(shifts)} adapters fit no matrix of this network: "
-            f"{', '.join(strange[:8])}. Adapters of a flow map need the second embedder, "
+            f"{len(strange)} of {len(shifts)} adapters match no matrix of this network: "
+            f"{', '.join(strange[:8])}. For adapters of a flow map, add the second embedder with "
             "key_names.dual(state_dict)"
         )
 
@@ -73,8 +73,8 @@ def merged(state_dict: Mapping[str, Any], adapters: Mapping[str, Any], scale: fl
 
 
 def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
-    """`(alpha / rank) B A` under the names of the weights that they are added to, in the form that
-    the adapters are in.
+    """`(alpha / rank) B A` under the names of the adapted weights, in the form of the adapters'
+    names.
     """
     flat = {key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in state_dict}
     found: dict[str, dict[str, str]] = {}
@@ -93,7 +93,7 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
     ]
     if strange:
         raise ValueError(
-            f"{len(strange)} keys are no adapters, or lack their other half: "
+            f"{len(strange)} keys are not adapters, or lack the other half of their pair: "
             f"{', '.join(sorted(strange)[:8])}; expected pairs lora_A and lora_B, or lora_down and "
             "lora_up, with or without alpha"
         )
@@ -102,7 +102,7 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
         rank, n = shape_of(adapters, factors["down"])
         m, other = shape_of(adapters, factors["up"])
         if rank != other:
-            raise ValueError(f"the adapters of {module} have ranks {rank} and {other}")
+            raise ValueError(f"the adapters of {module} have different ranks, {rank} and {other}")
 
         def product(*index: slice, factors=factors, rank=rank) -> np.ndarray:
             read = lambda factor: np.asarray(adapters[factors[factor]]).astype(np.float32)
@@ -114,7 +114,7 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
 
 
 def _dotted(module: str, flat: Mapping[str, str]) -> str:
-    """The dotted name of a module: the given one may be prefixed, with underscores for dots."""
+    """The dotted name of a module from a name that may have a prefix, or underscores for dots."""
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
     if "." in module or module in flat.values():

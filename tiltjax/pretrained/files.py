@@ -1,12 +1,11 @@
-r"""Where published weights are, and how they are read: safetensors files, by the library of that
-name.
+r"""Files of published weights: their location, and their arrays, in the safetensors format.
 
-A file is mapped into memory, and an array is copied when it is used: the weights of a model are
-never in memory as a whole beside the model itself. bfloat16 is a NumPy dtype by `ml_dtypes`, which
-JAX brings along; the library has no 8-bit floats in NumPy.
+A file is mapped into memory, and an array is copied when it is used. The weights of a model are
+therefore never in memory as a whole in addition to the model. bfloat16 is a NumPy dtype by
+`ml_dtypes`, a dependency of JAX; the safetensors library does not support 8-bit floats in NumPy.
 
-A published model is a folder with one folder for each of its networks: a `config.json` and files,
-with an index where there are several.
+A published model is a folder with one folder for each network. A network's folder has a
+`config.json` and safetensors files, with an index if there are several files.
 
 Reference: the safetensors format, https://github.com/huggingface/safetensors.
 """
@@ -29,27 +28,27 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def read(file: str | os.PathLike) -> View:
-    """The arrays of one safetensors file; an array is read when it is used.
+    """The arrays of one safetensors file. An array is read when it is used.
 
-    **Raises:** `FileNotFoundError`; `ValueError` for a file that is cut off or something else, and
-    for a dtype that NumPy does not have.
+    **Raises:** `FileNotFoundError` for a missing file; `ValueError` for a truncated file, a file of
+    another format, and a dtype that NumPy does not have.
     """
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"the file {path} does not exist")
     try:
         opened = safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is no safetensors file, or was cut off ({error}): download it again"
+            f"{path} is not a safetensors file, or is truncated ({error}): download it again"
         ) from error
     parts = {}
     for name in opened.keys():  # noqa: SIM118  no mapping
         entry = opened.get_slice(name)
         if (dtype := entry.get_dtype()) not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} is stored as {dtype}, which is not supported; "
-                f"{', '.join(_DTYPES)} are"
+                f"{path}: {name} has the unsupported dtype {dtype}; supported are "
+                f"{', '.join(_DTYPES)}"
             )
         parts[name] = tuple(entry.get_shape()), partial(_array, opened, name)
     return View(parts)
@@ -60,21 +59,22 @@ def _array(opened: safe_open, name: str, *index: slice) -> np.ndarray:
 
 
 def write(file: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file of these arrays."""
-    # `save_file` writes the memory of an array that is transposed as if it were not.
+    """Write a safetensors file of these arrays."""
+    # `save_file` writes the memory of a transposed array without the transposition.
     save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, file)
 
 
 def read_folder(folder: str | os.PathLike) -> View:
-    """The arrays of all safetensors files of a folder: those that its index lists, or the only one.
+    """The arrays of all safetensors files of a folder: the files in its index, or the only file.
 
-    **Raises:** `FileNotFoundError` for a folder without them, or without one that its index lists;
-    `ValueError` where it is not clear which.
+    **Raises:** `FileNotFoundError` for a folder without such files, or without a file of its index;
+    `ValueError` for several files without one index, and for keys that are not in the file of the
+    index.
     """
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {path}: expected a folder with safetensors files"
+            f"the folder {path} does not exist: expected a folder with safetensors files"
         )
     indices, files = (
         sorted(path.glob("*.safetensors.index.json")),
@@ -90,19 +90,16 @@ def read_folder(folder: str | os.PathLike) -> View:
             )
         opened = {name: read(path / name) for name in sorted(set(weight_map.values()))}
         if astray := [key for key, name in weight_map.items() if key not in opened[name]]:
-            raise ValueError(
-                f"{indices[0]} lists keys that are not where it says: {', '.join(astray[:8])}"
-            )
+            raise ValueError(f"{indices[0]} lists keys in the wrong file: {', '.join(astray[:8])}")
         return View({key: opened[name].parts[key] for key, name in weight_map.items()})
     if len(files) == 1 and not indices:
         return read(files[0])
     there = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
     if not files:
-        raise FileNotFoundError(f"{path} holds no safetensors files, but {there}")
+        raise FileNotFoundError(f"{path} holds no safetensors files, only {there}")
     raise ValueError(
-        f"{path} holds {len(files)} safetensors files and {len(indices)} indices: which ones "
-        "belong together is not clear "
-        f"({there}); keep one variant, or read one file"
+        f"{path} holds {len(files)} safetensors files and {len(indices)} indices ({there}), so "
+        "that it is ambiguous which files belong together: keep one variant, or read one file"
     )
 
 
@@ -111,21 +108,21 @@ def configuration(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {path}: expected a folder as FLUX.1 is published, with a config.json for "
-            "each part"
+            f"{path} does not exist: expected a folder in the layout of the published FLUX.1, with "
+            "a config.json for each part"
         )
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def located(model: str | os.PathLike) -> Path:
-    """The local folder of a model: the folder itself, or a copy of `"owner/name"` from the Hugging
-    Face hub (downloaded once, about 34 GB).
+    """The local folder of a model: `model` itself if it is a folder, or a copy of `"owner/name"`
+    from the Hugging Face hub (downloaded once, about 34 GB).
 
-    **Raises:** `FileNotFoundError` if there is neither; `PermissionError` for a model that has to
-    be asked for; `ImportError` without `huggingface_hub`.
+    **Raises:** `FileNotFoundError` if neither exists; `PermissionError` for a gated model without
+    access; `ImportError` without `huggingface_hub`.
     """
     path = Path(model)
     if path.is_dir():
@@ -133,16 +130,16 @@ def located(model: str | os.PathLike) -> Path:
     name = os.fspath(model)
     if path.is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
         raise FileNotFoundError(
-            f"there is no folder {name}, and this is no name of the Hugging Face hub such as "
-            "black-forest-labs/FLUX.1-dev"
+            f"the folder {name} does not exist, and the name is not of the form of the Hugging "
+            "Face hub, such as black-forest-labs/FLUX.1-dev"
         )
     try:
         import huggingface_hub as hub  # pyright: ignore[reportMissingImports]
         from huggingface_hub import errors  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            f"there is no folder {name}; to look for it on the Hugging Face hub: pip install "
-            "'tiltjax[images]'"
+            f"the folder {name} does not exist; to download it from the Hugging Face hub: pip "
+            "install 'tiltjax[images]'"
         ) from error
     try:
         return Path(
@@ -152,17 +149,16 @@ def located(model: str | os.PathLike) -> Path:
         )
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{name} is a gated model: accept its licence at https://huggingface.co/{name}, then "
-            "log in (hf auth login, or a token in "
-            "HF_TOKEN), or pass the folder of a copy"
+            f"{name} is a gated model: accept its license at https://huggingface.co/{name}, then "
+            "log in (hf auth login, or a token in HF_TOKEN), or pass the folder of a copy"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no folder {name}, and the Hugging Face hub has no such model that this "
-            "account may see: check the name, or log in"
+            f"the folder {name} does not exist, and the Hugging Face hub has no model of this name "
+            "that your account can access: check the name, or log in"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no folder {name}, no downloaded copy, and the Hugging Face hub cannot be "
-            "reached"
+            f"the folder {name} does not exist, there is no downloaded copy, and the Hugging Face "
+            "hub cannot be reached"
         ) from error

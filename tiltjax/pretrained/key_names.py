@@ -1,16 +1,15 @@
-r"""The forms in which weights of the FLUX.1 transformer are published, made into the one that its
-module is named after.
+r"""Key names of published FLUX.1 transformers, converted to the names of our module.
 
 | function | |
 |---|---|
 | `diffusers(state_dict)` | from the single-file form |
-| `dual(state_dict)` | from one time to two, with equal embedders: where a flow map starts |
+| `dual(state_dict)` | from one time to two, with equal embedders: the start of a flow map |
 
 The single-file form has queries, keys, values (and the feed-forward layer) in one matrix, and the
 last modulation as (shift, scale).
 
-All are views: an array is read and cut when it is used. What is not known keeps its name, and is an
-unused key where the module is built.
+All results are views: an array is read and cut when it is used. An unknown key keeps its name, and
+is reported as unused when the module is built.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,7 +67,7 @@ _LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
 
 def diffusers(state_dict: Mapping[str, Any]) -> View:
-    """The weights, in either form, under the names of `FluxTransformer2DModel`."""
+    """The weights, from either form, under the names of `FluxTransformer2DModel`."""
     parts = {}
     for key in state_dict:
         name = key.removeprefix("model.diffusion_model.")
@@ -83,8 +82,8 @@ def diffusers(state_dict: Mapping[str, Any]) -> View:
                 lambda *index, read=read: np.concatenate(np.split(read(), 2)[::-1])[index],
             )
         else:
-            # Queries, keys and values are of one size; what is left after them is the feed-forward
-            # layer's, four times that.
+            # Queries, keys and values have the same size. The remaining rows are those of the
+            # feed-forward layer, four times that size.
             unit = shape[0] // (7 if len(targets) == 4 else len(targets))
             for i, target in enumerate(targets):
                 rows = slice(
@@ -106,7 +105,7 @@ def renamed(state_dict: Mapping[str, Any], rename: Callable[[str], str]) -> View
 
 
 def dual(state_dict: Mapping[str, Any]) -> View:
-    """The weights of a network of one time, with its embedders twice."""
+    """The weights of a network of one time, with two copies of its embedders."""
     parts, prefix = {}, "time_text_embed."
     for key in state_dict:
         rest = key.removeprefix(prefix)
@@ -120,15 +119,13 @@ def dual(state_dict: Mapping[str, Any]) -> View:
 
 
 def is_dual(adapters: Mapping[str, Any]) -> bool:
-    """Whether adapters are those of a flow map, which add to the second embedder of a network of
-    two times.
-    """
+    """Whether the adapters are those of a flow map, with a second embedder for a second time."""
     return any("second_embedder" in key for key in adapters)
 
 
 def _targets(module: str) -> tuple[str, ...] | None:
-    """The modules of `FluxTransformer2DModel` that one of the single-file form holds, in its order;
-    None for one of another form.
+    """The modules of `FluxTransformer2DModel` in one module of the single-file form, in order; None
+    for a module of another form.
     """
     if module in _OUTSIDE:
         return (_OUTSIDE[module],)

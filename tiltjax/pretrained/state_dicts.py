@@ -1,24 +1,24 @@
-r"""Published PyTorch weights into Flax NNX modules, by one rule for all of them.
+r"""Flax NNX modules from published PyTorch weights, by one rule for all modules.
 
-The attributes of every module here are named as its published state dict is, so that the path of a
-parameter *is* its name:
+The attributes of every module of tiltjax have the names of its published state dict, so that the
+path of a parameter *is* its name:
 
-| here | there |
+| tiltjax | published |
 |---|---|
 | `kernel`, 2-D `(in, out)` | `weight`, transposed |
 | `kernel`, 4-D `(height, width, in, out)` | `weight`, `(out, in, height, width)` |
-| `scale`, `embedding` | `weight`, as it is |
+| `scale`, `embedding` | `weight`, unchanged |
 | any other name, such as `bias` | the same |
 | `blocks.attn.to_q.kernel`, a stack with a leading axis | `blocks.0.attn.to_q.weight`, ... |
 
-`renames` says where the paths differ all the same (`ff.net.0.proj`: a number is no attribute),
-`stacked` which paths are stacks, `ignored` which keys may be there for nothing. Apart from those, a
-key that is missing, unused or of another shape is an error: nothing is left at its initial value,
-and nothing is dropped.
+`renames` lists the paths that differ (`ff.net.0.proj`: a number cannot be an attribute), `stacked`
+the paths that are stacks, and `ignored` the keys that may be unused. Any other key that is missing,
+unused or of another shape is an error, so that no parameter keeps its initial value and no array is
+dropped.
 
-Every parameter is read, transposed and sent to its device or devices by itself, a sharded one shard
-by shard: from files (`tiltjax.pretrained.files`) the weights are never in memory as a whole beside
-the model itself.
+Every parameter is read, transposed and sent to its device or devices separately, a sharded one
+shard by shard. Weights from files (`tiltjax.pretrained.files`) are never in memory as a whole in
+addition to the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,18 +29,18 @@ import numpy as np
 from flax import nnx
 
 M = TypeVar("M", bound=nnx.Module)
-# By the axes of a published array, those of a kernel here; and the way back.
+# For the number of axes of a published array, the axes of its kernel; and the inverse.
 _TO_KERNEL = {2: (1, 0), 4: (2, 3, 1, 0)}
 _FROM_KERNEL = {2: (1, 0), 4: (3, 2, 0, 1)}
 _WEIGHT = ("kernel", "scale", "embedding")
 _SHOWN = 8
-# The path and the array of a parameter to where it belongs.
+# A function from the path and the array of a parameter to its sharding.
 Placement = Callable[[tuple, Any], jax.sharding.Sharding | None]
 
 
 class Entry(NamedTuple):
-    """One parameter: its path, its array or abstract array, its published names (one for each block
-    of a stack), and its name here.
+    """One parameter: its path, its array or abstract array, and its published names (one for each
+    block of a stack). `is_stack` is whether it is a stack.
     """
 
     path: tuple
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The published shape of each of `names`."""
+        """The shape of each published array in `names`."""
         shape = self.leaf.shape[1:] if self.is_stack else self.leaf.shape
         axes = _FROM_KERNEL.get(len(shape)) if self.path[-1] == "kernel" else None
         return shape if axes is None else tuple(shape[axis] for axis in axes)
@@ -81,7 +81,7 @@ def entries(
 def shapes(
     network: nnx.Module, renames: Mapping[str, str] | None = None, stacked: Sequence[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """The published names and shapes of a module's parameters: the state dict it is built from."""
+    """The published names and shapes of a module's parameters."""
     return {
         name: entry.shape for entry in entries(network, renames, stacked) for name in entry.names
     }
@@ -100,16 +100,16 @@ def from_state_dict(
 
     **Arguments:**
 
-    - `abstract`: `nnx.eval_shape(lambda: Module(config, rngs=nnx.Rngs(0)))`, or a module, whose
-      parameters are replaced; its dtypes decide.
-    - `state_dict`: NumPy arrays by published names; a mapping with a method `shape(name)` is asked
-      for shapes without being read.
-    - `renames`, `stacked`, `ignored`: as in the module's docstring; a rename holds for whole parts
+    - `abstract`: `nnx.eval_shape(lambda: Module(config, rngs=nnx.Rngs(0)))`, or a module whose
+      parameters are replaced. Its dtypes are kept.
+    - `state_dict`: NumPy arrays by published names. If the mapping has a method `shape(name)`, the
+      shapes are found without reading arrays.
+    - `renames`, `stacked`, `ignored`: as in the module's docstring. A rename applies to whole parts
       of a path, `{"to_out": "to_out.0"}`.
-    - `sharding`: `sharding(path, array)`, where a parameter belongs; by default JAX's default
+    - `sharding`: `sharding(path, array)`, the sharding of a parameter; by default JAX's default
       device.
 
-    **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape.
+    **Raises:** `ValueError` with the keys that are missing, unused or of another shape.
     """
     table = entries(abstract, renames, stacked)
     _check(type(abstract).__name__, table, state_dict, set(ignored))
@@ -139,8 +139,8 @@ def to_state_dict(
 
 
 class View(Mapping):
-    """A state dict under other names, or made of another's parts: `{name: (shape, read)}`, where
-    `read()` returns the array, and `read(*slices)` a part of it.
+    """A state dict under other names, or of parts of another state dict: `{name: (shape, read)}`,
+    where `read()` returns the array, and `read(*slices)` a part of it.
     """
 
     def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], Callable[..., np.ndarray]]]):
@@ -149,7 +149,7 @@ class View(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return self.parts[name][1]()
 
-    def __contains__(self, name: object) -> bool:  # a Mapping would read the array
+    def __contains__(self, name: object) -> bool:  # the default of Mapping would read the array
         return name in self.parts
 
     def __iter__(self) -> Iterator[str]:
@@ -164,13 +164,13 @@ class View(Mapping):
 
 
 def shape_of(state_dict: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The shape of one array of a state dict, without reading it where that is possible."""
+    """The shape of one array of a state dict, without reading the array if possible."""
     shape = getattr(state_dict, "shape", None)
     return tuple(np.shape(state_dict[name]) if shape is None else shape(name))
 
 
 def reader(state_dict: Mapping[str, Any], name: str) -> Callable[..., np.ndarray]:
-    """What reads one array of a state dict, or by slices a part of it, as the parts of a `View`."""
+    """The function that reads one array of a state dict, or a part of it by slices."""
     if isinstance(state_dict, View):
         return state_dict.parts[name][1]
     return lambda *index: np.asarray(state_dict[name])[index]
@@ -203,10 +203,10 @@ def _check(
     ]
     if problems:
         raise ValueError(
-            f"these weights do not fit {module} with its {len(expected)} keys. "
+            f"these weights do not match {module} with its {len(expected)} keys. "
             + "; ".join(problems)
-            + ". Were they made for "
-            "this configuration, and for this part of the model?"
+            + ". Check that they belong to "
+            "this configuration, and to this part of the model."
         )
 
 
@@ -224,7 +224,7 @@ def _placed(
         return reader(state_dict, name)(*(() if whole else published)).transpose(axes)
 
     def part(index: Any) -> np.ndarray:
-        # Only what one device holds, cast on the way.
+        # Read only the part that one device holds, and cast it.
         sizes = [len(range(*one.indices(n))) for one, n in zip(index, shape, strict=True)]
         buffer = np.empty(sizes, dtype)
         if not entry.is_stack:

@@ -2,7 +2,7 @@ r"""Rewards `r(x_1)`, to be maximized. Any function of one sample is a reward.
 
 | name | |
 |---|---|
-| `Quadratic`, `LinearReward`, `Bump`, `StepReward`, `DoubleWell` | their tilts are known |
+| `Quadratic`, `LinearReward`, `Bump`, `StepReward`, `DoubleWell` | rewards with known tilts |
 | `a + b`, `a - b`, `2 * a`, `a / 2` | sums and multiples, also of functions |
 | `as_reward(fn)` | a function as a `Reward`, the base class |
 | `ValueOnly(reward)` | the reward with a gradient of zero |

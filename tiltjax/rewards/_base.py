@@ -1,4 +1,4 @@
-"""The reward protocol, the algebra of rewards, and how functions become rewards."""
+"""The reward protocol, sums and multiples of rewards, and functions as rewards."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tiltjax import _callbacks, _checks, _pytree, _repr
 
 
 class Reward(_repr.Printable):
-    """A reward that can be added to others and scaled. Subclasses define
+    """The base class of rewards, which can be added and scaled. Subclasses define
     `__call__(x1) -> scalar`.
     """
 
@@ -21,19 +21,19 @@ class Reward(_repr.Printable):
         raise NotImplementedError
 
     def conjugate(self) -> tuple[Array, Array]:
-        """`(a, c)` with `r(x) = <a, x> - c |x|^2 / 2 + const`; `a` has the state's shape, `c` is a
+        """`(a, c)` with `r(x) = <a, x> - c |x|^2 / 2 + const`. `a` has the state's shape, `c` is a
         scalar.
 
         **Raises:** `ValueError` if the reward has no such form.
         """
         raise ValueError(
-            f"{type(self).__name__} is not conjugate to Gaussian noise: only LinearReward, "
-            "Quadratic with a scalar weight, and their sums and multiples are. Use a guidance "
-            "(Conjugate, PlugIn) for this reward."
+            f"{type(self).__name__} is not conjugate to Gaussian noise. Conjugate are only "
+            "LinearReward, Quadratic with a scalar weight, and their sums and multiples. Use a "
+            "guidance (Conjugate, PlugIn) for this reward."
         )
 
     def __add__(self, other: Any) -> "Reward":
-        if isinstance(other, int) and other == 0:  # where the built-in sum starts
+        if isinstance(other, int) and other == 0:  # the start of the built-in sum
             return self
         terms = lambda reward: reward.terms if isinstance(reward, Sum) else (reward,)
         return Sum((*terms(self), *terms(as_reward(cast(Callable, other)))))
@@ -59,7 +59,7 @@ class Reward(_repr.Printable):
 
 
 class Sum(Reward):
-    """`r(x) = sum_i r_i(x)`, what `+` builds."""
+    """The sum `r(x) = sum_i r_i(x)`, built by `+`."""
 
     terms: tuple[Reward, ...]
 
@@ -75,7 +75,7 @@ class Sum(Reward):
 
 
 class Scaled(Reward):
-    """`factor * r(x)`, what `*` builds. The factor may be negative: a penalty."""
+    """The multiple `factor * r(x)`, built by `*`. A negative factor makes a penalty."""
 
     reward: Reward
     factor: Array
@@ -97,8 +97,9 @@ class Scaled(Reward):
 
 
 class Custom(Reward):
-    """Any function or module as a reward; what `as_reward` builds. **Raises:** `TypeError` where
-    the function returns anything but one floating number.
+    """A function or module as a reward; built by `as_reward`.
+
+    **Raises:** `TypeError` if the function does not return one floating number.
     """
 
     fn: _pytree.Function
@@ -114,59 +115,61 @@ class Custom(Reward):
             )
         result = jnp.asarray(result)
         is_floating = jnp.issubdtype(result.dtype, jnp.floating)
-        if not jnp.issubdtype(x.dtype, jnp.floating):  # tokens: nothing is differentiated
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # tokens have no derivatives
             return result if is_floating else result.astype(float)
         if not is_floating:
             raise TypeError(
                 f"a reward must return a floating number, got {result.dtype}, whose gradient is "
-                "zero: cast it where only values are needed, as in best_of_n and softmax_of_n"
+                "zero: cast it to float if only values are needed, as in best_of_n and softmax_of_n"
             )
         return result.astype(x.dtype)
 
 
 def as_reward(reward: Callable, name: str = "reward") -> Reward:
-    """`reward` itself if it is one, else the callable wrapped so that it can be traced, summed and
-    scaled.
+    """The callable as a `Reward`, so that it can be traced, summed and scaled. A `Reward` is
+    returned unchanged.
     """
     return reward if isinstance(reward, Reward) else Custom(_pytree.Function(reward, name))
 
 
 def value(reward: Reward, x: Array) -> Array:
-    """`reward(x)`, refused with a `ValueError` if it is not one scalar."""
+    """`reward(x)`. **Raises:** `ValueError` if it is not one scalar."""
     result = reward(x)
     if result.shape != ():
         raise ValueError(
-            f"a reward must return one scalar for one sample: got shape {result.shape} for a "
+            f"a reward must return one scalar for one sample, got shape {result.shape} for a "
             f"sample of shape {x.shape}. Reduce it (jnp.sum, jnp.mean); batching over samples is "
-            "done for you."
+            "automatic."
         )
     return result
 
 
 def values(reward: Reward, x: Array) -> Array:
-    """The reward of each row of `x` `(num, *shape)`, `(num,)`.
+    """The rewards `(num,)` of the rows of `x` `(num, *shape)`.
 
-    Not compiled by itself: variables that a user's function captures may change between two calls.
+    The function is not compiled, because variables in the closure of a user's function may change
+    between two calls.
     """
     return _callbacks.run(jax.vmap(lambda x: value(reward, x)), x)
 
 
 def check_same_shape(x: Array, other: Array, name: str) -> None:
-    """Refuse a sample of another shape than the reward's array `other`."""
+    """Raise a `ValueError` if the sample's shape differs from that of the reward's array
+    `other`.
+    """
     if x.shape != other.shape:
         raise ValueError(
-            f"a sample of shape {x.shape} met a reward whose {name} has shape {other.shape}: make "
-            "them equal"
+            f"the reward's {name} has shape {other.shape} but the sample has shape {x.shape}: make "
+            "the shapes equal"
         )
 
 
 class ValueOnly(Reward):
-    """`reward`, with a derivative that is zero by declaration: for weights, which need values
-    alone.
+    """The reward with a derivative of zero, for weights, which need only values.
 
     `smc(key, model, dps(model, ValueOnly(reward), scale), num=n, proposal=proposals.Base())` steers
-    by any reward, differentiable or not: proposals that are not guided use no gradient, and weights
-    are right with any proposal. Guidance by it alone does not guide.
+    by any reward, differentiable or not: unguided proposals use no gradient, and the weights are
+    right for any proposal. Guidance by this reward alone has no effect.
     """
 
     reward: Reward

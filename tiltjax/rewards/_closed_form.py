@@ -1,7 +1,7 @@
-r"""Rewards: functions `r(x_1) -> scalar` of one clean sample, to be maximized.
+r"""Rewards `r(x_1) -> scalar` of one clean sample whose tilts are known.
 
-Any callable is a reward. The classes here are those whose tilts `rho(x) exp(scale * r(x))` are
-known, and the algebra that keeps them known: `2 * Quadratic(y) + Linear(a)` is again a reward.
+Any callable is a reward. The tilts `rho(x) exp(scale * r(x))` of the classes here are known, and so
+are the tilts of their sums and multiples: `2 * Quadratic(y) + Linear(a)` is again a reward.
 
 | reward | r(x) | conjugate to Gaussian noise |
 |---|---|---|
@@ -11,8 +11,9 @@ known, and the algebra that keeps them known: `2 * Quadratic(y) + Linear(a)` is 
 | `StepReward` | 0 where `<n, x> >= b`, else `-height` | no |
 | `DoubleWell` | `-(x_1^4 - 12.5 x_1^2) / 8 - (x_2 - 0.4 x_1)^2` | no |
 
-A reward is *conjugate* if `scale * r(x) = <a, x> - c |x|^2 / 2 + const`: its exponential is then
-one more Gaussian view of the sample, and `tiltjax.Tilted` samples the tilt exactly, for any model.
+A reward is *conjugate* if `scale * r(x) = <a, x> - c |x|^2 / 2 + const`. Its exponential is then
+the likelihood of one more Gaussian observation of the sample, and `tiltjax.Tilted` samples the tilt
+exactly, for any model.
 """
 
 import jax.numpy as jnp
@@ -91,8 +92,9 @@ class LinearReward(Reward):
 
 
 class Bump(Reward):
-    """`r(x) = exp(-|x - y|^2 / (2 w^2))`. **Arguments:** `target`, y, of the state's shape;
-    `width`, w > 0, a length in the data's units.
+    """`r(x) = exp(-|x - y|^2 / (2 w^2))`.
+
+    **Arguments:** `target`, y, of the state's shape; `width`, w > 0, a length in the data's units.
     """
 
     target: Array
@@ -109,7 +111,7 @@ class Bump(Reward):
 
 
 class StepReward(Reward):
-    """`r(x) = 0` where `<n, x> >= b`, else `-height`: a preference without a gradient.
+    """`r(x) = 0` where `<n, x> >= b`, else `-height`: a reward whose gradient is zero.
 
     **Arguments:** `height`; `normal`, n, of the state's shape (default: the one coordinate of a
     `(1,)` state); `offset`, b.
@@ -134,14 +136,13 @@ class StepReward(Reward):
 
 
 class DoubleWell(Reward):
-    """`r(x) = -(x_1^4 - 12.5 x_1^2) / 8 - (x_2 - 0.4 x_1)^2` on the plane: two maxima, at
+    """`r(x) = -(x_1^4 - 12.5 x_1^2) / 8 - (x_2 - 0.4 x_1)^2` on the plane, with two maxima at
     `±(2.5, 1)`.
     """
 
     def __call__(self, x: Array) -> Array:
         if x.shape != (2,):
             raise ValueError(
-                "DoubleWell is a reward on the plane: expected a state of shape (2,), got "
-                f"{x.shape}"
+                f"DoubleWell is a reward on the plane and needs states of shape (2,), got {x.shape}"
             )
         return -(x[0] ** 4 - 12.5 * x[0] ** 2) / 8 - (x[1] - 0.4 * x[0]) ** 2

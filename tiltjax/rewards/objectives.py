@@ -1,19 +1,21 @@
-r"""Several objectives: weighted sums, constraints, and the front between them.
+r"""Several objectives: weighted sums, constraints, and Pareto fronts.
 
-A weighted sum of rewards is a reward, and its tilt a compromise; sweeping the weights walks along
-the front
+A weighted sum of rewards is a reward, whose tilt is a compromise. As the weights vary, the mean
+rewards
 
-    w  ->  (E r_1, ..., E r_m) under rho(x) exp(scale * sum_i w_i r_i(x)) / Z,
+    w  ->  (E r_1, ..., E r_m) under rho(x) exp(scale * sum_i w_i r_i(x)) / Z
 
-the gradient of `log Z / scale` in w. `log Z` is convex in w: the walk is the boundary of a convex
-set, and no law as close to rho (by its divergence from it) reaches further along w.
+trace the front. They are the gradient of `log Z / scale` in w. `log Z` is convex in w, so the front
+is the boundary of a convex set: no law with the same or a smaller divergence from rho has a larger
+weighted mean reward.
 
 | wanted | call |
 |---|---|
 | a compromise | `weighted([a, b], [0.3, 0.7])`: weights are traced, so a sweep compiles once |
-| `g(x) <= 0`, preferably | `a + Constraint(g, penalty=10.)` |
+| `g(x) <= 0`, with a penalty | `a + Constraint(g, penalty=10.)` |
 | `g(x) <= 0`, always | `a + Constraint(g)` in `smc` with `ValueOnly`, or a selection |
-| who is best | `values([a, b], particles)`, `front(values)`, `hypervolume(values, reference)` |
+| a comparison of laws | `values([a, b], particles)`, `front(values)`,
+`hypervolume(values, reference)` |
 
 Pareto fronts and dominated volumes: Zitzler and Thiele, IEEE Trans. Evolutionary Computation 3
 (1999).
@@ -32,28 +34,30 @@ from tiltjax.rewards._base import values as reward_values
 
 
 def weighted(objectives: Sequence[Callable], weights: _checks.Numbers) -> Reward:
-    """`sum_i w_i r_i(x)`, a reward: conjugate, if all of them are.
+    """The reward `sum_i w_i r_i(x)`, which is conjugate if all terms are.
 
-    **Arguments:** `objectives`, m rewards; `weights`, `(m,)`, of any sign. **Raises:** `ValueError`
-    for another number of weights.
+    **Arguments:** `objectives`, m rewards; `weights`, `(m,)`, of any sign.
+
+    **Raises:** `ValueError` for another number of weights.
     """
     _check_objectives(objectives)
     weights = _checks.finite(weights, "weights", 1)
     if not objectives or len(weights) != len(objectives):
         raise ValueError(
-            f"one weight an objective: got {len(weights)} weights for {len(objectives)} objectives"
+            f"pass one weight per objective, got {len(weights)} weights for {len(objectives)} "
+            "objectives"
         )
     pairs = zip(objectives, weights, strict=True)
     return Sum(tuple(Scaled(as_reward(one, "objectives"), weight) for one, weight in pairs))
 
 
 class Constraint(Reward):
-    """`r(x) = -penalty * max(g(x), 0)`: zero where `g(x) <= 0`, a penalty that grows with the
-    violation elsewhere.
+    """`r(x) = -penalty * max(g(x), 0)`, zero where `g(x) <= 0` and a penalty for the violation
+    elsewhere.
 
-    Without a penalty, its limit: `-inf` wherever `g(x) > 0`. That has no slope: it is for weights
-    and selection, which discard such samples, and would be NaN in a guidance. Not to be scaled by
-    zero.
+    Without `penalty` the reward is the limit of large penalties, `-inf` where `g(x) > 0`. This
+    limit has no gradient. Use it in weights and selection, which discard such samples; in a
+    guidance it would give NaN. Do not scale it by zero.
 
     **Arguments:** `bound`, g, a function of one sample; `penalty > 0`, in units of the reward per
     unit of g.
@@ -69,7 +73,7 @@ class Constraint(Reward):
     def __call__(self, x: Array) -> Array:
         if self.penalty is None:
             violation = value(self.bound, jax.lax.stop_gradient(x))
-            # NaN does not say whether a bound holds, and stays NaN.
+            # For NaN it is unknown whether the bound holds, so NaN is kept.
             return jnp.where(violation > 0, -jnp.inf, jnp.where(violation <= 0, 0.0, violation))
         return -self.penalty * jax.nn.relu(value(self.bound, x))
 
@@ -80,21 +84,22 @@ def _check_objectives(objectives: Sequence[Callable]) -> None:
 
 
 def values(objectives: Sequence[Callable], x: Array) -> Array:
-    """All objectives of all samples: `(n, m)` for samples `(n, *shape)`, such as `particles.x`.
+    """The values `(n, m)` of m objectives at samples `(n, *shape)`, such as `particles.x`.
+
     **Raises:** `ValueError` for an `x` without rows.
     """
     _check_objectives(objectives)
     x = _checks.floating(x, "x") if not isinstance(x, jax.Array) else x
     if not x.ndim:
-        raise ValueError(f"x must be samples, shape (n, *shape), got shape {x.shape}")
+        raise ValueError(f"x must hold samples, shape (n, *shape), got shape {x.shape}")
     return jnp.stack([reward_values(as_reward(one, "objectives"), x) for one in objectives], 1)
 
 
 def front(values: ArrayLike) -> np.ndarray:
-    """Which rows of `(n, m)` no other dominates, `(n,)` booleans: none is as large everywhere and
-    larger somewhere. Equal rows stand together.
+    """Which rows of `(n, m)` no other row dominates, `(n,)` booleans. A row dominates if it is
+    nowhere smaller and somewhere larger; equal rows do not dominate each other.
 
-    O(n^2 m) time. **Raises:** `ValueError` for another rank, or NaN.
+    The time is O(n^2 m). **Raises:** `ValueError` for another rank, or NaN.
     """
     rows = _rows(values)
     return np.array(
@@ -103,17 +108,18 @@ def front(values: ArrayLike) -> np.ndarray:
 
 
 def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
-    """The area that two objectives `(n, 2)` dominate above `reference`, `(2,)`: larger is a better
-    front.
+    """The area that two objectives `(n, 2)` dominate above `reference`, `(2,)`. A better front has
+    a larger area.
 
-    Points that are not above the reference in both count nothing. **Raises:** `ValueError` for
-    another shape, or NaN.
+    Points that are not above the reference in both objectives add nothing.
+
+    **Raises:** `ValueError` for another shape, or NaN.
     """
     rows, corner = _rows(values), np.asarray(_checks.floating(reference, "reference"), np.float64)
     if rows.shape[1] != 2 or corner.shape != (2,):
         raise ValueError(
-            f"an area is one of two objectives: got values {rows.shape} and a reference "
-            f"{corner.shape}"
+            "hypervolume needs two objectives, values (n, 2) and a reference (2,), got "
+            f"{rows.shape} and {corner.shape}"
         )
     above = rows[np.all(rows > corner, axis=1)] - corner
     above = above[np.argsort(-above[:, 0], kind="stable")]
@@ -127,7 +133,7 @@ def _rows(values: ArrayLike) -> np.ndarray:
         raise ValueError(f"values must be (samples, objectives), got shape {rows.shape}")
     if np.isnan(rows).any():
         raise ValueError(
-            f"values must be numbers, got NaN in {np.isnan(rows).any(axis=1).sum()} of {len(rows)} "
+            f"values must not be NaN, got NaN in {np.isnan(rows).any(axis=1).sum()} of {len(rows)} "
             "rows"
         )
     return rows

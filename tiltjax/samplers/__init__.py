@@ -3,7 +3,7 @@ r"""Samplers without weights.
 | sampler | |
 |---|---|
 | `sample` | follow a model, guided or not, from noise to data |
-| `sample_with_log_prob` | the same, with the log-density of the law that the samples come from |
+| `sample_with_log_prob` | the same, with the log-density of the law of the samples |
 | `flow` | the probability flow of one state, as a function of time |
 | `gibbs` | the exact tilt by a concave quadratic reward |
 | `best_of_n`, `softmax_of_n` | selection among finished samples |

@@ -1,12 +1,13 @@
-r"""The mean squared error of a model's denoiser, measured at each signal-to-noise ratio.
+r"""The mean squared error of a model's denoiser, measured as a function of the signal-to-noise
+ratio.
 
     v(snr) = E|X_1 - D(snr X_1 + sqrt(snr) Z)|^2 / d,      Z ~ N(0, I)
 
-at `levels` of the snr, with D as a function of the natural parameter. The same data and noise serve
-all levels, which keeps the table smooth. The noise is made orthogonal to the data and of mean
-square 1: for one isotropic Gaussian, whose error is a quadratic form of both, all that is left at
-random is the variance of the data. Between two levels `1 / v` is linear in the snr, as it is
-everywhere for one isotropic Gaussian.
+at `levels` values of the snr, with D as a function of the natural parameter. All levels use the
+same data and noise, which makes the table smooth. The noise is made orthogonal to the data and of
+mean square 1. For one isotropic Gaussian, the error is a quadratic form of data and noise, and then
+only the variance of the data remains random. Between two levels `1 / v` is interpolated linearly in
+the snr, which is exact for one isotropic Gaussian.
 """
 
 import equinox as eqx
@@ -22,7 +23,7 @@ from tiltjax.samplers._sample import sample
 from tiltjax.solvers import Heun
 
 _STEPS = 12  # of Heun's method, for a clean sample
-_FINER = 4  # entries of the table for each level
+_FINER = 4  # entries of the table per level
 
 
 def calibrate(
@@ -35,30 +36,34 @@ def calibrate(
     chunk_size: int | None = None,
     progress: bool = False,
 ) -> Variance:
-    """Measure `v(snr)`, once per model.
+    """A table of the denoiser's mean squared error `v(snr)`, measured once per model.
 
-    **Cost:** at most `budget` evaluations of the network, one for each sample and level. Without
-    `data`, samples are drawn from the model first, at 23 evaluations each: by default 87 samples,
-    4,089 evaluations.
+    **Cost:** at most `budget` evaluations of the network, one per sample and level. Without `data`,
+    samples are first drawn from the model, at 23 evaluations each: by default 87 samples, 4,089
+    evaluations.
 
-    **Accuracy** of the default, root mean square over keys against
-    `Analytic.posterior_variance`: 5% on average over the levels and 13% at worst for two modes in
-    the plane, 3% and 7% for four modes in nine dimensions. The worst is where the noise begins to
-    hide which mode a sample is from. The random part falls as `1 / sqrt(budget d)`. What remains,
-    5% there, is that of `1 / v` between 24 levels, and falls with their number.
+    **Accuracy** of the default: the root mean square error over keys, against
+    `Analytic.posterior_variance`, is 5% on average over the levels and 13% at worst for two modes
+    in the plane, and 3% and 7% for four modes in nine dimensions. The worst levels are those at
+    which the noise begins to hide the mode of a sample. The random part falls as
+    `1 / sqrt(budget d)`. The remaining part, 5% at the worst levels, is the interpolation error of
+    `1 / v` between 24 levels, and falls with their number.
 
     **Arguments:**
 
     - `model`.
-    - `budget`: evaluations of the network, in all.
-    - `levels`: of snr, evenly spaced in its logarithm from 1e-7 to 1e7 over the noise's own
-      variance, as far as the network was trained there (`Interpolant.snr_range`).
+    - `budget`: the total number of evaluations of the network.
+    - `levels`: the number of snr values, evenly spaced in the logarithm from 1e-7 to 1e7 divided by
+      the variance of the noise, and inside the range on which the network was trained
+      (`Interpolant.snr_range`).
     - `data`: clean samples, `(n, *shape)`, of which the first `budget // levels` are used.
     - `chunk_size`: as in `sample`.
-    - `progress`: show a bar.
+    - `progress`: show a progress bar.
 
-    **Raises:** `ValueError` for data of another shape, fewer than two levels, or a budget that does
-    not cover one sample.
+    **Returns:** a `guidance.Variance`, for `Conjugate(..., variance=)`.
+
+    **Raises:** `ValueError` for data of another shape, fewer than two levels, or a budget below the
+    cost of one sample.
     """
     _checks.instance(model, Model, "model", "calibrate(key, model)")
     key_data, key_noise = jax.random.split(_checks.key(key))
@@ -103,7 +108,7 @@ def squared_error(model: Model, snr: Array, x: Array, noise: Array) -> Array:
 
 
 def balanced(noise: Array, data: Array) -> Array:
-    """The noise without its component along the centered data, and of mean square 1."""
+    """The noise without its component along the centered data, scaled to mean square 1."""
     centered = data - jnp.mean(data, axis=0, keepdims=True)
     square = jnp.sum(centered**2)
     noise = noise - jnp.sum(noise * centered) / jnp.where(square > 0, square, 1) * centered
@@ -111,7 +116,7 @@ def balanced(noise: Array, data: Array) -> Array:
 
 
 def refined(log_snr: Array, variance: Array) -> Variance:
-    """The table of these levels, with entries between them where `1 / v` is linear in the snr."""
+    """The table of these levels, with entries between them; `1 / v` is linear in the snr there."""
     finer = jnp.linspace(log_snr[0], log_snr[-1], _FINER * (len(log_snr) - 1) + 1)
     precision = jnp.interp(jnp.exp(finer), jnp.exp(log_snr), 1 / variance)
     return Variance(finer, -jnp.log(precision))

@@ -1,19 +1,19 @@
-r"""Samples of a flow, with the log-density of the law that they come from.
+r"""Samples of a flow, with the log-density of their law.
 
-A deterministic solver maps the noise that a run starts from to its sample, `x_1 = F(x_0)`, and the
-law of the samples has the density
+A deterministic solver maps the initial noise of a run to a sample, `x_1 = F(x_0)`. The law of the
+samples has the density
 
-    log q(x_1) = log N(x_0; 0, sigma^2 I) - log |det F'(x_0)|,        sigma that of the first time,
+    log q(x_1) = log N(x_0; 0, sigma^2 I) - log |det F'(x_0)|,        sigma at the first time.
 
-exactly, whatever the number of steps: it is the law of what the solver makes, not of the flow it
-approximates. Where the density of the target is known, the mean of `log q - log target` is the
-divergence of the two, and the mean of `target / q` a normalizing constant; no weights and no noise
-are needed, which an `audit` is made of. The d columns of `F'` are pushed through the run together:
-this is for small d.
+This is exact for any number of steps: q is the law of the solver's output, not of the flow that the
+solver approximates. If the density of the target is known, the mean of `log q - log target` is the
+divergence of q from the target, and the mean of `target / q` is a normalizing constant, without
+weights and without noise, unlike in an `audit`. The d columns of `F'` are propagated through the
+run together, so this is for small d.
 
-F has to be one-to-one. Where it folds, several starts have the same end and q is a sum over them,
-one term of which is known: a mean of `base / q` above 1 shows it. A guidance that draws at random
-folds at every step, and is refused.
+F must be one-to-one. Where F folds, several starts have the same end, and q is a sum over these
+starts, of which only one term is known. A mean of `base / q` above 1 shows a fold. A guidance that
+draws at random folds at every step, and raises an error.
 
 Reference: Papamakarios et al. (arXiv 1912.02762), densities by change of variables.
 """
@@ -44,13 +44,13 @@ def sample_with_log_prob(
     solver: Solver | None = None,
     chunk_size: int | None = None,
 ) -> Particles:
-    """The samples that `sample` draws with the same key, and the log-density of their law.
+    """The samples of `sample` with the same key, and the log-density of their law.
 
-    Arguments as in `sample`. **Returns:** `Particles` with `log_prob` `(num,)`.
+    **Arguments:** as in `sample`. **Returns:** `Particles` with `log_prob` `(num,)`.
 
     **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function
-    of the start), for `Adaptive` (without forward derivatives) and networks with batched=True
-    (likewise), for guidances that draw at random, and for models that do not start from Gaussian
+    of the start), for `Adaptive` and networks with batched=True (both lack forward-mode
+    derivatives), for guidances that draw at random, and for models that do not start from Gaussian
     noise; `FloatingPointError` for a density that is not finite.
     """
     key = _checks.key(key)
@@ -63,13 +63,13 @@ def sample_with_log_prob(
     )  # fmt: skip
     if run.solver.stochastic or isinstance(run.solver, Adaptive):
         raise ValueError(
-            f"{type(run.solver).__name__} has no density to follow: use Heun() or Euler(); noise "
-            "is weighed by audit"
+            f"{type(run.solver).__name__} has no density to follow: use Heun() or Euler(), or "
+            "audit for a solver with noise"
         )
     if guidance is not None and _draws(model, guidance, run.times):
         raise ValueError(
-            f"{type(guidance).__name__} draws at random, and one trajectory does not determine "
-            "the density of its flow: use audit, or a guidance without draws"
+            f"{type(guidance).__name__} draws at random, so one trajectory does not determine the "
+            "density of its flow: use audit, or a guidance without draws"
         )
     try:
         particles = _density(key, model, guidance, *run)
@@ -77,29 +77,29 @@ def sample_with_log_prob(
         if "forward-mode" not in str(error):
             raise
         raise ValueError(
-            "this run has no forward derivatives, which a density is made of: a network needs "
-            "batched=False here"
+            "this run has no forward-mode derivatives, which the density needs: build the network "
+            "with batched=False"
         ) from error
     if _checks.concrete(particles) and np.any(
         failed := ~np.isfinite(np.asarray(particles.log_prob))
     ):
         raise FloatingPointError(
-            f"{failed.sum()} of {run.num} log-densities are not finite, the first that of sample "
-            f"{failed.argmax()}: the flow is not invertible there, or NaN"
+            f"{failed.sum()} of {run.num} log-densities are not finite, the first at sample "
+            f"{failed.argmax()}: the flow is NaN or not invertible there"
         )
     return particles
 
 
 def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
-    """Whether two keys give two estimates; where values are being traced, whether an estimate is
-    computed from the key.
+    """Whether two keys give two estimates. For traced values: whether the estimate depends on the
+    key.
     """
     keys = jax.random.split(jax.random.key(0), 2)
     if _checks.concrete((model, guidance, times)):
         with jax.ensure_compile_time_eval():
             first, second = (np.asarray(_estimate(model, guidance, key, times)) for key in keys)
         return not np.array_equal(first, second, equal_nan=True)
-    try:  # what no key touches has no axis of keys
+    try:  # a result that is independent of the key has no axis of keys
         jax.eval_shape(
             jax.vmap(lambda key: _estimate(model, guidance, key, times), out_axes=None), keys
         )
@@ -112,7 +112,7 @@ def _draws(model: Model, guidance: Guidance, times: Array) -> bool:
 
 @_callbacks.compiled
 def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Array:
-    """The tilted denoiser of one state in the middle of a run."""
+    """The tilted denoiser of one state at the middle time of a run."""
     model, guidance, times = decomposed(_pytree.cast((model, guidance, times), model.dtype))
     x = model.initial(jax.random.key(0), times[0])
     return guidance(key, times[len(times) // 2 - 1], x, guidance.init(x))[0].tilted
@@ -130,7 +130,7 @@ def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
 
         def run(flat: Array) -> tuple[Array, Array]:
             start = flat.reshape(1, *model.shape)
-            # Nothing of the run is random: any key will do.
+            # The run is deterministic, so any key is good.
             x = sample(key, model, guidance, num=1, times=times, start=start, solver=solver).x[0]
             return x.reshape(-1), x
 

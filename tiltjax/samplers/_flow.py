@@ -1,13 +1,12 @@
-r"""`flow`: the trajectory of one state under the probability flow, towards data or back to
-noise.
+r"""`flow`: the trajectory of one state under the probability flow, toward data or back to noise.
 
     trajectory = flow(model, x, 1e-3, 1.0)      from noise to data
-    trajectory = flow(model, x1, 1.0, 1e-3)     the noise that a sample came from: encoding
+    trajectory = flow(model, x1, 1.0, 1e-3)     the noise of a sample: encoding
     trajectory(t)                               the state at any time between, without the network
 
-Solved by `solvers.Adaptive` and interpolated to fourth order. Past the time at which it jumps to t
-= 1, the denoiser is constant; backwards from t = 1 the sample stands for its own denoiser until
-then.
+`solvers.Adaptive` solves the flow and interpolates it to fourth order. The last part, up to t = 1,
+is a jump: the denoiser is held constant there. Backward from t = 1, the denoiser of this part is
+the sample itself.
 
 Reference: Song et al. (arXiv 2011.13456), the probability flow.
 """
@@ -31,8 +30,8 @@ from tiltjax.solvers import Adaptive, FlowSegment
 class Flow(eqx.Module):
     """A trajectory `t -> X_t` between the times `t0` and `t1`, in either order; built by `flow`.
 
-    `trajectory(t)` takes a scalar and returns a state. **Raises:** `ValueError` for a t outside of
-    these times.
+    `trajectory(t)` takes a scalar and returns a state. **Raises:** `ValueError` for a t that is not
+    between these times.
     """
 
     t0: Array
@@ -43,8 +42,8 @@ class Flow(eqx.Module):
     denoised: Array
 
     def __call__(self, t: float | Array) -> Array:
-        """The state at time `t`. **Raises:** `ValueError` outside of `t0` and `t1`; there it is NaN
-        where `t` is traced.
+        """The state at time `t`. **Raises:** `ValueError` for a `t` outside of `t0` and `t1`; for a
+        traced `t`, the state is NaN there.
         """
         t = _checks.floating(t, "t", 0).astype(self.edge.dtype)
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
@@ -52,7 +51,7 @@ class Flow(eqx.Module):
         if _checks.concrete(inside) and not np.asarray(inside):
             raise ValueError(
                 f"the trajectory runs from t = {float(self.t0):g} to {float(self.t1):g}, got t = "
-                f"{float(t):g}"
+                f"{float(t):g}: pass a time between them"
             )
         interpolant = self.segment.circle.interpolant
         ratio = interpolant.sigma(t) / interpolant.sigma(self.last)
@@ -72,23 +71,23 @@ def flow(
     key: Array | None = None,
     solver: Adaptive | None = None,
 ) -> Flow:
-    """The trajectory of the state `x` from time `t0` to `t1`, earlier or later.
+    """The trajectory of the state `x` from time `t0` to `t1`, which may be earlier or later.
 
-    One state at a time: `jax.vmap` it, `jax.vmap(lambda x: flow(model, x, 1e-3, 1.0)(0.5))`. The
-    trajectory takes the memory of `solver.max_steps` steps.
+    `flow` takes one state; use `jax.vmap(lambda x: flow(model, x, 1e-3, 1.0)(0.5))` for a batch.
+    The trajectory takes the memory of `solver.max_steps` steps.
 
     **Arguments:** `model`; `x`, of its shape; `t0`, `t1` in [0, 1], both above 0 with a guidance;
-    `guidance`, on the same model and without memory, and `key`, its randomness, one draw for the
-    whole trajectory; `solver`, `Adaptive()` by default.
+    `guidance`, on the same model and without memory; `key`, the randomness of the guidance, with
+    one draw for the whole trajectory; `solver`, `Adaptive()` by default.
 
-    **Raises:** `FloatingPointError` if the solver fails (outside of `jit`; inside, the trajectory
-    is NaN).
+    **Raises:** `ValueError` for states, times or guidances that do not match; `FloatingPointError`
+    if the solver fails (outside of `jit`; inside, the trajectory is NaN).
     """
     _checks.instance(
         model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
     )
     solver = Adaptive() if solver is None else solver
-    _checks.instance(solver, Adaptive, "solver", "only an adaptive one has a continuous trajectory")
+    _checks.instance(solver, Adaptive, "solver", "other solvers have no continuous trajectory")
     x = _checks.finite(x, "x").astype(model.dtype)
     if x.shape != model.shape:
         raise ValueError(
@@ -111,21 +110,21 @@ def flow(
         check(guidance, model)
         if jax.tree.leaves(jax.eval_shape(guidance.init, x)):
             raise ValueError(
-                f"{type(guidance).__name__} remembers its last step, so that no field of (t, x) "
-                "describes it: use sample(..., solver=Adaptive(), save_trajectory=True)"
+                f"{type(guidance).__name__} has a memory of its last step, so it is no function of "
+                "(t, x): use sample(..., solver=Adaptive(), save_trajectory=True)"
             )
         if key is None:
             raise ValueError(
-                "a guided trajectory needs key=jax.random.key(seed): it has one draw for all times"
+                "a guided trajectory needs key=, for the draws of its guidance, got None: pass "
+                "key=jax.random.key(seed)"
             )
         key = _checks.key(key)
     trajectory, success = _flow(model, x, times[0], times[1], guidance, key, solver)
     if _checks.concrete(success) and not np.asarray(success):
         raise FloatingPointError(
             f"the trajectory from t = {float(times[0]):g} to {float(times[1]):g} could not be "
-            f"solved in {solver.max_steps} steps to rtol = {float(solver.rtol):g}: the field is "
-            "not finite or not smooth, or the tolerance is "
-            f"too fine for {model.dtype}"
+            f"solved in {solver.max_steps} steps to rtol = {float(solver.rtol):g}: raise rtol or "
+            f"max_steps, and check that the denoiser is finite and smooth in {model.dtype}"
         )
     return trajectory
 
@@ -151,7 +150,7 @@ def _flow(
     low, high = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
     last = jnp.where(high < 1, high, jnp.maximum(solver.last(interpolant), low))
     forward = t0 < t1
-    # X_last given X_1: the noise that E[X_0 | X_1] leaves is of second order, as is the error of
+    # alpha x is the mean of X_last given X_1 = x. Its error is of second order, like the error of
     # the jump.
     start = jnp.where(t0 < 1, x, interpolant.alpha(last) * x)
     begin, end = jnp.minimum(t0, last), jnp.minimum(t1, last)

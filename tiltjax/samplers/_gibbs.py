@@ -4,17 +4,18 @@ For a quadratic reward let `scale * r(x) = <a, x> - x^T L x / 2 + const` with L 
 `C >= lambda_max(L)` and `M = C I - L`, which is positive semi-definite. Then (Hubbard and
 Stratonovich)
 
-    exp(<a, x> - x^T L x / 2) = E_{xi ~ N(0, I)} exp(<a + M^(1/2) xi, x> - C |x|^2 / 2):
+    exp(<a, x> - x^T L x / 2) = E_{xi ~ N(0, I)} exp(<a + M^(1/2) xi, x> - C |x|^2 / 2).
 
-given xi the tilt is conjugate, one posterior draw of the model at precision C (`Glass`), and given
-x the auxiliary variable is Gaussian, `xi | x ~ N(M^(1/2) x, I)`. Alternating the two samples the
-tilt for any model, without a gradient, exactly but for the steps of the draw, an error O(1 /
-steps^2) (`Glass` of order 2) which the sweeps magnify where they mix slowly.
+Given xi, the tilt is conjugate: one posterior draw of the model at precision C (`Glass`). Given x,
+the auxiliary variable is Gaussian, `xi | x ~ N(M^(1/2) x, I)`. Alternating the two draws samples
+the tilt for any model, without a gradient. The only error comes from the steps of the posterior
+draw. It is O(1 / steps^2) (`Glass` of order 2), and slow mixing magnifies it.
 
-How many sweeps? Every particle is a chain of its own, so the correlation *across particles* between
-a sweep and an earlier one shows how much of the earlier state is remembered. A run goes on until
-the state half-way is forgotten: until the largest correlation with it, over coordinates, their
-squares and the reward, is within the noise of what independent states would show.
+**Number of sweeps.** Every particle is a separate chain, so the correlation *across particles*
+between a sweep and an earlier sweep measures how much the chains still depend on the earlier state.
+A run stops when the state is independent of the state halfway through the run: when the largest
+correlation with it, over coordinates, their squares and the reward, is within the noise of
+independent states.
 
 Reference: Moitra, Risteski and Rohatgi, *Steering diffusion models with quadratic rewards* (COLT
 2026), for the decomposition.
@@ -37,11 +38,11 @@ from tiltjax.particles import Mixing, Particles, unweighted
 from tiltjax.posteriors import Glass
 
 _BLOCK = 5  # sweeps between two estimates of the correlation
-# At least: four standard errors of a correlation are then 1/4, and with fewer chains none would be
-# significant.
+# The least number of chains: four standard errors of a correlation are then 1/4. With fewer chains,
+# no correlation would be significant.
 _CHAINS = 256
 _NOT_QUADRATIC = (
-    "gibbs takes quadratic rewards, got one whose Hessian is not constant: use Conjugate"
+    "gibbs needs a quadratic reward, got one whose Hessian is not constant: use Conjugate"
 )
 
 
@@ -55,21 +56,21 @@ def gibbs(
     steps: int = 50,
     max_sweeps: int = 2000,
 ) -> Particles:
-    """`num` particles of the tilt by a quadratic reward with any concave matrix; `particles.mixing`
-    says how the chains mixed.
+    """`num` particles of the tilt by a quadratic reward with any matrix that has a concave
+    direction; `particles.mixing` reports how the chains mixed.
 
     **Arguments:** `key`; `model`, whose states have d entries, for a matrix of d x d; `reward`,
-    quadratic (`rewards.Quadratic` with any weight, `rewards.LinearReward`, sums, or a function
-    whose Hessian is constant); `num`, of which at least 256 are run in any case, because mixing
-    shows across particles; `steps` of the inner `Glass` flow, of order 2; `max_sweeps`, where to
-    give up.
+    quadratic (`rewards.Quadratic` with any weight, `rewards.LinearReward`, sums, or a function with
+    a constant Hessian); `num`, of which at least 256 are always run, because mixing is measured
+    across particles; `steps` of the inner `Glass` flow, of order 2; `max_sweeps`, the largest
+    number of sweeps.
 
-    Not for `jit`, `vmap` or `grad`: how many sweeps to run is decided from values.
+    Do not use it inside `jit`, `vmap` or `grad`: the number of sweeps depends on values.
 
-    **Raises:** `ValueError` for a reward that is not quadratic, on the particles and around them,
-    or not concave in any direction; `RuntimeError` if the chains still remember their start after
-    `max_sweeps`; `FloatingPointError` where they leave the finite numbers, as they do if the tilt
-    has no finite mass; `TypeError` under a transformation of JAX.
+    **Raises:** `ValueError` for a reward that is not quadratic on the particles and around them, or
+    that has no concave direction; `RuntimeError` if the chains still depend on their start after
+    `max_sweeps`; `FloatingPointError` if a state is not finite, as happens if the tilt has no
+    finite mass; `TypeError` under a transformation of JAX.
     """
     key = _checks.key(key)
     _checks.instance(model, Model, "model", "gibbs(key, model, reward, scale, num=1000)")
@@ -98,9 +99,9 @@ def gibbs(
         sweeps = _BLOCK * (block + 1)
         if not np.all(np.isfinite(np.asarray(x))):
             raise FloatingPointError(
-                f"a state is not finite after {sweeps} sweeps: the tilt may have no finite mass (a "
-                "reward more convex than the model's log-density is concave: lower the scale); "
-                "else check the network and the target"
+                f"a state is not finite after {sweeps} sweeps. The tilt may have no finite mass, "
+                "if the reward is more convex than the model's log-density is concave: lower the "
+                "scale, or check the network and the target"
             )
         _require_quadratic(reward, x)
         correlation = _correlation(reward, history[len(history) // 2], x)
@@ -108,16 +109,16 @@ def gibbs(
             return dataclasses.replace(unweighted(x[:num]), mixing=Mixing(sweeps, correlation))
         if sweeps >= max_sweeps:
             raise RuntimeError(
-                f"after {sweeps} sweeps the chains are still correlated with their states half-way "
-                f"(correlation {correlation:.2g}, noise {threshold:.2g}): the matrix is too far "
-                f"from a multiple of the identity. Raise max_sweeps (got {max_sweeps})."
+                f"after {sweeps} sweeps the chains are still correlated with their states halfway "
+                f"(correlation {correlation:.2g}, noise {threshold:.2g}), because the matrix is "
+                f"far from a multiple of the identity: raise max_sweeps (got {max_sweeps})"
             )
 
 
 def _fit(
     key: Array, model: Model, reward: Callable, scale: float | Array
 ) -> tuple[rewards.Reward, Array, Array]:
-    """The reward, and the gradient at the origin and the Hessian of `scale * reward`."""
+    """The reward, and of `scale * reward` the gradient at the origin and the Hessian."""
     scale = _checks.nonnegative(scale, "scale").astype(model.dtype)
     reward = _pytree.cast(rewards.as_reward(reward), model.dtype)
     size = math.prod(model.shape)
@@ -130,8 +131,8 @@ def _fit(
     found = hessian(origin)
     if not _checks.concrete((key, model, scale, found)):
         raise TypeError(
-            "gibbs decides from values how many sweeps to run, and cannot run inside jit, vmap or "
-            "grad: call it outside of them"
+            "gibbs cannot run inside jit, vmap or grad, because values decide how many sweeps it "
+            "runs: call it outside of them"
         )
     if not np.allclose(found, hessian(elsewhere), rtol=1e-4, atol=1e-6):
         raise ValueError(_NOT_QUADRATIC)
@@ -140,8 +141,8 @@ def _fit(
 
 @eqx.filter_jit
 def _misfit(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
-    """How far the rewards of `x` are from their second-order expansion at the origin, and how far
-    rounding may take them.
+    """The distances between the rewards of `x` and their second-order expansion at the origin, and
+    the distances that rounding allows.
     """
     value = lambda entries: rewards.value(reward, entries.reshape(x.shape[1:]))
     entries = x.reshape(len(x), -1)
@@ -156,8 +157,8 @@ def _misfit(reward: rewards.Reward, x: Array) -> tuple[Array, Array]:
 
 
 def _require_quadratic(reward: rewards.Reward, x: Array) -> None:
-    """Refuse, with a `ValueError`, a reward whose values are not those of one quadratic. Two
-    Hessians do not show a kink.
+    """Raise a `ValueError` if the values of a reward are not those of one quadratic. Comparing two
+    Hessians does not detect a kink.
     """
     misfit, allowed = map(np.asarray, _misfit(reward, x))
     if np.any((misfit > allowed) & np.isfinite(misfit)):
@@ -170,7 +171,10 @@ def _decompose(
     """`(glass, a, C, M^(1/2))`."""
     precision = jnp.max(jnp.linalg.eigvalsh(-hessian))
     if not float(precision) > 0:
-        raise ValueError("the reward is not concave in any direction: use Tilted for a linear one")
+        raise ValueError(
+            f"the reward has no concave direction, the largest eigenvalue of its -Hessian is "
+            f"{float(precision):g}: use Tilted for a linear reward"
+        )
     rest = precision * jnp.eye(len(hessian), dtype=model.dtype) + hessian
     root = _linalg.spectral(lambda values: jnp.sqrt(jnp.maximum(values, 0)), rest)
     return (
@@ -210,5 +214,5 @@ def _correlation(reward: rewards.Reward, before: Array, after: Array) -> float:
         centered = values - values.mean(axis=0)
         return centered / np.maximum(centered.std(axis=0), np.finfo(values.dtype).tiny)
 
-    with np.errstate(over="ignore", invalid="ignore"):  # a run without finite mass on its way out
+    with np.errstate(over="ignore", invalid="ignore"):  # a run without finite mass may overflow
         return float(np.abs(np.mean(standardized(before) * standardized(after), axis=0)).max())

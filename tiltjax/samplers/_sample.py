@@ -2,11 +2,12 @@ r"""`sample`: follow a model, or a guided model, from noise to data.
 
     key --+-- start, i ---> x_0 = model.initial(key_i, t_0)      one per particle
           +-- step, i ----> Streams(guidance, noise, second)
-              three per particle and step, those that are used
+              three per particle and step
     x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
 
-Scan outside, vmap inside. A particle's randomness depends on its index and the key alone: more
-particles, other batches or devices leave the first ones as they were.
+The loop over steps is a scan, and the loop over particles inside it is a vmap. The randomness of a
+particle depends only on its index and the key: more particles, other chunks or other devices do not
+change the first particles.
 """
 
 import functools
@@ -41,33 +42,34 @@ def sample(
     save_trajectory: bool = False,
     progress: bool = False,
 ) -> Particles:
-    """`num` particles of `model`, tilted as far as `guidance` manages.
+    """`num` particles of `model`, tilted by `guidance`.
 
     **Arguments:**
 
     - `key`: a typed key, `jax.random.key(seed)`.
-    - `model`: gives the interpolant, the state's shape and dtype and the starting law; without
-      guidance, the denoiser.
+    - `model`: gives the interpolant, the shape and dtype of the state, the law of the start and,
+      without guidance, the denoiser.
     - `guidance`: gives the tilted denoiser. It must be built on the same model.
-    - `steps` or `times`: equal steps on [1e-3, 1] (`model.grid`), by default as many as the solver
-      names (100), or the increasing times themselves. A run that ends at t = 1 ends with a jump to
-      the denoiser; one that ends earlier returns states at that time. Guided runs start at t > 0.
-      For a network that knows certain noise levels only, `model.grid_at` makes the grid.
-    - `start`: states at `times[0]`, `(num, *shape)`, to continue from; without it a run starts from
-      noise, and has to start where the state is all but noise.
+    - `steps` or `times`: the number of equal steps on [1e-3, 1] (`model.grid`), or the increasing
+      times themselves. The default number of steps depends on the solver (100 for most). A run that
+      ends at t = 1 ends with a jump to the denoiser. A run that ends earlier returns states at that
+      time. Guided runs start at t > 0. For a network with a table of noise levels, `model.grid_at`
+      makes the grid.
+    - `start`: states at `times[0]`, `(num, *shape)`, from which the run continues. Without `start`,
+      a run starts from noise, at a time at which the state is almost pure noise.
     - `solver`: `Heun()` by default.
-    - `chunk_size`: how many particles are evaluated at once, if memory is short; the numbers stay
-      the same to rounding.
-    - `sharding`: a `jax.sharding.Sharding` of the particle axis, of a mesh whose axes are `Auto`;
-      it has to divide `num`.
-    - `save_trajectory`: keep the states at all times in `trace.trajectory`.
-    - `progress`: show a bar.
+    - `chunk_size`: the number of particles that are evaluated at once, to save memory. The results
+      agree to rounding.
+    - `sharding`: a `jax.sharding.Sharding` of the particle axis, on a mesh with `Auto` axes. It
+      must divide `num`.
+    - `save_trajectory`: store the states at all times in `trace.trajectory`.
+    - `progress`: show a progress bar.
 
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
-    **Raises:** `ValueError` for times at which the network would be asked where it was not trained;
-    `FloatingPointError` naming the first step with a NaN and its cause (outside of `jit` only;
-    inside, `particles.trace.failed` holds it).
+    **Raises:** `ValueError` for times at which the network was not trained; `FloatingPointError`
+    that names the first step with a NaN and its cause (only outside of `jit`; inside,
+    `particles.trace.failed` contains it).
     """
     key = _checks.key(key)
     save_trajectory = _checks.flag(save_trajectory, "save_trajectory")
@@ -88,8 +90,8 @@ def sample(
 
 
 class State(NamedTuple):
-    """What a step starts from: the states `x`, `(num, *shape)`, and the memory of the guidance
-    along each trajectory.
+    """The state before a step: the states `x`, `(num, *shape)`, and the guidance's memory of each
+    trajectory.
     """
 
     x: Array
@@ -120,7 +122,7 @@ def _sample(
 
 
 def _start(x: Array, guidance: Guidance | None, sharding: jax.sharding.Sharding | None) -> State:
-    """The state of a run that starts from `x`."""
+    """The state of a run that starts at `x`."""
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
     return State(x, () if guidance is None else jax.vmap(guidance.init)(x))
@@ -136,7 +138,9 @@ def _step(
     u: Array,
     state: State,
 ) -> tuple[State, Failures]:
-    """All particles from time t to u, and what failed first for any of them."""
+    """The state at time u of all particles, from the state at time t, and the first failure of any
+    particle.
+    """
     field = functools.partial(_field, model, guidance)
 
     def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures]:
@@ -159,7 +163,7 @@ def _field(
     x: Array,
     state: tuple[Any, Failures],
 ) -> tuple[Array, tuple[Any, Failures]]:
-    """The denoiser that a run follows, guided where it is guided."""
+    """The denoiser of a run: guided if there is a guidance, else the denoiser of the model."""
     memory, failed = state
     estimate, memory = evaluate(model, guidance, key, t, x, memory)
     return estimate.tilted, (memory, failed.then(failures(x, estimate)))
@@ -168,7 +172,9 @@ def _field(
 def evaluate(
     model: Denoiser, guidance: Guidance | None, key: Array, t: Array, x: Array, memory: Any
 ) -> tuple[Estimate, Any]:
-    """The estimate of a guidance, or the denoiser alone, in the dtype of the model; the memory."""
+    """The estimate of a guidance, or the denoiser alone, in the dtype of the model; and the new
+    memory.
+    """
     if guidance is None:
         estimate = Estimate(tilted=model.denoise(t, x))
     else:
@@ -176,7 +182,7 @@ def evaluate(
     if estimate.tilted.shape != model.denoised_shape:
         raise ValueError(
             f"the guidance returns a denoiser of shape {estimate.tilted.shape} for a state of "
-            f"shape {x.shape}: build it on the model that is sampled"
+            f"shape {x.shape}: build it on the model that you sample"
         )
     return _pytree.cast(estimate, model.dtype), memory
 
@@ -190,25 +196,29 @@ def initial_states(
 
 
 def map_particles(fn: Callable, chunk_size: int | None) -> Callable:
-    """`fn` of one particle as a function of all: at once, or `chunk_size` at a time."""
+    """`fn` of one particle as a function of all particles: of all at once, or of `chunk_size` at a
+    time.
+    """
     if chunk_size is None:
         return jax.vmap(fn)
     return lambda *args: jax.lax.map(lambda one: fn(*one), args, batch_size=chunk_size)
 
 
 def start_key(key: Array) -> Array:
-    """The key of all starting states; that of particle i is folded in."""
+    """The key of all starting states. The index i is folded in for particle i."""
     return jax.random.fold_in(key, 0)
 
 
 def _streams(key: Array, number: Array) -> Streams:
-    """The keys of a step: hashed one by one in the loop, which compiles faster than all at once."""
+    """The keys of a step. Hashing them one by one in the loop compiles faster than hashing all at
+    once.
+    """
     first = 3 * (number + 1)
     return Streams(*(jax.random.fold_in(key, first + stream) for stream in range(3)))
 
 
 class Run(NamedTuple):
-    """The settings that all runs have in common, checked and complete."""
+    """The settings that all runs share, checked and complete."""
 
     solver: Solver
     times: Array
@@ -230,9 +240,10 @@ def check_run(
     weighted: bool = False,
     twist: Guidance | None = None,
 ) -> Run:
-    """The `Run` of a verb's arguments; `weighted` says that the noise of its steps is weighed.
+    """The checked `Run` of a function's arguments. `weighted` is true if the noise of the steps is
+    weighed.
 
-    **Raises:** `TypeError`, `ValueError` for arguments that do not fit together.
+    **Raises:** `TypeError`, `ValueError` for arguments that do not match.
     """
     _checks.instance(
         model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
@@ -254,8 +265,8 @@ def check_run(
 
 
 def _resolve_solver(model: Denoiser, solver: Solver | None, usual: Solver) -> Solver:
-    """The solver of a run, by default that of the model's states. **Raises:** `ValueError` for one
-    that reverses another corruption.
+    """The solver of a run, by default the solver for the model's states. **Raises:** `ValueError`
+    for a solver of another corruption.
     """
     default = model.default_solver(usual)
     if solver is None:
@@ -263,7 +274,7 @@ def _resolve_solver(model: Denoiser, solver: Solver | None, usual: Solver) -> So
     _checks.instance(solver, Solver, "solver", "such as tiltjax.Heun()")
     if not isinstance(model.corruption, solver.corruption):
         raise ValueError(
-            f"{type(solver).__name__} is a solver for {solver.corruption.__name__}, and "
+            f"{type(solver).__name__} is a solver for {solver.corruption.__name__}, but "
             f"{type(model).__name__} has {type(model.corruption).__name__}: use "
             f"{type(default).__name__}()"
         )
@@ -273,11 +284,11 @@ def _resolve_solver(model: Denoiser, solver: Solver | None, usual: Solver) -> So
 def resolve_times(
     model: Denoiser, solver: Solver, steps: int | None, times: Any, *, from_noise: bool = True
 ) -> Array:
-    """The times of a run: `times`, or the model's grid of so many steps, by default the number of
-    steps of the model or of the solver.
+    """The times of a run: `times`, or the model's grid of `steps` steps. The default number of
+    steps is that of the model, or else that of the solver.
 
-    **Raises:** `ValueError` where the network was not trained, and where a run `from_noise` cannot
-    start.
+    **Raises:** `ValueError` for times at which the network was not trained, and for a first time at
+    which a run `from_noise` cannot start.
     """
     if times is None:
         usual = solver.steps if model.steps is None else model.steps
@@ -291,15 +302,15 @@ def resolve_times(
 
 
 def _first(times: Array) -> Array:
-    """The first time of a run, as a NumPy number where possible: inside of someone's `jit` an
-    operation of JAX would be traced.
+    """The first time of a run, as a NumPy number if possible, because JAX would trace an operation
+    inside the caller's `jit`.
     """
     return np.asarray(times)[0] if _checks.concrete(times) else times[0]
 
 
 def _check_start(start: Any, model: Denoiser, num: int, times: Any) -> Array:
     if isinstance(start, Particles):
-        raise TypeError("start takes states, an array, got Particles: pass particles.x")
+        raise TypeError("start must be an array of states, got Particles: pass particles.x")
     if times is None:
-        raise ValueError("start needs times=, the first of which is the time of these states")
+        raise ValueError("start needs times=, got None: pass times that begin at the time of start")
     return model.as_states(start, "start", (num,))

@@ -1,13 +1,13 @@
 r"""Selection: choose among finished samples by their reward.
 
-Particles are taken in consecutive groups of n, one winner a group, so `num` samples give `num / n`.
-With p the law of the particles and F that of their reward, best-of-n has the density
-`n F(r(x))^(n-1) p(x)` where F is continuous, and `p(x) (F(r)^n - F(r-)^n) / (F(r) - F(r-))` at an
-atom `r = r(x)`: it corrects the weights of modes, which gradients cannot, and overshoots the tilt
-for large n. Softmax-of-n tends to the tilt *of p* as n grows: of unguided particles that is the
-tilt, of guided ones it is tilted twice.
+Particles form consecutive groups of n with one winner per group, so `num` samples give `num / n`.
+Let p be the law of the particles and F the distribution function of their reward. Best-of-n has the
+density `n F(r(x))^(n-1) p(x)` where F is continuous, and `p(x) (F(r)^n - F(r-)^n) / (F(r) - F(r-))`
+at an atom `r = r(x)`. Best-of-n corrects the weights of modes, which gradients cannot do, and
+overshoots the tilt for large n. The law of softmax-of-n tends to the tilt *of p* as n grows. For
+unguided particles this is the tilt; guided particles are tilted twice.
 
-Reference: Beirami et al. (arXiv 2401.01879), best-of-n; the laws of both: `theory.selection`.
+Reference: Beirami et al. (arXiv 2401.01879), best-of-n. `theory.selection` has the laws of both.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from tiltjax.particles import Particles, unweighted
 def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     """The particle of largest reward in each consecutive group of `n`.
 
-    **Raises:** `ValueError` if n does not divide the number of particles, or the particles are
-    weighted (a maximum has no meaning among weighted particles: `resample` them first).
+    **Raises:** `ValueError` if n does not divide the number of particles, or if the particles are
+    weighted (`resample` weighted particles first); `FloatingPointError` for a reward that is NaN.
     """
     return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
 
@@ -37,7 +37,7 @@ def softmax_of_n(
     """One particle of each consecutive group of `n`, with probability proportional to
     `exp(scale * r)`.
 
-    **Raises:** as `best_of_n`.
+    **Raises:** as `best_of_n`; `FloatingPointError` if a group has only rewards of -inf.
     """
     key, scale = _checks.key(key), _checks.nonnegative(scale, "scale")
 
@@ -45,11 +45,11 @@ def softmax_of_n(
         best = jnp.max(values, axis=1, keepdims=True)
         if _checks.concrete(best) and (excluded := int(np.sum(np.asarray(best) == -np.inf))):
             raise FloatingPointError(
-                f"in {excluded} groups every candidate has the reward -inf: there is nothing to "
-                "choose"
+                f"in {excluded} groups every candidate has the reward -inf, so there is no winner: "
+                "use larger groups, or a reward that is finite more often"
             )
-        # Relative to the best of the group: neither 0 * inf at scale 0 nor an overflow at large
-        # ones.
+        # Relative to the best of the group, to avoid 0 * inf at scale 0 and overflow at large
+        # scales.
         logits = jnp.where(
             values == -jnp.inf, -jnp.inf, scale.astype(values.dtype) * (values - best)
         )
@@ -64,27 +64,29 @@ def _select(
     n = _checks.count(n, "n")
     if not isinstance(particles, Particles):
         raise TypeError(
-            "particles must be Particles, as sample returns: expected Particles, got "
-            f"{type(particles).__name__}"
+            f"particles must be Particles, got {type(particles).__name__}: pass the result of "
+            "sample"
         )
     uneven = (
         _checks.concrete(particles.log_weights) and np.ptp(np.asarray(particles.log_weights)) > 0
     )
     if particles.log_norm is not None or uneven:
         raise ValueError(
-            "selection needs unweighted particles, these are weighted: use particles.resample(key, "
-            "num) first"
+            "selection needs unweighted particles, but these are weighted: use "
+            "particles.resample(key, num) first"
         )
     num = len(particles)
     if num % n:
         fitting = " or ".join(str(total) for total in (num - num % n, num - num % n + n) if total)
         raise ValueError(
-            f"groups of n = {n} must divide the {num} particles: sample {fitting} of them"
+            f"groups of n = {n} must divide the {num} particles: sample {fitting} particles"
         )
     reward = _pytree.cast(rewards.as_reward(reward), particles.x.dtype)
     values = rewards.values(reward, particles.x).reshape(num // n, n)
     if _checks.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
-        raise FloatingPointError(f"the reward is NaN for {missing} of {num} particles")
+        raise FloatingPointError(
+            f"the reward is NaN for {missing} of {num} particles: check the reward"
+        )
     winners = jnp.arange(num // n) * n + choose(values)
     trace = particles.trace
     if trace is not None and trace.trajectory is not None:

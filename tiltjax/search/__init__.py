@@ -1,4 +1,4 @@
-r"""Online search for the best samples of an expensive reward: `optimize`, and its
+r"""Online search for the best samples of an expensive reward: `optimize`, with the surrogates of
 `search.surrogates`.
 """
 

@@ -1,13 +1,13 @@
-r"""`optimize`: a reward that can be evaluated a few hundred times only, by steering with a model of
-it that is learned on the way.
+r"""`optimize`: maximize a reward with a few hundred evaluations, steered by a surrogate that is
+learned during the search.
 
-    round 0:      x_1, ..., x_b ~ the model      (or wherever the caller starts)
+    round 0:      x_1, ..., x_b ~ the model      (unless `earlier` has queries)
     round j:
         fit an optimistic surrogate to all queries --> smc tilts the model by it
             --> b of the particles are the next queries
 
-The model keeps queries where data is plausible, optimism sends them where little is known.
-Reference: Kim et al. (arXiv 2501.05803, online black-box optimization).
+The model restricts the queries to plausible data. Optimism moves them to regions in which the
+surrogate is uncertain. Reference: Kim et al. (arXiv 2501.05803, online black-box optimization).
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ from tiltjax.weighted import smc
 
 
 class Search(NamedTuple):
-    """All queries in order: states `x` `(n, *shape)`, `values` `(n,)`, the round of each `(n,)`,
-    and the last surrogate (`None` if the search failed).
+    """All queries in order: states `x` `(n, *shape)`, `values` `(n,)`, the round of each query
+    `(n,)`, and the last surrogate (`None` if the search failed).
     """
 
     x: np.ndarray
@@ -40,11 +40,11 @@ class Search(NamedTuple):
 
     @property
     def best(self) -> np.ndarray:
-        """The state of the largest value."""
+        """The state with the largest value."""
         return self.x[np.argmax(self.values)]
 
     def regret(self, optimum: float) -> np.ndarray:
-        """How far the best value so far is below the optimum, after each query, `(n,)`."""
+        """The optimum minus the best value so far, after each query, `(n,)`."""
         return optimum - np.maximum.accumulate(self.values)
 
 
@@ -63,23 +63,26 @@ def optimize(
     progress: bool = False,
     **settings: Any,
 ) -> Search:
-    """Search for the states of largest value with up to `rounds * queries` evaluations.
+    """A search for the states of largest value with `rounds * queries` evaluations.
 
     **Arguments:**
 
     - `query`: a Python function from states `(queries, *shape)`, a NumPy array, to `queries`
-      values; called once a round.
+      values; called once per round.
     - `surrogate`: `GaussianProcess()` by default; `Bootstrap()`.
-    - `scale`: how strongly the surrogate tilts the model. Large ones exploit; the model holds
-      against them.
-    - `num`: particles of each round, of which `queries` are drawn by weight; no state is evaluated
-      twice in a round if there are enough others.
-    - `guide`: makes a guidance of a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
-    - `earlier`: a search to go on from: that of another call, or of one that failed.
+    - `scale`: how strongly the surrogate tilts the model. A large scale exploits the surrogate; a
+      small scale stays near the model.
+    - `num`: the number of particles per round, of which `queries` are drawn by weight. No state is
+      evaluated twice in a round if there are enough distinct states.
+    - `guide`: makes a guidance from a model, a reward and a scale: `dps`, `Laplace`, `Conjugate`.
+    - `earlier`: a search to continue, from another call or from a failed call.
     - `settings`: of `smc`: `steps`, `proposal`, `tempering` and so on.
 
-    **Raises:** `ValueError` for values of another number or that are not finite, and whatever
-    `query` raises; the error's `.search` holds the queries that were evaluated until then.
+    **Returns:** a `Search`.
+
+    **Raises:** `ValueError` if `query` returns another number of values, or values that are not
+    finite, and every error of `query`. The `.search` of the error contains the queries that were
+    evaluated before.
     """
     key = _checks.key(key)
     how = "use Analytic, from_velocity, from_noise or from_denoiser"
@@ -91,7 +94,8 @@ def optimize(
     num = _checks.count(num, "num")
     if num < queries:
         raise ValueError(
-            f"a round evaluates {queries} of the particles: num must be as many at least, got {num}"
+            f"num must be at least queries = {queries}, the particles that a round evaluates, got "
+            f"{num}"
         )
     surrogate = GaussianProcess() if surrogate is None else surrogate
     _checks.instance(surrogate, Surrogate, "surrogate", "use GaussianProcess() or Bootstrap()")
@@ -99,7 +103,7 @@ def optimize(
     log = _Log.after(_check_earlier(earlier, model), model, rounds, queries)
 
     def propose(key: Array) -> Array:
-        """The next queries: of the model tilted by what is known."""
+        """The next queries, from the model tilted by the current surrogate."""
         key_fit, key_run, key_choice = jax.random.split(key, 3)
         guidance = guide(model, log.fit(key_fit, surrogate), scale)
         particles = smc(key_run, model, guidance, num=num, **settings)
@@ -115,8 +119,8 @@ def optimize(
 
 
 class _Log:
-    """The queries of a search, of which `done` are evaluated; those to come are zeros, so that all
-    rounds have the same shapes and are one program.
+    """The queries of a search, of which `done` are evaluated. Future queries are zeros, so that all
+    rounds have the same shapes and share one compiled program.
     """
 
     def __init__(self, x: np.ndarray, values: np.ndarray, rounds: np.ndarray, done: int):
@@ -124,7 +128,7 @@ class _Log:
 
     @classmethod
     def after(cls, earlier: Search, model: Model, rounds: int, queries: int) -> "_Log":
-        """Those of `earlier`, and room for `rounds * queries` more."""
+        """The queries of `earlier`, with room for `rounds * queries` more."""
         new, first = rounds * queries, earlier.rounds.max(initial=-1) + 1
         x = np.concatenate([earlier.x, np.zeros((new, *model.shape))]).astype(model.dtype)
         values = np.concatenate([earlier.values, np.zeros(new)]).astype(model.dtype)
@@ -140,14 +144,14 @@ class _Log:
         return _fit(key, surrogate, jnp.asarray(self.x), jnp.asarray(self.values), known)
 
     def evaluate(self, query: Callable[[np.ndarray], Any], states: np.ndarray) -> None:
-        """Query these states; an error has the search until then as `.search`."""
+        """Evaluate the query at these states. The `.search` of an error is the search before it."""
         try:
             values = _checked(query(states.copy()), len(states), self.values.dtype)
         except Exception as error:
             if self.done:
                 error.add_note(
-                    f"The {self.done} queries before are in this error's .search: go on with "
-                    "earlier=error.search."
+                    f"The .search of this error contains the {self.done} queries before it: "
+                    "continue with earlier=error.search."
                 )
             error.search = self.search(None)  # pyright: ignore[reportAttributeAccessIssue]
             raise
@@ -170,15 +174,16 @@ def _checked(values: Any, num: int, dtype: Any) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind not in "fiub":
         raise ValueError(f"query must return real numbers, got {values.dtype}")
-    with np.errstate(over="ignore"):  # numbers that are too large for the dtype are found below
+    with np.errstate(over="ignore"):  # the check below finds numbers too large for the dtype
         values = values.astype(dtype)
     if values.shape != (num,):
         raise ValueError(
-            f"query must return {num} values for {num} states, it gave shape {values.shape}"
+            f"query must return {num} values for {num} states, got shape {values.shape}"
         )
     if wrong := np.sum(~np.isfinite(values)):
         raise ValueError(
-            f"query must return finite values (in {values.dtype}), {wrong} of {num} are not"
+            f"query must return finite values (in {values.dtype}), got {wrong} of {num} that are "
+            "not finite"
         )
     return values
 
@@ -190,8 +195,8 @@ def _fit(key: Array, surrogate: Surrogate, x: Array, values: Array, known: Array
 
 @eqx.filter_jit
 def _distinct(key: Array, x: Array, log_weights: Array, num: int) -> Array:
-    """`num` particles by weight, without replacement (the largest of perturbed log-weights);
-    copies of one state count once.
+    """`num` particles drawn by weight without replacement (the largest of perturbed log-weights).
+    Copies of one state count as one state.
     """
     rows = x.reshape(len(x), -1)
     same = jnp.all(rows[:, None] == rows[None], axis=-1)
@@ -199,7 +204,7 @@ def _distinct(key: Array, x: Array, log_weights: Array, num: int) -> Array:
     copies = jnp.log(
         jnp.sum(jnp.where(same, jnp.exp(log_weights - jnp.max(log_weights))[None], 0.0), axis=1)
     )
-    # The copies come last, for when there are too few others.
+    # Copies come last: they are drawn only if there are too few distinct states.
     scores = copies + jax.random.gumbel(key, copies.shape, copies.dtype)
     order = jnp.argsort(jnp.where(first, -scores, jnp.inf))
     return x[order[:num]]

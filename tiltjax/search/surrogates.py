@@ -1,13 +1,14 @@
-r"""Surrogates: a reward learned from few queries, and optimistic about what it does not know.
+r"""Surrogates: a reward learned from few queries, optimistic where it is uncertain.
 
-From states `(n, *shape)` and values `(n,)`, of which the `known` ones count, to a `Reward`:
+A surrogate maps states `(n, *shape)` and values `(n,)`, of which only the `known` rows count, to a
+`Reward`:
 
 | surrogate | reward |
 |---|---|
 | `GaussianProcess(bonus)` | `mean + bonus * deviation` of a Gaussian process |
 | `Bootstrap(heads)` | the largest of small networks, each fitted to a resample |
 
-Both standardize the values, and work on a fixed number of rows with a mask, so that a loop that
+Both standardize the values. Both work on a fixed number of rows with a mask, so that a loop that
 adds queries compiles once. References: Srinivas et al. (arXiv 0912.3995, GP-UCB); Osband et al.
 (arXiv 1602.04621, bootstrapped heads).
 """
@@ -20,28 +21,28 @@ from jaxtyping import Array
 from tiltjax import _checks
 from tiltjax.rewards import Reward
 
-# Candidates for the kernel's length, in units of the mean distance of the queries, and for the
-# noise, in standard deviations of the values.
+# Candidates for the length of the kernel, in units of the root mean square distance of the queries,
+# and for the noise, in standard deviations of the values.
 _LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 _NOISES = (0.03, 0.1, 0.3, 1.0)
 
 
 class Surrogate(eqx.Module):
-    """How a reward is learned; subclasses define `fit`."""
+    """A method to learn a reward. Subclasses define `fit`."""
 
     def fit(self, key: Array, x: Array, values: Array, known: Array) -> Reward:
-        """The optimistic reward after queries: states `(n, *shape)`, `values` `(n,)`, and `known`
-        `(n,)`, which of them count.
+        """The optimistic reward after queries: states `(n, *shape)`, `values` `(n,)`, and the mask
+        `known` `(n,)` of the rows that count.
         """
         raise NotImplementedError
 
 
 class GaussianProcess(Surrogate):
-    """`mean + bonus * deviation` under a Gaussian process; length and noise maximize the marginal
-    likelihood over a grid.
+    """`mean + bonus * deviation` under a Gaussian process, whose length and noise maximize the
+    marginal likelihood over a grid.
 
-    Exact, at a cost of n^2 an evaluation: for a few hundred queries of states of a few dimensions.
-    **Arguments:** `bonus >= 0`.
+    It is exact, at a cost of n^2 per evaluation, for a few hundred queries of states of a few
+    dimensions. **Arguments:** `bonus >= 0`.
     """
 
     bonus: Array
@@ -59,7 +60,7 @@ class GaussianProcess(Surrogate):
         )
 
         def factor(length: Array, noise: Array) -> Array:
-            # Rows that do not count are independent of all others and have the value zero.
+            # Rows that are not known are independent of all other rows and have the value zero.
             prior = jnp.where(pairs, jnp.exp(-squares / (2 * length**2 * unit)), 0)
             return jnp.linalg.cholesky(prior + jnp.diag(jnp.where(known, noise**2, 1)))
 
@@ -70,7 +71,7 @@ class GaussianProcess(Surrogate):
 
         candidates = jnp.meshgrid(jnp.asarray(_LENGTHS, y.dtype), jnp.asarray(_NOISES, y.dtype))
         lengths, noises = (grid.reshape(-1) for grid in candidates)
-        # One at a time: a few matrices at once would take more memory than time.
+        # One at a time: several matrices at once would cost memory and save little time.
         scores = jax.lax.map(lambda pair: log_likelihood(*pair), (lengths, noises))
         best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
         lower = factor(lengths[best], noises[best])
@@ -92,7 +93,7 @@ class GaussianProcess(Surrogate):
 
 
 class UpperConfidenceBound(Reward):
-    """The reward that `GaussianProcess` learned, `mean + bonus * deviation`."""
+    """The reward that `GaussianProcess` learns, `mean + bonus * deviation`."""
 
     rows: Array
     known: Array
@@ -105,11 +106,11 @@ class UpperConfidenceBound(Reward):
     bonus: Array
 
     def posterior(self, x: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the noisy value of one query."""
+        """The mean and the standard deviation of the noisy value of one query."""
         near = jnp.where(
             self.known, jnp.exp(-_squares(x.reshape(1, -1), self.rows)[0] / (2 * self.square)), 0
         )
-        # What is left of the process next to a query rounds to less than nothing.
+        # Near a query, rounding may make the remaining variance of the process negative.
         variance = self.noise**2 + jnp.maximum(1 - jnp.sum((self.whiten @ near) ** 2), 0.0)
         return self.center + self.spread * (near @ self.weights), self.spread * jnp.sqrt(variance)
 
@@ -119,11 +120,11 @@ class UpperConfidenceBound(Reward):
 
 
 class Bootstrap(Surrogate):
-    """The largest value of `heads` networks of two layers of `width` units, each trained from
+    """The largest value of `heads` networks, each with two layers of `width` units and trained from
     scratch on a resample of the queries.
 
-    For states of many dimensions, or features. **Arguments:** `heads`; `width`; `steps` of Adam
-    with the whole set, at `learning_rate`.
+    For states of many dimensions, or features. **Arguments:** `heads`; `width`; `steps` of Adam on
+    the whole set; `learning_rate`.
     """
 
     learning_rate: Array
@@ -173,7 +174,7 @@ class Bootstrap(Surrogate):
             def step(carry: tuple, _: None) -> tuple[tuple, None]:
                 layers, state = carry
                 gradients = jax.grad(loss)(layers)
-                # Adam's powers of a float to a whole number are refused under strict promotion.
+                # Strict promotion forbids Adam's powers of a float to an integer.
                 with jax.numpy_dtype_promotion("standard"):
                     updates, state = optimizer.update(gradients, state)
                     return (optax.apply_updates(layers, updates), state), None
@@ -190,7 +191,7 @@ class Bootstrap(Surrogate):
 
 
 class Heads(Reward):
-    """The reward that `Bootstrap` learned, the largest of its networks."""
+    """The reward that `Bootstrap` learns, the largest of its networks."""
 
     layers: list[tuple[Array, Array]]
     middle: Array
@@ -206,15 +207,15 @@ class Heads(Reward):
         )
 
     def __call__(self, x: Array) -> Array:
-        # By index: the gradient of a maximum compares floats that a compiler may have computed
-        # twice, in two ways.
+        # By index, because the gradient of `max` compares two floats, and a compiler may compute
+        # them twice with different rounding.
         values = self.values(x)
         return values[jnp.argmax(values)]
 
 
 def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
-    """Mean and deviation of the values that count, and all of them in these units, zero where they
-    do not.
+    """The mean and deviation of the known values, and all values in these units, with zeros for
+    unknown values.
     """
     count = jnp.maximum(jnp.sum(known, dtype=values.dtype), 1)
     center = jnp.sum(jnp.where(known, values, 0)) / count
@@ -226,7 +227,7 @@ def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
 
 
 def _or_one(square: Array) -> Array:
-    """A mean square as a unit; one query, or equal ones, have none."""
+    """The mean square if it is positive, else 1: one query, or equal queries, have no scale."""
     return jnp.where(square > 0, square, 1)
 
 

@@ -1,7 +1,7 @@
 r"""Masked diffusion of token sequences: models, a solver, a guidance.
 
-`MarkovChain` and `from_logits` are models (`Masked`), `Unmask` is the solver, `Completions` the
-guidance. `sample`, `smc` and `audit` take them as they take models of numbers.
+`MarkovChain` and `from_logits` are models (`Masked`), `Unmask` is the solver, and `Completions` is
+the guidance. `sample`, `smc` and `audit` take token models as they take models of real vectors.
 """
 
 from tiltjax.tokens._completions import Completions

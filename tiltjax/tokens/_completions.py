@@ -1,4 +1,4 @@
-"""A gradient-free guidance of token models: rewards of random completions."""
+"""A gradient-free guidance of token models by the rewards of random completions."""
 
 import math
 from collections.abc import Callable
@@ -15,18 +15,20 @@ from tiltjax.tokens._models import Masked
 
 
 class Completions(Guidance):
-    """`log h` as the mean of `exp(scale r)` over `k` completions, each position drawn by itself;
-    gradient-free.
+    """`log h` as the log of the mean of `exp(scale r)` over `k` completions, whose positions are
+    drawn independently; gradient-free.
 
-    With `proposal_weight` > 0 it also proposes (`Guided()`): the tilted denoiser is the mixture,
-    with weights `1 - proposal_weight` and `proposal_weight`, of the model's and of the completions
-    weighed by `exp(scale r)`, which estimates the posterior mean of the tilt by k draws.
+    With `proposal_weight` > 0 the guidance also changes the proposal (`Guided()`). The tilted
+    denoiser is then a mixture of two laws, with weights `1 - proposal_weight` and
+    `proposal_weight`: the model's denoiser, and the mean of the completions weighted by
+    `exp(scale r)`, an estimate of the tilted posterior mean from k draws.
 
     **Arguments:** `model`, of tokens; `reward(x1) -> scalar` of integers `(length,)`; `scale`; `k`;
-    `proposal_weight` in [0, 1): at 1 tokens that no completion has could never be proposed.
+    `proposal_weight` in [0, 1). The value 1 is excluded, because tokens in no completion could then
+    never be proposed.
 
-    **Raises:** `ValueError` for a `proposal_weight` outside [0, 1); `TypeError` for what is no
-    model of tokens.
+    **Raises:** `ValueError` for a `proposal_weight` outside [0, 1); `TypeError` for a model that is
+    not a token model.
     """
 
     model: Masked
@@ -60,7 +62,7 @@ class Completions(Guidance):
         )
         values = jax.vmap(self.log_tilt)(drawn)
         log_h = jax.nn.logsumexp(values) - math.log(self.k)
-        # Where every completion has the reward -inf all have the same weight.
+        # If every completion has the reward -inf, all get the same weight.
         weights = jax.nn.softmax(jnp.where(log_h > -jnp.inf, values, 0.0))
         posterior_mean = jnp.einsum(
             "k,kiv->iv", weights, jax.nn.one_hot(drawn, self.model.vocab, dtype=weights.dtype)

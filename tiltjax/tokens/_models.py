@@ -1,13 +1,13 @@
-r"""Masked diffusion on tokens: the same verbs, where a state is a sequence of integers.
+r"""Models for masked diffusion on tokens, where a state is a sequence of integers.
 
-A sequence X_1 of `length` tokens out of `vocab` is hidden token by token: at time t each is known
-with probability `alpha_t = t`, and is the mask, the integer `vocab`, otherwise. What a model knows
-is, position by position, the law of the token given all tokens that are shown,
+A sequence X_1 of `length` tokens out of `vocab` is masked token by token: at time t each token is
+visible with probability `alpha_t = t`, and is the mask, the integer `vocab`, otherwise. A model
+gives, at each position, the law of the token given all visible tokens,
 
-    D_t(x)[i, v] = P(X_1[i] = v | what x shows),      (length, vocab):
+    D_t(x)[i, v] = P(X_1[i] = v | visible tokens of x),      (length, vocab).
 
-the posterior mean of the one-hot sequence, and thus a denoiser. It does not depend on t. `Unmask`
-follows it; a guidance tilts it.
+This is the posterior mean of the one-hot sequence, and thus a denoiser. It does not depend on t.
+`Unmask` samples with it; a guidance tilts it.
 
 | | |
 |---|---|
@@ -17,9 +17,9 @@ follows it; a guidance tilts it.
 
 Feynman-Kac steering of a token model is
 `fk_steering(key, model, reward, scale=scale, num=n, guide=Completions, schedule=every)` with
-`every = ResampleSchedule(1)` (the published window is for a hundred steps and more); the reward
-sees whole sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524, masked
-diffusion); Singhal et al. (arXiv 2501.06848).
+`every = ResampleSchedule(1)` (the published window is for at least a hundred steps). The reward
+takes complete sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524),
+masked diffusion; Singhal et al. (arXiv 2501.06848), Feynman-Kac steering.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,12 @@ from tiltjax.tokens._unmask import Masking, Unmask
 
 
 class Masked(Denoiser):
-    """A model of sequences of `length` tokens, the integers below `vocab`; `mask` is that which
-    hides one.
+    """A model of sequences of `length` tokens, the integers below `vocab`. The integer `mask`
+    stands for a hidden token.
 
-    Subclasses define `predict(x)`, the laws of the hidden tokens. **Fields:** `prompt` `(length,)`:
-    tokens that are known from the start, and masks elsewhere.
+    Subclasses define `predict(x)`, the laws of the hidden tokens.
+
+    **Fields:** `prompt` `(length,)`: tokens that are visible from the start, and masks elsewhere.
     """
 
     length: eqx.AbstractVar[int]
@@ -56,10 +57,10 @@ class Masked(Denoiser):
 
     @property
     def interpolant(self) -> Any:
-        """**Raises:** `TypeError`: there is none."""
+        """**Raises:** `TypeError`: a token model has no interpolant."""
         raise TypeError(
-            "tokens are hidden, not noised: a model of tokens has no score, and is guided by "
-            "tokens.Completions(model, reward, scale)"
+            "a token model has no interpolant and no score, because tokens are masked, not noised: "
+            "guide it by tokens.Completions(model, reward, scale)"
         )
 
     @property
@@ -68,7 +69,7 @@ class Masked(Denoiser):
 
     @property
     def steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One token a step."""
+        """The default number of steps: one token per step."""
         return self.length
 
     @property
@@ -81,25 +82,25 @@ class Masked(Denoiser):
 
     @property
     def mask(self) -> int:
-        """The integer that hides a token."""
+        """The integer that stands for a hidden token."""
         return self.vocab
 
     def predict(self, x: Array) -> Array:
-        """Probabilities `(length, vocab)` of all positions given the tokens that `x` shows; those
-        of known positions are ignored.
+        """Probabilities `(length, vocab)` at all positions given the visible tokens of `x`. The
+        rows of visible positions are ignored.
         """
         raise NotImplementedError
 
     def denoise(self, t: Array, x: Array) -> Array:
-        """The law of each token given what `x` shows, `(length, vocab)`; that of a known one is
-        certain.
+        """The law of each token given the visible tokens of `x`, `(length, vocab)`. The law of a
+        visible token is its one-hot vector.
 
-        **Raises:** `ValueError` where `x` is not `length` integers.
+        **Raises:** `ValueError` if `x` does not consist of `length` integers.
         """
         if x.shape != self.shape or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
-                f"a state is {self.length} integers, {self.mask} where one is hidden, got "
-                f"{x.dtype} of shape {x.shape}"
+                f"a state must hold {self.length} integers, with {self.mask} for a hidden token, "
+                f"got {x.dtype} of shape {x.shape}"
             )
         known = jax.nn.one_hot(x, self.vocab, dtype=self.dtype)
         return jnp.where((x == self.mask)[:, None], self.predict(x).astype(self.dtype), known)
@@ -118,18 +119,20 @@ class Masked(Denoiser):
         return as_tokens(value, name, (*leading, *self.shape), self.vocab)
 
     def complete(self, key: Array, x: Array, probabilities: Array) -> Array:
-        """A sequence without masks: the hidden tokens drawn independently of each other."""
+        """A sequence without masks, whose hidden tokens are drawn independently."""
         drawn = jax.random.categorical(key, jnp.log(probabilities)).astype(x.dtype)
         return jnp.where(x == self.mask, drawn, x)
 
 
 class MarkovChain(Masked):
-    """`P(x) = initial[x_1] transition[x_1, x_2] ... `, with its exact denoiser, by passing messages
-    forwards and backwards.
+    """The model `P(x) = initial[x_1] transition[x_1, x_2] ... ` with its exact denoiser, by forward
+    and backward messages.
 
-    **Arguments:** `initial` `(vocab,)` and the rows of `transition` `(vocab, vocab)`:
-    probabilities, normalized here; `length`; `prompt` `(length,)`, integers up to `vocab`, which
-    hides.
+    **Arguments:** `initial` `(vocab,)` and the rows of `transition` `(vocab, vocab)`, probabilities
+    up to a factor; `length`; `prompt` `(length,)`, integers, with `vocab` for a hidden token.
+
+    **Raises:** `ValueError` for other shapes, negative probabilities, rows with the sum zero, and a
+    prompt of probability zero.
     """
 
     log_initial: Array
@@ -149,17 +152,17 @@ class MarkovChain(Masked):
         transition = _checks.finite(transition, "transition", 2)
         n = len(initial)
         if not n:
-            raise ValueError("initial must hold the probability of one token or more, got none")
+            raise ValueError("initial must hold the probability of at least one token, got none")
         if transition.shape != (n, n):
             raise ValueError(
-                f"transition must be square, {(n, n)} for {n} tokens, got {transition.shape}"
+                f"transition must have shape {(n, n)} for {n} tokens, got {transition.shape}"
             )
         if _checks.concrete((initial, transition)):
             rows = np.concatenate([np.asarray(initial)[None], np.asarray(transition)])
             if np.any(rows < 0) or np.any(rows.sum(1) <= 0):
                 raise ValueError(
-                    "probabilities must be non-negative, with positive sums in initial and in "
-                    "every row of transition"
+                    "probabilities must be nonnegative, and initial and every row of transition "
+                    "must have a positive sum"
                 )
         self.log_initial = jnp.log(initial / jnp.sum(initial))
         self.log_transition = jnp.log(transition / jnp.sum(transition, axis=1, keepdims=True))
@@ -169,8 +172,8 @@ class MarkovChain(Masked):
             with jax.ensure_compile_time_eval():
                 if not np.all(np.isfinite(np.asarray(self.predict(self.prompt)))):
                     raise ValueError(
-                        f"the prompt {np.asarray(self.prompt).tolist()} has the probability zero "
-                        "under this chain"
+                        f"the prompt {np.asarray(self.prompt).tolist()} has probability zero under "
+                        "this chain"
                     )
 
     def _call(self, **given: Any) -> str:
@@ -181,8 +184,8 @@ class MarkovChain(Masked):
         return len(self.log_initial)
 
     def check_times(self, times: Array) -> None:
-        """Refuse, with a `ValueError`, steps of several tokens where these may have the probability
-        zero together.
+        """Raise a `ValueError` if a step draws several tokens whose combination may have
+        probability zero.
         """
         steps = len(times) - 1
         if not 1 < steps < self.length or not _checks.concrete(
@@ -191,10 +194,10 @@ class MarkovChain(Masked):
             return
         if np.any(np.isneginf(np.asarray(self.log_transition))):
             raise ValueError(
-                f"{steps} steps for {self.length} tokens show several at once, drawn "
-                "independently, and this chain has transitions of probability zero, after which no "
-                f"continuation is possible: take steps={self.length}, or give all transitions some "
-                "probability"
+                f"{steps} steps for {self.length} tokens draw several tokens at once and "
+                "independently, but this chain has transitions of probability zero, so that a step "
+                f"may leave no possible continuation: use steps={self.length}, or give every "
+                "transition a positive probability"
             )
 
     @property
@@ -208,7 +211,7 @@ class MarkovChain(Masked):
         ).astype(self.dtype)
 
         def forward(message: Array, evidence: Array) -> tuple[Array, Array]:
-            # `message` is of this position, from all before it.
+            # `message` is the law of this position given all earlier positions.
             joint = (message + evidence)[:, None] + self.log_transition
             return jax.nn.logsumexp(joint, axis=0), message
 
@@ -222,7 +225,7 @@ class MarkovChain(Masked):
 
 
 class Logits(Masked):
-    """A network as a model of tokens; built by `from_logits`."""
+    """A network as a token model; built by `from_logits`."""
 
     net: Net
     prompt: Array
@@ -240,7 +243,7 @@ class Logits(Masked):
         return _repr.call(self, from_logits, **hidden | given)
 
     def predict(self, x: Array) -> Array:
-        # The fraction that is shown is the network's only time.
+        # The network's time is the fraction of visible tokens.
         t = jnp.mean(x != self.mask, dtype=self.dtype)
         logits = call_network(self.net, t, x, self.denoised_shape, self.batched)
         return jax.nn.softmax(logits.astype(self.dtype), axis=-1)
@@ -256,17 +259,17 @@ def from_logits(
     prompt: Any = None,
     dtype: Any = None,
 ) -> Logits:
-    """A model of tokens from a network that predicts the hidden ones.
+    """A token model from a network that predicts the hidden tokens.
 
     **Arguments:**
 
-    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given: integers `(length,)`, `vocab`
-      where a token is hidden, to logits `(length, vocab)`. `t` is the fraction of tokens that are
-      shown.
+    - `fn`: `fn(t, x)`, or `fn(params, t, x)` if `params` is given, from integers `(length,)`, with
+      `vocab` for a hidden token, to logits `(length, vocab)`. `t` is the fraction of visible
+      tokens.
     - `batched`: `fn` takes `t` `(B,)` and `x` `(B, length)` and returns `(B, length, vocab)`;
-      particles become rows of its batch.
-    - `prompt`: tokens that are known, and `vocab` elsewhere; all hidden by default.
-    - `dtype`: of the probabilities, JAX's default float unless given.
+      particles become rows of this batch.
+    - `prompt`: the visible tokens, and `vocab` elsewhere; by default all tokens are hidden.
+    - `dtype`: of the probabilities, by default JAX's default float type.
 
     **Raises:** `ValueError` for logits of another shape or a module in training mode.
     """
@@ -282,8 +285,10 @@ def _prompt(prompt: Any, length: int, vocab: int) -> Array:
 
 
 def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Array:
-    """States of a model of tokens, int32 of this shape: integers up to `vocab`, which hides one.
-    **Raises:** `ValueError` for others.
+    """States of a token model, int32 of shape `shape`, from integers up to `vocab`, which stands
+    for a hidden token.
+
+    **Raises:** `ValueError` for another shape or dtype, and for integers out of range.
     """
     if not isinstance(value, jax.Array):
         value = np.asarray(value) if _checks.concrete(value) else jnp.asarray(value)
@@ -295,7 +300,7 @@ def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Arra
     tokens = _sharding.addressable(value) if _checks.concrete(value) else np.zeros(0)
     if np.any(tokens < 0) or np.any(tokens > vocab):
         raise ValueError(
-            f"tokens are integers from 0 to {vocab - 1}, {vocab} hides one, got {tokens.min()} to "
-            f"{tokens.max()} in {name}"
+            f"{name} must hold integers from 0 to {vocab - 1}, and {vocab} for a hidden token, got "
+            f"{tokens.min()} to {tokens.max()}"
         )
     return jnp.asarray(value).astype(jnp.int32)

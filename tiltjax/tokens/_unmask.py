@@ -1,4 +1,4 @@
-"""The solver of masked diffusion: hidden tokens are revealed step by step."""
+"""The solver of masked diffusion, which reveals hidden tokens step by step."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ from tiltjax.solvers import Stochastic
 
 
 class Masking(_repr.Printable):
-    """The corruption of masked diffusion: a token is shown at time t with probability
+    """The corruption of masked diffusion: at time t a token is visible with probability
     `alpha_t = t`, and there is no noise.
     """
 
     def alpha(self, t: Array) -> Array:
-        """The probability that a token is shown."""
+        """The probability that a token is visible."""
         return t
 
 
 class Reveal(NamedTuple):
-    """One step of `Unmask`: the fraction `probability` of the hidden tokens is shown, each drawn
-    from its own law in D, `(length, vocab)`.
+    """One step of `Unmask`: the fraction `probability` of the hidden tokens is revealed, each drawn
+    independently from its law in D, `(length, vocab)`.
     """
 
     probability: Array
@@ -36,15 +36,15 @@ class Reveal(NamedTuple):
     @property
     def eta(self) -> Array:
         raise ValueError(
-            "tokens have no score to shift them by: use the proposal Guided(), Base() or "
-            "Children(m)"
+            "a token model has no score, so tokens cannot be shifted: use the proposal Guided(), "
+            "Base() or Children(m)"
         )
 
     def propose(
         self, key: Array, x: Array, denoised: Array, shift: Array | None
     ) -> tuple[Array, Array]:
-        """A state from the step with D shifted, q, and `log p - log q` there, p being the step
-        without the shift. A hidden token is the integer `vocab`.
+        """A draw from q, the step with the shifted D, and the value of `log p - log q` at the draw,
+        where p is the step without the shift. A hidden token is the integer `vocab`.
         """
         key_which, key_what = jax.random.split(key)
         hidden = x == denoised.shape[-1]
@@ -67,14 +67,15 @@ class Reveal(NamedTuple):
 
 
 class Unmask(Stochastic):
-    """Tokens: each hidden one is shown with probability `(alpha_u - alpha_t) / (1 - alpha_t)`, and
-    drawn from its law given the known ones.
+    """The solver of masked diffusion: each hidden token is revealed with probability
+    `(alpha_u - alpha_t) / (1 - alpha_t)`, and drawn from its law given the visible tokens.
 
-    Tokens of one step are drawn independently of each other: fewer at a time follow the model more
-    closely, one at a time exactly.
+    Tokens of one step are drawn independently of each other. Fewer tokens per step follow the model
+    more closely, and one token per step follows it exactly.
 
-    **Arguments:** `even`: show the expected number of tokens, the same up to one at each step,
-    instead of a random one. With as many steps as tokens that is one at a time, in random order.
+    **Arguments:** `even`: reveal the expected number of tokens at each step, rounded up or down,
+    instead of a random number. With as many steps as tokens, each step then reveals one token, in
+    random order.
     """
 
     even: bool = eqx.field(static=True, default=True)
@@ -90,5 +91,5 @@ class Unmask(Stochastic):
         return Reveal((alpha_u - alpha_t) / (1 - alpha_t), self.even)
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The last step: all that is hidden is shown."""
+        """The last step, which reveals all hidden tokens."""
         return Reveal(jnp.ones((), denoised.dtype), even=False).propose(key, x, denoised, None)[0]

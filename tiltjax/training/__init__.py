@@ -3,8 +3,8 @@ r"""Training and fine-tuning.
 | function | |
 |---|---|
 | `fit` | train a velocity, noise or denoising network on data |
-| `finetune` | tilt a model by a reward, with and without a gradient |
-| `minimize` | the loop under both: any random loss; `adamw` is its optimizer |
+| `finetune` | train a model to sample a tilt, with or without gradients of the reward |
+| `minimize` | the loop of both, for any random loss; `adamw` is its optimizer |
 | `training.lora` | low-rank adapters |
 | `training.networks` | a small velocity network |
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Both are made of Flax, which takes as long to import as JAX: only their users wait for it.
+    # Both import Flax, which takes as long to import as JAX, so they are imported on first use.
     if name in ("lora", "networks"):
         return importlib.import_module(f"tiltjax.training.{name}")
     raise AttributeError(f"module 'tiltjax.training' has no attribute {name!r}")

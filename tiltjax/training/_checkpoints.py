@@ -1,16 +1,16 @@
-r"""Checkpoints: a pytree of arrays in one file, to the last bit, with the settings of its run.
+r"""Checkpoints: a pytree of arrays in one file, bit by bit, with the settings of its run.
 
-    write_checkpoint(file, settings, tree, step)            all of the file is replaced, or nothing
+    write_checkpoint(file, settings, tree, step)            replaces the whole file, or nothing
     tree, step = read_checkpoint(file, settings, like)      `like` has the names, shapes and dtypes
 
-The file is a NumPy archive (`.npz`, no pickle): one array of bytes for each leaf, under the name of
-its place in the tree, and a header in JSON,
+The file is a NumPy archive (`.npz`, no pickle). It holds one array of bytes for each leaf, under
+the name of the leaf's place in the tree, and a header in JSON,
 `{"settings": ..., "step": ..., "arrays": {name: "float32(256, 256)"}}`. It holds bytes because
 NumPy lacks some dtypes of JAX.
 
-Orbax is not used here: it writes a folder of many files, takes several times as long for a small
-network, removes an old checkpoint before it writes the new one of that name, and does not compare
-settings.
+Orbax is not used here. It writes a folder of many files, takes several times as long for a small
+network, removes an old checkpoint before it writes the new one of the same name, and does not
+compare settings.
 """
 
 import json
@@ -31,8 +31,8 @@ _HEADER = "header"
 def write_checkpoint(
     file: str | os.PathLike, settings: dict[str, Any], tree: Any, step: int
 ) -> None:
-    """Replace `file` by a checkpoint after `step` steps, at once: a process that dies while it
-    writes leaves the last one as it was.
+    """Replace `file` by a checkpoint after `step` steps. The replacement is atomic: a process that
+    dies while writing leaves the old file unchanged.
     """
     arrays = {name: _as_numpy(leaf) for name, leaf in _by_name(tree).items()}
     types = {name: _array_type(array) for name, array in arrays.items()}
@@ -40,8 +40,8 @@ def write_checkpoint(
     content: dict[str, Any] = {name: array.tobytes() for name, array in arrays.items()}
     content[_HEADER] = header.encode()
     content = {name: np.frombuffer(raw, np.uint8) for name, raw in content.items()}
-    # In the same folder, as only there a rename is one operation of the file system; always of this
-    # name, so that what a killed run left is written over.
+    # A rename is one operation of the file system only inside one folder. The name is always the
+    # same, so that the file of a killed run is overwritten.
     partial = Path(f"{os.fspath(file)}.partial")
     with open(partial, "wb") as stream:
         np.savez(stream, **content)
@@ -53,11 +53,11 @@ def write_checkpoint(
 def read_checkpoint(
     file: str | os.PathLike, settings: dict[str, Any], like: Any
 ) -> tuple[Any, int]:
-    """The tree and step of a checkpoint, its leaves as those of `like`: JAX arrays, typed keys, or
-    NumPy arrays that can be written to.
+    """The tree and the step of a checkpoint. The leaves have the types of those of `like`: JAX
+    arrays, typed keys, or writable NumPy arrays.
 
-    **Raises:** `ValueError` for a file of something else, and, listing what differs, for one of
-    other settings, names, shapes or dtypes.
+    **Raises:** `ValueError` for a file that is not a checkpoint, and for a checkpoint with other
+    settings, names, shapes or dtypes, with a list of the differences.
     """
     path = os.fspath(file)
     try:
@@ -67,26 +67,26 @@ def read_checkpoint(
             raw = {name: archive[name].tobytes() for name in types}
     except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} holds no checkpoint: remove it, or name another file ({error})"
+            f"{path} is not a checkpoint: remove it, or choose another file ({error})"
         ) from error
     named = _by_name(like)
     expected = {name: _array_type(_as_numpy(leaf)) for name, leaf in named.items()}
-    # Through JSON as what was written: a tuple comes back as a list.
+    # Settings pass through JSON like those in the file, where a tuple becomes a list.
     differences = _differences(found, json.loads(json.dumps(settings)))
     differences += _differences(types, expected)
     if differences:
         listed = "; ".join(differences[:8])
         more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise ValueError(
-            f"{path} is the checkpoint of another run: {listed}{more}. Use the settings it was "
-            "made with, remove it, or name another file"
+            f"{path} is the checkpoint of another run: {listed}{more}. Use the settings of that "
+            "run, remove the file, or choose another file"
         )
     leaves = [_restored(raw[name], leaf) for name, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), step
 
 
 def digest(tree: Any) -> str:
-    """A short checksum of all arrays of a tree, which tells runs apart; it is no protection against
+    """A short checksum of all arrays of a tree, to distinguish runs. It does not protect against
     forged files.
     """
     total = 0
@@ -98,7 +98,7 @@ def digest(tree: Any) -> str:
 
 
 def callable_name(fn: Callable) -> str:
-    """The name of a callable, by which a header tells functions apart."""
+    """The name of a callable, which distinguishes functions in a header."""
     fn = getattr(fn, "func", fn)
     return getattr(fn, "__qualname__", type(fn).__name__)
 

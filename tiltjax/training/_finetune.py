@@ -1,34 +1,36 @@
-r"""Fine-tuning: a network that samples the tilt by itself.
+r"""Fine-tuning: train a network so that it samples the tilt.
 
 A tuned model D' runs the chain of the base model: the same kernels `N(keep x + gain D, std^2 I)`
-with D' in the place of D (see `tiltjax.solvers`), and the base model's last jump. Its trajectories
-have the law Q, those of the base chain the law P. Training maximizes their reward, and keeps Q
-close to P:
+with D' in place of D (see `tiltjax.solvers`), and the base model's last jump. The trajectories of
+D' have the law Q, and those of the base model have the law P. Training maximizes their reward and
+keeps Q close to P:
 
     maximize  E_Q[r(x_1)] - KL(Q | P) / scale,
         KL(Q | P) = E_Q sum over steps of |gain (D' - D)|^2 / (2 std^2).
 
-The maximum is `log Z / scale`, reached by `dP exp(scale r) / Z` alone. At eta = 1 the end of a
+The maximum is `log Z / scale`, reached only by `dP exp(scale r) / Z`. At eta = 1 the end of a
 trajectory does not depend on the noise at its start, and the ends have the law
-`rho exp(scale r) / Z`. The objective is below its maximum by `KL(Q | tilt) / scale`: where log Z is
-known, the loss says how far the network is from the tilt.
+`rho exp(scale r) / Z`. The objective is below its maximum by `KL(Q | tilt) / scale`, so that the
+loss gives the distance to the tilt where log Z is known.
 
-A reward of -inf, which `smc` takes, is refused here: the tilt has no mass there, but Gaussian steps
-of any network have, and `E_Q[r]` is -inf for all.
+`smc` takes a reward of -inf, but `finetune` raises an error. The tilt has no mass where the reward
+is -inf, but the Gaussian steps of any network reach every state, and `E_Q[r]` is -inf for every
+network.
 
-Without the divergence, `scale = inf`, the maximum is a point mass where the reward is largest:
-only an early stop keeps a network from collapsing on it. The weight 1 / (2 std^2) of a step belongs
-to the divergence; without it, as in published code, the optimum is no tilt.
+Without the divergence, `scale = inf`, the maximum is a point mass where the reward is largest. Only
+an early stop then prevents the collapse of a network to that point. The weight 1 / (2 std^2) of a
+step belongs to the divergence. Without this weight, as in published code, the optimum is not a
+tilt.
 
 | objective | gradient | needs |
 |---|---|---|
 | `reparametrized(last_steps)` | of trajectories as functions of noise | a reward with a gradient |
 | `policy_gradient` | `sum A ∇ log K(x_u \| x_t)`, A the advantage | values of the reward only |
 
-Both have the mean `∇ objective`; `reparametrized` if it goes through all steps. Through the last K
-steps only it is DRaFT-K: the gradients of divergence and reward then come from these steps alone. A
-step of the policy gradient uses new trajectories, so it needs no ratios of densities and no
-clipping of them.
+`policy_gradient` has the mean `∇ objective`, and so has `reparametrized` through all steps. Through
+only the last K steps it is DRaFT-K: the gradients of divergence and reward then come only from
+these steps. Each step of the policy gradient uses new trajectories, so it needs no ratios of
+densities and no clipping.
 
 References: Clark et al. (arXiv 2309.17400), DRaFT; Black et al. (arXiv 2305.13301), DDPO, and Fan
 et al. (arXiv 2305.16381), with the divergence; Uehara et al. (arXiv 2402.15194), the tilt as its
@@ -58,12 +60,12 @@ from tiltjax.training._loop import Fit, minimize
 if TYPE_CHECKING:
     import optax
 
-_INSTEAD = "give excluded samples a finite penalty, and leave -inf to the weights of smc"
+_INSTEAD = "give excluded samples a finite penalty, or use smc, which takes -inf"
 
 
 class Rollout(eqx.Module):
-    """How `num` trajectories of a model are run and scored: the base model, the reward of their
-    ends, the times, and the weight `kl_weight = 1 / scale` of the divergence from the base chain.
+    """The setting for `num` trajectories of a model: the base model, the reward of their ends, the
+    times, and the weight `kl_weight = 1 / scale` of the divergence from the base chain.
     """
 
     base: Model
@@ -89,8 +91,8 @@ class Rollout(eqx.Module):
     def step(
         self, model: Model, t: Array, u: Array, x: Array, noise: Array
     ) -> tuple[Array, Array, Kernel, Array]:
-        """From t to u: the next states, the weighted divergences `(num,)`, the kernel, and the
-        denoiser of the tuned model.
+        """The step from t to u: the next states, the weighted divergences `(num,)`, the kernel, and
+        the denoiser of the tuned model.
         """
         kernel = Ancestral().kernel(self.base.interpolant, t, u)
         tuned = model.denoise_batch(t, x)
@@ -101,17 +103,17 @@ class Rollout(eqx.Module):
         return kernel.keep * x + kernel.gain * tuned + kernel.std * noise, divergence, kernel, tuned
 
     def ends(self, x: Array) -> Array:
-        """The last jump, from `times[-2]`."""
+        """The ends `(num, *shape)`, by the last jump from `times[-2]`."""
         return self.base.denoise_batch(self.times[-2], x)
 
     def end_rewards(self, x: Array) -> Array:
-        """The rewards of the ends of trajectories that are at `times[-2]`, `(num,)`."""
+        """The rewards `(num,)` of the ends of trajectories that are at `times[-2]`."""
         value = lambda x: rewards.value(self.reward, x)
         return jax.vmap(value)(self.ends(x)).astype(x.dtype)
 
 
 class Objective(eqx.Module):
-    """How the objective is estimated; subclasses define `__call__(rollout, model, key)`, a scalar
+    """An estimator of the objective. Subclasses define `__call__(rollout, model, key)`, a scalar
     that gradient descent minimizes.
     """
 
@@ -121,7 +123,7 @@ class Objective(eqx.Module):
 
 
 class Reparametrized(Objective):
-    """`reparametrized`."""
+    """The objective of `reparametrized`."""
 
     last_steps: int | None = eqx.field(static=True)
 
@@ -143,14 +145,14 @@ class Reparametrized(Objective):
         carry = rollout.start(key_start), jnp.zeros(rollout.num, rollout.base.dtype)
         early, late = [part[:first] for part in steps], [part[first:] for part in steps]
         carry, _ = jax.lax.scan(advance(_stop_gradient(model)), carry, early)
-        # The backward pass computes each step again: it stores the states only, whatever the
+        # The backward pass recomputes each step, so that only the states are stored, for any
         # network.
         (x, total), _ = jax.lax.scan(jax.checkpoint(advance(model)), carry, late)
         return -jnp.mean(rollout.end_rewards(x) - total)
 
 
 class PolicyGradient(Objective):
-    """`policy_gradient`."""
+    """The objective of `policy_gradient`."""
 
     def __call__(self, rollout, model, key):
         key_start, key_run = jax.random.split(key)
@@ -169,7 +171,7 @@ class PolicyGradient(Objective):
         def score(total, step):
             t, u, x, noise, advantage = step
             _, divergence, kernel, tuned = rollout.step(model, t, u, x, noise)
-            # log K(x_u | x_t) moves with D' by <noise, gain dD'> / std.
+            # The derivative of log K(x_u | x_t) by D' is <noise, gain dD'> / std.
             inner = jnp.sum((noise * tuned).reshape(rollout.num, -1), axis=1)
             log_kernel = kernel.gain / kernel.std * inner
             return total + jnp.mean(advantage * log_kernel - divergence), None
@@ -184,10 +186,11 @@ class PolicyGradient(Objective):
 
 
 def _advantages(values: Array, divergences: Array) -> Array:
-    """What each step of each trajectory still earns, less the mean of the other trajectories,
-    `(steps, num)`.
+    """The future reward minus divergences of each step of each trajectory, minus the mean of the
+    other trajectories, `(steps, num)`.
     """
-    # Earlier divergences do not depend on a step; its own has a gradient of its own.
+    # Earlier divergences do not depend on a step, and its own divergence is differentiated
+    # directly.
     later = jnp.cumsum(divergences[::-1], axis=0)[::-1] - divergences
     earned = values[None] - later
     baseline = (jnp.sum(earned, axis=1, keepdims=True) - earned) / (len(values) - 1)
@@ -195,8 +198,8 @@ def _advantages(values: Array, divergences: Array) -> Array:
 
 
 def reparametrized(last_steps: int | None = None) -> Reparametrized:
-    """Backpropagation through the last `last_steps` steps of the chain, all of them by default:
-    DRaFT, and with one step ReFL.
+    """The objective by backpropagation through the last `last_steps` steps of the chain, by default
+    through all: DRaFT, and ReFL with one step.
     """
     return Reparametrized(None if last_steps is None else _checks.count(last_steps, "last_steps"))
 
@@ -235,8 +238,8 @@ def finetune(
     checkpoint_every: int | None = None,
     progress: bool = False,
 ) -> Fit:
-    """Train a network such that the base model's chain, run with it, samples `rho exp(scale r)` as
-    closely as the network can.
+    """Train a network so that the base model's chain, run with the network, samples
+    `rho exp(scale r)` as closely as the network can.
 
     ```
     build = lambda network: tj.from_velocity(network, shape=(2,))
@@ -246,30 +249,31 @@ def finetune(
     ```
 
     **Arguments:**
-
-    - `key`: decides the trajectories.
-    - `network`: what is trained, from where it is: the base model's own network, or any pytree of
-      parameters, such as adapters of it with
+    - `key`: determines the trajectories.
+    - `network`: the network to train, and its initial weights: the base model's own network, or any
+      pytree of parameters. For adapters of a network, pass
       `model=jax.tree_util.Partial(build, network)`, where `build(network, adapters)` returns
       `from_velocity(lora.merge(network, adapters), shape=...)`.
-    - `base`: the model to stay close to, left as it is. `reward`: any function of one sample,
-      finite at all of them.
-    - `scale`: of the tilt; a higher one allows more divergence, `math.inf` any: then nothing but
-      `steps` ends the collapse on the best sample.
-    - `model`: makes a model of the network, of the same states and interpolant as the base.
+    - `base`: the model to stay close to; it is not changed. `reward`: any function of one sample,
+      finite for all samples.
+    - `scale`: of the tilt. A higher scale allows more divergence. With `math.inf` only the end of
+      training, after `steps` steps, limits the collapse to the best sample.
+    - `model`: a function from a network to a model, with the states and the interpolant of the
+      base.
     - `objective`: `reparametrized(last_steps)`, by default through all steps, or `policy_gradient`.
-    - `batch_size`: trajectories in a training step.
-    - `times`: of the chain, increasing to 1, by default `base.grid(50)`. The fewer, the cheaper,
-      and the less like the base model.
+    - `batch_size`: the number of trajectories in a training step.
+    - `times`: of the chain, increasing to 1, by default `base.grid(50)`. Fewer times cost less, but
+      change the base model's law more.
     - `learning_rate`, by default 1e-4, `optimizer`, `ema`, `checkpoint`, `checkpoint_every`,
-      `progress`: as in `fit`. Rewards and models of one name are told apart by their arrays.
+      `progress`: as in `fit`. A checkpoint identifies rewards and models by their names and their
+      arrays.
 
-    **Returns:** `Fit(network, average, curve)`; the curve's loss is minus the objective, and never
-    below `-log Z / scale` but for the batch's noise.
+    **Returns:** `Fit(network, average, curve)`. The curve's loss is minus the objective, at least
+    `-log Z / scale` up to the noise of the batch.
 
-    **Raises:** `ValueError` for models that do not fit together, tokens, times that do not end at
-    1, and a reward without gradient where one is needed, or -inf there; `FloatingPointError` naming
-    the step whose loss is not finite.
+    **Raises:** `ValueError` for models that do not fit together, token models, times that do not
+    end at 1, a reward without a gradient if the objective needs one, and then also for a reward of
+    -inf; `FloatingPointError` for a loss that is not finite, with its step.
     """
     key = _checks.key(key)
     scale = _checks.number(scale, "scale", 0, math.inf, closed="right")
@@ -303,11 +307,11 @@ def finetune(
 
 
 def _rollout(base: Model, reward: Callable, scale: float, times: Array | None, num: int) -> Rollout:
-    """The trajectories of a training step."""
+    """The setting for the trajectories of a training step."""
     times = resolve_times(base, Ancestral(), 50 if times is None else None, times)
     if len(times) < 3 or float(np.asarray(times)[-1]) != 1:
         raise ValueError(
-            f"times must make two steps or more, and end at 1, got {np.asarray(times)}"
+            f"times must make at least two steps and end at 1, got {np.asarray(times)}"
         )
     rollout = Rollout(
         base,
@@ -322,18 +326,18 @@ def _rollout(base: Model, reward: Callable, scale: float, times: Array | None, n
 
 @contextmanager
 def _named_failure(reward: str) -> Iterator[None]:
-    """Add to a loss that is not finite what of the reward may be the cause."""
+    """Add the likely cause in the reward to the error for a loss that is not finite."""
     try:
         yield
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"{error}. The mean of {reward} is maximized, which has to be finite at every sample: "
-            f"{_INSTEAD}"
+            f"{error}. finetune maximizes the mean of {reward}, which must be finite at every "
+            f"sample: {_INSTEAD}"
         ) from None
 
 
 def _settings(loss: _Loss, scale: float, names: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint records about a run."""
+    """The settings that a checkpoint records about a run."""
     rollout = loss.rollout
     return {
         "scale": scale,
@@ -351,17 +355,19 @@ def _check_objective(objective: Objective | None, batch_size: int) -> Objective:
     how = "reparametrized(last_steps) or policy_gradient"
     _checks.instance(objective, Objective, "objective", how)
     if isinstance(objective, PolicyGradient) and batch_size < 2:
-        raise ValueError("policy_gradient compares trajectories: batch_size must be at least 2")
+        raise ValueError(
+            f"policy_gradient compares trajectories and needs batch_size >= 2, got {batch_size}"
+        )
     return objective
 
 
 def _check_models(base: Model, model: Callable, network: Any) -> _pytree.Function:
-    """What makes a model of a network, after a try that it fits the base."""
+    """The function from a network to a model, after a check that the model fits the base."""
     how = "use Analytic, from_velocity, from_noise or from_denoiser"
     _checks.instance(base, Model, "base", how)
     build = _pytree.Function(model, "model")
     tuned = build(network)
-    how = "model= is a function that makes a model of the network, such as from_velocity"
+    how = "model= must be a function from the network to a model, such as from_velocity"
     _checks.instance(tuned, Model, "model(network)", how)
     check_pair(base, tuned, "finetune")
     return build
@@ -372,20 +378,20 @@ def _check_gradient(rollout: Rollout, name: str, key: Array) -> None:
     if np.any(excluded := values == -np.inf):
         raise ValueError(
             f"{name} is -inf at {excluded.sum()} of {rollout.num} samples of the base model. "
-            "finetune maximizes its mean, which is then -inf for every network, as Gaussian steps "
-            f"reach everything: {_INSTEAD}"
+            "finetune maximizes the mean reward, which is then -inf for every network, because "
+            f"Gaussian steps reach every state: {_INSTEAD}"
         )
     if not np.any(gradients):
         raise ValueError(
-            f"the reward has no gradient at any of {rollout.num} samples of the base model, which "
-            "reparametrized() needs: use objective=tiltjax.training.policy_gradient, which needs "
-            "values only"
+            f"reparametrized() needs a reward with a gradient, but the gradient is zero at all of "
+            f"{rollout.num} samples of the base model: use "
+            "objective=tiltjax.training.policy_gradient, which needs only values"
         )
 
 
 @_callbacks.compiled
 def _reward_gradients(rollout: Rollout, key: Array) -> tuple[Array, Array]:
-    """The reward and its gradient at the ends of base trajectories."""
+    """The rewards and their gradients at the ends of base trajectories."""
     rollout, (key_start, key_run) = decomposed(rollout), jax.random.split(key)
 
     def advance(x, step):

@@ -1,20 +1,20 @@
-r"""Training: from data, or a sampler of data, to a network that a model is made of.
+r"""Training of a velocity, noise or denoising network, from data or from a sampler of data.
 
     X_t = alpha_t X_1 + sigma_t X_0,     L = E |network(t, X_t) - Y|^2 / d,
         t ~ time_sampler,  X_0 ~ N(0, I),  X_1 ~ data
 
 | `target` | Y | the minimizer | for |
 |---|---|---|---|
-| `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | `Linear` and its like |
+| `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | `Linear` and similar interpolants |
 | `from_noise` | `X_0` | `E[X_0 \| X_t = x]` | variance-preserving interpolants |
 | `from_denoiser` | `X_1` | `E[X_1 \| X_t = x]` | any interpolant |
 
-The target is the builder that will make a model of the network. The minimum of L is not zero but
-the mean conditional variance of Y: for Gaussian data of standard deviation s and `Linear(c)` it is
-`pi s c / 2` by coordinate. So the loss is read against its last value, never against zero, and
-samples judge.
+The target is the function that makes a model of the network. The minimum of L is not zero but the
+mean conditional variance of Y: for Gaussian data of standard deviation s and `Linear(c)` it is
+`pi s c / 2` per coordinate. So compare the loss with its later values, not with zero, and judge a
+network by its samples.
 
-`tiltjax.training.minimize` minimizes it.
+`tiltjax.training.minimize` minimizes L.
 
 References: Lipman et al. (arXiv 2210.02747), flow matching.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def _velocity(interpolant: Interpolant, t: Array, x0: Array, x1: Array) -> Array:
-    # Not through the denoiser: (x - alpha x1) / sigma would divide rounding errors by sigma.
+    # Not through the denoiser: (x - alpha x1) / sigma divides rounding errors by sigma.
     return jax.grad(interpolant.alpha)(t) * x1 + jax.grad(interpolant.sigma)(t) * x0
 
 
@@ -53,7 +53,7 @@ _TARGETS: dict[Callable, Callable] = {
 
 
 def uniform(key: Array) -> Array:
-    """The usual time of a training step, uniform on [0, 1): a scalar for a key."""
+    """The default time of a training step, a scalar that is uniform on [0, 1)."""
     return jax.random.uniform(key)
 
 
@@ -67,22 +67,22 @@ def loss(
     time_sampler: Callable = uniform,
     batched: bool = False,
 ) -> Array:
-    """The mean squared error of a network's answers on a batch, by coordinate: one time and one
-    draw of noise for each row.
+    """The mean squared error per coordinate of a network on a batch, with one time and one draw of
+    noise for each row.
 
     **Arguments:**
 
     - `network`: `network(t, x)`, as in `from_velocity`.
     - `x1`: clean states, `(n, *shape)`.
-    - `target`: what the network answers with, as the function that makes a model of it:
-      `from_velocity`, `from_noise` or `from_denoiser`.
+    - `target`: the quantity that the network predicts, as the function that makes a model of the
+      network: `from_velocity`, `from_noise` or `from_denoiser`.
     - `interpolant`: `Linear()` by default.
-    - `time_sampler`: the law of t, a function of a key. A network that knows certain levels only:
-      `lambda key: interpolant.clock(jax.random.randint(key, (), 0, N))`.
+    - `time_sampler`: the law of t, a function of a key. For a network that is defined only at N
+      levels: `lambda key: interpolant.clock(jax.random.randint(key, (), 0, N))`.
     - `batched`: whether the network takes `t` of shape `(n,)` and `x` of shape `(n, *shape)`.
 
-    **Raises:** `ValueError` for an answer of the wrong shape, and for the velocity of an
-    interpolant on which it is unbounded.
+    **Raises:** `ValueError` for an output of the wrong shape, for another target, and for the
+    velocity of an interpolant on which the velocity is unbounded.
     """
     _check_target(target)
     interpolant = _check_interpolant(interpolant, target, time_sampler)
@@ -97,7 +97,7 @@ def loss(
     y = jax.vmap(functools.partial(_TARGETS[target], interpolant))(t, x0, x1)
     answer = network(t, x) if batched else jax.vmap(network)(t, x)
     if jnp.shape(answer) != x.shape:
-        hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
+        hint = "" if batched else " (a network that needs a batch axis needs batched=True)"
         raise ValueError(
             f"the network must return the shape of its input: expected {x.shape}, got "
             f"{jnp.shape(answer)}{hint}"
@@ -161,37 +161,38 @@ def fit(
 
     **Arguments:**
 
-    - `key`: decides the batches, times and noise.
-    - `network`: `network(t, x)`, a Flax NNX or an Equinox module; a function with parameters as
-      `jax.tree_util.Partial(fn, params)`. It is left as it is. Trained are the `nnx.Param`s of Flax
-      modules, and all floating arrays of everything else.
+    - `key`: determines the batches, times and noise.
+    - `network`: `network(t, x)`, a Flax NNX or an Equinox module, or a function with parameters as
+      `jax.tree_util.Partial(fn, params)`. The object itself is not changed. The trained arrays are
+      the `nnx.Param`s of Flax modules, and all floating arrays of everything else.
     - `data`: `(n, *shape)`, finite, from which batches are drawn with replacement on the device; or
       a sampler, `key -> (batch_size, *shape)`.
-    - `batch_size`: rows of a step, 256 by default for an array; a sampler decides it itself.
-    - `learning_rate`: the highest one of `adamw(learning_rate, steps)`, by default 1e-3; or another
-      `optimizer`, from Optax, in its place.
-    - `ema`: d of the average.
-    - `target`, `interpolant`, `time_sampler`, `batched`: as in `loss`. Models are then built with
-      the same ones.
-    - `sharding`: a `NamedSharding` of the batch axis over devices, each of which holds the
-      parameters and the data; it has to divide the batch.
-    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after
-      every so many steps (1000 by default) and at the end. It is replaced at once or not at all,
-      and refused if it is of another run: other settings, data, weights to start from or shapes.
-      Functions, and an `optimizer`, are told apart by name only.
+    - `batch_size`: rows of a step, 256 by default for an array. A sampler sets its own batch size.
+    - `learning_rate`: the maximum of the schedule in `adamw(learning_rate, steps)`, 1e-3 by
+      default. Or pass `optimizer`, an optimizer of Optax, instead.
+    - `ema`: the decay d of the average.
+    - `target`, `interpolant`, `time_sampler`, `batched`: as in `loss`. Build the model with the
+      same target and interpolant.
+    - `sharding`: a `NamedSharding` of the batch axis over devices. Each device holds the parameters
+      and the data. The number of devices must divide the batch.
+    - `checkpoint`, `checkpoint_every`: a file. If it exists, training continues from it. It is
+      written every `checkpoint_every` steps (1000 by default) and at the end, each time completely
+      or not at all. A file of another run (other settings, data, initial weights or shapes) raises
+      an error. Functions, and an `optimizer`, are compared only by name.
     - `progress`: show a bar with the loss.
 
-    **Returns:** `Fit(network, average, curve)`: `tj.from_velocity(fit.average, shape=...)`.
+    **Returns:** `Fit(network, average, curve)`. Use the average:
+    `tj.from_velocity(fit.average, shape=...)`.
 
     **Raises:** `ValueError` for wrong shapes, data that is not finite, modules in training mode
-    (dropout and running statistics are not trained here), or a checkpoint of another run;
-    `FloatingPointError` naming the first step whose loss or gradient is not finite.
+    (dropout and running statistics are not supported), or a checkpoint of another run;
+    `FloatingPointError` for a loss or gradient that is not finite, with the first such step.
     """
     key, batched = _checks.key(key), _checks.flag(batched, "batched")
     _check_target(target)
     interpolant = _check_interpolant(interpolant, target, time_sampler)
     _checks.function(network, "network")
-    models.Net(network)  # refuses another signature, and modules hidden in a closure
+    models.Net(network)  # checks the signature, and that no module is hidden in a closure
     source = _pytree.Function(data, "data") if callable(data) else _as_data(data)
     batch = _batch_of(source, key, batch_size)
     _sharding.check_sharding(sharding)
@@ -227,7 +228,7 @@ def fit(
 
 
 def _settings(of_data: _Loss, batch: jax.ShapeDtypeStruct, names: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint records about a run."""
+    """The settings that a checkpoint records about a run."""
     interpolant = of_data.interpolant
     return {
         "target": of_data.target.__name__,
@@ -244,14 +245,14 @@ def _as_data(data: Any) -> Array:
     array = _checks.floating(data, "data")
     if array.ndim < 2 or not len(array):
         raise ValueError(
-            f"data must hold states, shape (n, *shape), got {array.shape}: make a column with "
-            "x[:, None]"
+            f"data must hold states, shape (n, *shape), got {array.shape}: use x[:, None] for "
+            "numbers"
         )
     bad = ~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1)
     if np.any(bad):
         raise ValueError(
-            f"data must be finite, {np.sum(bad)} of {len(array)} rows are not, the first one is "
-            f"{int(np.argmax(bad))}"
+            f"data must be finite, but {np.sum(bad)} of {len(array)} rows are not, the first is "
+            f"row {int(np.argmax(bad))}"
         )
     return array
 
@@ -276,7 +277,7 @@ def _batch_of(source: Any, key: Array, batch_size: int | None) -> jax.ShapeDtype
 def _check_target(target: Callable) -> None:
     if not any(target is builder for builder in _TARGETS):
         raise ValueError(
-            "target must be from_velocity, from_noise or from_denoiser, the function itself, got "
+            "target must be the function from_velocity, from_noise or from_denoiser, got "
             f"{target!r}"
         )
 
@@ -290,8 +291,8 @@ def _check_interpolant(
             slope = np.asarray(jax.grad(interpolant.sigma)(jnp.ones(())))
         if not np.isfinite(slope):
             raise ValueError(
-                f"the velocity of {type(interpolant).__name__} is unbounded at t = 1, where its "
-                "loss has no mean: train the noise, target=from_noise, or the denoiser, or give a "
-                "time_sampler= that ends earlier"
+                f"the velocity of {type(interpolant).__name__} is unbounded at t = 1, so its loss "
+                "has no mean: use target=from_noise or from_denoiser, or a time_sampler= that ends "
+                "before 1"
             )
     return interpolant

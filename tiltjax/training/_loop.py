@@ -1,16 +1,17 @@
 r"""Stochastic gradient descent: minimize the mean of a random loss of a network.
 
-One step: the gradient, clipped to a global norm; Adam with decoupled weight decay; and the average
+One step computes the gradient, clipped to a global norm, takes a step of Adam with decoupled weight
+decay, and updates the average
 
     a_{k+1} = a_k + (1 - d_k) (w_{k+1} - a_k),     d_k = min(d, (1 + k) / (10 + k)),
 
-whose memory is short at first, so that the initial weights are forgotten. What is random in step k
-is a function of the key and of k alone, and all steps are one compiled program. So neither the
-number of steps in one dispatch nor a restart from a checkpoint changes a bit, on one device and
-with one version of the compiler.
+The average has a short memory at first, so that it forgets the initial weights. The randomness of
+step k is a function only of the key and of k, and all steps are one compiled program. Therefore
+neither the number of steps in one dispatch nor a restart from a checkpoint changes any bit of the
+result, on one device and with one version of the compiler.
 
-`fit` minimizes the loss of a network on data, `finetune` that of a model with a reward; `minimize`
-takes any other loss. References: Loshchilov and Hutter (arXiv 1608.03983, 1711.05101), cosine
+`fit` minimizes the loss of a network on data, `finetune` the loss of a model with a reward, and
+`minimize` any other loss. References: Loshchilov and Hutter (arXiv 1608.03983, 1711.05101), cosine
 schedules and AdamW; Polyak and Juditsky (1992), averages of weights.
 """
 
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
     import optax
 
 _MAX_STEPS = 1024  # of one dispatch
-_DISPATCH = 0.25  # seconds that one dispatch should take
+_DISPATCH = 0.25  # target time of one dispatch, in seconds
 
 
 def schedule(learning_rate: float, steps: int, warmup: int) -> Callable:
-    """The learning rate of step k: up to `learning_rate` in `warmup` equal steps, the first of them
-    not zero, then a half cosine to 0 at `steps`.
+    """The learning rate as a function of the step: `warmup` equal increases up to `learning_rate`,
+    from a first rate above zero, then a half cosine down to 0 at `steps`.
     """
     import optax
 
@@ -60,8 +61,8 @@ def adamw(
     clip: float = 1.0,
     weight_decay: float = 0.0,
 ) -> "optax.GradientTransformation":
-    """Gradients clipped to the global norm `clip`, then AdamW with the learning rates
-    `schedule(learning_rate, steps, warmup)`.
+    """The optimizer: gradients clipped to the global norm `clip`, then AdamW with the learning
+    rates `schedule(learning_rate, steps, warmup)`.
 
     **Arguments:** `warmup`, a twentieth of `steps` by default; `weight_decay`, of matrices and
     kernels, not of biases and gains.
@@ -84,13 +85,13 @@ def adamw(
     return optax.chain(optax.clip_by_global_norm(clip), step)
 
 
-# One object for equal arguments: a program is stored for an optimizer, and another seed must not
-# compile it again.
+# Equal arguments give the same object, because the compiled program depends on the optimizer
+# object, and a new seed must not compile it again.
 _adamw = functools.lru_cache(maxsize=16)(adamw)
 
 
 class Curve(NamedTuple):
-    """For each step the `loss` and the global `norm` of its gradient, before the update and before
+    """The `loss` and the global `norm` of its gradient at each step, before the update and before
     clipping, `(steps,)` each.
     """
 
@@ -98,20 +99,20 @@ class Curve(NamedTuple):
     norm: np.ndarray
 
     def plot(self, ax: Any) -> None:
-        """Draw the loss on Matplotlib axes: each step, and means over a hundredth of the run."""
+        """Draw the loss on Matplotlib axes: each step, and means over hundredths of the run."""
         window = max(len(self.loss) // 100, 1)
         whole = len(self.loss) // window
         means = self.loss[: whole * window].reshape(whole, window).mean(axis=1)
         ax.plot(np.arange(len(self.loss)) + 1, self.loss, color="#BDBDBD", linewidth=0.5)
         ax.plot((np.arange(whole) + 0.5) * window + 0.5, means, color="#0072B2", linewidth=1.5)
-        # A loss of samples is positive. Minus an objective need not be, and a logarithmic axis
-        # would hide it.
+        # A loss on data is positive. Minus an objective may be negative, which a logarithmic axis
+        # would hide.
         ax.set(xlabel="step", ylabel="loss", yscale="log" if np.all(self.loss > 0) else "linear")
 
 
 class Fit(NamedTuple):
-    """A network after training, by `minimize`, `fit` or `finetune`: the `network` after the last
-    step, the `average` of its weights along the way (the one to use), and the `curve`.
+    """The result of training, by `minimize`, `fit` or `finetune`: the `network` after the last
+    step, the `average` of its weights over the steps (the network to use), and the `curve`.
     """
 
     network: Any
@@ -120,7 +121,7 @@ class Fit(NamedTuple):
 
 
 class _State(eqx.Module):
-    """What one step passes to the next: the weights w, their average a, and Adam's moments."""
+    """The state between steps: the weights w, their average a, and Adam's moments."""
 
     parameters: dict[str, Array]
     average: dict[str, Array]
@@ -128,8 +129,8 @@ class _State(eqx.Module):
 
 
 class _Setup(eqx.Module):
-    """What is the same in all steps. Arrays are arguments of the compiled program, everything else
-    decides which program it is.
+    """The data that all steps share. Arrays are arguments of the compiled program; everything else
+    is a static part of it.
     """
 
     key: Array
@@ -145,23 +146,23 @@ class _Setup(eqx.Module):
         return _State(copy(parameters), copy(parameters), self.optimizer.init(parameters))
 
     def loss_of(self, parameters: dict[str, Array], k: Array) -> Array:
-        """The loss of step k: what is random in it is a function of the key and of k alone."""
+        """The loss of step k, whose randomness is a function only of the key and of k."""
         return self.loss(self.template.merge(parameters), jax.random.fold_in(self.key, k))
 
     def decay(self, k: Array) -> Array:
-        """`d_k`."""
+        """The decay `d_k`."""
         count = k.astype(jnp.float32)
         return jnp.minimum(self.ema, (1 + count) / (10 + count))
 
     def replicated(self, tree: Any) -> Any:
-        """The arrays of a tree on every device of the mesh."""
+        """The tree with its arrays on every device of the mesh."""
         if self.sharding is None:
             return tree
         return _sharding.placed(tree, _sharding.replicated(self.sharding))
 
 
 class _Checkpoints(NamedTuple):
-    """Where and when the checkpoints of a run are written; without a `file`, never."""
+    """The file and the interval of a run's checkpoints. Without a `file` none are written."""
 
     file: str | os.PathLike | None
     every: int
@@ -169,7 +170,9 @@ class _Checkpoints(NamedTuple):
     header: dict[str, Any]
 
     def read(self, start: Any) -> tuple[Any, int]:
-        """Where the run continues: the tree `start` or that of the file, and the steps done."""
+        """The state from which the run continues, `start` or that of the file, and the
+        steps done.
+        """
         if self.file is None:
             return start, 0
         found = Path(self.file).exists()
@@ -183,15 +186,15 @@ class _Checkpoints(NamedTuple):
 
     def write(self, tree: Any, done: int, steps: int) -> None:
         """Write a checkpoint, if one is due after `done` of `steps` steps."""
-        # All hosts hold the same values and share the folder: one of them writes.
+        # All hosts hold the same values and share the folder, so one host writes.
         if _over_hosts(self.sharding) and jax.process_index() > 0:
             return
         if self.file is not None and (done % self.every == 0 or done == steps):
             write_checkpoint(self.file, self.header, tree, done)
 
     def synchronize(self, done: int) -> None:
-        """Wait for all hosts; refuse to continue from different steps, in which they would wait
-        for each other for ever.
+        """Wait for all hosts. Raise a `RuntimeError` if they would continue from different steps,
+        because they would then wait for each other forever.
         """
         if self.file is None or not _over_hosts(self.sharding):
             return
@@ -200,8 +203,8 @@ class _Checkpoints(NamedTuple):
         found = np.ravel(multihost_utils.process_allgather(np.int32(done)))
         if np.any(found != done):
             raise RuntimeError(
-                f"hosts found {self.file} at different steps, {found.tolist()}: name a file in a "
-                "folder that all of them share"
+                f"hosts found {self.file} at different steps, {found.tolist()}: use a file in a "
+                "folder that all hosts share"
             )
 
 
@@ -224,29 +227,30 @@ def minimize(
 
     **Arguments:**
 
-    - `key`: decides all that is random.
+    - `key`: determines all randomness.
     - `network`: a Flax NNX or an Equinox module, a function with parameters as
-      `jax.tree_util.Partial(fn, params)`, adapters, any pytree. It is left as it is. Trained are
-      the `nnx.Param`s of Flax modules, and all floating arrays of everything else.
+      `jax.tree_util.Partial(fn, params)`, adapters, or any pytree. The object itself is not
+      changed. The trained arrays are the `nnx.Param`s of Flax modules, and all floating arrays of
+      everything else.
     - `loss`: `loss(network, key)`, a scalar. The arrays of an Equinox module are arguments of the
-      program, those in a closure constants.
-    - `learning_rate`: the highest one of `adamw(learning_rate, steps)`, by default 1e-3; or another
-      `optimizer`, from Optax, in its place.
-    - `ema`: d of the average.
-    - `sharding`: a `NamedSharding`, on whose mesh the parameters and the loss's arrays are
-      replicated. The loss divides its batch itself.
-    - `checkpoint`, `checkpoint_every`: a file to continue from if it exists, and written after
-      every so many steps (1000 by default) and at the end. It is replaced at once or not at all,
-      and refused if it is of another run: of other weights to start from, key, steps or `settings`,
-      a dictionary of whatever else tells runs apart. Functions, and an `optimizer`, are told apart
-      by name only.
+      program; those in a closure are constants.
+    - `learning_rate`: the maximum of the schedule in `adamw(learning_rate, steps)`, 1e-3 by
+      default. Or pass `optimizer`, an optimizer of Optax, instead.
+    - `ema`: the decay d of the average.
+    - `sharding`: a `NamedSharding`; the parameters and the loss's arrays are replicated on its
+      mesh. The loss must divide its batch itself.
+    - `checkpoint`, `checkpoint_every`: a file. If it exists, training continues from it. It is
+      written every `checkpoint_every` steps (1000 by default) and at the end, each time completely
+      or not at all. A file of another run (other initial weights, key, steps or `settings`) raises
+      an error. `settings` is a dictionary of anything else that distinguishes runs. Functions, and
+      an `optimizer`, are compared only by name.
     - `progress`: show a bar with the loss.
 
     **Returns:** `Fit(network, average, curve)`.
 
-    **Raises:** `ValueError` for a loss that is no scalar, or a checkpoint of another run;
-    `FloatingPointError` naming the first step whose loss or gradient is not finite: the last
-    checkpoint is then the one before it.
+    **Raises:** `ValueError` for a loss that is not a scalar, or a checkpoint of another run;
+    `FloatingPointError` for a loss or gradient that is not finite, with the first such step. The
+    last checkpoint is then from before that step.
     """
     key, steps = _checks.key(key), _checks.count(steps, "steps")
     ema = _checks.number(ema, "ema", 0, 1, closed="left")
@@ -271,15 +275,15 @@ def minimize(
     setup, state = setup.replicated((setup, state))
     with _progress.meter("training", steps) if progress else nullcontext() as bar:
         state = _run(setup, state, curve, done, checkpoints, bar)
-    checkpoints.synchronize(steps)  # no host goes on before the file is there
+    checkpoints.synchronize(steps)  # no host continues before the file is written
     return Fit(template.merge(state.parameters), template.merge(state.average), curve)
 
 
 def _run(
     setup: _Setup, state: _State, curve: Curve, done: int, checkpoints: _Checkpoints, bar: Any
 ) -> _State:
-    """The state after all steps from `done` on, which are written into `curve`."""
-    steps, size = len(curve.loss), 1  # the first dispatch holds the compilation, and is one step
+    """The state after all steps from `done` on. Their losses and norms are written into `curve`."""
+    steps, size = len(curve.loss), 1  # the first dispatch includes the compilation
     while done < steps:
         began, stop = time.monotonic(), int(min(done + size, steps, checkpoints.next_stop(done)))
         steps_here = jnp.int32(done), jnp.int32(stop)
@@ -297,11 +301,11 @@ def _run(
 def _advance(
     setup: _Setup, state: _State, start: Array, stop: Array
 ) -> tuple[_State, Array, Array]:
-    """Steps `start <= k < stop`, at most `_MAX_STEPS`; their losses and norms are at the beginning
-    of the arrays returned.
+    """The state after the steps `start <= k < stop`, at most `_MAX_STEPS`, and their losses and
+    norms at the beginning of two arrays.
 
-    The ends are arguments: any number of steps is the same program, which compiles once and rounds
-    alike.
+    `start` and `stop` are arguments, so that any number of steps runs the same program, which
+    compiles once and rounds alike.
     """
 
     def record(array: Array, k: Array, number: Array) -> Array:
@@ -333,7 +337,7 @@ def _descend(
     """The weights and the moments after a step against the gradient, and its norm."""
     import optax
 
-    # Optax mixes dtypes, as in 0.9 ** count, which a caller's strict rules would refuse.
+    # Optax mixes dtypes, as in 0.9 ** count, which strict promotion rules do not allow.
     with jax.numpy_dtype_promotion("standard"):
         norm = optax.tree.norm(gradient)
         updates, memory = optimizer.update(gradient, state.optimizer, state.parameters)
@@ -341,33 +345,33 @@ def _descend(
 
 
 def _average(average: Any, parameters: Any, weight: Array) -> Any:
-    """`a + weight (w - a)`."""
-    # optax.incremental_update would move an average of equal weights by a rounding error.
+    """The new average, `a + weight (w - a)`."""
+    # optax.incremental_update would change an average of equal weights by a rounding error.
     return jax.tree.map(lambda a, w: a + weight.astype(a.dtype) * (w - a), average, parameters)
 
 
 def _check_checkpoint(checkpoint: Any, every: int | None) -> int:
-    """How many steps lie between two checkpoints; refuses a file that could not be written."""
+    """The number of steps between two checkpoints, after a check that the file can be written."""
     if checkpoint is not None:
         folder = Path(_checks.file_name(checkpoint, "checkpoint")).absolute().parent
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder} for the checkpoint: make it first")
+            raise ValueError(f"the folder {folder} of the checkpoint does not exist: create it")
     elif every is not None:
-        raise ValueError("checkpoint_every needs the name of a file, checkpoint=")
+        raise ValueError("checkpoint_every needs a file: pass checkpoint=")
     return 1000 if every is None else _checks.count(every, "checkpoint_every")
 
 
 def _optimizer(
     learning_rate: float | None, optimizer: Any, steps: int
 ) -> tuple["optax.GradientTransformation", dict[str, Any]]:
-    """The optimizer, and what a checkpoint records about it."""
+    """The optimizer, and the settings that a checkpoint records about it."""
     if optimizer is None:
         learning_rate = 1e-3 if learning_rate is None else learning_rate
         learning_rate = _checks.number(learning_rate, "learning_rate")
         return _adamw(learning_rate, steps), {"optimizer": "adamw", "learning_rate": learning_rate}
     if learning_rate is not None:
         raise ValueError(
-            "give learning_rate or optimizer, not both: the optimizer has a rate of its own"
+            "pass learning_rate or optimizer, not both: the optimizer has its own learning rate"
         )
     import optax
 
@@ -377,20 +381,21 @@ def _optimizer(
 
 
 def _name(loss: Callable | eqx.Module) -> str:
-    """What a checkpoint calls a loss."""
+    """The name of a loss in a checkpoint."""
     return type(loss).__name__ if isinstance(loss, eqx.Module) else callable_name(loss)
 
 
 def _check_scalar(setup: _Setup, parameters: Any) -> None:
-    """Find shapes that do not fit before anything is compiled."""
+    """Raise a `ValueError`, before compilation, if the loss is not a scalar."""
     value = jax.eval_shape(lambda parameters: setup.loss_of(parameters, jnp.int32(0)), parameters)
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"a loss is one floating number, got {value}")
+        raise ValueError(f"the loss must return one floating number, got {value}")
 
 
 def _record(curve: Curve, done: slice, losses: Array, norms: Array) -> None:
-    """Write the steps `done` into the curve. **Raises:** `FloatingPointError` for the first one
-    that is not finite.
+    """Write the steps `done` into the curve.
+
+    **Raises:** `FloatingPointError` for the first step that is not finite.
     """
     num = done.stop - done.start
     curve.loss[done], curve.norm[done] = np.asarray(losses)[:num], np.asarray(norms)[:num]
@@ -399,21 +404,21 @@ def _record(curve: Curve, done: slice, losses: Array, norms: Array) -> None:
         step = done.start + int(np.argmax(bad))
         raise FloatingPointError(
             f"training failed in step {step} of {len(curve.loss)}: the loss is "
-            f"{curve.loss[step]:g}, the norm of its gradient {curve.norm[step]:g}. From the first "
-            "step on: check the data, the sampler or the reward, and the network. Later: use a "
-            "lower learning rate, or clip"
+            f"{curve.loss[step]:g} and the norm of its gradient is {curve.norm[step]:g}. If the "
+            "first step fails, check the data, the sampler or the reward, and the network. If a "
+            "later step fails, use a lower learning rate or clipping"
         )
 
 
 def _next_size(num: int, seconds: float, sharding: jax.sharding.NamedSharding | None) -> int:
-    """How many steps the next dispatch takes, after one of `num` steps that took `seconds`."""
+    """The number of steps of the next dispatch, after one of `num` steps that took `seconds`."""
     size = max(1, min(_MAX_STEPS, int(num * _DISPATCH / max(seconds, 1e-9))))
     if not _over_hosts(sharding):
         return size
     from jax.experimental import multihost_utils
 
-    # The first host's number: clocks differ, and hosts that run different numbers of steps would
-    # wait for each other for ever.
+    # Use the first host's number: clocks differ, and hosts with different numbers of steps would
+    # wait for each other forever.
     return int(multihost_utils.broadcast_one_to_all(np.int32(size)))
 
 

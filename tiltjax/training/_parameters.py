@@ -1,10 +1,10 @@
-r"""The arrays of a network that are trained, by name, and the rest of it.
+r"""The trained arrays of a network, by name, and the rest of the network.
 
     parameters, template = split_parameters(network)    `{"layers.0.kernel": ...}`, and the rest
     network = template.merge(parameters)                with these or other parameters
 
-This holds for Flax modules, Equinox modules and any other pytree. Flax is not imported here: only a
-program that has imported it can have an object of it.
+This works for Flax modules, Equinox modules and any other pytree. The module does not import Flax:
+an object of Flax exists only if the program has imported Flax.
 """
 
 import sys
@@ -19,7 +19,7 @@ from tiltjax import _pytree
 
 
 class Template(_pytree.KeepsDtype):
-    """A network without its trained arrays; `split_parameters` makes it."""
+    """A network without its trained arrays; made by `split_parameters`."""
 
     rest: PyTree
     names: tuple[str, ...] = eqx.field(static=True)
@@ -32,13 +32,13 @@ class Template(_pytree.KeepsDtype):
 
 
 def split_parameters(network: PyTree) -> tuple[dict[str, Array], Template]:
-    """The trained arrays of a network by the names of their places, and the rest.
+    """The trained arrays of a network, by the names of their places, and the rest of the network.
 
-    Trained are the `nnx.Param`s of Flax modules, and all floating arrays of everything else:
-    Equinox modules, the parameters in a `jax.tree_util.Partial(fn, params)`.
+    The trained arrays are the `nnx.Param`s of Flax modules, and all floating arrays of everything
+    else, such as Equinox modules and the parameters in a `jax.tree_util.Partial(fn, params)`.
 
-    **Raises:** `ValueError` for a network without any, in training mode, or with one array in two
-    places or of less than 32 bits.
+    **Raises:** `ValueError` for a network without trained arrays, in training mode, with one array
+    in two places, or with arrays of less than 32 bits.
     """
     _refuse_training_mode(network)
     trained, rest = eqx.partition(network, _is_trained(network))
@@ -55,7 +55,7 @@ def split_parameters(network: PyTree) -> tuple[dict[str, Array], Template]:
 
 
 def _is_trained(network: PyTree) -> PyTree:
-    """True for each leaf of a network that is trained."""
+    """A tree with True for each leaf of the network that is trained."""
     nnx = sys.modules.get("flax.nnx")
     is_variable = lambda node: nnx is not None and isinstance(node, nnx.Variable)
 
@@ -71,13 +71,13 @@ def _check_parameters(parameters: dict[str, Array]) -> None:
     for name, leaf in parameters.items():
         if (other := names.setdefault(id(leaf), name)) != name:
             raise ValueError(
-                f"{other} and {name} are one array, and would be trained apart: use it in one "
-                "place of the network, or copy it"
+                f"{other} and {name} are the same array, but training would make them differ: use "
+                "the array in one place of the network, or copy it"
             )
         if jnp.finfo(leaf.dtype).bits < 32:
             raise ValueError(
-                f"parameters must have at least 32 bits, got {leaf.dtype} in {name}: small updates "
-                "are lost in fewer. The network may compute in any precision, such as "
+                f"parameters must have at least 32 bits, got {leaf.dtype} in {name}, where small "
+                "updates are lost. The network may compute in any precision, such as "
                 "nnx.Linear(..., dtype=jnp.bfloat16)"
             )
 
@@ -89,7 +89,7 @@ def _refuse_training_mode(network: PyTree) -> None:
     for module in filter(is_module, jax.tree.leaves(network, is_leaf=is_module)):
         if (part := _pytree.in_training_mode(module)) is not None:
             raise ValueError(
-                f"{part} is in training mode: dropout and running statistics change a module while "
-                "it is called, and a training step is a function of the parameters alone. Call "
-                ".eval() on the network first"
+                f"{part} is in training mode, where dropout and running statistics change a "
+                "module in each call, but a training step must be a function of the parameters "
+                "alone: call .eval() on the network first"
             )

@@ -1,13 +1,14 @@
-r"""Low-rank adapters (LoRA) for any Flax NNX network, as a transformation of its weights.
+r"""Low-rank adapters (LoRA) for any Flax NNX network.
 
     adapters = lora.init(key, network, rank)
         A: (..., n, rank), B: (..., rank, m) for every kernel W: (..., n, m)
     tuned    = lora.merge(network, adapters, scale)     W + scale * A B
 
-B starts at zero, so that `merge` starts at the network itself. Everything is a pure function: train
-`adapters` through `merge`; scale 0 is the base network, 1 the tuned one, anything between is LoRA
-scaling, the usual way from one to the other (`tiltjax.Annealed` is the better one), and what
-`merge` returns is an ordinary network without overhead. Reference: Hu et al. (arXiv 2106.09685).
+B starts at zero, so that `merge` first returns the network itself. All functions are pure: train
+`adapters` through `merge`. Scale 0 is the base network and scale 1 is the tuned network. Values in
+between (LoRA scaling) are the usual interpolation between the two, but `tiltjax.Annealed` is
+better. `merge` returns an ordinary network without overhead. Reference: Hu et al. (arXiv
+2106.09685).
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks
 
-# By the path of a kernel: its two factors.
+# The two factors of each kernel, by the path of the kernel.
 Adapters = dict[tuple, tuple[Array, Array]]
 
 
@@ -31,20 +32,18 @@ def init(
     *,
     only: Callable[[tuple, Array], bool] | None = None,
 ) -> Adapters:
-    """Adapters of rank `rank` for the kernels of a network: parameters of two axes or more, of
-    which the last two are adapted.
+    """Adapters of rank `rank` for the kernels of a network, `(A, B)` by the path of the kernel.
 
-    `only(path, kernel)`, if given, chooses among them. A `(*lead, n, rank)`, B `(*lead, rank, m)`
-    for a kernel `(*lead, n, m)`. A is normal with variance `1 / n`, B is zero; both in the kernel's
-    dtype, but in single precision where that has fewer bits: what is trained has to keep small
-    updates.
+    Kernels are the parameters of at least two axes, and their last two axes are adapted.
+    `only(path, kernel)`, if given, selects among them. A kernel `(*lead, n, m)` gets A
+    `(*lead, n, rank)`, normal with variance `1 / n`, and B `(*lead, rank, m)`, zero. Both have the
+    kernel's dtype, or single precision if the kernel's dtype has fewer bits, because training makes
+    small updates.
 
-    **Raises:** `ValueError` for a network without such a parameter, `TypeError` for what is no Flax
-    module, or no function.
+    **Raises:** `ValueError` for a network without such a parameter; `TypeError` for a network that
+    is not a Flax module, and for an `only` that is not a function.
     """
-    _checks.instance(
-        network, nnx.Module, "network", "adapters are found in the state of Flax modules"
-    )
+    _checks.instance(network, nnx.Module, "network", "adapters need the state of a Flax module")
     rank = _checks.count(rank, "rank")
     if only is not None:
         _checks.function(only, "only")
@@ -57,8 +56,8 @@ def init(
     }
     if not kernels:
         raise ValueError(
-            f"{type(network).__name__} has no parameter of two axes or more to adapt"
-            + ("" if only is None else " that only() chose")
+            f"{type(network).__name__} has no parameter of at least two axes"
+            + ("" if only is None else " that only() selects")
         )
     keys = jax.random.split(_checks.key(key), len(kernels))
     adapters = {}
@@ -75,23 +74,23 @@ def merge(network: Any, adapters: Adapters, scale: float | Array = 1.0) -> Any:
     differentiable in the adapters and the scale.
 
     **Raises:** `ValueError` for adapters of another network, and a scale that is not one number;
-    `TypeError` for what are no adapters, or no Flax module.
+    `TypeError` for other objects than adapters and Flax modules.
     """
     _checks.instance(
         network,
         nnx.Module,
         "network",
-        "merge(network, adapters), the network that init made them for",
+        "use merge(network, adapters) with the network of init(key, network)",
     )
     pair = lambda factors: isinstance(factors, tuple | list) and len(factors) == 2
     if not isinstance(adapters, dict) or not all(map(pair, adapters.values())):
         raise TypeError(
-            "adapters must be the two factors of each kernel by its path, got "
-            f"{type(adapters).__name__}: lora.init(key, network) makes them, "
-            "and finetune(...).average is them again"
+            "adapters must be a dictionary from the path of each kernel to its two factors, got "
+            f"{type(adapters).__name__}: use lora.init(key, network), or "
+            "finetune(...).average"
         )
     if jnp.shape(scale) != ():
-        raise ValueError(f"scale is one number for all adapters, got shape {jnp.shape(scale)}")
+        raise ValueError(f"scale must be one number for all adapters, got shape {jnp.shape(scale)}")
     graph, state = nnx.split(network)
     flat = dict(nnx.to_flat_state(state))
     for path, (a, b) in adapters.items():

@@ -1,13 +1,13 @@
-r"""A network small enough to train in minutes, for data of few dimensions.
+r"""A small network that trains in minutes, for data of few dimensions.
 
 `Velocity` is
 
     b(t, x) = W_d h_d + b_d,  h_0 = (x, cos(pi t), sin(pi t), ..., cos(K pi t), sin(K pi t)),
         h_{i+1} = silu(W_i h_i + b_i)
 
-Of t the network sees `frequencies = K` cosines and sines: `cos(pi t)` alone tells all times in [0,
-1] apart, the faster ones let the answer change quickly near the data, where the posterior does.
-What the output stands for, a velocity, a noise or a denoiser, is decided by what it is trained on.
+The network takes t through `frequencies = K` cosines and sines. `cos(pi t)` alone distinguishes all
+times in [0, 1]. The higher frequencies let the output change quickly near the data, as the
+posterior does. The training target decides whether the output is a velocity, a noise or a denoiser.
 References: Tancik et al. (arXiv 2006.10739), Fourier features; Elfwing, Uchibe and Doya (arXiv
 1702.03118), silu.
 """
@@ -23,21 +23,23 @@ from tiltjax import _checks
 
 
 class Velocity(nnx.Module):
-    """A multilayer perceptron `(t, x) -> array of the shape of x`, for one state or for a batch of
-    them.
+    """A multilayer perceptron `(t, x) -> array of the shape of x`, for one state or a batch of
+    states.
 
     **Arguments:**
 
-    - `shape`: of one state, such as `(2,)`; its entries are the inputs, in a row.
-    - `width`, `depth`: units of a hidden layer, and how many of these there are.
+    - `shape`: of one state, such as `(2,)`; the entries of a state are the inputs.
+    - `width`, `depth`: the units of a hidden layer, and the number of hidden layers.
     - `frequencies`: of the embedding of t, K above.
-    - `dtype`: what it computes in, such as `jnp.bfloat16`; by default what its input and parameters
-      promote to. The answer has that of x.
+    - `dtype`: of the computation, such as `jnp.bfloat16`; by default the promotion of the dtypes of
+      input and parameters. The output has the dtype of x.
     - `param_dtype`: of the parameters.
     - `rngs`: `nnx.Rngs(seed)`, for the initial weights.
 
-    Called with `t` of shape `(*lead,)` and `x` of shape `(*lead, *shape)`: under `batched=True`,
-    which is the faster, and without. **Raises:** `ValueError` for other shapes.
+    `t` has shape `(*lead,)` and `x` has shape `(*lead, *shape)`, so that the network works with and
+    without `batched=True`; with it is faster.
+
+    **Raises:** `ValueError` for other shapes.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Velocity(nnx.Module):
     ):
         if not isinstance(shape, tuple | list):
             raise TypeError(
-                f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}"
+                f"shape must be a tuple, the shape of one state such as (2,), got {shape!r}"
             )
         self.shape = tuple(_checks.count(n, "every entry of shape") for n in shape)
         self.frequencies = _checks.count(frequencies, "frequencies")

@@ -1,9 +1,9 @@
 r"""Weighted particles: sequential Monte Carlo, the published methods, and audits.
 
 `smc` samples with weights; `fk_steering`, `das`, `tds` and `svdd` are the published methods;
-`audit` measures how far a guidance is from the tilt. What a run is made of: `weighted.proposals`,
-`weighted.potentials`, `weighted.tempering`, and `tiltjax.resampling`. With `SMC`, `init`, `step`
-and `finish` the loop of `smc` is yours to write.
+`audit` measures how far a guidance is from the tilt. The parts of a run are in
+`weighted.proposals`, `weighted.potentials`, `weighted.tempering` and `tiltjax.resampling`. With
+`SMC`, `init`, `step` and `finish` you can write the loop of `smc` yourself.
 """
 
 from tiltjax.weighted import potentials, proposals, tempering

@@ -2,13 +2,13 @@ r"""Published methods of weighted particles: Feynman-Kac steering, DAS, TDS, SVD
 
 | method | proposal | potential, tempering | resampling |
 |---|---|---|---|
-| `fk_steering` | `Base()` | `Max()` | multinomial, at one to four fifths of the run |
-| `das` | `Shifted()` | `Difference()`, `Exponential` | ssp, where half of the sample size is lost |
+| `fk_steering` | `Base()` | `Max()` | multinomial, at fractions .2, .4, .6, .8 of the run |
+| `das` | `Shifted()` | `Difference()`, `Exponential` | ssp, below half of the sample size |
 | `tds` | `Guided()` | `Difference()` | systematic, after every step |
 | `svdd` | `Children(m)` | `Difference()` | none: each particle chooses among its m children |
 
-Each of them is `smc` with these settings, and takes its other arguments. What the published codes
-do differently from the mathematics is repaired: weights stay exact.
+Each method is `smc` with these settings, and accepts the other arguments of `smc`. Deviations of
+the published codes from the mathematics are corrected, so the weights stay exact.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,17 @@ Guide = Callable[..., Guidance]
 
 
 def gradient(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
-    """`dps`, of models whose states are numbers."""
+    """`dps` for a model with real-valued states. **Raises:** `TypeError` for other models."""
     if isinstance(model, Denoiser) and not isinstance(model, Model):
         raise TypeError(
-            f"states of {type(model).__name__} have no gradient to guide by: give "
+            f"states of {type(model).__name__} have no gradient for a guidance: pass "
             "guide=tiltjax.tokens.Completions"
         )
     return dps(model, reward, scale)  # pyright: ignore[reportArgumentType], checked there
 
 
 def values_only(model: Denoiser, reward: Callable, scale: float | Array) -> Guidance:
-    """`dps` of a reward without a gradient: a twist, and no shift."""
+    """`dps` of a reward without a gradient: it gives a twist and no shift."""
     return gradient(model, ValueOnly(reward), scale)
 
 
@@ -55,16 +55,18 @@ def fk_steering(
     guide: Guide = values_only,
     **settings: Any,
 ) -> Particles:
-    """Feynman-Kac steering: base proposals, `Max` potentials, multinomial resampling. No gradient.
+    """Weighted particles by Feynman-Kac steering: base proposals, `Max` potentials, multinomial
+    resampling. It needs no gradient.
 
-    Published for text to image with 100 steps, of which the 20th, 40th, 60th and 80th resample; a
-    run of N steps resamples after the steps nearest to these fractions of it. Two faults of the
-    published code are repaired: the last potential completes the reward, and weights that no
-    resampling used stay.
+    The published method resamples after the steps 20, 40, 60 and 80 of 100, for text to image. A
+    run of N steps resamples after the steps nearest to these fractions of the run. Two faults of
+    the published code are corrected: the last potential completes the reward, and weights that no
+    resampling used remain.
 
     **Arguments:** `key`, `model`, `num`; `reward`, any function of one sample, and `scale`;
-    `guide(model, reward, scale)`, the guidance that twists, by default `dps` without gradients (for
-    tokens: `tokens.Completions`); `settings` of `smc`, also to replace these.
+    `guide(model, reward, scale)`, the guidance that gives the twist, by default `dps` without
+    gradients (for tokens: `tokens.Completions`); `settings` of `smc`, which may also replace the
+    settings of this method.
 
     **Returns**, **raises:** as `smc`. Source: Singhal et al. (arXiv 2501.06848).
     """
@@ -89,14 +91,14 @@ def das(
     guide: Guide = gradient,
     **settings: Any,
 ) -> Particles:
-    """DAS: `Shifted` proposals, exponential tempering, ssp resampling below half of the effective
-    sample size.
+    """Weighted particles by DAS: `Shifted` proposals, exponential tempering, ssp resampling if the
+    effective sample size is below half of `num`.
 
-    **Arguments:** as in `fk_steering`, with a reward that has a gradient; `gamma` of the tempering
-    `(1 + gamma)^i - 1`, by default the published .008 of 100 steps: a run of N steps then has the
-    same factors at the same fractions of its way. Not for tokens, which have no score.
+    **Arguments:** as in `fk_steering`, with a differentiable reward; `gamma` of the tempering
+    `(1 + gamma)^i - 1`. The default is the published .008 for 100 steps; a run of N steps has the
+    same factors at the same fractions of the run. Tokens have no score and raise an error.
 
-    The published code forgets twists when it resamples; here everything follows its ancestor.
+    The published code loses twists when it resamples. Here every value follows its ancestor.
     Source: Kim et al. (arXiv 2501.05803).
     """
     published: dict[str, Any] = {
@@ -118,11 +120,11 @@ def tds(
     guide: Guide = gradient,
     **settings: Any,
 ) -> Particles:
-    """The twisted diffusion sampler: the kernel at the twisted denoiser, systematic resampling
-    after every step.
+    """Weighted particles by the twisted diffusion sampler: the kernel at the twisted denoiser,
+    systematic resampling after every step.
 
-    **Arguments:** as in `fk_steering`, with a reward that has a gradient. Source: Wu et al. (arXiv
-    2306.17775).
+    **Arguments:** as in `fk_steering`, with a differentiable reward. Source: Wu et al.
+    (arXiv 2306.17775).
     """
     published: dict[str, Any] = {
         "proposal": Guided(),
@@ -143,16 +145,17 @@ def svdd(
     guide: Guide = values_only,
     **settings: Any,
 ) -> Particles:
-    """Soft value-based decoding: in every step each particle proposes `children` states by the base
-    kernel and goes on as one of them, chosen in proportion to `exp(scale * r)` at its denoiser. No
-    gradient, and no resampling between particles.
+    """Weighted particles by soft value-based decoding. In every step each particle proposes
+    `children` states by the base kernel and continues as one of them, chosen with probability
+    proportional to `exp(scale * r)` at the child's denoiser. It needs no gradient and does not
+    resample between particles.
 
-    The published method ignores what a choice costs, and its particles (`particles.x` without
-    weights) are not the tilt; the `log_weights` returned make them exact. A step costs `children`
-    network evaluations a particle.
+    The published method ignores the weight of a choice, so its particles (`particles.x` without
+    weights) do not follow the tilt. The `log_weights` that are returned make them exact. A step
+    costs `children` network evaluations per particle.
 
-    **Arguments:** as in `fk_steering`; `children`, published with 20. Source: Li et al. (arXiv
-    2408.08252).
+    **Arguments:** as in `fk_steering`; `children`, 20 in the publication. Source: Li et al.
+    (arXiv 2408.08252).
     """
     published: dict[str, Any] = {"proposal": Children(children), "ess_threshold": 0.0}
     return _weigh(key, model, guide, reward, scale, published, {"num": num, **settings})
@@ -167,11 +170,11 @@ def _weigh(
     published: dict[str, Any],
     settings: dict[str, Any],
 ) -> Particles:
-    """`smc` with the published settings, but for those that a caller gives."""
+    """`smc` with the published settings, which the settings of the caller replace."""
     if isinstance(guide, Guidance):
         raise TypeError(
-            f"guide makes a guidance of (model, reward, scale), got a {type(guide).__name__}: pass "
-            "a function such as dps, or call smc with the guidance"
+            f"guide must be a function (model, reward, scale) -> Guidance, got a "
+            f"{type(guide).__name__}: pass a function such as dps, or call smc with the guidance"
         )
     given = {name: value for name, value in settings.items() if value is not None}
     return smc(key, model, guide(model, reward, scale), **(published | given))

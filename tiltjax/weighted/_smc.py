@@ -5,16 +5,16 @@ r"""`smc`: the guided sampler with weights, asymptotically exact for any guidanc
     weigh      log w += log p/q + A_u - A_t
     resample   if the weights are uneven
 
-The base chain takes the steps of `Ancestral(eta)` and ends with the jump to the denoiser, which is
-not guided: it has no noise to weigh. With `Z_N = E[exp(scale * r(x_N))]` of this chain, and N the
-number of steps,
+The base chain takes the steps of `Ancestral(eta)`. Its last step is a jump to the unguided
+denoiser, because a jump has no noise to weigh. With `Z_N = E[exp(scale * r(x_N))]` of this chain,
+and N the number of steps,
 
     E[exp(log_norm)] = Z_N
         for any number of particles, guidance, twist, potential, tempering and resampling,
 
-and weighted means tend to those of the chain's tilt as particles are added. A guidance is thus
-judged by how even its weights are (`ess`), not trusted. What a run is made of:
-`tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`, `tiltjax.weighted.tempering`,
+and weighted means tend to those of the chain's tilt as the number of particles grows. The effective
+sample size (`ess`) thus measures the quality of a guidance. The parts of a run are in
+`tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`, `tiltjax.weighted.tempering` and
 `tiltjax.resampling`.
 
 The loop can be written by hand, to record, to stop early, or to add a move:
@@ -28,7 +28,6 @@ The loop can be written by hand, to record, to stop early, or to add a move:
 """
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -48,16 +47,16 @@ from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule,
 from tiltjax.weighted.proposals import Guided, Proposal
 from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 
-_FEW = 0.05
+_FEW = 0.05  # the fraction of the particles below which an effective sample size is worth a warning
 
 
 class Particle(NamedTuple):
-    """All that a particle inherits; leaves have a leading axis of `num`.
+    """Everything that a particle inherits from its ancestor; leaves have a leading axis of `num`.
 
-    - `x`; `denoised`, `shift`: D and `D~ - D` there; `log_h`: the twist there.
-    - `applied`, `history`: the sum of the log-potentials so far, and the potential's memory.
-    - `memory`: that of the guidance and of the twist. `root`: the index of its ancestor at the
-      start.
+    - `x`; `denoised`, `shift`: D and `D~ - D` at x; `log_h`: the twist at x.
+    - `applied`, `history`: the sum of the log-potentials so far, and the memory of the potential.
+    - `memory`: the memories of the guidance and of the twist.
+    - `root`: the index of the particle's ancestor at the start.
     """
 
     x: Array
@@ -71,8 +70,8 @@ class Particle(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weighted particles before step `number`: `log_weights` `(num,)`, what earlier resampling put
-    into `log_norm`, and the factor by which the guidance's shift counts, `tempering`.
+    """Weighted particles before step `number`: `log_weights` `(num,)`; `log_norm`, the part from
+    earlier resampling; and `tempering`, the factor of the guidance's shift.
     """
 
     number: Array
@@ -83,8 +82,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step shows: `failed`; the effective sample size `ess` before it resampled; the factor
-    of the twist, `tempering`; and whether the particles were `resampled`.
+    """Diagnostics of a step: the failure `failed`; the effective sample size `ess` before
+    resampling; the factor `tempering` of the twist; and whether the particles were `resampled`.
     """
 
     failed: Failures
@@ -94,8 +93,8 @@ class Info(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One step from t to u (the first one, number -1, does not move); whether it `weighs`, by what
-    factor of the twist.
+    """One step from t to u, whether it `weighs`, and the factor of the twist. The first step,
+    number -1, does not move.
     """
 
     number: Array
@@ -106,11 +105,11 @@ class _Step(NamedTuple):
 
 
 class SMC(_repr.Report):
-    """A weighted run, checked and complete: what `init`, `step` and `finish` need.
+    """A weighted run, checked and complete: the input of `init`, `step` and `finish`.
 
-    **Arguments:** those of `smc`, but for the key and `progress`. **Raises:** as `smc`.
+    **Arguments:** the arguments of `smc`, except for the key and `progress`. **Raises:** as `smc`.
 
-    `steps` is the number of steps; `times` their times, `(steps + 1,)`.
+    `steps` is the number of steps; `times` are their times, `(steps + 1,)`.
     """
 
     model: Denoiser
@@ -119,7 +118,7 @@ class SMC(_repr.Report):
     proposal: Proposal
     potential: Potential
     tempering: Tempering | None
-    solver: Any  # a Stochastic one
+    solver: Any  # a Stochastic solver
     times: Array
     factors: Array
     weighs: tuple[bool, ...] = eqx.field(static=True)
@@ -162,7 +161,7 @@ class SMC(_repr.Report):
             model, guidance, num=num, steps=steps, times=times, solver=solver,
             usual_solver=Ancestral(), chunk_size=chunk_size, weighted=True, twist=twist,
         )  # fmt: skip
-        _sharding.check_divides(sharding, (run.num,), "num")  # weights have the particle axis alone
+        _sharding.check_divides(sharding, (run.num,), "num")  # weights have only the particle axis
         _check_end(run.times)
         self.solver, self.times, self.num, self.chunk_size = run
         self.model, self.guidance, self.twist = model, guidance, twist
@@ -197,14 +196,14 @@ class SMC(_repr.Report):
 
     @property
     def proposing(self) -> Guidance | None:
-        """The guidance, if it is evaluated at every state: where it proposes, or needs to."""
+        """The guidance, if it is evaluated at every state: if it proposes, or needs every state."""
         evaluated = self.proposal.guided or self.guidance.needs_every_state
         return self.guidance if evaluated else None
 
     @property
     def twisting(self) -> Guidance | None:
-        """What is evaluated for the twist alone: `twist`, or a guidance that does not propose. A
-        guidance that is evaluated anyway is its own twist.
+        """The guidance that is evaluated only for the twist: `twist`, or a guidance that does not
+        propose. A guidance that is evaluated at every state is its own twist.
         """
         return self.guidance if self.twist is None and self.proposing is None else self.twist
 
@@ -214,13 +213,13 @@ class SMC(_repr.Report):
         return weight_dtype(self.model.dtype)
 
     def keys(self, key: Array) -> Array:
-        """The keys of all steps, `(steps + 1, 2)`: of the particles, and of resampling. The first
-        row is that of `init`, the last that of `finish`.
+        """The keys of all steps, `(steps + 1, 2)`, with one column for the particles and one for
+        resampling. The first row is for `init`, the last for `finish`.
         """
         return jax.random.split(key, (self.steps + 1, 2))
 
     def _ready(self) -> "SMC":
-        """The run in the dtype of the model, for use inside of one compiled program."""
+        """The run in the dtype of the model, for use inside one compiled program."""
         return decomposed(_pytree.cast(self, self.model.dtype))
 
     def _step(self, number: Array) -> _Step:
@@ -261,25 +260,28 @@ def smc(
     **Arguments:**
 
     - `key`, `model`, `num`, `steps` or `times`, `chunk_size`, `sharding`, `progress`: as in
-      `sample`; the run has to end at t = 1.
-    - `guidance`: proposes by its shift, and weighs by its `log_h` unless `twist`, another guidance
-      of the same model, does.
+      `sample`. The run must end at t = 1.
+    - `guidance`: its shift proposes. Its `log_h` weighs, unless `twist`, another guidance of the
+      same model, is passed.
     - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
     - `potential`: `Difference()` by default; `Max()`, `Sum()`, `Immediate()`.
     - `tempering`: none by default; `Exponential()`, `Polynomial()`, `AdaptiveTempering()`.
-    - `resample`: of `tiltjax.resampling`; `schedule`: after which steps; `ess_threshold`: below
-      which effective sample size, as a fraction of `num` (0: never, and no twist is needed then;
-      1: always).
-    - `solver`: `Ancestral(eta)` with eta > 0: only noise can be weighed; 1 for `Tuned`.
+    - `resample`: a function of `tiltjax.resampling`.
+    - `schedule`: the steps after which particles are weighed and may be resampled.
+    - `ess_threshold`: the effective sample size below which particles are resampled, as a fraction
+      of `num`. With 0 there is no resampling, and no twist is needed; with 1 there is resampling at
+      every step of the schedule.
+    - `solver`: `Ancestral(eta)` with eta > 0, because only noise can be weighed; eta = 1 for
+      `Tuned`.
 
-    **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` holds the effective sample
-    size, the tempering and whether particles were resampled after each step;
-    `particles.standard_error(fn)` rests on its genealogy.
+    **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` contains the effective
+    sample size, the tempering and whether particles were resampled after each step.
+    `particles.standard_error(fn)` uses the genealogy of the trace.
 
     **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist,
-    thresholds, windows and temperings that make no sense; `FloatingPointError` naming the first
-    step with a NaN, or where all weights are zero. Warns where the effective sample size ends below
-    5% of `num`: estimates rest on few particles then.
+    and for thresholds, windows and temperings that do not match; `FloatingPointError` that names
+    the first step with a NaN, or a step at which all weights are zero. Warns if the effective
+    sample size at the end is below 5% of `num`, because estimates then depend on few particles.
     """
     key = _checks.key(key)
     run = SMC(
@@ -300,16 +302,17 @@ def smc(
 @_callbacks.compiled
 def init(keys: Array, run: SMC) -> tuple[State, Info]:
     """`num` particles at the start, evaluated there, with equal weights; `keys` is the first row of
-    `run.keys(key)`. Nothing is raised: `info.failed` says what was not finite.
+    `run.keys(key)`. It raises no error; `info.failed` reports what was not finite.
     """
     run = run._ready()
     return _advance(keys, run, _start(keys, run))
 
 
 def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
-    """The next of the `run.steps - 1` steps that move by a kernel: propose, look, weigh, resample.
+    """The state after the next of the `run.steps - 1` steps with a kernel: propose, look, weigh,
+    resample.
 
-    **Raises:** `ValueError` where `finish` is due.
+    **Raises:** `ValueError` if only `finish` remains.
     """
     if _checks.concrete(state.number) and int(state.number) >= run.steps - 1:
         raise ValueError(f"all {run.steps - 1} steps with a kernel are done: call finish")
@@ -318,9 +321,9 @@ def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
 
 @_callbacks.compiled
 def finish(keys: Array, run: SMC, state: State) -> Particles:
-    """The last step, which jumps to the unguided denoiser (it has no noise to weigh) and completes
-    the potentials: particles at t = 1, with a `trace` of this step. A run that is finished early is
-    one on the times until then, and 1.
+    """Particles at t = 1, with a `trace` of the last step. This step jumps to the unguided
+    denoiser, because a jump has no noise to weigh, and completes the potentials. An early `finish`
+    ends a run on the times until then and 1.
     """
     particles, info = _finish(keys[0], run._ready(), state)
     info = jax.tree.map(lambda leaf: leaf[None], info)
@@ -342,11 +345,11 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
         bar.tick(state.number)
         return _advance(keys, run, state)
 
-    # The start is evaluated by a step that does not move: a program contains each guidance once.
+    # A step that does not move evaluates the start, so the program contains each guidance once.
     state, infos = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
     particles, last = _finish(keys[-1, 0], run, state)
     infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
-    # What fails at the start counts as a failure of the first step.
+    # A failure at the start counts as a failure of the first step.
     numbers = infos.failed.number
     failed = Failures(numbers[1:].at[0].max(numbers[0]))
     infos = jax.tree.map(lambda leaves: leaves[1:], infos)
@@ -354,7 +357,7 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
 
 
 def _start(keys: Array, run: SMC) -> State:
-    """Particles at the first time, before anything is known of them."""
+    """Particles at the first time, before their first evaluation."""
     x = initial_states(keys[1], run.model, run.times[0], run.num, run.chunk_size)
 
     def particle(i: Array, x: Array) -> Particle:
@@ -398,8 +401,8 @@ def particle_key(key_step: Array, i: Array) -> Array:
 def propagate(
     key: Array, run: SMC, step: _Step, tempering: Array, particle: Particle
 ) -> tuple[Particle, Array, Failures]:
-    """One particle after a step, `log p/q` of its move, and what failed: `propose` and `look`, or
-    the choice among several children that do so.
+    """One particle after a step, `log p/q` of its move, and its failures. The particle takes
+    `propose` and `look`, or a choice among several children that take them.
     """
 
     def child(key: Array) -> tuple[Particle, Array, Failures]:
@@ -416,7 +419,7 @@ def propagate(
     apply = lambda child: apply_potential(run.potential, step.weighs, child, step.tempering)[0]
     gain = log_ratio + jax.vmap(lambda child: increment(apply(child), child.applied))(children)
     chosen = jax.random.categorical(key_choice, gain)
-    # The chosen one's own gain is added by `weigh`: what is carried is the mean of all.
+    # `weigh` adds the gain of the chosen child, but the weight must change by the mean gain.
     mean = jax.nn.logsumexp(gain) - math.log(num)
     moved = jax.tree.map(lambda leaf: leaf[chosen], children)
     return moved, log_ratio[chosen] + mean - gain[chosen], failed.first()
@@ -438,7 +441,9 @@ def propose(
 
 
 def look(keys: list[Array], run: SMC, step: _Step, particle: Particle) -> tuple[Particle, Failures]:
-    """Evaluate the guidance and the twist at a new state: D, `D~ - D`, log h, and memories."""
+    """The particle after an evaluation of the guidance and the twist at its state, with D,
+    `D~ - D`, log h and the memories; and its failures.
+    """
     (key_guidance, key_twist), (of_guidance, of_twist) = keys, particle.memory
     t, x, weighing = step.u, particle.x, any(run.weighs[:-1])
     shift, log_h = jnp.zeros_like(particle.shift), jnp.zeros((), run.log_dtype)
@@ -453,7 +458,7 @@ def look(keys: list[Array], run: SMC, step: _Step, particle: Particle) -> tuple[
     else:
         twist = run.twisting
 
-        # The twist is evaluated only where it counts, unless it needs every state.
+        # The twist is evaluated only at steps that weigh, unless it needs every state.
         def twisted(memory: Any) -> tuple[Array, Array, Any]:
             of_twist, _, log_h, memory = estimate(run, twist, key_twist, t, x, memory, True)
             return of_twist if run.proposing is None else unguided(), log_h, memory
@@ -474,9 +479,9 @@ def estimate(
     found, memory = evaluate(run.model, guidance, key, t, x, memory)
     if weighing and found.log_h is None:
         raise ValueError(
-            f"{type(guidance).__name__} has no log_h to weigh particles by: give twist=, such as "
-            "Laplace(model, reward, scale) or dps(model, reward, scale), or weigh at the end "
-            "alone, ess_threshold=0"
+            f"{type(guidance).__name__} has no log_h to weigh particles by: pass twist=, such as "
+            "Laplace(model, reward, scale) or dps(model, reward, scale), or weigh only at the "
+            "end, with ess_threshold=0"
         )
     # The base chain needs the unguided denoiser.
     unguided = lambda: run.model.denoise(t, x).astype(run.model.dtype)
@@ -486,7 +491,7 @@ def estimate(
 
 
 def weigh(run: SMC, step: _Step, state: State, log_ratio: Array) -> State:
-    """`log w += log p/q + A_u - A_t`, with the tempering of this step."""
+    """The state after `log w += log p/q + A_u - A_t`, with the tempering of this step."""
     log_weights, particles = state.log_weights + log_ratio, state.particles
     tempering = step.tempering
     if isinstance(run.tempering, AdaptiveTempering):
@@ -502,8 +507,8 @@ def weigh(run: SMC, step: _Step, state: State, log_ratio: Array) -> State:
 def choose_tempering(
     run: SMC, tempering: AdaptiveTempering, step: _Step, particles: Particle, log_weights: Array
 ) -> Array:
-    """The factor of the twist that leaves the effective sample size asked for."""
-    # Many sums of the weights, one of which is chosen: exchanged between devices once.
+    """The factor of the twist that leaves the required effective sample size."""
+    # The search computes many sums of the weights, so devices exchange the weights once before it.
     known = particles.applied, particles.history, particles.log_h, log_weights
     applied, history, log_h, log_weights = jax.tree.map(
         lambda array: replicate(array, run.sharding), known
@@ -523,8 +528,8 @@ def apply_potential(
     potential: Potential, weighs: Array, particle: Particle, tempering: Array
 ) -> tuple[Array, Any]:
     """The sum of the log-potentials of a particle after a step, and the potential's memory."""
-    # A twist of -inf is not believed before the end: what it excludes too early may yet be allowed.
-    # Any number is unbiased.
+    # A twist of -inf does not count before the end, because it may exclude a state whose end is
+    # allowed. Any twist is unbiased.
     counts = weighs & (particle.log_h > -jnp.inf)
     value = jnp.where(counts, tempering * jnp.where(counts, particle.log_h, 0.0), 0.0)
     applied, history = potential(particle.applied, particle.history, value)
@@ -534,9 +539,11 @@ def apply_potential(
 
 
 def resample(key: Array, run: SMC, step: _Step, state: State) -> tuple[State, Array, Array]:
-    """The next generation, if the weights are uneven; the effective sample size, and whether."""
-    # One exchange of the weights instead of one for each sum of them, and sums that are the same on
-    # any number of devices.
+    """The state after resampling if the weights are uneven; the effective sample size; and whether
+    the weights were uneven.
+    """
+    # Devices exchange the weights once instead of once per sum, and the sums are the same on any
+    # number of devices.
     log_weights = replicate(state.log_weights, run.sharding)
     ess = effective(log_weights)
 
@@ -551,12 +558,12 @@ def resample(key: Array, run: SMC, step: _Step, state: State) -> tuple[State, Ar
 
     threshold = run.ess_threshold
     uneven = step.weighs & (ess < threshold * run.num) if threshold > 0 else jnp.zeros((), bool)
-    # Weights that are not finite stay, for the report.
+    # Weights that are not finite stay unchanged, so that the report shows them.
     return jax.lax.cond(uneven & jnp.isfinite(ess), renew, lambda s: s, state), ess, uneven
 
 
 def inherit(particles: Particle, ancestors: Array) -> Particle:
-    """The next generation: everything that a particle carries is its ancestor's."""
+    """The next generation: every value of a particle comes from its ancestor."""
     return jax.tree.map(lambda leaf: leaf[ancestors], particles)
 
 
@@ -589,13 +596,13 @@ def _traced(particles: Particles, times: Array, infos: Info, roots: Array) -> Pa
 def _check_noise(solver: Solver | None) -> None:
     if isinstance(solver, Solver) and not solver.stochastic:
         raise ValueError(
-            f"only the noise of a step can be weighed, {type(solver).__name__} has none: use "
+            f"only the noise of a step can be weighed, but {type(solver).__name__} has none: use "
             "Ancestral(eta) with eta > 0"
         )
     eta = solver.eta if isinstance(solver, Ancestral) else 1.0
     if _checks.concrete(eta) and np.asarray(eta) == 0:
         raise ValueError(
-            "at eta = 0 a step has no noise and there is nothing to weigh: use Ancestral(eta) "
+            "a step with eta = 0 has no noise, so there is nothing to weigh: use Ancestral(eta) "
             "with eta > 0"
         )
 
@@ -603,7 +610,7 @@ def _check_noise(solver: Solver | None) -> None:
 def _check_end(times: Array) -> None:
     if _checks.concrete(times) and float(np.asarray(times)[-1]) != 1:
         raise ValueError(
-            "weights are complete at t = 1 only: times must end there, got "
+            "weights are complete only at t = 1: times must end there, got an end at t = "
             f"{float(np.asarray(times)[-1]):g}"
         )
 
@@ -616,24 +623,26 @@ def _check_tempering(
         return
     if proposal.num_children > 1 or not isinstance(potential, Difference):
         raise ValueError(
-            "AdaptiveTempering is for Difference() and proposals without Children: use a schedule"
+            "AdaptiveTempering is for Difference() and proposals without Children, got "
+            f"{type(potential).__name__} and {type(proposal).__name__}: use Exponential or "
+            "Polynomial"
         )
     if _checks.concrete(tempering.ess) and threshold <= float(tempering.ess):
         raise ValueError(
-            f"AdaptiveTempering({float(tempering.ess):g}) needs ess_threshold above it, such as 1, "
-            f"got {threshold:g}: particles that keep uneven weights leave no room"
+            f"AdaptiveTempering({float(tempering.ess):g}) needs ess_threshold above it, got "
+            f"{threshold:g}: use a larger one, such as 1"
         )
 
 
 def replicate(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
-    """The whole of an array on every device of a mesh."""
+    """The array, complete on every device of a mesh."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return array
     return jax.lax.with_sharding_constraint(array, _sharding.replicated(sharding))
 
 
 def increment(new: Array, old: Array) -> Array:
-    """`new - old` of log-weights: what was zero stays zero."""
+    """`new - old` of log-weights; a weight of zero stays zero."""
     excluded = old == -jnp.inf
     return jnp.where(excluded, -jnp.inf, new - jnp.where(excluded, 0.0, old))
 
@@ -641,10 +650,9 @@ def increment(new: Array, old: Array) -> Array:
 def _warn(particles: Particles) -> None:
     fraction = float(particles.ess) / len(particles)
     if fraction < _FEW:
-        warnings.warn(
+        _checks.warn(
             f"the effective sample size of {len(particles)} particles is a fraction of "
-            f"{fraction:.2g}: estimates rest on few of them. A twist closer to log h helps most: "
-            "Laplace(model, reward, scale) for small states, the exact Doob(model, log_h) where it "
-            "is known; then more steps, more particles, tempering, a smaller scale",
-            stacklevel=3,
+            f"{fraction:.2g}, so estimates depend on few of them. Use a twist closer to log h: "
+            "Laplace(model, reward, scale) for small states, or the exact Doob(model, log_h). More "
+            "steps, more particles, tempering and a smaller scale also help."
         )

@@ -1,22 +1,22 @@
-r"""Potentials: what weighted particles are weighed by on the way, and when.
+r"""Potentials: how weighted particles are weighed before t = 1, and at which steps.
 
-A *twist* is an estimate of `log h_t(x)`, the log of what a state can still expect of
-`exp(scale * r)`. Particles at time t carry the sum of the log-potentials that were applied to them
-so far, A_t; at t = 1 whatever is missing is applied, so that on every trajectory
+A *twist* is an estimate of `log h_t(x)`, the log of the expected `exp(scale * r)` given the state.
+Particles at time t carry A_t, the sum of the log-potentials that were applied so far. At t = 1 the
+missing part is applied, so that on every trajectory
 
-    sum of all log-potentials = scale * r(x_1),
+    sum of all log-potentials = scale * r(x_1).
 
-and the target is the tilt, whatever the potential or the twist: these decide the variance only.
-With V_t the twist,
+The target is therefore the tilt for any potential and any twist, which change only the variance.
+With V_t the twist and s the time before t,
 
 | potential | A_t | |
 |---|---|---|
-| `Difference()` | `V_t` | the natural one: weights are what the twist learned since |
-| `Max()` | `A_s + max(V_0, ..., V_t)` | favors trajectories that once were good |
-| `Sum()` | `A_s + (V_0 + ... + V_t)` | favors trajectories that were good for long |
+| `Difference()` | `V_t` | the default: a weight changes by the change of the twist |
+| `Max()` | `A_s + max(V_0, ..., V_t)` | favors trajectories with a high twist at one time |
+| `Sum()` | `A_s + (V_0 + ... + V_t)` | favors trajectories with a high twist at many times |
 | `Immediate()` | `A_s + V_t` | |
 
-s being the time before. Reference: Singhal et al. (arXiv 2501.06848).
+Reference: Singhal et al. (arXiv 2501.06848).
 """
 
 from typing import Any
@@ -30,16 +30,16 @@ from tiltjax import _checks, _repr
 
 
 class Potential(_repr.Printable):
-    """How the log-potentials applied so far follow from the twist; subclasses define
+    """How the sum of the applied log-potentials follows from the twist. Subclasses define
     `__call__(applied, memory, value)`.
     """
 
     def init(self) -> Any:
-        """The memory of one trajectory, before its first twist."""
+        """The memory of one trajectory before its first twist."""
         return ()
 
     def __call__(self, applied: Array, memory: Any, value: Array) -> tuple[Array, Any]:
-        """The new sum of log-potentials and memory, where the twist is `value`; scalars."""
+        """The new sum of log-potentials and the new memory, for a twist of `value`; scalars."""
         raise NotImplementedError
 
 
@@ -80,8 +80,8 @@ class Immediate(Potential):
 
 
 class Schedule(_repr.Printable):
-    """After which steps of a run particles are weighed and may be resampled; subclasses define
-    `steps(total)`, one truth value for each of `total` steps.
+    """The steps of a run after which particles are weighed and may be resampled. Subclasses define
+    `steps(total)`, one boolean for each of `total` steps.
     """
 
     def steps(self, total: int) -> np.ndarray:
@@ -91,14 +91,14 @@ class Schedule(_repr.Printable):
 class ResampleFractions(Schedule):
     """Weigh and resample after the steps nearest to these fractions of a run, such as `.2` to `.8`.
 
-    **Raises:** `ValueError` for no fraction, or one outside (0, 1).
+    **Raises:** `ValueError` without a fraction, or for a fraction outside (0, 1).
     """
 
     fractions: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(self, *fractions: float):
         if not fractions:
-            raise ValueError("ResampleFractions needs a fraction, such as ResampleFractions(0.5)")
+            raise ValueError("ResampleFractions got no fraction: pass one, ResampleFractions(0.5)")
         self.fractions = tuple(
             _checks.number(fraction, "a fraction of a run", 0, 1, closed="neither")
             for fraction in fractions
@@ -110,16 +110,16 @@ class ResampleFractions(Schedule):
     def steps(self, total: int) -> np.ndarray:
         chosen = np.zeros(total, bool)
         nearest = [round(fraction * total) for fraction in self.fractions]
-        chosen[np.clip(nearest, 0, max(total - 2, 0))] = True  # the last one has no next
+        chosen[np.clip(nearest, 0, max(total - 2, 0))] = True  # no step follows the last step
         return chosen
 
 
 class ResampleSchedule(Schedule):
     """Weigh and resample after the steps `start, start + n, ...` up to `stop` (inclusive; `None`:
-    to the end). The last always counts.
+    to the end). The last step always weighs.
 
-    Between them no twist is evaluated (but `Tuned`, which has to see every state); particles of a
-    guided proposal gather its weights all the same.
+    At other steps no twist is evaluated (except `Tuned`, which needs every state). The weights of a
+    guided proposal accumulate at all steps.
 
     **Raises:** `ValueError` for a window without a step.
     """
@@ -135,23 +135,23 @@ class ResampleSchedule(Schedule):
             ("stop", self.start if self.stop is None else self.stop),
         ):
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-                raise ValueError(f"{name} is the index of a step, from 0, got {step!r}")
+                raise ValueError(f"{name} must be the index of a step, from 0, got {step!r}")
         if self.stop is not None and self.stop < self.start:
             raise ValueError(
-                f"the window from step start = {self.start} to stop = {self.stop} holds no step"
+                f"the window from step start = {self.start} to stop = {self.stop} holds no step: "
+                "raise stop"
             )
 
     def steps(self, total: int) -> np.ndarray:
-        """Which of `total` steps weigh, `(total,)`. **Raises:** `ValueError` for a window without
-        one of them before the last.
+        """Which of `total` steps weigh, `(total,)`. **Raises:** `ValueError` for a window without a
+        step before the last step.
         """
         index = np.arange(total)
         stop = total - 1 if self.stop is None else self.stop
         chosen = (index >= self.start) & (index <= stop) & ((index - self.start) % self.n == 0)
         if total > 1 and not np.any(chosen[:-1]):
             raise ValueError(
-                f"no step to weigh at: {self} on {total} steps, numbered from 0: use "
-                "ResampleSchedule(1), say; for the last step alone ess_threshold=0, which never "
-                "resamples"
+                f"no step to weigh at: {self} on {total} steps, numbered from 0. Use "
+                "ResampleSchedule(1), or ess_threshold=0 to weigh only at the last step"
             )
         return chosen

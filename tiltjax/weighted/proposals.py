@@ -1,22 +1,22 @@
-r"""Proposals: how weighted particles move from time t to u, and what it costs in weight.
+r"""Proposals: how weighted particles move from time t to u, and how the move changes their weight.
 
-The base kernel of a step is `N(m, S2 I)` with
-`m = alpha_u D + sqrt(sigma_u^2 - S2) (x - alpha_t D) / sigma_t` (see `tiltjax.solvers`); a proposal
-shifts its mean by delta and pays `log p / q = -<delta, xi> / s - |delta|^2 / (2 s^2)`, `s^2 = S2`,
-where xi is the noise it drew: no difference of two log-densities. With the shift
+The base kernel of a step is `N(m, S2 I)` with `m = alpha_u D + sqrt(sigma_u^2 - S2) (x - alpha_t D)
+/ sigma_t` (see `tiltjax.solvers`). A proposal shifts the mean by delta, which changes the
+log-weight by `log p / q = -<delta, xi> / s - |delta|^2 / (2 s^2)`, where `s^2 = S2` and xi is the
+noise of the draw. No difference of two log-densities is needed. With the shift
 `D~ - D = (sigma_t^2 / alpha_t) ∇ log h` of a guidance,
 
 | proposal | delta | |
 |---|---|---|
 | `Base()` | 0 | gradient-free: Feynman-Kac steering |
 | `Guided()` | of the mean, `(alpha_u - sqrt(sigma_u^2 - S2) alpha_t / sigma_t) (D~ - D)` | TDS |
-| `Shifted()` | `(1 + eta^-2) / 2 S2 ∇ log h` | the score's own: DAS (at eta = 1) |
+| `Shifted()` | `(1 + eta^-2) / 2 S2 ∇ log h` | by the score: DAS (at eta = 1) |
 | `Children(m, proposal)` | as `proposal` | m children, one chosen by weight: SVDD |
 
-The factor of `Shifted` is what makes it, in the limit of small steps, Doob's transform at any eta:
-a kernel with eta < 1 has less noise than the memoryless diffusion, and part of the guidance belongs
-to its drift. References: Wu et al. (arXiv 2306.17775, TDS), Kim et al. (arXiv 2501.05803, DAS), Li
-et al. (arXiv 2408.08252, SVDD).
+In the limit of small steps, the factor of `Shifted` makes it Doob's transform for any eta: a kernel
+with eta < 1 has less noise than the memoryless diffusion, and a part of the guidance belongs to its
+drift. References: Wu et al. (arXiv 2306.17775, TDS), Kim et al. (arXiv 2501.05803, DAS), Li et al.
+(arXiv 2408.08252, SVDD).
 """
 
 import equinox as eqx
@@ -27,10 +27,11 @@ from tiltjax.solvers import Kernel
 
 
 class Proposal(_repr.Printable):
-    """How particles are proposed; subclasses define `shift(kernel, guidance_shift)`, the shift
-    of the kernel's mean for the guidance's `D~ - D` (`None`: none).
+    """How particles are proposed. Subclasses define `shift(kernel, guidance_shift)`, the shift of
+    the kernel's mean for the guidance's `D~ - D` (`None`: no shift).
 
-    `guided` says whether it needs a guidance, `num_children` how many states a particle proposes.
+    `guided` is true if the proposal needs a guidance; `num_children` is the number of states that a
+    particle proposes.
     """
 
     @property
@@ -46,7 +47,7 @@ class Proposal(_repr.Printable):
 
 
 class Base(Proposal):
-    """The base kernel: nothing but the twist steers."""
+    """The base kernel without a shift: only the twist steers."""
 
     @property
     def guided(self) -> bool:
@@ -57,15 +58,15 @@ class Base(Proposal):
 
 
 class Guided(Proposal):
-    """The base kernel's mean at the tilted denoiser, with the base kernel's noise."""
+    """The base kernel with its mean at the tilted denoiser and its noise unchanged."""
 
     def shift(self, kernel, guidance_shift):
         return kernel.gain * guidance_shift
 
 
 class Shifted(Proposal):
-    """The base kernel's mean plus its variance times `∇ log h`, with the factor that eta < 1 asks
-    for.
+    """The base kernel with its variance times `∇ log h` added to its mean, times the factor for eta
+    < 1.
     """
 
     def shift(self, kernel, guidance_shift):
@@ -73,15 +74,14 @@ class Shifted(Proposal):
 
 
 class Children(Proposal):
-    """Each particle proposes `m` states and goes on as one of them, chosen by weight; it carries
-    the mean weight of all.
+    """Each particle proposes `m` states and continues as one of them, chosen by weight. Its weight
+    changes by the mean weight of all children, which keeps the normalizing constant unbiased.
 
-    That mean is what keeps the normalizing constant unbiased. Costs m evaluations a step,
-    also at the start.
+    A step costs m evaluations, also at the start.
 
     **Arguments:** `m`; `proposal` of each child, `Base()` by default.
 
-    **Raises:** `ValueError` for children of children.
+    **Raises:** `ValueError` for a `proposal` that is itself `Children`.
     """
 
     _chosen = {"proposal": "Base()"}
@@ -94,8 +94,8 @@ class Children(Proposal):
         _checks.instance(proposal, Proposal, "proposal", "use Base(), Guided() or Shifted()")
         if isinstance(proposal, Children):
             raise ValueError(
-                "children of children are children: use one Children with the product of both "
-                "numbers"
+                f"the proposal of Children must not be Children, got Children({proposal.m}): use "
+                "one Children with the product of both numbers"
             )
         self.proposal = proposal
         self.m = _checks.count(m, "m")

@@ -1,13 +1,13 @@
-r"""Tempering: by what factor twists, and the shift of a guidance, count at each time.
+r"""Tempering: a factor of the twists, and of the shift of a guidance, at each time.
 
-The factor b_t rises to one: early on, where a twist knows little, it selects less. The target is
-the tilt whatever the factors are.
+The factor b_t rises to one. Early in a run, where a twist is inaccurate, a small factor weakens the
+selection. The target is the tilt for any factors.
 
 | tempering | after step i, from 0 |
 |---|---|
 | `Exponential(gamma, steps)` | `min((1 + gamma)^i - 1, 1)` |
 | `Polynomial(power, gamma)` | `min((gamma i)^power, 1)` |
-| `AdaptiveTempering(ess)` | the largest that leaves the effective sample size `ess * num` |
+| `AdaptiveTempering(ess)` | the largest factor that leaves the effective sample size `ess * num` |
 
 Reference: Kim et al. (arXiv 2501.05803), for the first two.
 """
@@ -26,8 +26,8 @@ from tiltjax.particles import effective
 
 
 class Tempering(_repr.Printable):
-    """By what factor twists count; subclasses define `factors(steps)`, one for the state after each
-    step, the last of them 1.
+    """Factors of the twists. Subclasses define `factors(steps)`, one factor for the state after
+    each step. The last factor is 1.
     """
 
     def factors(self, steps: int) -> Array:
@@ -37,9 +37,12 @@ class Tempering(_repr.Printable):
 class Exponential(Tempering):
     """`b_i = min((1 + gamma)^i - 1, 1)` after step i, from 0.
 
-    **Arguments:** `gamma`, by default the one that gets there in time; `steps`, for how many steps
-    `gamma` is meant: a run of N steps reaches the same factors at the same fractions of its way, as
-    `(1 + gamma)^((steps - 1) / (N - 1)) - 1` does. By default `gamma` is that of any run.
+    **Arguments:** `gamma`, by default the smallest value for which the last factor is 1; `steps`,
+    the number of steps for which `gamma` is meant. A run of N steps then has the same factors at
+    the same fractions of the run, `(1 + gamma)^((steps - 1) / (N - 1)) - 1` in place of `gamma`.
+    Without `steps`, `gamma` is used in a run of any length.
+
+    **Raises:** `ValueError` in a run whose last factor is below 1.
     """
 
     gamma: Array | None
@@ -59,8 +62,11 @@ class Exponential(Tempering):
 
 
 class Polynomial(Tempering):
-    """`b_i = min((gamma i)^power, 1)` after step i, from 0. **Arguments:** `power`; `gamma`, by
-    default the one that gets there in time.
+    """`b_i = min((gamma i)^power, 1)` after step i, from 0.
+
+    **Arguments:** `power`; `gamma`, by default the smallest value for which the last factor is 1.
+
+    **Raises:** `ValueError` in a run whose last factor is below 1.
     """
 
     power: Array
@@ -80,13 +86,15 @@ class Polynomial(Tempering):
 
 
 class AdaptiveTempering(Tempering):
-    """Each factor is the largest of 65 between 0 and 1 that leaves an effective sample size of
-    `ess * num`; else the one that leaves most.
+    """Each factor is the largest of 65 values between 0 and 1 that leaves an effective sample size
+    of `ess * num`. If none does, it is the factor that leaves the largest effective sample size.
 
-    It may fall again: twists that agree early on, when they know nothing, allow any factor. For
-    `Difference()` and proposals without `Children`, resampled as soon as the effective sample size
-    is below `ess_threshold * num`, `ess_threshold > ess`. That the factors depend on the particles
-    leaves the normalizing constant unbiased. **Arguments:** `ess` in (0, 1).
+    The factor may fall again: early twists contain little information, agree, and allow any factor.
+    For `Difference()` and proposals without `Children`; particles are resampled if the effective
+    sample size is below `ess_threshold * num`, and `ess_threshold` must be above `ess`. The factors
+    depend on the particles, but the normalizing constant stays unbiased.
+
+    **Arguments:** `ess` in (0, 1).
 
     **Raises:** `ValueError` for an `ess` outside (0, 1).
     """
@@ -97,7 +105,7 @@ class AdaptiveTempering(Tempering):
         self.ess = _checks.in_range(ess, "ess", 0, 1, closed="neither")
 
     def choose(self, weigh: Callable[[Array], Array], num: int, dtype: Any) -> Array:
-        """The factor, from the `num` log-weights `weigh(factor)` that it would leave."""
+        """The factor, from the `num` log-weights `weigh(factor)` that a factor leads to."""
         factors = (jnp.arange(65, dtype=dtype) / 64) ** 2
         fractions = jax.lax.map(lambda factor: effective(weigh(factor)) / num, factors)
         enough = fractions >= self.ess.astype(dtype)
@@ -106,12 +114,14 @@ class AdaptiveTempering(Tempering):
 
 
 def _complete(factors: Array, remedy: str) -> Array:
-    """Exactly one at the end, up to the rounding of a power; a single step is the end."""
+    """The factors with the last one set to exactly one, to which it is equal up to rounding. A
+    single step is the last step.
+    """
     if len(factors) == 1:
         return jnp.ones_like(factors)
     if _checks.concrete(factors) and not float(np.asarray(factors)[-1]) > 1 - 1e-3:
         raise ValueError(
-            f"tempering must end at one, this one ends at {float(np.asarray(factors)[-1]):.3g} "
-            f"after {len(factors)} steps: take {remedy}, or more steps"
+            f"tempering must end at one, got {float(np.asarray(factors)[-1]):.3g} after "
+            f"{len(factors)} steps: use {remedy}, or more steps"
         )
     return factors.at[-1].set(1.0)

@@ -1,7 +1,7 @@
-"""FLUX.1: the model, its pipeline, the published guided run.
+"""FLUX.1: the model, its pipeline, and guided sampling as published.
 
-`load_model` reads a model for one prompt; `FluxModel` is put together from parts that
-`tiltjax.images.loading` reads; `published` samples with guidance as published.
+`load_model` reads a model for one prompt. `FluxModel` is built from the parts that
+`tiltjax.images.loading` reads. `published` samples with the published guidance.
 """
 
 from tiltjax.images.flux._model import (

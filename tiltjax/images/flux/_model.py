@@ -1,4 +1,4 @@
-r"""FLUX.1 as a model: latents of images, given a text.
+r"""FLUX.1 as a model of latents of images, given a text.
 
     X_t = t X_1 + (1 - t) X_0,  X_1 a latent (rows, columns, channels), X_0 noise
     v_sigma = E[X_0 - X_1 | X_t], the network's output at its time sigma = 1 - t
@@ -7,24 +7,28 @@ r"""FLUX.1 as a model: latents of images, given a text.
 
 A flow map is one call of a network with two times; equal times give D.
 
-sigma, and its sign, appear in this file and nowhere else. A state is a latent as the autoencoder
-has it, channels last; the network reads 2 x 2 of its pixels as one token (`packed`). The text is in
-the model: its T5 states and its pooled CLIP state, arrays that no compiled program contains.
+The noise level sigma, and its sign, appear only in this file. A state is a latent of the
+autoencoder, channels last; the network takes 2 x 2 pixels of the latent as one token (`packed`).
+The model holds the text, as its T5 states and its pooled CLIP state. They are arguments, not
+constants, of compiled programs.
 
-Particles and the draws of a guidance are one batch of the network: with `attention="xla"` by
-`vmap`, with any other as rows, which kernels that know no `vmap` need; with those a gradient
-computes the forward pass once more.
+Particles and the draws of a guidance are one batch of the network: by `vmap` with
+`attention="xla"`, and as rows with any other attention, because other kernels do not support
+`vmap`. With rows, a gradient computes the forward pass once more.
 
-| `snr_factor` of `Lookahead` | x in one call of a flow map, after noise lowers the snr by it |
+| `snr_factor` of `Lookahead` | one call of a flow map from x, after noise lowers its snr by this
+factor |
 |---|---|
 | 1 | flow-map reward guidance |
 | 5, 1.1 | weighted diamond maps |
 
-A flow map may also take the steps of a run: `model.leaping(times)` answers on that grid with the
-straight line to where the flow is at the *next* time, which makes of `Euler()` the map itself.
+A flow map may also take the steps of a run. `model.leaping(times)` is a model whose denoiser is the
+end of the straight line through the flow's state at the *next* time of this grid, so that a step of
+`Euler()` is the flow map itself.
 
-Distilled guidance (a guidance scale other than 1) changes the velocity: what is sampled then is the
-law of that flow, and its denoiser is no posterior mean. Reference: Black Forest Labs, FLUX.1;
+Distilled guidance (a guidance scale other than 1) changes the velocity. The samples then have the
+law of the changed flow, and the denoiser is not a posterior mean. References: Black Forest Labs,
+FLUX.1;
 Holderrieth et al. (arXiv 2602.05993), diamond maps; Esser et al. (arXiv 2403.03206), the shift.
 """
 
@@ -44,16 +48,17 @@ from tiltjax.images.networks.transformer import Config, Transformer
 from tiltjax.interpolants import Interpolant, Linear
 from tiltjax.posteriors import Posterior
 
-FACTOR = 8  # of the published autoencoder, in whose sizes `times` and `memory` count
+FACTOR = 8  # of the published autoencoder; `times` and `memory` assume this factor
 _PATCH = 2
-# Of the published scheduler: the shift mu at so many tokens, linear between.
+# Of the published scheduler: the shift mu at two numbers of tokens, linear in between.
 _SHIFTS = (256, 0.5), (4096, 1.15)
-# What a block saves for its gradient, in numbers the width of a token; its input alone with remat.
+# Numbers that a block saves for its gradient, in units of a token's width; with remat only its
+# input.
 _SAVED = 34
 
 
 class Parts(_pytree.KeepsDtype):
-    """The networks and the text of a `FluxModel`, which keep their dtypes."""
+    """The networks and the text of a `FluxModel`. They keep their dtypes."""
 
     transformer: Transformer
     text: Array
@@ -63,7 +68,7 @@ class Parts(_pytree.KeepsDtype):
 
 
 class FluxModel(models.Model):
-    """FLUX.1 given a text.
+    """FLUX.1 given a text, as a model of latents.
 
     **Arguments:**
 
@@ -71,13 +76,15 @@ class FluxModel(models.Model):
     - `text`, `pooled`: the T5 states `(length, joint_attention_dim)` and the pooled CLIP state
       `(pooled_projection_dim,)` of a prompt.
     - `height`, `width`: of the image; multiples of 16, twice the factor of the autoencoder.
-    - `guidance`: the guidance scale that is distilled into FLUX.1-dev, 3.5 by default; `None` where
-      there is none, as in FLUX.1-schnell.
+    - `guidance`: the guidance scale that is distilled into FLUX.1-dev, 3.5 by default; `None` for
+      models without it, such as FLUX.1-schnell.
     - `autoencoder`: for `decode` and `encode`.
-    - `dtype`: of the states, float32 by default; the networks compute in their own.
+    - `dtype`: of the states, float32 by default; the networks compute in their own dtype.
 
-    States have the shape `(height / 8, width / 8, channels)`. **Raises:** `ValueError` for sizes
-    and texts that do not fit, and for a text that is not finite.
+    States have the shape `(height / 8, width / 8, channels)`.
+
+    **Raises:** `ValueError` for sizes and texts that do not match the networks, and for a text that
+    is not finite.
     """
 
     parts: Parts
@@ -109,21 +116,20 @@ class FluxModel(models.Model):
         ):
             if array.shape[-1] != n:
                 raise ValueError(
-                    f"{name} must have {n} entries a token, got shape {array.shape}: is it of this "
-                    "model's text encoder?"
+                    f"{name} must have {n} entries per token, got shape {array.shape}: use this "
+                    "model's text encoder"
                 )
         if guidance is None and config.guidance_embeds:
             guidance = 3.5
         elif guidance is not None and not config.guidance_embeds:
             raise ValueError(
-                "this network has no guidance embedding, as FLUX.1-schnell has none: leave "
-                "guidance out"
+                "this network has no guidance embedding, like FLUX.1-schnell: leave out guidance"
             )
         factor = FACTOR if autoencoder is None else autoencoder.config.factor
         self.shape = latent_shape(config, height, width, factor)
         if autoencoder is not None and autoencoder.config.latent_channels != self.shape[-1]:
             raise ValueError(
-                f"the transformer moves latents of {self.shape[-1]} channels, and the autoencoder "
+                f"the transformer needs latents of {self.shape[-1]} channels, but the autoencoder "
                 f"has {autoencoder.config.latent_channels}"
             )
         strength = None if guidance is None else _checks.nonnegative(guidance, "guidance")
@@ -143,12 +149,13 @@ class FluxModel(models.Model):
         return self._moved(t, self.leaps[jnp.minimum(following, len(self.leaps) - 1)], 1.0, x)
 
     def leaping(self, times: Array) -> "FluxModel":
-        """This model for the steps of one grid, as published pipelines of flow maps take them: with
-        `Euler()` and these times, `X_{t,u}` in one call.
+        """The model for the steps of one grid, as in published pipelines of flow maps: with
+        `Euler()` and these times, a step is `X_{t,u}` in one call.
 
-        `denoise` is then the end of the straight line from x through `X_{t,u}(x)`, u being the next
-        of `times`: no posterior mean, but for small steps. **Raises:** `ValueError` for a network
-        of one time.
+        `denoise` is then the end of the straight line from x through `X_{t,u}(x)`, where u is the
+        next of `times`. It is a posterior mean only in the limit of small steps.
+
+        **Raises:** `ValueError` for a network of one time.
         """
         self._check_dual()
         times = grids.time_grid(times, None)
@@ -157,26 +164,29 @@ class FluxModel(models.Model):
         )
 
     def flow_map(self, t: Array, x: Array, s: float | Array = 1.0) -> Array:
-        """Where the flow takes x from time t to time s, in one call. **Raises:** `ValueError` for a
-        network of one time.
+        """The state at time s of the flow that is at x at time t, in one call.
+
+        **Raises:** `ValueError` for a network of one time.
         """
         self._check_dual()
         return self._moved(t, s, s, x)
 
     def decode(self, x: Array) -> Array:
-        """The image of a latent, `(height, width, 3)` in [0, 1] but for overshoots; for any
-        leading axes.
+        """The image of a latent, `(height, width, 3)` in [0, 1] up to overshoots; for any leading
+        axes.
         """
         return self._autoencoder().decode(x)
 
     def encode(self, images: Array, key: Array | None = None) -> Array:
-        """The latent of an image in [0, 1]: its mean, or a draw; for any leading axes."""
+        """The latent of an image in [0, 1], its mean or (with a key) a draw; for any
+        leading axes.
+        """
         return self._autoencoder().encode(images, key)
 
     def _autoencoder(self) -> Autoencoder:
         if self.parts.autoencoder is None:
             raise ValueError(
-                "this model has no autoencoder: FluxModel(..., "
+                "this model has no autoencoder: use FluxModel(..., "
                 "autoencoder=loading.load('autoencoder', folder))"
             )
         return self.parts.autoencoder
@@ -184,31 +194,33 @@ class FluxModel(models.Model):
     def _check_dual(self) -> None:
         if not self.parts.transformer.config.dual_time:
             raise ValueError(
-                "this network has one time, and knows velocities alone: load the adapters of a "
-                "flow map, loading.load(..., adapters=), or integrate, tiltjax.FlowMap(model)"
+                "this network has one time, so it has no flow map: load the adapters of a flow "
+                "map, loading.load(..., adapters=), or integrate the flow, tiltjax.FlowMap(model)"
             )
 
     def _moved(self, t: Array, target: float | Array, end: float | Array, x: Array) -> Array:
-        """`x - (sigma_t - sigma_end) v`, v the network's velocity at t, or from t to `target`."""
+        """`x - (sigma_t - sigma_end) v`, with v the network's velocity at t, or from t to
+        `target`.
+        """
         as_time = lambda time: jnp.asarray(time, x.dtype)
         t, target, end = as_time(t), as_time(target), as_time(end)
         times = jnp.stack([t, target]) if self.parts.transformer.config.dual_time else t
         parts = self.parts
         arguments = (parts.transformer, parts.text, parts.pooled, parts.guidance)
-        # Kernels that know no `vmap` get rows of a batch, whose pullback computes the forward pass
-        # again. What is made of JAX's own operations is left to `vmap`: there the forward pass of a
-        # guided step serves its gradient too.
+        # Kernels without `vmap` take rows of a batch, and the pullback then computes the forward
+        # pass again. JAX's own operations use `vmap`, so that the forward pass of a guided step
+        # also serves its gradient.
         batched = parts.transformer.attention != "xla"
         net = models.Net(_velocity if batched else _velocity_of_one, arguments)
         return x + (t - end) * models.call_network(net, times, x, x.shape, batched=batched)
 
 
 class Lookahead(Posterior):
-    """Where a flow map takes x, in one call of the network, after some of what is known of x is
-    forgotten: `tiltjax.posteriors.Renoise` with a learned map.
+    """The end of a flow map from x, in one call of the network, after noise has lowered the snr of
+    x: `tiltjax.posteriors.Renoise` with a learned map.
 
     **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, by which
-    the snr falls first; at 1 no noise is added.
+    the snr falls; at 1 no noise is added.
 
     **Raises:** `ValueError` for a network with one time, and a factor below 1.
     """
@@ -221,7 +233,7 @@ class Lookahead(Posterior):
             model,
             FluxModel,
             "model",
-            "Lookahead(FluxModel(...)); for any other, tiltjax.posteriors.Renoise",
+            "use Lookahead(FluxModel(...)); for any other model, tiltjax.posteriors.Renoise",
         )
         if not model.parts.transformer.config.dual_time:
             raise ValueError(
@@ -242,15 +254,15 @@ class Lookahead(Posterior):
 def times(
     steps: int, height: int, width: int, *, start: float = 1e-3, mu: float | None = None
 ) -> Array:
-    """The grid of the published scheduler, for `sample(..., times=)`: more steps near the noise,
-    the more the larger the image.
+    """The grid of the published scheduler, for `sample(..., times=)`, `(steps + 1,)`, increasing to
+    1. Steps are denser near the noise, the more so for larger images.
 
     `sigma = e^mu / (e^mu + 1 / u - 1)` for `steps` equal steps of u from 1, and 0; mu is linear in
     the number of tokens.
 
-    **Arguments:** `steps`; `height` and `width` of the image; `start`, the first time, which
-    would be 0: there a guidance knows nothing of x, and what divides by t is infinite; `mu`, 0 for
-    FLUX.1-schnell, which is not shifted. **Returns:** `(steps + 1,)`, increasing to 1.
+    **Arguments:** `steps`; `height` and `width` of the image; `start`, the first time. The
+    published first time is 0, where x has no information for a guidance and division by t gives
+    infinity. `mu`, 0 for FLUX.1-schnell, which is not shifted.
 
     **Raises:** `ValueError` for a first step that would end before `start`.
     """
@@ -265,8 +277,8 @@ def times(
     grid[0] = start
     if not grid[0] < grid[1]:
         raise ValueError(
-            f"the first step of {steps} ends at t = {grid[1]:.3g}: start earlier than at "
-            f"{start:g}, or take fewer steps"
+            f"the first step of {steps} ends at t = {grid[1]:.3g}, before start = {start:g}: use a "
+            "smaller start or fewer steps"
         )
     return jnp.asarray(grid, jnp.result_type(float))
 
@@ -280,15 +292,15 @@ def latent_shape(
     if height % unit or width % unit:
         near = [max(unit, unit * round(n / unit)) for n in (height, width)]
         raise ValueError(
-            f"height and width must be multiples of {unit}, got {height} x {width}: {near[0]} x "
-            f"{near[1]} is near"
+            f"height and width must be multiples of {unit}, got {height} x {width}: use, for "
+            f"example, {near[0]} x {near[1]}"
         )
     return height // factor, width // factor, config.in_channels // _PATCH**2
 
 
 def packed(x: Array) -> Array:
     """Latents `(batch, rows, columns, channels)` as tokens,
-    `(batch, rows * columns / 4, 4 * channels)`: channels slowest, as published.
+    `(batch, rows * columns / 4, 4 * channels)`, with the channels slowest, as published.
     """
     n, rows, columns, channels = x.shape
     x = x.reshape(n, rows // _PATCH, _PATCH, columns // _PATCH, _PATCH, channels)
@@ -303,14 +315,14 @@ def unpacked(tokens: Array, rows: int, columns: int) -> Array:
 
 
 class Memory(NamedTuple):
-    """Bytes: of the parameters, and of what a forward pass, or a gradient, keeps besides."""
+    """Bytes of the parameters, and of the arrays that a forward pass or a gradient stores."""
 
     parameters: int
     activations: int
 
     @property
     def total(self) -> int:
-        """Both."""
+        """The sum of both."""
         return self.parameters + self.activations
 
 
@@ -326,15 +338,15 @@ def memory(
     remat: bool = False,
     fused: bool = True,
 ) -> Memory:
-    """About what a transformer needs, on one device or on all of them together.
+    """An estimate of the memory of a transformer, on one device or on all devices together.
 
-    An estimate: a block saves 34 numbers of the width of a token for its gradient, its input alone
-    with `remat`; without fused attention also its scores, of every pair of tokens, in float32 and
-    once more. Of a forward pass one block at a time.
+    A block saves for its gradient 34 numbers per unit of a token's width, or only its input with
+    `remat`. Without fused attention it also saves the scores of all pairs of tokens, in float32 and
+    once more in the dtype of the computation. A forward pass stores one block at a time.
 
     **Arguments:** `config`; `height` and `width` of the image; `chunk_size`, particles times draws
-    at once; `length` of the text; `itemsize`, 2 bytes for bfloat16; `gradient`, whether one is
-    taken; `remat`, `fused`, as the options of the network.
+    at once; `length` of the text; `itemsize`, 2 bytes for bfloat16; `gradient`, whether a gradient
+    is computed; `remat`, `fused`, as the options of the network.
     """
     rows, columns, _ = latent_shape(config, height, width)
     tokens = chunk_size * (rows * columns // _PATCH**2 + length)
@@ -353,11 +365,11 @@ def memory(
 
 
 def check_memory(needed: Memory, available: int | None = None) -> None:
-    """Refuse, with a `MemoryError` that says how much is missing and what reduces it, what does not
-    fit.
+    """Raise a `MemoryError`, with the missing memory and ways to reduce it, if `needed` exceeds the
+    available memory.
 
-    **Arguments:** `needed`; `available`, bytes: by default what JAX may use on all local devices,
-    where they say so.
+    **Arguments:** `needed`; `available`, bytes, by default the limit of JAX on all local devices,
+    if they report it.
     """
     if available is None:
         limits = [
@@ -371,10 +383,10 @@ def check_memory(needed: Memory, available: int | None = None) -> None:
     gib = lambda n: f"{n / 2**30:.1f} GiB"
     raise MemoryError(
         f"about {gib(needed.total)} are needed, {gib(needed.parameters)} for parameters and "
-        f"{gib(needed.activations)} for what is computed, and {gib(available)} are there. What "
-        "reduces it: param_dtype=jnp.bfloat16; remat=True and attention='cudnn' (or a fused kernel "
-        "of your own), for gradients; a smaller image; fewer particles at a time, "
-        "sample(..., chunk_size=); more devices, load(..., sharding=transformer.sharded(mesh))"
+        f"{gib(needed.activations)} for activations, but {gib(available)} are available. To reduce "
+        "it: param_dtype=jnp.bfloat16; remat=True and attention='cudnn' (or your own fused kernel) "
+        "for gradients; a smaller image; fewer particles at a time, sample(..., chunk_size=); more "
+        "devices, load(..., sharding=transformer.sharded(mesh))"
     )
 
 

@@ -1,5 +1,5 @@
-r"""A model for one prompt from a folder as FLUX.1 is published: the text is encoded, its encoders
-are forgotten, the network is loaded.
+r"""A model for one prompt, from a folder in the layout of the published FLUX.1. The text is encoded
+first, then the encoders are freed and the network is loaded.
 
     folder/  model_index.json  transformer/  vae/  text_encoder/  text_encoder_2/
              tokenizer/  tokenizer_2/  scheduler/
@@ -8,9 +8,8 @@ are forgotten, the network is loaded.
     grid   = schedule("black-forest-labs/FLUX.1-dev", model, 28)
     particles = tiltjax.sample(key, model, num=1, times=grid, solver=tiltjax.Euler())
 
-A name is a local folder, one of the Hugging Face hub, or `TINY`: the small trained model that the
-package brings along, in the same layout. Everything that can be refused is refused before weights
-are read: sizes, folders that lack something, memory.
+A name is a local folder, a name of the Hugging Face hub, or `TINY`, a small trained model in the
+package, in the same layout. Sizes, missing folders and memory are checked before weights are read.
 """
 
 import json
@@ -44,36 +43,35 @@ _BUNDLED = Path(__file__).parents[1] / TINY
 
 
 def located(name: str | os.PathLike) -> Path:
-    """The folder of a model, with all of its parts. **Raises:** `FileNotFoundError` that lists what
-    is missing, and as `files.located`.
+    """The folder of a model, with all of its parts.
+
+    **Raises:** `FileNotFoundError` with the missing parts, and as `files.located`.
     """
     if os.fspath(name) == TINY:
         if not _BUNDLED.is_dir():
             raise FileNotFoundError(
-                f"this copy of tiltjax has no {TINY} model ({_BUNDLED}): name a folder or a model"
+                f"this copy of tiltjax has no {TINY} model ({_BUNDLED}): pass a folder or a model"
             )
         return _BUNDLED
     folder = files.located(name)
     if missing := [part for part in PARTS if not (folder / part).is_dir()]:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}: expected a folder as FLUX.1 is published, with "
-            f"{', '.join(PARTS)}, got {found}"
+            f"{folder} lacks {', '.join(missing)}: expected a folder in the layout of FLUX.1 as "
+            f"published, with {', '.join(PARTS)}, got {found}"
         )
     return folder
 
 
 def usual_size(name: str | os.PathLike) -> int:
-    """The side of an image where none is given: 512, or less where the autoencoder was trained on
-    less.
-    """
+    """The default side of an image: 512, or the autoencoder's training size if that is smaller."""
     return min(512, files.configuration(located(name) / "vae").get("sample_size", 512))
 
 
 def needed_memory(
     config: transformer.Config, height: int, width: int, factor: int, **settings: Any
 ) -> Memory:
-    """`memory` of an image, for an autoencoder of any factor."""
+    """The result of `memory` for an image, with an autoencoder of any factor."""
     rows, columns, _ = latent_shape(config, height, width, factor)
     return memory(config, rows * FACTOR, columns * FACTOR, **settings)
 
@@ -94,17 +92,18 @@ def load_model(
     sharding: state_dicts.Placement | None = None,
     available: int | None = None,
 ) -> FluxModel:
-    """The model of one prompt. A prompt that is too long is cut, with a warning that quotes what
-    was.
+    """The model of one prompt. A prompt that is too long is cut, with a warning that quotes the
+    removed part.
 
     **Arguments:** `name`, a folder, a name of the hub, or `TINY`; `prompt`; `height` and `width` of
-    the image; `guidance`, the distilled scale, and `adapters`, of a flow map, as in `FluxModel`
-    and `loading.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of
-    the transformer; `chunk_size`, how many states are evaluated at once, and `gradient`, whether
-    one is taken: for the memory that is needed; `available`, bytes, where JAX does not say.
+    the image; `guidance`, the distilled scale, as in `FluxModel`; `adapters` of a flow map, as in
+    `loading.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of the
+    transformer; `chunk_size`, the number of states evaluated at once, and `gradient`, whether a
+    gradient is computed, both for the estimate of memory; `available`, bytes, if JAX does not
+    report them.
 
     **Raises:** `ValueError` for sizes; `FileNotFoundError`, `PermissionError` and `ImportError` of
-    `located`; `MemoryError` that says how much is needed and what reduces it.
+    `located`; `MemoryError` with the needed memory and ways to reduce it.
     """
     folder = located(name)
     published = files.configuration(folder / "transformer")
@@ -152,10 +151,10 @@ def encoded(folder: Path, prompt: str, length: int, dtype: Any) -> tuple[Array, 
 def schedule(
     name: str | os.PathLike, model: FluxModel, steps: int, *, start: float = 1e-3
 ) -> Array:
-    """The grid of a model's own scheduler, for `sample(..., times=)`: shifted by the number of
-    tokens, or by a fixed factor.
+    """The grid of a model's own scheduler, for `sample(..., times=)`, `(steps + 1,)`, increasing to
+    1. It is shifted by the number of tokens, or by a fixed factor.
 
-    **Returns:** `(steps + 1,)`, increasing to 1. **Raises:** as `times`.
+    **Raises:** as `times`.
     """
     file = located(name) / "scheduler" / "scheduler_config.json"
     settings: Mapping[str, Any] = (
@@ -172,12 +171,14 @@ def schedule(
 
 
 def _text_length(folder: Path, config: transformer.Config) -> int:
-    """How many tokens T5 gives: its tokenizer's limit, or what the networks were trained with."""
+    """The number of tokens for T5: its tokenizer's limit, or the length in the networks'
+    training.
+    """
     usual = prompts.T5_LENGTH if config.guidance_embeds else prompts.T5_LENGTH // 2
     file = folder / "tokenizer_2" / "tokenizer_config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     longest = settings.get("model_max_length", usual)
-    # A tokenizer without a limit says a number such as 1e30.
+    # A tokenizer without a limit has a number such as 1e30 here.
     if longest > prompts.T5_LENGTH:
         return usual
     return _checks.count(int(longest), "model_max_length")

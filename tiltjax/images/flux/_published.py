@@ -1,21 +1,22 @@
-r"""Reward guidance of FLUX.1 as it is published, put together from parts of this library.
+r"""Reward guidance of FLUX.1 as published, built from parts of this library.
 
     v_sigma -> v_sigma - min(sigma / (1 - sigma), limit) g
     g = sum_i w_i c_i g_i,    w = softmax(scale r_1, ..., scale r_k)
     g_i = ∇_x r(decode(X_{s,1}(x_s^i)))
-    c_i = length / |g_i|,     or scale;    with damping also / (1 + 2 |c_i g_i| v_t)
+    c_i = length / |g_i|, or `scale` if there is no length;
+        with damping also / (1 + 2 |c_i g_i| v_t)
 
-x_s^i is the state after noise was added until its snr is `snr_factor` lower, X_{s,1} one call of a
-flow map. Guided are the steps `first`, ..., `first + guided - 1` of 28; the others are the flow
-map's alone, from each time to the next.
+x_s^i is the state after noise has lowered its snr by `snr_factor`, and X_{s,1} is one call of a
+flow map. The steps `first`, ..., `first + guided - 1` of 28 are guided. The other steps are those
+of the flow map alone, from each time to the next.
 
-| published | here |
+| published | tiltjax |
 |---|---|
 | renoising and one lookahead | `Lookahead(model, snr_factor)`; a factor of 1 adds no noise: FMRG |
 | reward of the decoded image | `Decoded(model.decode, reward)` in `PlugIn` |
 | gradients of one length | `Normalized(., length)`; with a divisor d instead, `scale = 1 / d` |
 | damping with its sigma | `NormDamped(., sigma)` |
-| k particles | `Averaged(., k)`: each gradient brought to its length, then weighed |
+| k particles | `Averaged(., k)`: each gradient is normalized, then weighted |
 | the coefficient and its cap | `GainCapped(., limit)`: the factor `(1 - t) / t` of any guidance |
 | the guided steps | `Window(., times[first], times[first + guided])` |
 | steps of the flow map | `Euler()` on `model.leaping(times)` |
@@ -24,13 +25,15 @@ map's alone, from each time to the next.
     images = model.decode(particles.x)
 
 A guided step calls the network once for the step and once, forward and backward, for the k
-particles, as one batch. What is different: a run starts at t = 1e-3 instead of 0 (`times`), an
-image's gradient is brought to its length by itself where several are made at once, and so is that
-of a negative reward, whose weights are those of `-r`.
+particles as one batch. There are three differences from the published code. A run starts at t =
+1e-3 instead of 0 (`times`). The gradient of each image is normalized separately if several images
+are sampled at once. The gradient of a negative reward is normalized too, and its weights are those
+of `-r`.
 
-Normalized gradients make a reward's scale inert but in w: what is sampled is no tilt, and no scale
-of one. To sample a tilt, leave the length out and weigh (`tiltjax.smc`). References: Dandapanthula
-and Boffi (arXiv 2606.02884); Holderrieth et al. (arXiv 2602.05993), whose pipeline it simplifies.
+With normalized gradients the scale of a reward only changes the weights w. The samples do not come
+from a tilt at any scale. To sample a tilt, leave out the length and use weights (`tiltjax.smc`).
+References: Dandapanthula and Boffi (arXiv 2606.02884); Holderrieth et al. (arXiv 2602.05993), whose
+pipeline this module simplifies.
 """
 
 from collections.abc import Callable
@@ -63,12 +66,12 @@ def published(
     progress: bool = False,
     **settings: Any,
 ) -> Particles:
-    """Latents of guided images, sampled as published.
+    """Latents of guided images, sampled with the published guidance.
 
     **Arguments:**
 
-    - `model`, of a network with two times and an autoencoder. With one time it is guided at the
-      denoiser (`Tweedie`; no noise is added, `snr_factor` does not count) and takes steps of Euler.
+    - `model`, of a network with two times and an autoencoder. A model with one time is guided at
+      the denoiser (`Tweedie`; no noise is added, `snr_factor` is ignored) and takes steps of Euler.
     - `reward`, of an image `(height, width, 3)` in [0, 1].
     - `steps` of the published grid, or `grid`, the times themselves.
     - `num`, `start`, `chunk_size`, `progress`: as in `tiltjax.sample`.
@@ -113,15 +116,16 @@ def published_guidance(
 
     **Arguments:**
 
-    - `model`, the one that is sampled: for a flow map `model.leaping(grid)`.
+    - `model`, the sampled model: for a flow map `model.leaping(grid)`.
     - `reward`, of an image `(height, width, 3)` in [0, 1]; `grid`, the times of the run.
-    - `scale`: in the weights of the k particles and, without a length, on the gradient.
-    - `k`, `snr_factor`; `length` of every gradient, `None` to leave them `scale` times what they
-      are; `sigma` of the damping; `limit` of the coefficient, `None` for none.
-    - `first`, `guided`: the first step that is guided, counted from 0, and how many are; as many as
-      are left, if fewer.
+    - `scale`: of the reward in the weights of the k particles and, without a length, in the
+      gradient.
+    - `k`, `snr_factor`; `length` of every gradient, `None` for no normalization; `sigma` of the
+      damping, `None` for no damping; `limit` of the coefficient, `None` for no limit.
+    - `first`, `guided`: the first guided step, counted from 0, and the number of guided steps, at
+      most the remaining ones.
 
-    **Raises:** `ValueError` for steps that are not there.
+    **Raises:** `ValueError` for a `first` that is not a step of the grid.
     """
     _checks.instance(model, FluxModel, "model", "published_guidance(FluxModel(...), reward, grid)")
     grid = grids.time_grid(grid, None)
@@ -137,8 +141,8 @@ def published_guidance(
         guidance = Averaged(guidance, k)
     if limit is not None:
         guidance = GainCapped(guidance, limit)
-    # Read off with NumPy, so that the window's ends are the grid's own numbers also inside of
-    # someone's jit.
+    # Read with NumPy, so that the ends of the window are exactly numbers of the grid, also inside
+    # jit.
     ends = np.asarray(grid) if _checks.concrete(grid) else grid
     return Window(guidance, ends[start], ends[stop])
 

@@ -1,5 +1,5 @@
-r"""The autoencoder of FLUX.1: images to latents of an eighth of the side, and back,
-differentiable both ways.
+r"""The autoencoder of FLUX.1 from images to latents of an eighth of the side, and back,
+differentiable in both directions.
 
     image      x in [0, 1], (H, W, 3)
     encoder    mean m and log-variance s of 2x - 1, (H/f, W/f, c) each
@@ -11,21 +11,20 @@ differentiable both ways.
     resnet    x + conv(silu(norm(conv(silu(norm(x))))))
     mid       resnet - attention of all pixels - resnet
 
-with c = 16 channels, f = 8, scaling .3611, shift .1159 for FLUX.1; the levels multiply the side by
-2 by nearest neighbors before a convolution, or halve it by a convolution of stride 2 padded below
-and to the right alone. Norms are group norms with epsilon 1e-6.
+with c = 16 channels, f = 8, scaling .3611, shift .1159 for FLUX.1. A level doubles the side by
+nearest neighbors and a convolution, or halves it by a convolution of stride 2, padded only below
+and on the right. Norms are group norms with epsilon 1e-6.
 
-| option | what it does |
+| option | effect |
 |---|---|
-| `remat` | save only what passes between resnets: less memory for one more forward pass |
-| `chunk_size` | queries of the attention at once: so many times n scores, n = H W / f^2 |
-| `param_dtype` | of the parameters and all that is computed |
+| `remat` | save only the states between resnets: less memory for one more forward pass |
+| `chunk_size` | queries of the attention at once, each with n scores, n = H W / f^2 |
+| `param_dtype` | of the parameters and the computation |
 
-`remat` is for accelerators: XLA undoes it on a CPU. A decoded image is not clipped:
-`tiltjax.images.rewards.Decoded` does that. There is no forward mode through convolutions
-(`layers.convolved`).
+`remat` is for accelerators; on a CPU, XLA undoes it. A decoded image is not clipped:
+`tiltjax.images.rewards.Decoded` clips it. Convolutions have no forward mode (`layers.convolved`).
 
-Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Attributes have the names of the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
 Rombach et al., arXiv 2112.10752; FLUX.1 by Black Forest Labs.
 """
 
@@ -54,8 +53,8 @@ _IMPLIED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of an autoencoder; those of FLUX.1 by default. `factor` is the side of an image by
-    that of its latent.
+    """The sizes of an autoencoder, by default those of FLUX.1. `factor` is the ratio of the sides
+    of an image and its latent.
     """
 
     in_channels: int = 3
@@ -69,8 +68,9 @@ class Config:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "Config":
-        """From the published `config.json` of an `AutoencoderKL`. **Raises:** `ValueError` for a
-        setting that is not implemented.
+        """The sizes from the published `config.json` of an `AutoencoderKL`.
+
+        **Raises:** `ValueError` for a setting that is not implemented.
         """
         absent = {
             "block_out_channels": (64,),
@@ -81,7 +81,7 @@ class Config:
         depth = len(published.get("block_out_channels", absent["block_out_channels"]))
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         implied = _IMPLIED | {name: ((kind,) * depth,) for name, kind in kinds.items()}
-        # Where these are absent, the published class takes them for true.
+        # If these are absent, the published class takes them as true.
         for name in ("use_quant_conv", "use_post_quant_conv"):
             if published.get(name, True) is not False:
                 raise ValueError(
@@ -100,7 +100,7 @@ class Config:
 
 
 class Autoencoder(nnx.Module):
-    """Images to latents and back; for one image, or with any leading axes.
+    """The autoencoder, for one image or any leading axes.
 
     **Arguments:** `config`; `remat`, `chunk_size`, `param_dtype`, as in the module's docstring;
     `rngs`, for the initial weights.
@@ -127,8 +127,9 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(config, make)
 
     def moments(self, images: Array) -> tuple[Array, Array]:
-        """The mean and the log-variance of the encoder's Gaussian, before scaling. **Raises:**
-        `ValueError` for another shape.
+        """The mean and the log-variance of the encoder's Gaussian, before scaling.
+
+        **Raises:** `ValueError` for another shape.
         """
         config = self.config
         *lead, height, width, channels = _places(images, "images", config.in_channels)
@@ -140,14 +141,14 @@ class Autoencoder(nnx.Module):
         batch = _inner(self.encoder, 2 * images.reshape(-1, height, width, channels) - 1)
         mean, log_variance = jnp.split(self.encoder(batch), 2, axis=-1)
         shape = (*lead, *mean.shape[1:])
-        # The limits belong to the model: a variance outside of them is not what its decoder was
-        # trained on.
+        # The limits are part of the model: its decoder was trained on variances inside of them.
         limited = jnp.clip(log_variance, -30, 20)
         return mean.astype(images.dtype).reshape(shape), limited.astype(images.dtype).reshape(shape)
 
     def encode(self, images: Array, key: Array | None = None) -> Array:
-        """Latents of images in [0, 1]: the mean, or with a key a draw. **Raises:** `ValueError`
-        for another shape.
+        """Latents of images in [0, 1]: the mean, or a draw if there is a key.
+
+        **Raises:** `ValueError` for another shape.
         """
         latents, log_variance = self.moments(images)
         if key is not None:
@@ -156,8 +157,9 @@ class Autoencoder(nnx.Module):
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Array) -> Array:
-        """Images of latents, in [0, 1] but for overshoots, which are not clipped. **Raises:**
-        `ValueError` for another shape.
+        """Images of latents, in [0, 1] up to overshoots, which are not clipped.
+
+        **Raises:** `ValueError` for another shape.
         """
         config = self.config
         *lead, height, width, channels = _places(latents, "latents", config.latent_channels)
@@ -169,7 +171,9 @@ class Autoencoder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`(batch, H, W, 3)` in [-1, 1] to means and log-variances, `(batch, H/f, W/f, 2c)`."""
+    """The encoder, from `(batch, H, W, 3)` in [-1, 1] to means and log-variances,
+    `(batch, H/f, W/f, 2c)`.
+    """
 
     def __init__(self, config: Config, make: "_Make"):
         widths, last = config.block_out_channels, config.block_out_channels[-1]
@@ -193,7 +197,9 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents without scaling, `(batch, h, w, c)`, to images in [-1, 1], `(batch, fh, fw, 3)`."""
+    """The decoder, from latents without scaling, `(batch, h, w, c)`, to images in [-1, 1],
+    `(batch, fh, fw, 3)`.
+    """
 
     def __init__(self, config: Config, make: "_Make"):
         widths = config.block_out_channels[::-1]
@@ -217,7 +223,7 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Resnets at one resolution, and the way to the next if there is one."""
+    """Resnets at one resolution, and the change to the next resolution if there is one."""
 
     def __init__(
         self, n: int, m: int, depth: int, make: "_Make", *, down: bool = False, up: bool = False
@@ -237,7 +243,7 @@ class Level(nnx.Module):
 
 
 class Mid(nnx.Module):
-    """Resnet, attention, resnet."""
+    """A resnet, an attention layer, a resnet."""
 
     def __init__(self, n: int, make: "_Make"):
         self.resnets = nnx.List([Resnet(n, n, make), Resnet(n, n, make)])
@@ -249,8 +255,8 @@ class Mid(nnx.Module):
 
 
 class Resnet(nnx.Module):
-    """`x + f(x)` with two convolutions in f; where the number of channels changes, x through a 1 x
-    1 convolution.
+    """`x + f(x)` with two convolutions in f. If the number of channels changes, x passes through a
+    1 x 1 convolution.
     """
 
     def __init__(self, n: int, m: int, make: "_Make"):
@@ -271,8 +277,8 @@ def _resnet(self: Resnet, x: Array) -> Array:
 
 
 class Downsample(nnx.Module):
-    """Half the side: a convolution of stride 2, with a row of zeros below and a column to the
-    right.
+    """Half the side, by a convolution of stride 2 with a row of zeros below and a column of zeros
+    on the right.
     """
 
     def __init__(self, n: int, make: "_Make"):
@@ -283,7 +289,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the side: every pixel four times, then a convolution."""
+    """Twice the side: every pixel is repeated four times, then a convolution follows."""
 
     def __init__(self, n: int, make: "_Make"):
         self.conv = make.conv(n, n)
@@ -295,7 +301,7 @@ class Upsample(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """`x + attention(norm(x))` with one head over all places of an image."""
+    """`x + attention(norm(x))` with one head over all pixels."""
 
     def __init__(self, n: int, make: "_Make"):
         self.group_norm = make.norm(n)
@@ -307,13 +313,12 @@ class Attention(nnx.Module):
         b, height, width, n = x.shape
         h = self.group_norm(x).reshape(b, height * width, n)
         q, k, v = (project(h) for project in (self.to_q, self.to_k, self.to_v))
-        # One head is the axis before the last.
+        # The one head is the second-to-last axis.
         attend = lambda q: layers.attention(q, k[:, :, None], v[:, :, None], scale=1 / math.sqrt(n))
         if self.chunk_size is None:
             h = attend(q[:, :, None])
         else:
-            # The scores of a portion are computed again for the gradient: they are what is too
-            # large to save.
+            # The gradient recomputes the scores of a chunk, because they are too large to save.
             rows = jax.lax.map(
                 jax.checkpoint(lambda q: attend(q[:, None, None])),
                 q.swapaxes(0, 1),
@@ -325,7 +330,7 @@ class Attention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Make:
-    """How layers are built, the same for all of them."""
+    """The settings of all layers, and functions that build layers."""
 
     groups: int
     remat: bool
@@ -353,7 +358,7 @@ class _Make:
 
     def norm(self, n: int) -> layers.Norm:
         if n % self.groups:
-            raise ValueError(f"{n} channels are no multiple of norm_num_groups = {self.groups}")
+            raise ValueError(f"{n} channels must be a multiple of norm_num_groups = {self.groups}")
         return layers.Norm(n, groups=self.groups, epsilon=1e-6, dtype=self.dtype)
 
 
@@ -369,7 +374,7 @@ def _inner(network: Any, x: Array) -> Array:
     return x.astype(network.conv_in.kernel.dtype)
 
 
-_ORIGINAL = (  # names of the single-file form, and what they become
+_ORIGINAL = (  # names of the single-file form, and their replacements
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -384,15 +389,16 @@ _ORIGINAL = (  # names of the single-file form, and what they become
 
 
 def published(state_dict: Mapping[str, Any]) -> state_dicts.View:
-    """The weights under the names of `AutoencoderKL`, whichever form they have: that, or the
-    single-file form (`ae.safetensors`).
+    """The weights under the names of `AutoencoderKL`, from this form or from the single-file form
+    (`ae.safetensors`).
     """
     levels = [
         int(match[1]) for name in state_dict if (match := re.match(r"decoder\.up\.(\d+)\.", name))
     ]
     parts = {}
     for key in state_dict:
-        # There levels are numbered by resolution, here in the order in which they are called.
+        # The single-file form numbers the levels by resolution, the other in the order of the
+        # calls.
         name = re.sub(
             r"\.up\.(\d+)\.", lambda match: f".up_blocks.{max(levels) - int(match[1])}.", key
         )

@@ -1,5 +1,4 @@
-r"""CLIP: the text tower whose pooled state FLUX.1 is modulated by, and the vision tower that
-rewards are made of.
+r"""CLIP: the text tower, whose pooled state modulates FLUX.1, and the vision tower, for rewards.
 
     text       h_0 = E[ids] + P;   L causal layers;   norm;   the state at the end of the text
     image      h_0 = norm((class, patches) + P);   L layers;   the norm of the state at `class`
@@ -11,7 +10,7 @@ rewards are made of.
 | CLIP-L of OpenAI, in FLUX.1 | `quick_gelu`, x sigmoid(1.702 x) | 2, read as the largest id |
 | CLIP-H of LAION, under PickScore and HPS | `gelu`, exact | as above, or the id |
 
-Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Attributes have the names of the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
 Radford et al., arXiv 2103.00020.
 """
 
@@ -40,7 +39,7 @@ _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
     "gelu": lambda x: nnx.gelu(x, approximate=False),
 }
-# Mean and standard deviation of the images that CLIP was trained on, by channel.
+# Mean and standard deviation, by channel, of the images on which CLIP was trained.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -48,19 +47,19 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def _check(config: Any) -> None:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
-            f"hidden_act = {config.hidden_act!r} is not implemented: it may be "
+            f"hidden_act = {config.hidden_act!r} is not implemented: use "
             f"{' or '.join(_ACTIVATIONS)}"
         )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = "
+            f"hidden_size = {config.hidden_size} must be a multiple of num_attention_heads = "
             f"{config.num_attention_heads}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The sizes of a text tower; those of CLIP-L by default."""
+    """The sizes of a text tower, by default those of CLIP-L."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -77,8 +76,9 @@ class TextConfig:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "TextConfig":
-        """From the published `config.json` of a `CLIPTextModel`. **Raises:** `ValueError` for a
-        setting that is not implemented.
+        """The sizes from the published `config.json` of a `CLIPTextModel`.
+
+        **Raises:** `ValueError` for a setting that is not implemented.
         """
         absent = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
         return layers.configuration(cls, published, {}, **absent)
@@ -86,7 +86,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The sizes of a vision tower; those of CLIP-L by default."""
+    """The sizes of a vision tower, by default those of CLIP-L."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -102,8 +102,9 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "VisionConfig":
-        """From the published JSON of a `CLIPVisionModel`. **Raises:** `ValueError` for a setting
-        that is not implemented.
+        """The sizes from the published JSON of a `CLIPVisionModel`.
+
+        **Raises:** `ValueError` for a setting that is not implemented.
         """
         absent = {
             "hidden_size": 768,
@@ -116,7 +117,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Both towers and the dimension in which they meet; CLIP-L by default."""
+    """The sizes of both towers and of their common space, by default those of CLIP-L."""
 
     text_config: TextConfig = TextConfig()
     vision_config: VisionConfig = VisionConfig()
@@ -124,8 +125,9 @@ class Config:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "Config":
-        """From the published `config.json` of a `CLIPModel`. **Raises:** `ValueError` for a setting
-        that is not implemented.
+        """The sizes from the published `config.json` of a `CLIPModel`.
+
+        **Raises:** `ValueError` for a setting that is not implemented.
         """
         text = TextConfig.from_json(published.get("text_config") or {})
         vision = VisionConfig.from_json(published.get("vision_config") or {})
@@ -133,11 +135,11 @@ class Config:
 
 
 class Text(nnx.Module):
-    """The text tower, `CLIPTextModel`: token ids `(*lead, n)` to states `(*lead, n, d)`, or by
-    `pooled` to one of them, `(*lead, d)`.
+    """The text tower, `CLIPTextModel`, from token ids `(*lead, n)` to states `(*lead, n, d)`;
+    `pooled` returns one state, `(*lead, d)`.
 
-    **Arguments:** `config`; `remat`, to save the states between layers alone for a gradient;
-    `param_dtype`, of the parameters and of what is computed; `rngs`, for the initial weights.
+    **Arguments:** `config`; `remat`, to save for a gradient only the states between layers;
+    `param_dtype`, of the parameters and the computation; `rngs`, for the initial weights.
     """
 
     def __init__(
@@ -157,16 +159,16 @@ class Text(nnx.Module):
         layers.check_ids(ids, self.config.vocab_size)
         if (n := ids.shape[-1]) > self.config.max_position_embeddings:
             raise ValueError(
-                f"CLIP reads {self.config.max_position_embeddings} tokens, got {n}: cut the prompt"
+                f"CLIP takes {self.config.max_position_embeddings} tokens, got {n}: cut the prompt"
             )
         hidden = self.embeddings(ids)
         return self.final_layer_norm(self.encoder(hidden, layers.causal(n, hidden.dtype)))
 
     def pooled(self, ids: Array) -> Array:
-        """The state at the first end-of-text token, `(*lead, d)`, which depends on the whole text;
-        padding comes after it.
+        """The state at the first end-of-text token, `(*lead, d)`, which depends on the whole text
+        but not on the padding after it.
 
-        **Raises:** `ValueError` for a text without an end, where the ids can be read.
+        **Raises:** `ValueError` for a text without an end-of-text token, if the ids are not traced.
         """
         end = self.config.eos_token_id
         if (
@@ -175,21 +177,21 @@ class Text(nnx.Module):
             and not np.all(np.any(np.asarray(ids) == end, axis=-1))
         ):
             raise ValueError(
-                f"a text has no end, token {end}, whose state stands for it: append it, as a "
-                "Tokenizer does"
+                f"a text has no end-of-text token {end}, whose state is the pooled state: append "
+                "it, as a Tokenizer does"
             )
-        # Files that predate this setting say 2, which is no end: there the end is the largest id of
-        # the vocabulary.
+        # Older files have the value 2, which is not the end. There the end is the largest id of the
+        # vocabulary.
         place = jnp.argmax(ids if end == _LEGACY_END else ids == end, axis=-1)
         states = self(ids)
         return jnp.take_along_axis(states, place[..., None, None], axis=-2)[..., 0, :]
 
 
 class Vision(nnx.Module):
-    """The vision tower, `CLIPVisionModel`: images prepared by `preprocess`, `(*lead, s, s, 3)`, to
-    states `(*lead, d)`.
+    """The vision tower, `CLIPVisionModel`, from images prepared by `preprocess`,
+    `(*lead, s, s, 3)`, to states `(*lead, d)`.
 
-    **Arguments:** as of `Text`.
+    **Arguments:** as in `Text`.
     """
 
     def __init__(
@@ -218,8 +220,9 @@ class Vision(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both towers, `CLIPModel`. **Arguments:** `config`; `remat`, `param_dtype` and `rngs` as of
-    `Text`.
+    """Both towers, `CLIPModel`.
+
+    **Arguments:** `config`; `remat`, `param_dtype` and `rngs` as in `Text`.
     """
 
     def __init__(
@@ -239,11 +242,11 @@ class CLIP(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), param_dtype))
 
     def text(self, ids: Array) -> Array:
-        """Texts as unit vectors."""
+        """The unit vectors of texts."""
         return _unit(self.text_projection(self.text_model.pooled(ids)))
 
     def image(self, images: Array) -> Array:
-        """Images in [0, 1], of any size, as unit vectors, in the dtype of the parameters."""
+        """The unit vectors of images in [0, 1] of any size, in the dtype of the parameters."""
         images = preprocess(images, self.config.vision_config.image_size)
         return _unit(self.visual_projection(self.vision_model(images)))
 
@@ -255,12 +258,14 @@ class CLIP(nnx.Module):
 def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any], **options: Any
 ) -> CLIP:
-    """Both towers with published weights: for rewards. (The text tower of FLUX.1 alone:
+    """Both towers with published weights, for rewards. (For the text tower of FLUX.1 use
     `loading.from_state_dict("clip", ...)`.)
 
     **Arguments:** `state_dict`, NumPy arrays by the names of `CLIPModel`; `config`, its published
-    JSON; `options` of `CLIP`. **Raises:** `ValueError` for keys that are missing, unused or of
-    another shape, and for another configuration.
+    JSON; `options` of `CLIP`.
+
+    **Raises:** `ValueError` for keys that are missing, unused or of another shape, and for another
+    configuration.
     """
     settings = Config.from_json(config)
     abstract = nnx.eval_shape(lambda: CLIP(settings, **options, rngs=nnx.Rngs(0)))
@@ -277,11 +282,11 @@ def load(folder: str | os.PathLike, **options: Any) -> CLIP:
 
 
 def preprocess(images: Array, size: int) -> Array:
-    """Images in [0, 1] as CLIP was trained on them: the shorter side made `size`, the middle cut
-    out, channels standardized.
+    """Images in [0, 1] prepared as in the training of CLIP: the shorter side is resized to `size`,
+    the middle is cut out, and the channels are standardized.
 
-    Cubic interpolation with antialiasing, as the published preparation, which besides rounds the
-    result to 256 levels: that has no gradient.
+    The interpolation is cubic with antialiasing, as published. The published code also rounds the
+    result to 256 levels, which has no gradient and is left out here.
     """
     *lead, height, width, channels = images.shape
     if channels != 3:
@@ -315,7 +320,7 @@ class Encoder(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then two linear maps with an activation between them; both added to the input."""
+    """Attention, then two linear maps with an activation between them. Both are residual."""
 
     def __init__(self, config: TextConfig | VisionConfig, dtype: Any, rngs: nnx.Rngs):
         self.layer_norm1, self.self_attn = _norm(config, dtype), _Heads(config, dtype, rngs)

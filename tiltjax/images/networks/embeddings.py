@@ -1,13 +1,13 @@
-r"""Times and positions as waves.
+r"""Embeddings of times and positions by cosines and sines.
 
     time        (cos(w_i t), sin(w_i t)),  w_i = 10000^(-i / 128),  i < 128
     position    the pair (2i, 2i + 1) of a head is rotated by p w_i,  w_i = 10000^(-2i / d)
 
-t is 1000 sigma, or 1000 times a guidance scale; d entries of a head belong to one axis of the
-position.
+Here t is 1000 sigma, or 1000 times a guidance scale, and d entries of a head belong to one axis of
+the position.
 
-A position is (0, row, column) for a place of an image and (0, 0, 0) for a token of a text. Angles
-are float64 in NumPy, and waves float32 at least.
+A position is (0, row, column) for an image token and (0, 0, 0) for a text token. Angles are float64
+in NumPy; cosines and sines are at least float32.
 
 Reference: Vaswani et al. (arXiv 1706.03762); Su et al. (arXiv 2104.09864), rotations.
 """
@@ -22,14 +22,14 @@ from jaxtyping import Array
 from tiltjax.images.networks.layers import wide
 
 FREQUENCIES = 128  # of a time
-_LONGEST = 10_000.0  # wavelength, over 2 pi
+_LONGEST = 10_000.0  # longest wavelength, divided by 2 pi
 
 
 def of_time(value: Array) -> Array:
     """Cosines and sines of `(batch,)` numbers, `(batch, 256)`."""
     dtype = wide(value.dtype)
-    # Rounded where the published code rounds in single precision: 1000 times a time makes the last
-    # digits of a frequency matter.
+    # Rounded as in the published code, in single precision: for 1000 times a time, the last digits
+    # of a frequency matter.
     exponents = (
         np.float32(-np.log(_LONGEST))
         * np.arange(FREQUENCIES, dtype=np.float32)
@@ -43,12 +43,12 @@ def of_time(value: Array) -> Array:
 def rotations(
     axes: Sequence[int], length: int, grid: tuple[int, int], dtype: Any
 ) -> tuple[Array, Array]:
-    """The cosines and sines, `(length + rows * columns, 1, d / 2)`, by which the pairs of each
-    token are rotated.
+    """The cosines and sines, `(length + rows * columns, 1, d / 2)`, that rotate the pairs of each
+    token.
 
-    **Arguments:** `axes`, how many entries of a head belong to each axis of a position; `length` of
-    the text; `grid`, rows and columns. One table for rows and one for columns are constants of the
-    program, not one for every place.
+    **Arguments:** `axes`, the number of entries of a head for each axis of a position; `length` of
+    the text; `grid`, rows and columns. The constants of the program are one table for rows and one
+    for columns, not one for every token.
     """
     rows, columns = grid
     parts = []
@@ -69,8 +69,8 @@ def rotations(
 
 
 def rotated(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """Queries or keys, `(batch, tokens, heads, d)`, with their pairs rotated; computed in the dtype
-    of the rotation.
+    """Queries or keys, `(batch, tokens, heads, d)`, with their pairs rotated. The computation uses
+    the dtype of the rotation.
     """
     cos, sin = (table[None] for table in rotation)
     pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)

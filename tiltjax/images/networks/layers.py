@@ -1,20 +1,21 @@
-r"""What the networks of this package share: stacks of equal blocks, norms, attention, and how a
-published configuration is read.
+r"""Shared parts of the networks: stacks of equal blocks, norms, attention, and the reading of
+published configurations.
 
     h_{i+1} = block_i(h_i),  i < n
 
 `stacked` builds the n blocks as one, every parameter with a leading axis n; `scanned` runs them. A
-stack is compiled once whatever its depth. With `remat` only the h_i are saved for the
-gradient, and each block is computed again.
+stack of any depth is compiled once. With `remat` only the h_i are saved for the gradient, and each
+block is computed again.
 
     attention(q, k, v) = softmax(scale * q k^T + bias) v
 
-The softmax is taken in float32 at least. Norms and attention are not Flax's and JAX's, which refuse
-float64 and 16 bits under strict promotion of dtypes: `dot_product_attention` computes in float32
-whatever it gets, and the group norm takes 4 to 16 times as long on a CPU.
- **Stacks hold no convolutions**: the gradients of their
-kernels inside of `lax.scan` take XLA 6 to 9 times as long on a CPU as outside, so that networks of
-convolutions are Python loops here; those to their input do not (`convolved`).
+The softmax uses at least float32. Norms and attention are not those of Flax and JAX. Under strict
+promotion of dtypes, those refuse float64 and 16 bits: `dot_product_attention` always computes in
+float32. The group norm of Flax takes 4 to 16 times as long on a CPU.
+
+**Stacks hold no convolutions.** On a CPU, XLA takes 6 to 9 times as long for the gradients by their
+kernels inside `lax.scan` as outside. Networks of convolutions are therefore Python loops. The
+gradients by the input are fast inside too (`convolved`).
 """
 
 import dataclasses
@@ -41,9 +42,7 @@ def stacked(build: Callable[[nnx.Rngs], M], num: int, rngs: nnx.Rngs) -> M:
 def scanned(
     blocks: nnx.Module, hidden: Array, call: Callable[[Any, Array], Array], *, remat: bool = False
 ) -> Array:
-    """`hidden` through the blocks of a stack, one after the other; `call(block, hidden)` applies
-    one.
-    """
+    """`hidden` after the blocks of a stack, applied in order by `call(block, hidden)`."""
     graph, parameters = nnx.split(blocks)
 
     def body(hidden: Array, parameters: Any) -> tuple[Array, None]:
@@ -53,14 +52,14 @@ def scanned(
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype in which sums over many terms are taken: float32 for anything shorter."""
+    """The dtype of sums over many terms: float32 for shorter dtypes, otherwise `dtype`."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def standardized(
     x: Array, epsilon: float, axes: int | tuple[int, ...] = -1, *, center: bool = True
 ) -> Array:
-    """`(x - mean) / sqrt(var + epsilon)` over these axes; with `center=False` the mean is taken for
+    """`(x - mean) / sqrt(var + epsilon)` over these axes. With `center=False` the mean is taken as
     0.
     """
     if center:
@@ -69,11 +68,10 @@ def standardized(
 
 
 class Norm(nnx.Module):
-    """`scale * (x - mean) / sqrt(var + epsilon) + bias` over the last axis, or over each of
-    `groups` parts of it and all places of an image.
+    """`scale * (x - mean) / sqrt(var + epsilon) + bias`, over the last axis, or over all pixels of
+    an image and each of `groups` parts of the last axis.
 
-    With `center=False` without mean and bias: the RMS norm. Statistics are taken in float32 at
-    least.
+    With `center=False` there is no mean and no bias: the RMS norm. Statistics use at least float32.
 
     **Arguments:** `n`, the size of the last axis; `groups`, for x of shape `(batch, H, W, n)`.
     """
@@ -91,8 +89,8 @@ class Norm(nnx.Module):
         if self.groups is None:
             h = standardized(h, self.epsilon, center=self.center)
         else:
-            # Places first, then the channels of a group: sums over both at once, of an image cut
-            # into groups, are slow on a CPU.
+            # First over pixels, then over the channels of a group: on a CPU, sums over both at once
+            # are slow.
             h -= _over_groups(jnp.mean(h, axis=(1, 2)), self.groups)
             power = jnp.mean(jnp.square(h), axis=(1, 2))
             h *= _over_groups(power, self.groups, lambda mean: jax.lax.rsqrt(mean + self.epsilon))
@@ -104,19 +102,21 @@ class Norm(nnx.Module):
 def _over_groups(
     means: Array, groups: int, f: Callable[[Array], Array] = lambda mean: mean
 ) -> Array:
-    """Of the channels' means `(batch, n)`, f of those of their groups, `(batch, 1, 1, n)`."""
+    """f of the mean of each channel's group, `(batch, 1, 1, n)`, from channel means
+    `(batch, n)`.
+    """
     grouped = jnp.mean(means.reshape(len(means), groups, -1), axis=-1)
     return jnp.repeat(f(grouped), means.shape[-1] // groups, axis=-1)[:, None, None]
 
 
 def convolved(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
-    """A convolution as `nnx.Conv(conv_general_dilated=)` asks for it, whose gradient with respect
-    to x is as fast inside of a loop as outside.
+    """A convolution for `nnx.Conv(conv_general_dilated=)` whose gradient by x is as fast inside of
+    a loop as outside.
 
-    Of odd sides and stride 1 padded to the same size, the gradient is the convolution with the
-    kernel turned over. Written out, which is all that is done here, XLA runs it ten times as fast
-    within `lax.scan` on a CPU. There is no forward mode. All else, other strides,
-    paddings and numbers of axes, even sides, groups, dilation, precision, is left to JAX.
+    For odd sides, stride 1 and "SAME" padding, the gradient by x is the convolution with the
+    flipped kernel. This function only writes it out, which makes it ten times as fast within
+    `lax.scan` on a CPU. It has no forward mode. All other cases (other strides, paddings and
+    numbers of axes, even sides, groups, dilation, precision) use JAX's own gradient.
 
     **Arguments:** `x` `(batch, H, W, n)`, `kernel` `(h, w, n, m)`; the rest as in
     `jax.lax.conv_general_dilated`.
@@ -144,7 +144,7 @@ def _plainly(
     feature_group_count=1,
     **rest: Any,
 ) -> bool:
-    """Whether these options mean what `_plain` does."""
+    """Whether `_plain` computes the convolution with these options."""
     dilated = {*(lhs_dilation or (1,)), *(rhs_dilation or (1,))} != {1}
     ours = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _AXES)
     numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
@@ -181,10 +181,10 @@ def attention(
     scale: float,
     bias: Array | None = None,
 ) -> Array:
-    """`softmax(scale * q k^T + bias) v`, `(*lead, n, heads, d)`.
+    """The values `softmax(scale * q k^T + bias) v`, `(*lead, n, heads, d)`.
 
     **Arguments:** `q`, `(*lead, n, heads, d)`; `k` and `v`, `(*lead, m, heads, d)`; `bias`,
-    `(heads or 1, n or 1, m)`: where it is `-inf`, a query does not see a key.
+    `(heads or 1, n or 1, m)`. A bias of `-inf` excludes a key for a query.
     """
     scores = jnp.einsum("...nhd,...mhd->...hnm", q, k, preferred_element_type=wide(q.dtype)) * scale
     if bias is not None:
@@ -193,7 +193,7 @@ def attention(
 
 
 def causal(n: int, dtype: Any) -> Array:
-    """The bias, `(1, n, n)`, under which a token sees itself and those before it."""
+    """The bias, `(1, n, n)`, with which a token attends to itself and to the tokens before it."""
     return jnp.where(jnp.tri(n, dtype=bool), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))[
         None
     ]
@@ -209,10 +209,10 @@ def configuration(
 
     **Arguments:** `kind`, a dataclass whose fields are read by name; `published`, the JSON object;
     `implied`, settings that are not fields, as
-    `{name: (values that are implemented, the first where the setting is absent)}`; `absent`, what
-    the published class takes an absent field for, where that is not the default here (files may
-    leave out what is their default). Everything else in the object says how the model was trained
-    or used, and is left alone.
+    `{name: (implemented values, the first for an absent setting)}`; `absent`, the values of absent
+    fields in the published class where they differ from the defaults here (files may leave out the
+    published class's defaults). Everything else in the object describes the training or the use of
+    the model, and is ignored.
 
     **Raises:** `ValueError` for a setting that is not implemented, with its name.
     """
@@ -222,7 +222,7 @@ def configuration(
         value = tuple(value) if isinstance(value, list) else value
         if value not in values:
             raise ValueError(
-                f"{name} = {value!r} is not implemented: this {kind.__qualname__} is for "
+                f"{name} = {value!r} is not implemented: {kind.__qualname__} needs "
                 f"{' or '.join(map(repr, values))}"
             )
     fields = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
@@ -235,23 +235,23 @@ def configuration(
 
 
 def dtype_of(network: nnx.Module) -> Any:
-    """The dtype that a network's parameters have, and in which it computes."""
+    """The dtype of a network's parameters, in which the network computes."""
     return jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))})
 
 
 def check_ids(ids: Array, vocabulary: int) -> None:
-    """Refuse what are no token ids `(*lead, n)`: another dtype, or, where they can be read, ids
-    outside of the vocabulary.
+    """Raise a `TypeError` or `ValueError` for arrays that are not token ids `(*lead, n)`: another
+    dtype, or ids outside of the vocabulary, if they are not traced.
     """
     if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            f"token ids must be whole numbers (..., n), got {ids.dtype} of shape {ids.shape}"
+            f"token ids must be integers (..., n), got {ids.dtype} of shape {ids.shape}"
         )
     if not _checks.concrete(ids) or not ids.size:
         return
     read = np.asarray(ids)
     if read.min() < 0 or read.max() >= vocabulary:
         raise ValueError(
-            f"token ids must lie in [0, {vocabulary}), got [{read.min()}, {read.max()}]: is this "
-            "the tokenizer of this model?"
+            f"token ids must lie in [0, {vocabulary}), got [{read.min()}, {read.max()}]: use the "
+            "tokenizer of this model"
         )

@@ -1,14 +1,14 @@
-r"""The T5 encoder: token ids to the states that the text stream of FLUX.1 starts from.
+r"""The T5 encoder, from token ids to the states that are the text input of FLUX.1.
 
     h_0 = E[ids],    n = rmsnorm(h)
     h <- h + O softmax(q k^T + b_{j - i}) v,    h <- h + W_o (gelu(W_0 n) * W_1 n)
 
-q, k, v are linear in n, all layers have the bias b of the first, and nothing is divided by sqrt(d).
-b_{j - i} depends on a distance through its bucket alone: the near half of the buckets are distances
-one by one, the others grow geometrically up to `max_distance`, before and after apart. Padding is
-not masked: the states were trained with it.
+q, k, v are linear in n, all layers share the bias b of the first, and the scores are not divided by
+sqrt(d). b_{j - i} depends on the distance only through its bucket. Half of the buckets are single
+distances; the others grow geometrically up to `max_distance`. Positions before and after have
+different buckets. Padding is not masked, as in the training of FLUX.1.
 
-Attributes are named as the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
+Attributes have the names of the published parameters (`tiltjax.pretrained.state_dicts`). Reference:
 Raffel et al., arXiv 1910.10683; gated gelu: Shazeer, arXiv 2002.05202.
 """
 
@@ -30,12 +30,12 @@ RENAMES = {
     )
 }
 STACKED = ("encoder.block",)
-TIED = "encoder.embed_tokens.weight"  # `shared.weight` once more, where a file has both
+TIED = "encoder.embed_tokens.weight"  # a second copy of `shared.weight` in some files
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of an encoder; those of FLUX.1's, the encoder of T5-XXL 1.1, by default."""
+    """The sizes of an encoder, by default those of the encoder of T5-XXL 1.1 in FLUX.1."""
 
     vocab_size: int = 32128
     d_model: int = 4096
@@ -49,24 +49,24 @@ class Config:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any]) -> "Config":
-        """From the published `config.json`. **Raises:** `ValueError` for a setting that is not
-        implemented.
+        """The sizes from the published `config.json`.
+
+        **Raises:** `ValueError` for a setting that is not implemented.
         """
-        # Where it is absent, the published classes take it for "relu".
+        # If it is absent, the published classes take it as "relu".
         if (found := published.get("feed_forward_proj", "relu")) != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj = {found!r} is not implemented: this is T5 1.1, with "
-                "'gated-gelu'"
+                f"feed_forward_proj = {found!r} is not implemented: T5 1.1 needs 'gated-gelu'"
             )
         absent = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
         return layers.configuration(cls, published, {"is_decoder": (False,)}, **absent)
 
 
 class T5(nnx.Module):
-    """Token ids `(*lead, n)` to states `(*lead, n, d_model)`.
+    """The encoder, from token ids `(*lead, n)` to states `(*lead, n, d_model)`.
 
-    **Arguments:** `config`; `remat`, to save the states between layers alone for a gradient;
-    `param_dtype`, of the parameters and of what is computed; `rngs`, for the initial weights.
+    **Arguments:** `config`; `remat`, to save for a gradient only the states between layers;
+    `param_dtype`, of the parameters and the computation; `rngs`, for the initial weights.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class T5(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """All layers, and the norm after the last."""
+    """All layers, and the norm after the last layer."""
 
     def __init__(self, config: Config, remat: bool, dtype: Any, rngs: nnx.Rngs):
         self.config, self.remat = config, remat
@@ -115,7 +115,7 @@ class Encoder(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then the gated network; both of them added to what comes in."""
+    """Attention, then the gated network. Both are residual."""
 
     def __init__(self, config: Config, dtype: Any, rngs: nnx.Rngs):
         self.layer: Any = nnx.List(
@@ -169,14 +169,14 @@ class _Gated(nnx.Module):
 
 
 def buckets(n: int, num: int, farthest: int) -> np.ndarray:
-    """The bucket of every pair of places `(from, to)`, `(n, n)` int32, of `num` in all; distances
-    from `farthest` on have the last.
+    """The bucket of every pair of positions `(from, to)`, `(n, n)` int32, out of `num`. Distances
+    of at least `farthest` share the last bucket.
     """
     places = np.arange(n, dtype=np.int32)
     offset = places[None, :] - places[:, None]
     distance, half = np.abs(offset), num // 2
     near = half // 2
-    # In float32, as published: some distances lie on an edge, and rounding decides.
+    # In float32, as published: some distances are on an edge, where rounding decides.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(near)) / np.float32(
         math.log(farthest / near)
     )

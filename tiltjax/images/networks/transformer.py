@@ -5,29 +5,28 @@ r"""The FLUX.1 transformer: a velocity for latent images, given a text.
     block:   x + gate * f(shift + (1 + scale) * norm(x)),  (shift, scale, gate) = linear(silu(temb))
     velocity = linear(shift + (1 + scale) * norm(image tokens))
 
-Double blocks have weights for text and image apart and one attention over both; single blocks are
-of one stream.
+Double blocks have separate weights for text and image, and one attention over both. Single blocks
+have one stream.
 
-Attention normalizes queries and keys by their root mean square, for text and image apart, and then
-rotates the pairs `(2i, 2i + 1)` of each head by `position / 10000^(2i / d)`, on one axis that is
-zero, one for rows and one for columns; text stands at zero. Angles are float64 in NumPy.
+Attention normalizes queries and keys by their root mean square, separately for text and image. Then
+it rotates the pairs `(2i, 2i + 1)` of each head by `position / 10000^(2i / d)`. A position has
+three axes: zero, the row, and the column; all are zero for text. Angles are float64 in NumPy.
 
-A *flow map* is the same network with two times, from sigma to a later one: every embedder twice,
-`temb` their mean. Equal times give the velocity.
+A *flow map* is the same network with two times, from sigma to a later one. It has two copies of
+every embedder, and `temb` is their mean. Equal times give the velocity.
 
-Blocks of a kind are stacked on a leading axis and scanned, so that the program is as long for 57
-blocks as for 2.
-
+Blocks of one kind are stacked on a leading axis and scanned, so that the program for 57 blocks is
+as long as for 2.
 | option | |
 |---|---|
 | `dtype`, `param_dtype` | of the computation and of the parameters |
 | `remat` | recompute blocks in the backward pass; or a checkpoint policy of JAX |
 | `attention` | `"xla"`, `"cudnn"` (GPU, 16 bit, no forward mode), or `(q, k, v) -> values` |
-| `timestep_dtype` | to which sigma and the guidance are rounded, float32 at least |
+| `timestep_dtype` | of sigma and the guidance, by default at least float32 |
 
-Queries, keys and values are `(batch, tokens, heads, dim)`. Statistics, rotations and times are
-float32 at least. `timestep_dtype=bfloat16` reproduces the published pipeline, which rounds before
-it multiplies by 1000.
+Queries, keys and values are `(batch, tokens, heads, dim)`. Statistics, rotations and times are at
+least float32. `timestep_dtype=bfloat16` reproduces the published pipeline, which rounds before it
+multiplies by 1000.
 
 Reference: Black Forest Labs, FLUX.1; Esser et al. (arXiv 2403.03206), the architecture; Su et al.
 (arXiv 2104.09864), rotations.
@@ -62,10 +61,10 @@ Attention = str | Callable[[Array, Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The published configuration of FLUX.1, whose names these are; the defaults are those of
+    """The configuration of the transformer, with the published names; by default that of
     FLUX.1-dev.
 
-    `dual_time` is no part of it: two times, as a flow map has.
+    `dual_time` is not a published entry. It selects two times, for a flow map.
     """
 
     patch_size: int = 1
@@ -92,15 +91,15 @@ class Config:
             )
         if len(self.axes_dims_rope) != 3 or self.patch_size != 1:
             raise ValueError(
-                f"expected three axes and patch_size = 1, as FLUX.1 has, got {self.axes_dims_rope} "
-                f"and {self.patch_size}"
+                f"axes_dims_rope must have three entries and patch_size must be 1, as in FLUX.1, "
+                f"got {self.axes_dims_rope} and {self.patch_size}"
             )
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
-        """From the published `config.json`, as a dictionary.
+        """The configuration from the published `config.json`, a dictionary.
 
-        **Raises:** `ValueError` for entries this architecture does not have.
+        **Raises:** `ValueError` for entries that this architecture does not have.
         """
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         known = {field.name for field in dataclasses.fields(cls)}
@@ -109,17 +108,17 @@ class Config:
                 f"not a configuration of the FLUX.1 transformer: unknown {', '.join(unknown)}; it "
                 f"has {', '.join(sorted(known))}"
             )
-        # Left out of the published file where it is off.
+        # The published file leaves this entry out if it is false.
         return cls(**{"guidance_embeds": False, **settings})
 
     @property
     def width(self) -> int:
-        """Of a token."""
+        """The width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
 
 class _Layers:
-    """Makes layers of one dtype."""
+    """Builds layers of one dtype."""
 
     def __init__(self, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -132,7 +131,7 @@ class _Layers:
 
 
 class Embedder(nnx.Module):
-    """Two layers with a silu between."""
+    """Two layers with a silu between them."""
 
     def __init__(self, n: int, width: int, make: _Layers):
         self.linear_1 = make.linear(n, width)
@@ -143,7 +142,9 @@ class Embedder(nnx.Module):
 
 
 class TimeTextEmbed(nnx.Module):
-    """What modulates every block: time, guidance and pooled text, `(batch, width)`."""
+    """The embedding of time, guidance and pooled text that modulates every block,
+    `(batch, width)`.
+    """
 
     def __init__(self, config: Config, make: _Layers):
         self.timestep_embedder = Embedder(2 * embeddings.FREQUENCIES, config.width, make)
@@ -159,9 +160,7 @@ class TimeTextEmbed(nnx.Module):
 
 
 class DualTimeTextEmbed(nnx.Module):
-    """The mean of two embeddings, one for the time where a flow map starts and one for where it
-    ends.
-    """
+    """The mean of two embeddings, for the start time and the end time of a flow map."""
 
     def __init__(self, config: Config, make: _Layers):
         self.original_embedder = TimeTextEmbed(config, make)
@@ -173,7 +172,7 @@ class DualTimeTextEmbed(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """`n` vectors for each sample, as `(batch, 1, width)`, from what modulates it."""
+    """`n` vectors for each sample, as `(batch, 1, width)`, from the modulating embedding."""
 
     def __init__(self, width: int, n: int, make: _Layers):
         self.linear = make.linear(width, n * width)
@@ -184,7 +183,7 @@ class Modulation(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two layers with a gelu between, four times as wide."""
+    """Two layers with a gelu between them, four times as wide."""
 
     def __init__(self, width: int, make: _Layers):
         self.up = make.linear(width, 4 * width)
@@ -195,7 +194,7 @@ class FeedForward(nnx.Module):
 
 
 class JointAttention(nnx.Module):
-    """Attention over image tokens, and over text tokens with projections of their own if `text`."""
+    """Attention over image tokens, and over text tokens with separate projections if `text`."""
 
     def __init__(self, config: Config, make: _Layers, *, text: bool):
         width, head = config.width, config.attention_head_dim
@@ -215,7 +214,7 @@ class JointAttention(nnx.Module):
         return self.norm_q(q), self.norm_k(k), v
 
     def text(self, x: Array) -> tuple[Array, Array, Array]:
-        """The same of text tokens."""
+        """Queries, keys and values of text tokens."""
         q, k, v = (
             self._split(layer(x)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         )
@@ -261,7 +260,7 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """Text and image in one stream, attention beside the feed-forward layer."""
+    """Text and image in one stream, with attention next to the feed-forward layer."""
 
     def __init__(self, config: Config, make: _Layers):
         width = config.width
@@ -282,8 +281,8 @@ class SingleBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The network: `transformer(tokens, sigma, text, pooled, guidance, grid=(rows, columns))` is
-    the velocity `dx / dsigma`, noise less data.
+    """The network. `transformer(tokens, sigma, text, pooled, guidance, grid=(rows, columns))` is
+    the velocity `dx / dsigma`, noise minus data.
 
     **Arguments:** `config`; the options of the module's docstring; `rngs`, for the initial weights.
     """
@@ -336,20 +335,20 @@ class Transformer(nnx.Module):
         *,
         grid: tuple[int, int],
     ) -> Array:
-        """The velocity of each image token.
+        """The velocity of each image token, `(batch, rows * columns, out_channels)`, in the
+        network's dtype.
 
         **Arguments:**
 
         - `tokens`: `(batch, rows * columns, in_channels)`; `grid`, their rows and columns.
-        - `sigma`: `(batch,)`, 1 at the noise and 0 at the data; with dual time `(batch, 2)`, from
-          and to.
+        - `sigma`: `(batch,)`, 1 at the noise and 0 at the data; with dual time `(batch, 2)`, the
+          start and the end.
         - `text`, `pooled`: `(batch, length, joint_attention_dim)` and
-          `(batch, pooled_projection_dim)`; a batch of 1 serves all.
+          `(batch, pooled_projection_dim)`; a batch of 1 is used for all samples.
         - `guidance`: `(batch,)`, the guidance scale that was distilled into the network, if
           `guidance_embeds`.
 
-        **Returns:** `(batch, rows * columns, out_channels)`, in the network's dtype. **Raises:**
-        `ValueError` for other shapes.
+        **Raises:** `ValueError` for other shapes.
         """
         self._check(tokens, sigma, text, pooled, guidance, grid)
         rounded = lambda value: value.astype(self.timestep_dtype) * 1000
@@ -406,7 +405,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"a {grid[0]} x {grid[1]} image of {n} samples: {'; '.join(wrong)}")
         if (guidance is None) == config.guidance_embeds:
             raise ValueError(
-                "this network was trained with a guidance scale: pass guidance, 3.5 is usual"
+                "this network was trained with a guidance scale: pass guidance, such as 3.5"
                 if config.guidance_embeds
                 else "this network has no guidance embedding (guidance_embeds is false): pass "
                 "guidance=None"
@@ -414,13 +413,14 @@ class Transformer(nnx.Module):
 
 
 def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
-    """Where a parameter goes on a mesh: matrices are divided on both of its axes, everything else
-    is on every device.
+    """A function that places parameters on a mesh, for
+    `state_dicts.from_state_dict(..., sharding=sharded(mesh))`. Matrices are divided on both axes;
+    everything else is on every device.
 
-    Layers that widen are divided by their output on the axis `model` and those that narrow by their
-    input, as tensor parallelism has it, and on the other side on the axis `data` (FSDP). An axis of
-    the mesh of one device, or one that does not divide, divides nothing. For
-    `state_dicts.from_state_dict(..., sharding=sharded(mesh))`.
+    Layers that widen are divided on the axis `model` by their output, and layers that narrow by
+    their input, as in tensor parallelism. The other side is divided on the axis `data` (FSDP). An
+    axis of the mesh with one device, or whose number of devices does not divide the side, divides
+    nothing.
     """
 
     def placement(path: tuple, leaf: Any) -> NamedSharding:
@@ -438,7 +438,7 @@ def sharded(mesh: Mesh, data: str = "data", model: str = "model") -> Placement:
 
 
 def _normed(x: Array) -> Array:
-    """Mean 0 and variance 1 over the last axis."""
+    """x with mean 0 and variance 1 over the last axis."""
     return layers.standardized(x.astype(layers.wide(x.dtype)), _EPSILON).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Rewards made of CLIP: the similarity of an image and a prompt, and aesthetic predictors."""
+"""Rewards from CLIP: the similarity of an image and a prompt, and aesthetic predictors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from tiltjax.images.rewards._pixels import _composed, _one_image
 
 
 class ClipScore(rewards.Reward):
-    """How well an image fits a prompt: the cosine of CLIP's vectors, in [-1, 1].
+    """The similarity of an image and a prompt: the cosine of CLIP's vectors, in [-1, 1].
 
-    With `scaled=True` times the factor that the similarity was trained with: the score of CLIPs
-    trained on people's choices, PickScore and HPS.
+    With `scaled=True` the cosine is multiplied by the factor of the trained similarity. This is the
+    score of CLIPs that were trained on human preferences, PickScore and HPS.
 
     **Arguments:** `clip`, a `networks.clip.CLIP`; `ids`, the prompt's `(n,)`, from its tokenizer;
     `scaled`.
@@ -27,7 +27,7 @@ class ClipScore(rewards.Reward):
     factor: Array
 
     def __init__(self, clip: CLIP, ids: Any, *, scaled: bool = False):
-        _checks.instance(clip, CLIP, "clip", "a text tower alone sees no images")
+        _checks.instance(clip, CLIP, "clip", "the reward needs both towers")
         ids = jnp.asarray(ids)
         if ids.ndim != 1:
             raise ValueError(f"ids must be those of one prompt, (n,), got shape {ids.shape}")
@@ -42,15 +42,16 @@ class ClipScore(rewards.Reward):
 
 
 class Aesthetic(rewards.Reward):
-    """A rating `<w, f> + b` of the image's unit vector f: the ratings that people gave, on a scale
-    of about 1 to 10.
+    """A rating `<w, f> + b` of the image's unit vector f, trained on human ratings of about 1 to
+    10.
 
-    **Arguments:** `clip`, a `networks.clip.CLIP` of the kind that the head was trained on
-    (CLIP-L); `weights`, the head's published state dict: linear layers by their numbers
-    (`layers.0.weight`, `layers.0.bias`, ...) or one alone (`weight`, `bias`). There is nothing
-    between the layers of these heads but dropout, so that they are one linear function.
+    **Arguments:** `clip`, the `networks.clip.CLIP` on which the head was trained (CLIP-L);
+    `weights`, the head's published state dict: numbered linear layers (`layers.0.weight`,
+    `layers.0.bias`, ...) or one layer (`weight`, `bias`). These heads have only dropout between
+    their layers, so that they are one linear function.
 
-    **Raises:** `ValueError` for layers that do not fit one another, CLIP, or one number.
+    **Raises:** `ValueError` for layers whose shapes do not match each other or CLIP, or that do not
+    give one number.
     """
 
     embed_image: _pytree.Function
@@ -58,7 +59,7 @@ class Aesthetic(rewards.Reward):
     bias: Array
 
     def __init__(self, clip: CLIP, weights: Mapping[str, Any]):
-        _checks.instance(clip, CLIP, "clip", "a head needs a CLIP of both towers")
+        _checks.instance(clip, CLIP, "clip", "the reward needs both towers")
         weight, bias = _composed(weights, clip.config.projection_dim)
         dtype = layers.dtype_of(clip)
         self.embed_image = _pytree.Function(clip.image)

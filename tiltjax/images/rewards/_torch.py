@@ -1,42 +1,42 @@
-r"""Rewards in PyTorch with gradients: ImageReward, and the answer of a visual language model to a
+r"""Rewards in PyTorch with gradients: ImageReward, and the answer of a vision-language model to a
 question.
 
 | reward | r(x) |
 |---|---|
-| `image_reward(prompt)` | the score of ImageReward, standardized as its own `score` is |
+| `image_reward(prompt)` | the score of ImageReward, standardized as in its method `score` |
 | `yes_or_no(question, model, processor)` | log-odds of Yes after an image and a question |
 
-Both are `tiltjax.external.External` rewards of one image `(H, W, 3)` in [0, 1]; on latents,
-`Decoded(autoencoder.decode, reward)`. Their preparation of an image,
-differentiable, is the published one but for its rounding to 256 levels. The models are those of the
-packages, or any with the same interface.
+Both are `tiltjax.external.External` rewards of one image `(H, W, 3)` in [0, 1]. On latents use
+`Decoded(autoencoder.decode, reward)`. Images are prepared as published, but without the rounding to
+256 levels, so that the preparation is differentiable. The models are those of the packages, or
+models with the same interface.
 
 References: Xu et al., arXiv 2304.05977 (ImageReward); Bai et al., arXiv 2502.13923 (Qwen2.5-VL).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tiltjax import external
+from tiltjax import _checks, external
 from tiltjax.images.networks import clip
 
-_TOKENS, _SIDE = 35, 224  # what ImageReward reads
+_TOKENS, _SIDE = 35, 224  # the inputs of ImageReward
 
 
 def image_reward(
     prompt: str, model: Any = None, *, device: str = "cpu", **settings: Any
 ) -> external.External:
-    """ImageReward's score of an image for a prompt: mean 0 and standard deviation 1 over its
+    """ImageReward's score of an image for a prompt, with mean 0 and standard deviation 1 over its
     training images.
 
-    **Arguments:** `model`, the package's, already on its device (by default
+    **Arguments:** `prompt`; `model`, the package's, already on its device (by default
     `ImageReward.load("ImageReward-v1.0", device=device)`); `device`; `settings` of
-    `tiltjax.external.from_torch`. **Warns** of a prompt of more than 35 tokens, its limit.
+    `tiltjax.external.from_torch`. **Warns:** for a prompt of more than 35 tokens, the model's
+    limit.
 
-    **Raises:** `ImportError` without PyTorch, or without the package where there is no model;
+    **Raises:** `ImportError` without PyTorch, or without the package if `model` is None;
     `ValueError` for a model in training mode.
     """
     torch = _torch()
@@ -52,10 +52,7 @@ def image_reward(
     _refuse_training(model)
     tokenizer = model.blip.tokenizer
     if len(tokenizer(prompt).input_ids) > _TOKENS:
-        warnings.warn(
-            f"ImageReward reads {_TOKENS} tokens: the end of the prompt {prompt!r} is cut",
-            stacklevel=2,
-        )
+        _checks.warn(f"ImageReward takes {_TOKENS} tokens: the end of the prompt {prompt!r} is cut")
     text = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
     ).to(device)
@@ -89,16 +86,15 @@ def yes_or_no(
     device: str = "cpu",
     **settings: Any,
 ) -> external.External:
-    """How sure a visual language model is that the answer to a question about an image is yes: the
-    log-odds of `answers`.
+    """The log-odds of `answers` from a vision-language model, for a question about an image.
 
-    **Arguments:** `model` and `processor` of `transformers`, of the kind of Qwen2-VL and
-    Qwen2.5-VL: patches `(places, pixels)` in groups of `merge_size`, and `image_grid_thw`; `size`,
-    `(height, width)` of the images; `device`, where the model is; `settings` of
-    `tiltjax.external.from_torch`.
+    **Arguments:** `question`; `model` and `processor` of `transformers`, such as Qwen2-VL and
+    Qwen2.5-VL, with patches `(places, pixels)` in groups of `merge_size`, and `image_grid_thw`;
+    `size`, `(height, width)` of the images; `answers`, the positive and the negative answer;
+    `device` of the model; `settings` of `tiltjax.external.from_torch`.
 
     **Raises:** `ImportError` without PyTorch or Pillow; `ValueError` for a model in training mode,
-    or two answers that begin with one token.
+    and for two answers with the same first token.
     """
     torch = _torch()
     try:
@@ -116,7 +112,7 @@ def yes_or_no(
         processor.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers
     ]
     if first[0] == first[1]:
-        raise ValueError(f"the answers {answers} begin with the same token: their odds say nothing")
+        raise ValueError(f"the answers must differ in their first token, got {answers}")
     grid = inputs["image_grid_thw"]
     constant = {
         name: inputs[name].to(device)
@@ -143,13 +139,13 @@ def yes_or_no(
 
 
 def _patches(images: Any, settings: Any, grid: tuple[int, int, int]) -> Any:
-    """Images `(n, 3, H, W)` as the patches of a grid, `(n * places, 3 * frames * patch^2)`, the
-    `merge_size^2` of a group side by side.
+    """Images `(n, 3, H, W)` as the patches of a grid, `(n * places, 3 * frames * patch^2)`, with
+    the `merge_size^2` patches of a group side by side.
     """
     frames, high, wide = grid
     side, merge, repeat = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     if frames != 1:
-        raise ValueError(f"one image is one frame, got a grid of {grid}")
+        raise ValueError(f"one image must be one frame, got a grid of {grid}")
     resized = _resized(images, (high * side, wide * side))
     resized = _standardized(resized, settings.image_mean, settings.image_std)
     tiles = resized.reshape(len(images), 3, high // merge, merge, side, wide // merge, merge, side)
@@ -161,7 +157,7 @@ def _patches(images: Any, settings: Any, grid: tuple[int, int, int]) -> Any:
 
 
 def _cropped(images: Any, side: int) -> Any:
-    """The middle square of `(n, 3, H, W)`, after the shorter side is made `side`."""
+    """The middle square of `(n, 3, H, W)`, after a resize of the shorter side to `side`."""
     height, width = images.shape[-2:]
     shape = tuple(max(side, side * each // min(height, width)) for each in (height, width))
     top, left = ((each - side) // 2 for each in shape)
@@ -183,8 +179,8 @@ def _standardized(images: Any, mean: Sequence[float], std: Sequence[float]) -> A
 def _channels_first(images: Any, model: Any) -> Any:
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
-            f"this reward is one of images (height, width, 3), got {tuple(images.shape[1:])}: "
-            "use Decoded on latents"
+            f"this reward takes images (height, width, 3), got {tuple(images.shape[1:])}: use "
+            "Decoded on latents"
         )
     return images.permute(0, 3, 1, 2).to(next(model.parameters()).dtype)
 
@@ -192,7 +188,7 @@ def _channels_first(images: Any, model: Any) -> Any:
 def _refuse_training(model: Any) -> None:
     if model.training:
         raise ValueError(
-            f"{type(model).__name__} is in training mode, where its answers are random: call "
+            f"{type(model).__name__} is in training mode, where its outputs are random: call "
             ".eval() first"
         )
 
