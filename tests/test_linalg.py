@@ -95,7 +95,8 @@ def test_rotations_diagonalize(d, dtype):
     root = np.random.default_rng(d).normal(size=(d, d))
     flat = np.outer(root[0], root[0])
     cases = [root + root.T, flat, -flat, eye, np.zeros((d, d)), np.diag(root[0]), np.ones((d, d))]
-    matrices = jnp.asarray(np.stack([*cases, 1e-12 * flat + eye]), dtype)
+    # Symmetric up to rounding, with couplings of opposite signs.
+    matrices = jnp.asarray(np.stack([*cases, 1e-12 * flat + eye, eye + 1e-18 * root]), dtype)
     values, axes = jax.jit(jax.vmap(_linalg.rotations))(matrices)
     for matrix, value, axis in zip(*map(np.float64, (matrices, values, axes)), strict=True):
         size = np.abs(matrix).max()

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import tiltjax as tj
 from tiltjax import plotting
 from tiltjax.mixtures import GaussianMixture
-from tiltjax.particles import Particles
+from tiltjax.particles import Failures, Particles, Trace, unweighted
 
 PLANE, LINE = ((-5.0, 5.0), (-4.0, 4.0)), (-5.0, 5.0)
 MIXTURES = {
@@ -267,8 +267,12 @@ assert matplotlib.rcParams.copy() == before
 
 def test_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install tiltjax\[plot\]"):
-        plotting.comparison([("a", np.zeros((2, 1)))], bounds=LINE)
+    for draw in (
+        lambda: plotting.comparison([("a", np.zeros((2, 1)))], bounds=LINE),
+        lambda: tj.plot(population(2)),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "tiltjax\[plot\]"'):
+            draw()
 
 
 def quadratic(x):
@@ -339,12 +343,196 @@ def test_an_audit_is_drawn(tmp_path):
     figure = plotting.audit(report)
     left, right = figure.axes
     assert sum(patch.get_height() for patch in left.patches) == 200
-    carried, alike = right.lines
+    carried, alike = right.lines[:2]
     shares = carried.get_ydata()
     assert np.all(np.diff(shares) >= 0)
     np.testing.assert_allclose(shares[-1], 1)
     assert np.all(shares >= alike.get_ydata() - 1e-9)  # the heaviest first
     assert plotting.save(figure, tmp_path / "audit.png").stat().st_size > 10_000
+    (tail,) = (line for line in right.lines if line.get_linestyle() == ":")
+    np.testing.assert_allclose(tail.get_xdata(), 40 / 200)  # min(n / 5, 3 sqrt(n))
+    assert [ax.get_title(loc="left") for ax in tj.plot(report).axes] == [
+        ax.get_title(loc="left") for ax in figure.axes
+    ]
+
+
+# --- plot
+
+
+def population(*shape, num=40, weighted=True, dtype=float):
+    rng = np.random.default_rng(0)
+    log_weights = rng.normal(size=num) if weighted else np.zeros(num)
+    return Particles(jnp.asarray(rng.normal(size=(num, *shape)), dtype), jnp.asarray(log_weights))
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_particles_in_one_dimension_are_a_weighted_histogram():
+    particles = population(1)
+    figure = tj.plot(particles, truth=MIXTURES[1])
+    heights, edges, _ = figure.axes[0].patches[0].get_data()
+    x = np.asarray(particles.x)[:, 0]
+    expected = np.histogram(x, edges, weights=np.asarray(particles.weights))[0]
+    np.testing.assert_allclose(heights * np.diff(edges), expected, atol=1e-12)
+    assert expected.sum() == pytest.approx(1)  # all are in the window
+    curve = figure.axes[0].lines[0].get_data()
+    density = jax.vmap(MIXTURES[1].log_prob)(jnp.asarray(curve[0])[:, None])
+    np.testing.assert_allclose(curve[1], np.exp(density), rtol=0.01, atol=1e-5)
+    assert legend(figure) == ["truth", "samples"]
+    assert figure.axes[0].get_title(loc="left") == "40 particles"
+    size = f"{particles.ess:.4g} of 40 ({particles.ess / 40:.1%})"
+    assert figure.axes[0].texts[0].get_text() == f"effective sample size {size}"
+
+
+def test_samples_as_the_truth_are_an_outline_or_gray_dots():
+    truth = np.random.default_rng(1).normal(size=(60, 1)) + 3
+    (line,) = tj.plot(population(1), truth=truth).axes[0].lines
+    edges, heights = line.get_data()
+    np.testing.assert_allclose(np.sum(heights[:-1] * np.diff(edges)), 1)
+    np.testing.assert_allclose(np.histogram(truth, edges, density=True)[0], heights[:-1])
+    truth = np.random.default_rng(1).normal(size=(60, 2)) + 3
+    figure = tj.plot(population(2), truth=truth)
+    gray, blue = figure.axes[0].collections
+    np.testing.assert_allclose(gray.get_offsets(), truth)
+    np.testing.assert_allclose(blue.get_offsets(), population(2).x)
+    low, high = figure.axes[0].get_xlim()
+    assert low < truth[:, 0].min() < truth[:, 0].max() < high
+    assert legend(figure) == ["truth", "samples"]
+
+
+def test_dots_have_the_area_of_their_weights_up_to_a_limit():
+    particles = population(2)
+    (dots,) = tj.plot(particles).axes[0].collections
+    np.testing.assert_allclose(
+        dots.get_sizes() / dots.get_sizes()[0], particles.weights / particles.weights[0]
+    )
+    alone = Particles(particles.x, jnp.zeros(40).at[3].set(100.0))
+    (dots,) = tj.plot(alone).axes[0].collections
+    assert dots.get_sizes()[3] < 400
+
+
+def test_many_dimensions_by_the_principal_directions_of_the_truth():
+    """A mixture along the second axis of five: direction 1 is that axis."""
+    means = np.zeros((2, 5))
+    means[:, 1] = -3, 3
+    truth = tj.GaussianMixture([0.5, 0.5], means, 0.3 * np.stack([np.eye(5)] * 2))
+    particles = population(5)
+    figure = tj.plot(particles, truth=truth)
+    assert len(figure.axes) == 6
+    names = [ax.get_xlabel() for ax in figure.axes]
+    assert names == ["", "", "", "direction 1", "direction 2", "direction 3"]
+    pair = figure.axes[1]
+    dots = next(c for c in pair.collections if len(c.get_offsets()) == 40)
+    np.testing.assert_allclose(np.abs(dots.get_offsets()[:, 0]), np.abs(particles.x[:, 1]))
+    edges = np.concatenate([path.vertices for path in pair.collections[1].get_paths()])
+    assert np.ptp(edges[:, 0]) > 6 > np.ptp(edges[:, 1])  # two modes side by side
+    assert len(tj.plot(particles).axes) == 6
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3)])
+def test_images_are_a_grid_the_largest_weights_first(shape):
+    particles = population(*shape)
+    axes = tj.plot(particles).axes
+    assert len(axes) == 24
+    order = np.argsort(-np.asarray(particles.weights))[:24]
+    images = np.stack([ax.images[0].get_array() for ax in axes])
+    expected = np.asarray(particles.x)[order].reshape(images.shape)
+    scaled = (expected - expected.min()) / np.ptp(expected)
+    np.testing.assert_allclose(images, scaled, atol=1e-12)
+    assert axes[0].get_title() == f"{np.max(particles.weights):.1%}"
+    few = tj.plot(population(*shape, num=5, weighted=False))
+    assert [len(ax.images) for ax in few.axes] == [1] * 5
+    assert not any(ax.get_title() for ax in few.axes)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [([0.2, 0.9], float, [0.2, 0.9]), ([-1.0, 0.5], float, [0.0, 0.75]),
+     ([0, 51], "uint8", [0, 0.2]), ([2.0, 2.0], float, [0, 0])],
+)  # fmt: skip
+def test_the_range_of_images(values, dtype, expected):
+    x = jnp.asarray(values, dtype)[:, None, None] * jnp.ones((1, 2, 2), dtype)
+    axes = tj.plot(unweighted(x)).axes
+    np.testing.assert_allclose([ax.images[0].get_array()[0, 0] for ax in axes], expected)
+
+
+def test_tokens_are_rows():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 4, (60, 7)))
+    particles = Particles(tokens, jnp.arange(60.0))
+    (image,) = tj.plot(particles).axes[0].images
+    np.testing.assert_array_equal(image.get_array(), tokens[::-1][:48])
+
+
+def course(steps=10, num=30, d=1, **fields):
+    failed = Failures.of(shift=np.arange(steps) == fields.pop("failed", -1))
+    trajectory = drawn(d, num, steps)[1] if d else None
+    return Trace(jnp.linspace(0, 1, steps + 1), failed, trajectory, **fields)
+
+
+def test_a_trace_shows_sizes_and_trajectories():
+    ess, resampled = np.linspace(30, 3, 10), np.arange(10) % 4 == 0
+    tempering = np.linspace(0, 1, 10)
+    sizes = {"ess": ess, "resampled": resampled, "tempering": tempering, "roots": np.arange(30)}
+    figure = tj.plot(course(**sizes, failed=4))
+    left, right = figure.axes
+    segments = left.collections[0].get_segments()
+    assert len(segments) == 24 * 10
+    np.testing.assert_allclose(segments[0][:, 0], [0, 0.1])  # over time
+    np.testing.assert_allclose(segments[0][:, 1], drawn(1, 30)[1][:2, 0, 0])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), ess / 30)
+    np.testing.assert_allclose(right.lines[1].get_ydata(), tempering)
+    np.testing.assert_allclose(right.collections[0].get_offsets()[:, 0], [0.1, 0.5, 0.9])
+    assert figure.get_suptitle() == "Failed in step 4 of 10, from t = 0.4"
+    plain = tj.plot(course(d=0, ess=ess, tempering=np.ones(10), roots=np.arange(30)))
+    assert [len(ax.lines) for ax in plain.axes] == [1]
+    assert plain.get_suptitle() == "10 steps from t = 0 to 1"
+    for d, name in ((2, "x1"), (4, "direction 1")):
+        (ax,) = tj.plot(course(d=d)).axes
+        assert ax.get_xlabel() == name
+
+
+def test_particles_with_a_trajectory_show_it():
+    x, path = drawn(2, 30)
+    trace = Trace(jnp.linspace(0, 1, 11), Failures.none(), jnp.asarray(path))
+    figure = tj.plot(unweighted(jnp.asarray(x), trace))
+    assert any(isinstance(c, LineCollection) for c in figure.axes[0].collections)
+    assert legend(figure) == ["samples", "trajectories, fading in"]
+
+
+def test_flows_are_drawn():
+    model = tj.Analytic(MIXTURES[1])
+    one = tj.flow(model, jnp.asarray([0.5]), 0.01, 1.0)
+    for flow, num in ((one, 1), (jax.tree.map(lambda a: jnp.stack([a, a]), one), 2)):
+        figure = tj.plot(flow)
+        segments = figure.axes[0].collections[0].get_segments()
+        assert len(segments) == 64 * num
+        np.testing.assert_allclose(segments[-1][1], [1.0, one.denoised[0]], rtol=1e-6)
+        assert figure.get_suptitle() == "Flow from t = 0.01 to 1"
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: tj.plot(np.zeros((3, 2))), TypeError, "got ndarray: for arrays use"),
+        (lambda: tj.plot(course(), truth=MIXTURES[1]), ValueError, "truth belongs to particles"),
+        (lambda: tj.plot(course(d=0)), ValueError, "save_trajectory=True"),
+        (lambda: tj.plot(population(2), truth=MIXTURES[1]), ValueError, "1 dimensions.* have 2"),
+        (lambda: tj.plot(population(4, 4), truth=MIXTURES[1]), ValueError, "without a truth"),
+        (lambda: tj.plot(unweighted(jnp.full((3, 2), jnp.nan))), ValueError, "3 of 3 are not"),
+        (lambda: tj.plot(stack(population(2))), ValueError, "several runs"),
+        (lambda: tj.plot(stack(course())), ValueError, "several runs"),
+        (lambda: jax.jit(tj.plot)(population(2)), ValueError, "outside of jit"),
+    ],
+)
+def test_what_cannot_be_drawn(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
+
+
+def stack(value):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), value)
 
 
 # --- reward against diversity

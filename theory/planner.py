@@ -45,7 +45,7 @@ from theory.distances import bures, w2_bounds
 from theory.finite_steps import AffineField
 from theory.many_draws import draws_moments
 from theory.tilts import QuadraticForm
-from tiltjax import _checks, _pytree, rewards, scales
+from tiltjax import _checks, _pytree, _repr, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
@@ -68,6 +68,7 @@ _SHIFTS = (
 )
 _PATH_STEPS = 25  # of a weighted trajectory
 _MAX_STRENGTH = 1e4  # largest `scale h s^2` for which the law of many draws is computed
+_HEAD = ("method", "steps", "calls", "W2", "basis")  # of the table of a plan
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -102,15 +103,29 @@ class Plan(NamedTuple):
         """The option with the smallest predicted error."""
         return self.options[0]
 
-    def __str__(self) -> str:
-        width = max(len(option.method) for option in self.options)
-        lines = [f"{'method':{width}s} {'steps':>6s} {'calls':>8s} {'W2':>9s}   basis"]
-        for option in self.options:
-            lines.append(
-                f"{option.method:{width}s} {option.steps:6d} {option.cost:8.0f} "
-                f"{option.error:9.4f}   {option.basis}"
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                option.method,
+                f"{option.steps}",
+                f"{option.cost:.0f}",
+                f"{option.error:.4f}",
+                option.basis,
             )
-        return "\n".join(lines)
+            for option in self.options
+        ]
+
+    def __repr__(self) -> str:
+        rows = [_HEAD, *self._rows()]
+        width = max(len(method) for method, *_ in rows)
+        return "\n".join(
+            f"{method:{width}s} {steps:>6s} {calls:>8s} {error:>9s}   {basis}"
+            for method, steps, calls, error, basis in rows
+        )
+
+    def _repr_html_(self) -> str:
+        title = f"Predicted distance from the tilt, within {self.budget:g} denoiser calls a sample"
+        return _repr.table(title, self._rows(), _HEAD)
 
 
 def recommend(

@@ -48,6 +48,7 @@ from tiltjax.models import (
     from_velocity,
 )
 from tiltjax.particles import Particles
+from tiltjax.plotting import plot
 from tiltjax.posteriors import Exact, FlowMap, Glass, Tweedie
 from tiltjax.samplers import (
     best_of_n,
@@ -112,6 +113,7 @@ __all__ = [
     "fit",
     "finetune",
     "Particles",
+    "plot",
     "Heun",
     "Euler",
     "Ancestral",

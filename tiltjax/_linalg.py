@@ -274,6 +274,7 @@ def rotations(matrix: Array) -> tuple[Array, Array]:
 
     def rotate(carry: tuple[Array, Array], partner: Any) -> tuple[tuple[Array, Array], None]:
         a, axes = carry
+        a = (a + a.T) / 2  # two couplings that differ by rounding would not be one rotation
         diagonal, coupling = jnp.diagonal(a), a[order, partner]
         gap = diagonal[partner] - diagonal
         # The tangent of the angle, the smaller root. The partner has the negative tangent.
@@ -284,8 +285,7 @@ def rotations(matrix: Array) -> tuple[Array, Array]:
         cos = jax.lax.rsqrt(1 + tan**2)
         sin = -tan * cos
         rows = lambda m: cos[:, None] * m + sin[:, None] * m[partner]
-        a = rows(rows(a).T)
-        return ((a + a.T) / 2, rows(axes)), None
+        return (rows(rows(a).T), rows(axes)), None
 
     if d == 2:
         a, axes = rotate((matrix, eye), order[::-1])[0]

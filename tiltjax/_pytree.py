@@ -12,12 +12,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from tiltjax import _repr
 from tiltjax._checks import concrete, function
 
 T = TypeVar("T")
 
 
-class KeepsDtype(eqx.Module):
+class KeepsDtype(_repr.Printable):
     """A module whose arrays keep their dtype: `cast` does not change them."""
 
 
@@ -53,6 +54,11 @@ class Function(KeepsDtype):
     def __call__(self, *args: Any) -> Any:
         fn, *bound = self.parts()
         return fn(*bound, *args)
+
+    def _call(self, **given: Any) -> str:
+        fn, *bound = self.parts()
+        name = getattr(fn, "__qualname__" if bound else "__name__", type(fn).__name__)
+        return _repr.network(name, self.arrays)
 
     def parts(self) -> tuple:
         """The callable, or the function and the object of a method."""

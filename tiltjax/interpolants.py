@@ -37,10 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 
 
-class Interpolant(eqx.Module):
+class Interpolant(_repr.Printable):
     """`X_t = alpha_t X_1 + sigma_t X_0`. Subclasses define `alpha`, `sigma` and `time`.
 
     All times and snr values are scalars; states have any shape. No method evaluates a model.
@@ -273,6 +273,9 @@ class DiscreteVP(_VariancePreserving):
         last = chord[-1] ** 2 / middle[-1] if len(middle) else chord[-1]
         self.noise_level = _checks.floating(level, "alphas_cumprod")
         self.slope = _checks.floating(np.concatenate([[first], middle, [last]]), "alphas_cumprod")
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, levels=self.noise_level.shape[-1], **given)
 
     def clock(self, index: Array) -> Array:
         """The time of level `index`, `1 - (index + 1) / N`."""

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _pytree
+from tiltjax import _checks, _linalg, _pytree, _repr
 
 _UNROLL = 40  # the largest K d^2 at which a formula is written out in entries; at 200 it is slower
 
@@ -78,7 +78,7 @@ class _Constants(NamedTuple):
     rotated: Numbers
 
 
-class GaussianMixture(eqx.Module):
+class GaussianMixture(_repr.Printable):
     """`sum_k w_k N(mu_k, S_k)` on `R^d`.
 
     **Arguments:**
@@ -126,6 +126,9 @@ class GaussianMixture(eqx.Module):
         self.means = means.astype(dtype)
         self.covs = covs.astype(dtype)
         self._spectrum = None  # `decomposed` sets it: here it would be wrong after a change of covs
+
+    def _call(self, **given: Any) -> str:
+        return f"GaussianMixture of {self.means.shape[-2]} in R^{self.dim}"
 
     @property
     def dim(self) -> int:

@@ -1,14 +1,15 @@
-"""Particles: a weighted population, which every verb returns or takes.
+"""Particles: samples with weights, which every sampler returns.
 
     E f = sum_i W_i f(x_i),  W = softmax(log_weights),
         effective sample size = 1 / sum_i W_i^2 in [1, num]
 
-Weights are log-weights: added, never multiplied, unnormalized. A population that nothing has
-weighed has equal ones and no normalizing constant.
+Weights are stored as unnormalized log-weights. Samplers add to them, and never multiply weights.
+Unweighted samples have equal weights and no normalizing constant.
 """
 
 import dataclasses
 import functools
+import math
 import os
 import zipfile
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _sharding, resampling
+from tiltjax import _callbacks, _checks, _repr, _sharding, resampling
 
 CAUSES = {
     "denoiser": "the model's denoiser is not finite (for a fitted reward: look at its gradient, "
@@ -28,49 +29,56 @@ CAUSES = {
     "shift": "the guidance's shift of the denoiser is not finite: look at the reward's gradient",
     "state": "the state is not finite after the solver's step: look at the times, the scale, and "
     "Adaptive's tolerance and max_steps",
-    "weights": "no particle has a weight: the twist excludes all states that are reached, or is "
+    "weights": "no particle has a weight above zero: the twist is -inf for all of them, or it is "
     "not finite",
 }
-# The largest number of several failures is the cause, the others are its consequences. A state that
-# was not finite before a step explains all that follows.
+# If several things failed, the largest number is the cause and the others are its consequences. A
+# state that was not finite before the step is the cause of all other failures.
 _NUMBERS = {name: len(CAUSES) - place for place, name in enumerate(CAUSES)}
 _STATE_BEFORE = len(CAUSES) + 1
+_TEXTS = {_NUMBERS[name]: text for name, text in CAUSES.items()} | {_STATE_BEFORE: CAUSES["state"]}
 
 
 class Failures(eqx.Module):
-    """What failed first: whether the model's `denoiser`, the guidance's `log_h`, its `shift` of the
-    denoiser or the `state` after the solver's step was not finite, or no particle had any of the
-    `weights`. At most one of these booleans is true; they have the shape of `number`.
+    """The first failure, as a number: 0 if nothing failed.
 
-    One integer instead of five booleans: a loop carries and reduces it at a fifth of the cost.
+    The properties are booleans of the shape of `number`, and at most one of them is true:
+
+    - `denoiser`: the model's denoiser was not finite.
+    - `log_h`: the guidance's `log_h` was NaN or +inf.
+    - `shift`: the guidance's shift of the denoiser was not finite.
+    - `state`: the state was not finite after the solver's step.
+    - `weights`: all weights were zero.
+
+    A loop carries and reduces one integer at a fifth of the cost of five booleans.
     """
 
     number: Array
 
     @classmethod
     def of(cls, state_before: Any = False, **wrong: Any) -> "Failures":
-        """The cause among conditions by name, of one shape."""
+        """The cause among conditions with the names of the properties, all of one shape."""
         numbers = [jnp.where(flag, _NUMBERS[name], 0) for name, flag in wrong.items()]
         numbers.append(jnp.where(state_before, _STATE_BEFORE, 0))
         return cls(functools.reduce(jnp.maximum, numbers).astype(jnp.int32))
 
     @classmethod
     def none(cls) -> "Failures":
-        """Nothing failed."""
+        """No failure."""
         return cls(jnp.zeros((), jnp.int32))
 
     def occurred(self) -> Array:
-        """Whether anything failed."""
+        """Whether there was a failure."""
         return self.number > 0
 
     def then(self, later: "Failures") -> "Failures":
-        """These, or `later` ones where there are none: what follows a failure is its
-        consequence.
+        """These failures, and `later` ones where there are none: later failures are consequences
+        of earlier ones.
         """
         return Failures(jnp.where(self.occurred(), self.number, later.number))
 
     def first(self, axis: int | tuple[int, ...] | None = None) -> "Failures":
-        """The cause among all along an axis."""
+        """The cause among all failures along an axis."""
         return Failures(jnp.max(self.number, axis=axis))
 
     @property
@@ -94,16 +102,21 @@ class Failures(eqx.Module):
         return self.number == _NUMBERS["weights"]
 
 
-class Trace(eqx.Module):
-    """What happened on the way.
+class Trace(_repr.Report):
+    """The course of a run.
 
-    `times`: `(steps + 1,)`. `failed`: what failed first in each step for any particle, `Failures`
-    of shape `(steps,)`. `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None`
-    if they were not saved.
+    - `times`: `(steps + 1,)`.
+    - `failed`: the first failure of any particle in each step, `Failures` of shape `(steps,)`.
+    - `trajectory`: the states at `times`, `(steps + 1, num, *shape)`, or `None` if they were not
+      saved.
 
-    Of weighted particles also, after each step and before it resampled, `(steps,)`: `ess`, the
-    effective sample size; `tempering`, the factor of the twist; `resampled`. `roots` `(num,)`: from
-    which particle at the start each one descends.
+    Weighted particles also have the following fields. The first three have the shape `(steps,)`
+    and describe the end of each step, before the particles were resampled.
+
+    - `ess`: the effective sample size.
+    - `tempering`: the factor of the twist.
+    - `resampled`: whether the particles were then resampled.
+    - `roots`: `(num,)`, the index of the initial particle from which each particle descends.
     """
 
     times: Array
@@ -115,42 +128,74 @@ class Trace(eqx.Module):
     roots: Array | None = None
 
     def check(self) -> None:
-        """Raise `FloatingPointError` naming the first failed step and the cause."""
+        """Raise `FloatingPointError`, which names the first failed step and the cause, if the run
+        failed.
+        """
         if not _checks.concrete(self.failed):
             return
         if self.times.ndim > 1:
             raise ValueError(
                 "this trace is that of several runs: check one, jax.tree.map(lambda a: a[i], trace)"
             )
-        failed = np.asarray(self.failed.occurred())
-        if not np.any(failed):
-            return
-        step = int(np.argmax(failed))
-        cause = next(text for name, text in CAUSES.items() if getattr(self.failed, name)[step])
-        raise FloatingPointError(
-            f"sampling failed in step {step} of {len(failed)}, from t = "
-            f"{float(self.times[step]):.4g}: {cause}"
+        if failure := self._failure():
+            raise FloatingPointError(f"sampling failed in {failure}")
+
+    def _failure(self) -> str:
+        """The first failed step, its time and the cause; "" if nothing failed or the numbers
+        cannot be read.
+        """
+        numbers, times = _repr.read(self.failed.number), _repr.read(self.times)
+        if numbers is None or times is None or not np.any(numbers):
+            return ""
+        numbers, times = np.atleast_2d(numbers), np.atleast_2d(times)  # one row for each run
+        step = int(np.argmax(np.any(numbers > 0, axis=0)))
+        run = int(np.argmax(numbers[:, step] > 0))
+        return (
+            f"step {step} of {numbers.shape[1]}, from t = {times[run, step]:.4g}: "
+            f"{_TEXTS[numbers[run, step]]}"
         )
+
+    def _steps(self) -> str:
+        steps, times = f"{self.times.shape[-1] - 1} steps", _repr.read(self.times)
+        if times is None:
+            return steps
+        return f"{steps} from t = {_repr.span(times[..., 0])} to {_repr.span(times[..., -1])}"
+
+    def _title(self) -> str:
+        return f"Trace: {self._steps()}"
+
+    def _rows(self) -> dict[str, str]:
+        rows = {}
+        if _repr.read(self.failed.number) is not None:
+            rows["failures"] = self._failure() or "none"
+        if (resampled := _repr.read(self.resampled)) is not None:
+            steps = resampled.shape[-1]
+            rows["resampling"] = f"after {_repr.span(resampled.sum(axis=-1))} of {steps} steps"
+        if (ess := _repr.read(self.ess)) is not None:
+            rows["lowest effective sample size"] = _repr.span(ess.min(axis=-1))
+        if self.trajectory is not None:
+            rows["trajectory"] = f"saved, {self.trajectory.shape}"
+        return rows
 
 
 class Mixing(NamedTuple):
-    """How well the chains of `gibbs` mixed: `sweeps`, their number; `correlation`, the largest with
-    the state half-way.
+    """How well the chains of `gibbs` mixed: the number of `sweeps`, and the largest `correlation`
+    between the state at the end and the state half-way.
     """
 
     sweeps: int
     correlation: float
 
 
-class Particles(eqx.Module):
-    """A weighted population.
+class Particles(_repr.Report):
+    """Weighted samples.
 
     - `x`: `(num, *shape)`.
     - `log_weights`: `(num,)`, unnormalized.
-    - `log_norm`: the estimate of the log normalizing constant, or `None` if nothing was weighed.
-    - `trace`: what happened in the run, or `None`.
-    - `log_prob`: `(num,)`, the log-density of the law that `x` comes from, where
-      `sample_with_log_prob` found it, or `None`.
+    - `log_norm`: the estimate of the log normalizing constant, or `None` for unweighted samples.
+    - `trace`: the course of the run, or `None`.
+    - `log_prob`: `(num,)`, the log-density of the law of `x`, which `sample_with_log_prob` returns,
+      or `None`.
     - `mixing`: how well the chains of `gibbs` mixed, or `None`.
     """
 
@@ -164,6 +209,33 @@ class Particles(eqx.Module):
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def _title(self) -> str:
+        *runs, num = self.log_weights.shape
+        several = f"{math.prod(runs)} runs of " if runs else ""
+        shape = self.x.shape[len(runs) + 1 :]
+        return f"Particles: {several}{num} of shape {shape}, {self.x.dtype}"
+
+    def _rows(self) -> dict[str, str]:
+        rows, log_weights = {}, _repr.read(self.log_weights)
+        if log_weights is not None and np.any(log_weights != log_weights[..., :1]):
+            ess, num = effective_numpy(log_weights), log_weights.shape[-1]
+            fraction = _repr.span(ess / num, ".1%")
+            rows["effective sample size"] = f"{_repr.span(ess)} of {num} ({fraction})"
+        if self.log_norm is not None:
+            rows["log Z"] = _repr.span(self.log_norm)
+        if self.log_prob is not None:
+            rows["log_prob"] = _repr.span(self.log_prob)
+        if self.mixing is not None:
+            sweeps, correlation = self.mixing
+            rows["mixing"] = f"{sweeps} sweeps, correlation {correlation:.2g}"
+        if self.trace is not None:
+            rows["trace"] = self.trace._steps()
+            if resampling := self.trace._rows().get("resampling"):
+                rows["trace"] += f", resampling {resampling}"
+            if failure := self.trace._failure():
+                rows["failed"] = f"in {failure}"
+        return rows
+
     @property
     def weights(self) -> Array:
         """Normalized weights, `(num,)`."""
@@ -175,14 +247,16 @@ class Particles(eqx.Module):
         return effective(self.log_weights)
 
     def standard_error(self, fn=None) -> Array:
-        """The standard error of `mean(fn)`, from one run: the spread between the descendants of
-        different starts.
+        """The standard error of `mean(fn)`, estimated from one run.
 
-        Particles that descend from one particle at the start are not independent; those of
-        different starts are (but for their weights). With the weighted residuals summed up over the
-        descendants of each start, it is the root of the sum of their squares (Chan and Lai 2013;
-        Lee and Whiteley 2018). It needs a large `num_roots`, hundreds rather than tens: where few
-        starts have descendants it is too small, threefold with five, and where one has, infinite.
+        Particles with a common initial ancestor are not independent. Particles with different
+        initial ancestors are independent, apart from their weights. The weighted residuals are
+        therefore summed over the descendants of each initial particle. The standard error is the
+        square root of the sum of the squares of these sums (Chan and Lai 2013; Lee and Whiteley
+        2018).
+
+        The estimate needs hundreds of initial particles with descendants, `num_roots`. With five it
+        is too small by a factor of three; with one it is infinite.
         """
         values = self._values(fn)
         weights = self.weights.astype(values.dtype)
@@ -197,28 +271,30 @@ class Particles(eqx.Module):
         return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(sums**2, axis=0)))
 
     def mean(self, fn=None) -> Array:
-        """The weighted mean of `fn(x)` over the population (of x itself by default)."""
+        """The weighted mean of `fn(x)`, by default that of `x` itself."""
         values = self._values(fn)
         return jnp.tensordot(self.weights.astype(values.dtype), values, axes=1)
 
     def _values(self, fn) -> Array:
-        """In the precision of the weights at least: the mean of a condition is a probability."""
+        """`fn` of all samples, in the precision of the weights at least: the mean of a boolean is a
+        probability.
+        """
         values = self.x if fn is None else _callbacks.run(jax.vmap(fn), self.x)
         wide = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits >= 32
         return values if wide else values.astype(self.log_weights.dtype)
 
     @property
     def num_roots(self) -> Array:
-        """How many of the particles at the start have descendants: what `standard_error` rests
-        on.
+        """The number of initial particles that have descendants; `standard_error` needs hundreds
+        of them.
         """
         if self.trace is None or self.trace.roots is None:
             return jnp.asarray(len(self))
         return jnp.sum(jnp.zeros(len(self), bool).at[self.trace.roots].set(True))
 
     def save(self, file: str | os.PathLike) -> None:
-        """Write the particles to a `.npz` file; `Particles.load` reads it. Of several processes,
-        all of which have to call it, the first one writes.
+        """Write the particles to a `.npz` file, which `Particles.load` reads. If there are several
+        processes, all of them must call `save`, and the first one writes.
         """
         file = _checks.file_name(file, "file")
         arrays: dict[str, Any] = {
@@ -237,22 +313,22 @@ class Particles(eqx.Module):
         found = {
             name: _sharding.gathered(array) for name, array in arrays.items() if array is not None
         }
-        # NumPy has no bfloat16: such arrays are written as float32, which holds them exactly, and
-        # named.
+        # NumPy has no bfloat16. Such arrays are written as float32, which is exact, and their names
+        # are written too.
         narrow = [name for name, array in found.items() if array.dtype.name == "bfloat16"]
         written: dict[str, Any] = found | {name: found[name].astype(np.float32) for name in narrow}
         if not shared or jax.process_index() == 0:
             with open(file, "wb") as stream:
                 np.savez(stream, bfloat16=np.asarray(narrow, "U64"), **written)
-        if shared:  # no process goes on before the file is there
+        if shared:  # every process waits until the file exists
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("particles are saved")
 
     @staticmethod
     def load(file: str | os.PathLike) -> "Particles":
-        """The particles that `save` wrote. **Raises:** `ValueError` for a file of something
-        else.
+        """The particles that `save` wrote. **Raises:** `ValueError` for a file that `save` did not
+        write.
         """
         file = _checks.file_name(file, "file")
         try:
@@ -299,12 +375,20 @@ def effective(log_weights: Array) -> Array:
     return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
 
 
+def effective_numpy(log_weights: np.ndarray) -> np.ndarray:
+    """`effective` along the last axis, by NumPy, which compiles nothing."""
+    with np.errstate(invalid="ignore"):  # NaN if all weights are zero
+        weights = np.exp(log_weights - log_weights.max(axis=-1, keepdims=True))
+    return weights.sum(axis=-1) ** 2 / (weights**2).sum(axis=-1)
+
+
 @functools.partial(jax.jit, inline=True)
 def conditional_effective(log_weights: Array, increments: Array) -> Array:
-    """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, W the normalized weights
-    before the factors v = exp(increments).
+    """The conditional effective sample size `n (sum W v)^2 / sum W v^2`, where W are the normalized
+    weights before the step and `v = exp(increments)` are the factors of the step.
 
-    How uneven one step's factors are, whatever the weights were (Zhou, Johansen and Aston 2016).
+    It measures how uneven the factors of one step are, whatever the weights were before (Zhou,
+    Johansen and Aston 2016).
     """
     log_weights = jax.nn.log_softmax(log_weights)
     ratio = 2 * jax.nn.logsumexp(log_weights + increments) - jax.nn.logsumexp(
@@ -314,13 +398,13 @@ def conditional_effective(log_weights: Array, increments: Array) -> Array:
 
 
 def unweighted(x: Array, trace: Trace | None = None) -> Particles:
-    """A population that nothing has weighed."""
+    """Particles with equal weights and no normalizing constant."""
     return Particles(x, jnp.zeros(x.shape[0], weight_dtype(x.dtype)), None, trace)
 
 
 def weight_dtype(dtype) -> jnp.dtype:
-    """That of the log-weights of states of a dtype: single precision at least, JAX's default for
-    tokens.
+    """The dtype of the log-weights of states of `dtype`: at least single precision, and JAX's
+    default for tokens.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.dtype(jnp.result_type(float))

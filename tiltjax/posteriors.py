@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg
+from tiltjax import _checks, _linalg, _repr
 from tiltjax.interpolants import Interpolant
 from tiltjax.mixtures import check_state, decomposed
 from tiltjax.models import Analytic, Model
@@ -39,10 +39,12 @@ _MODEL_HINT = (
 )
 
 
-class Posterior(eqx.Module):
+class Posterior(_repr.Printable):
     """A sampler of `X_1 | X_t = x` for a model. Subclasses define `draw(key, t, x)` for one sample,
     and `draws` if several draws can share work.
     """
+
+    _always = ("inner_steps",)
 
     model: eqx.AbstractVar[Model]
 

@@ -14,21 +14,26 @@ a derivative through an x-dependent damping makes guidance worse. `law.final` is
 which defines the target.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg
+from tiltjax import _checks, _linalg, _repr
 from tiltjax.models import Model
 
 
-class Scale(eqx.Module):
+class Scale(_repr.Printable):
     """A scale law. Subclasses define `final` and `__call__(key, snr, t, x) -> scalar`."""
 
     final: eqx.AbstractVar[Array]
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
         raise NotImplementedError
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, scale=self.final, **given)
 
 
 class Constant(Scale):
@@ -43,6 +48,12 @@ class Constant(Scale):
 
     def __call__(self, key: Array, snr: Array, t: Array, x: Array) -> Array:
         return self.final
+
+    def _call(self, **given: Any) -> str:
+        return _repr.form(self.final)
+
+    def _text(self) -> str:
+        return f"Constant({self._call()})"
 
 
 class Damped(Scale):

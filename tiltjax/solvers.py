@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg
+from tiltjax import _checks, _linalg, _repr
 from tiltjax.interpolants import Interpolant
 
 
@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 Field = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
-class Solver(eqx.Module):
+class Solver(_repr.Printable):
     """One step for one sample. Subclasses define `step`, `stochastic` and `order`, the weak order
     of the mean of the step.
 

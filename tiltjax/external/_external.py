@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, rewards
+from tiltjax import _checks, _repr, rewards
 from tiltjax.external._attempts import TimedOut, retry, within
 from tiltjax.external._callback import Callback
 from tiltjax.external._record import Record
@@ -119,6 +119,9 @@ class External(rewards.Reward):
         self.retries = _checks.count(retries, "retries", 0)
         self.backoff = _checks.number(backoff, "backoff", 0)
         self.name = name or getattr(fn, "__name__", type(fn).__name__)
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, name=None, **given)
 
     def __call__(self, x: Array) -> Array:
         return _value(self, x)

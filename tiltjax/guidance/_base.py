@@ -37,7 +37,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree
+from tiltjax import _checks, _pytree, _repr
 from tiltjax.interpolants import Interpolant
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures
@@ -78,13 +78,15 @@ class Estimate(NamedTuple):
         return self.tilted - self.denoised
 
 
-class Guidance(eqx.Module):
+class Guidance(_repr.Printable):
     """An estimator of the tilt's h-function.
 
     Subclasses define `__call__`, `log_tilt` and `model`, the model that they guide. A guidance with
     memory also defines `init`. If the memory is the history of a trajectory rather than a warm
     start, the guidance also defines `needs_every_state`, `final_log_potential` and `check_run`.
     """
+
+    _always = ("k", "iterations", "draws")
 
     model: eqx.AbstractVar[Denoiser]
 

@@ -50,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _pytree, rewards, scales
+from tiltjax import _checks, _linalg, _pytree, _repr, rewards, scales
 from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model
@@ -62,7 +62,7 @@ _LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of the precision that this w
 _WIDTHS = 2.0  # the largest move of the fitted mean, in widths of the posterior
 
 
-class Variance(eqx.Module):
+class Variance(_repr.Printable):
     """A table of the denoiser's mean squared error per coordinate,
     `v(snr) = E|X_1 - D_t(X_t)|^2 / d`; built by `calibrate`.
 
@@ -72,6 +72,9 @@ class Variance(eqx.Module):
 
     log_snr: Array
     log_variance: Array
+
+    def _call(self, **given: Any) -> str:
+        return f"Variance of {self.log_snr.shape[-1]} levels"
 
     def __call__(self, snr: Array) -> Array:
         return jnp.exp(
@@ -102,12 +105,15 @@ def _variance_of(model: Analytic) -> Variance:
     )
 
 
-class GaussianVariance(eqx.Module):
+class GaussianVariance(_repr.Printable):
     """`v(snr) = s^2 / (1 + s^2 snr)`, the variance function of data `N(mu, s^2 I)`, for
     `variance=s^2`.
     """
 
     data_variance: Array
+
+    def _call(self, **given: Any) -> str:
+        return _repr.form(self.data_variance)
 
     def __call__(self, snr: Array) -> Array:
         return scales.gaussian_variance(jnp.sqrt(self.data_variance), snr)
@@ -124,7 +130,7 @@ class Gaussian(NamedTuple):
         return jnp.sqrt(self.variance)
 
 
-class Probe(eqx.Module):
+class Probe(_repr.Printable):
     """`variance=Probe()`: the variance of the tilted posterior at each state by Tweedie's identity,
     `v = tr(∂D/∂eta) / d`, estimated with one Hutchinson probe. It needs no calibration and does not
     average over states, but costs one pullback through the denoiser per iteration.
@@ -555,6 +561,9 @@ class Toward(Guidance):
     tilted: Denoiser
     reward: rewards.Reward
     scale: Array
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, toward, **given)
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         return Estimate(tilted=self.tilted.denoise(t, x), denoised=self.model.denoise(t, x)), state

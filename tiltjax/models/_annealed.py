@@ -69,26 +69,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, rewards
+from tiltjax import _checks, _pytree, _repr, rewards
 from tiltjax.interpolants import Interpolant
 from tiltjax.models._base import Model
 
 _CHECKED_TIMES = 1000  # at which a weight schedule is evaluated
 
 
-class PowerWeight(eqx.Module):
+class PowerWeight(_repr.Printable):
     """`t^p`; built by `power`."""
 
     p: Array
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, power, **given)
 
     def __call__(self, t: Array) -> Array:
         return t**self.p
 
 
-class StepWeight(eqx.Module):
+class StepWeight(_repr.Printable):
     """0 before `at`, then 1; built by `step`."""
 
     at: Array
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, step, **given)
 
     def __call__(self, t: Array) -> Array:
         return jnp.where(t < self.at, jnp.zeros_like(t), jnp.ones_like(t))

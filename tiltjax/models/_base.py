@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, _sharding, grids
+from tiltjax import _checks, _pytree, _repr, _sharding, grids
 from tiltjax.interpolants import Interpolant, data_fraction
 from tiltjax.solvers import Solver
 
 _ROUNDING = 1e-5  # the relative rounding of an snr
 
 
-class Denoiser(eqx.Module):
+class Denoiser(_repr.Printable):
     """The interface between samplers and models: `Model` for real-valued states, `tokens.Masked`
     for tokens.
 
@@ -38,6 +38,8 @@ class Denoiser(eqx.Module):
     shape: eqx.AbstractVar[tuple[int, ...]]
     dtype: eqx.AbstractVar[Any]
 
+    _chosen = {"interpolant": "Linear()"}
+
     # The default number of steps of a run. None: the default of the solver.
     steps: ClassVar[int | None] = None
 
@@ -47,6 +49,13 @@ class Denoiser(eqx.Module):
         `tokens.Masking`.
         """
         raise NotImplementedError
+
+    def _call(self, **given: Any) -> str:
+        return _repr.call(self, **{"dtype": None} | given)
+
+    def _text(self) -> str:
+        states = f"states {self.shape} {jnp.dtype(self.state_dtype)}"
+        return f"{self._call(interpolant=None)} on {_repr.form(self.corruption)}, {states}"
 
     @property
     def denoised_shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from tiltjax import _checks, _pytree
+from tiltjax import _checks, _pytree, _repr
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models._base import Model
 
@@ -31,6 +31,10 @@ class Net(_pytree.KeepsDtype):
         _refuse_training_mode(params)
         self.fn, self.params = _pytree.Function(fn), params
         _check_signature(fn, params)
+
+    def _call(self, **given: Any) -> str:
+        name = _repr.form(self.fn)
+        return name if self.params is None else _repr.network(name, self.params)
 
     def __call__(self, t: Array, x: Array) -> Array:
         return self.fn(t, x) if self.params is None else self.fn(self.params, t, x)
@@ -160,6 +164,10 @@ class Network(Model):
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
+    def _call(self, **given: Any) -> str:
+        maker = _MAKERS[self.to_denoised]
+        return _repr.call(self, maker, **{"fn": self.net, "shape": None, "dtype": None} | given)
+
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
         output = call_network(self.net, t, x, x.shape, self.batched)
@@ -268,3 +276,10 @@ def _from_noise(interpolant: Interpolant, t: Array, x: Array, output: Array) -> 
 
 def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return output
+
+
+_MAKERS: dict[Callable, Callable] = {
+    _from_velocity: from_velocity,
+    _from_noise: from_noise,
+    _from_denoiser: from_denoiser,
+}

@@ -133,6 +133,9 @@ class Tilted(Model):
         self.natural = scale * natural
         self.precision = scale * precision
 
+    def _call(self, **given: Any) -> str:
+        return super()._call(natural=self.natural, precision=self.precision, **given)
+
     @property
     def interpolant(self) -> Interpolant:
         return self.model.interpolant

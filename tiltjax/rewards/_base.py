@@ -4,16 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _pytree
+from tiltjax import _callbacks, _checks, _pytree, _repr
 
 
-class Reward(eqx.Module):
+class Reward(_repr.Printable):
     """The base class of rewards, which can be added and scaled. Subclasses define
     `__call__(x1) -> scalar`.
     """
@@ -67,6 +66,9 @@ class Sum(Reward):
     def __call__(self, x: Array) -> Array:
         return functools.reduce(jnp.add, [term(x) for term in self.terms])
 
+    def _call(self, **given: Any) -> str:
+        return " + ".join(map(_repr.form, self.terms)).replace(" + -", " - ")
+
     def conjugate(self) -> tuple[Array, Array]:
         natural, precision = zip(*(term.conjugate() for term in self.terms), strict=True)
         return functools.reduce(jnp.add, natural), functools.reduce(jnp.add, precision)
@@ -85,6 +87,10 @@ class Scaled(Reward):
     def __call__(self, x: Array) -> Array:
         return self.factor * self.reward(x)
 
+    def _call(self, **given: Any) -> str:
+        reward = f"({self.reward})" if isinstance(self.reward, Sum) else _repr.form(self.reward)
+        return f"{_repr.form(self.factor)} * {reward}"
+
     def conjugate(self) -> tuple[Array, Array]:
         a, c = self.reward.conjugate()
         return self.factor * a, self.factor * c
@@ -97,6 +103,9 @@ class Custom(Reward):
     """
 
     fn: _pytree.Function
+
+    def _call(self, **given: Any) -> str:
+        return _repr.form(self.fn)
 
     def __call__(self, x: Array) -> Array:
         result = self.fn(x)

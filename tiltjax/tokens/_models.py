@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tiltjax import _checks, _sharding
+from tiltjax import _checks, _repr, _sharding
 from tiltjax.models import Denoiser, Net, call_network
 from tiltjax.solvers import Solver
 from tiltjax.tokens._unmask import Masking, Unmask
@@ -176,6 +176,9 @@ class MarkovChain(Masked):
                         "this chain"
                     )
 
+    def _call(self, **given: Any) -> str:
+        return super()._call(vocab=self.vocab, prompt=None, **given)
+
     @property
     def vocab(self) -> int:
         return len(self.log_initial)
@@ -234,6 +237,10 @@ class Logits(Masked):
     def __init__(self, net: Net, prompt: Array, vocab: int, batched: bool, dtype: Any):
         self.net, self.batched, self.dtype = net, batched, dtype
         self.prompt, self.length, self.vocab = prompt, len(prompt), vocab
+
+    def _call(self, **given: Any) -> str:
+        hidden = {"fn": self.net, "prompt": None, "dtype": None}
+        return _repr.call(self, from_logits, **hidden | given)
 
     def predict(self, x: Array) -> Array:
         # The network's time is the fraction of visible tokens.

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.solvers import Stochastic
 
 
-class Masking(eqx.Module):
+class Masking(_repr.Printable):
     """The corruption of masked diffusion: at time t a token is visible with probability
     `alpha_t = t`, and there is no noise.
     """

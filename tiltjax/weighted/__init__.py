@@ -7,7 +7,7 @@ r"""Weighted particles: sequential Monte Carlo, the published methods, and audit
 """
 
 from tiltjax.weighted import potentials, proposals, tempering
-from tiltjax.weighted._audit import Audit, Estimated, audit, pareto_shape, report
+from tiltjax.weighted._audit import Audit, Estimated, audit, pareto_shape, report, tail_length
 from tiltjax.weighted._methods import das, fk_steering, svdd, tds
 from tiltjax.weighted._smc import SMC, Info, State, finish, init, smc, step
 

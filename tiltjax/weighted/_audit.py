@@ -1,32 +1,35 @@
-r"""`audit`: are we really tilting?
+r"""`audit`: how far a guided sampler is from the tilt, measured by importance weights.
 
-A guided run draws trajectories from a chain Q, and wants them from P*, the base chain P tilted by
-`exp(scale * r)` of its end. Each trajectory has a weight,
+A guided run draws trajectories from a Markov chain Q. The target is P*: the trajectories of the
+base chain P, tilted by `exp(scale * r)` of their end. Each trajectory has the weight
 
-    log w = scale * r(x_1) + sum over steps of (log p - log q),
+    log w = scale * r(x_1) + sum over steps of (log p - log q).
 
-and the weights say the rest, with or without a known truth: with `Z = E_Q[w]`, the base chain's own
-normalizing constant,
+The weights alone determine the following numbers; no exact solution is needed. Z is the normalizing
+constant of P*, that of the base chain with these steps:
 
     evidence bound   E_Q[log w] <= log Z,
     path KL          KL(Q | P*) = log Z - E_Q[log w]  >=  KL(law of the samples | tilt),
     ESS fraction     (sum w)^2 / (n sum w^2)  ->  Z^2 / E_Q[w^2].
 
-The divergence is that of whole trajectories: it bounds the error of the samples from above, and can
-be large where they are right. The ESS fraction means something only if the weights have a variance:
-few trajectories may carry most of Z, and be missing from the sample. The tail of the weights tells:
-they are compared with a generalized Pareto law, whose shape `pareto_k` is 0 for light tails and 1/2
-where the variance ends. From .7 on nothing that rests on averages of w can be trusted, whatever the
-number of trajectories (Vehtari et al., arXiv 1507.02646).
+The path KL is the divergence of whole trajectories. It is an upper bound for the divergence of the
+samples, and it can be large even if the samples are right.
 
-No weights know of trajectories that are not drawn: those to a mode that is not visited, or those
-that change their mind where a guidance with memory (`Conjugate`) commits to one of two modes early,
-visits both, and misses log 2 of log Z with an ESS fraction of .9. `log_norm` that disagrees with
-that of an audit of weaker guidance (or of scale 0, where it is 0) says that there are some.
+The ESS fraction is meaningful only if the weights have a finite variance. Otherwise a few
+trajectories carry most of Z, and the sample may not contain any of them. The tail of the weights
+shows this: a generalized Pareto law is fitted to it, whose shape `pareto_k` is 0 for light tails
+and reaches 1/2 where the variance becomes infinite. If `pareto_k` is 0.7 or larger, no average of w
+is reliable at any number of trajectories (Vehtari et al., arXiv 1507.02646).
 
-What is judged is the guided *diffusion* (`Ancestral(eta)`, whose last jump is not guided): a flow
-has no noise, and no trajectory of it is one of the base chain's. It uses the same guidance, but
-this report is not about its output.
+Weights contain no information on trajectories that were not drawn. Two examples: all trajectories
+of a mode that is never visited; and trajectories that change from one mode to another late, if a
+guidance with memory (`Conjugate`) chooses the mode early. The second example can visit both modes,
+miss log 2 of log Z, and still have an ESS fraction of 0.9. A test for such omissions is to compare
+`log_norm` with that of an audit of weaker guidance, or of scale 0, for which it is 0.
+
+The audit judges the guided *diffusion*, `Ancestral(eta)`, whose last step is a jump to the
+unguided denoiser. A flow has no noise, so its trajectories are not trajectories of the base chain.
+A flow uses the same guidance, but this report does not describe its output.
 """
 
 import math
@@ -37,10 +40,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _sharding
+from tiltjax import _callbacks, _checks, _repr, _sharding
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
-from tiltjax.particles import Particles
+from tiltjax.particles import Particles, effective_numpy
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted._smc import smc
 
@@ -53,21 +56,22 @@ class Estimated(NamedTuple):
     value: float
     error: float
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.value:.4g} ± {self.error:.2g}"
 
 
-class Audit(eqx.Module):
-    """What the weights of n guided trajectories say.
+class Audit(_repr.Report):
+    """The report of an audit of n guided trajectories.
 
-    - `particles`: the trajectories' ends with their log-weights; weighted means of them are
-      estimates under the tilt.
+    - `particles`: the ends of the trajectories with their log-weights. Their weighted means
+      estimate expectations under the tilt.
     - `ess`: the effective sample size; `ess_fraction` is `ess / n`.
-    - `log_norm`, `evidence_bound`, `path_kl`: with standard errors, in nats. That of `log_norm` is
-      by linearization.
-    - `pareto_k`: the shape of the weights' tail.
-    - `mean_reward`: of the samples as they are, times scale; `tilted_reward`: of the weighted ones.
-    - `sampler`: what was judged.
+    - `log_norm`, `evidence_bound`, `path_kl`: estimates with standard errors, in nats. The standard
+      error of `log_norm` is a linearization.
+    - `pareto_k`: the shape of the generalized Pareto law that is fitted to the largest weights.
+    - `mean_reward`: the mean of `scale * r` over the samples without weights.
+    - `tilted_reward`: the weighted mean of `scale * r`, an estimate under the tilt.
+    - `sampler`: the name of the guidance and the solver, and the size of the run.
     """
 
     particles: Particles
@@ -82,42 +86,45 @@ class Audit(eqx.Module):
 
     @property
     def ess_fraction(self) -> float:
-        """The effective sample size as a fraction of the samples."""
+        """The effective sample size divided by the number of samples."""
         return self.ess / len(self.particles)
 
     @property
     def reliable(self) -> bool:
-        """Whether the weights' tail allows to trust the averages of this report."""
+        """Whether the tail of the weights is light enough for the averages of this report."""
         return self.pareto_k < USABLE
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The conclusion in one line."""
         kl = self.path_kl.value
         if not self.reliable:
             return (
-                f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}); the "
-                "tilt has mass that these trajectories do not reach. "
-                f"As far as they do, the path KL is about {kl:.2g} nats."
+                f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}). The "
+                "tilt has mass where there are almost no trajectories. Without that mass the path "
+                f"KL is about {kl:.2g} nats."
             )
-        # Log-normal weights have a fraction of exp(-2 KL). Where the divergence says less, most
-        # samples carry hardly any weight.
+        # For log-normal weights the ESS fraction is exp(-2 KL). If exp(-2 KL) is much smaller than
+        # the measured fraction, then most samples have almost no weight.
         good = min(self.ess_fraction, math.exp(-2 * max(kl, 0.0)))
         if good > 0.9:
             return f"Tilting: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats."
         if good > 0.2:
             return (
                 f"Nearly: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats. "
-                "Weighted, as smc does, they are the tilt as far as they reach."
+                "Their weights correct the rest, as in smc, where there are samples."
             )
         return (
             f"Not tilting: {self.ess_fraction:.1%} of the samples count, path KL {kl:.2g} nats (an "
-            "upper bound for the samples themselves). Damp, use Tilted, Conjugate or Laplace, or "
-            "weigh by smc."
+            "upper bound for that of the samples). Use a damped scale, Tilted, Conjugate, Laplace, "
+            "or smc."
         )
 
-    def __str__(self) -> str:
-        rows = {
+    def _title(self) -> str:
+        return self.verdict
+
+    def _rows(self) -> dict[str, str]:
+        return {
             "judged": self.sampler,
             "ESS fraction": f"{self.ess_fraction:.3g} ({self.ess:.4g} of {len(self.particles)})",
             "Pareto k of the tail": f"{self.pareto_k:.2f} (" + _tail(self.pareto_k) + ")",
@@ -126,8 +133,6 @@ class Audit(eqx.Module):
             "path KL": f"{self.path_kl} nats",
             "scale * reward": f"{self.mean_reward} sampled, {self.tilted_reward} under the tilt",
         }
-        lines = [f"{name:22s}{text}" for name, text in rows.items()]
-        return "\n".join([self.verdict, *lines])
 
 
 def audit(
@@ -143,12 +148,14 @@ def audit(
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = False,
 ) -> Audit:
-    """Weigh `num` guided trajectories, and report how far they are from the tilt.
+    """A report of how far `num` guided trajectories are from the tilt.
 
-    Any guidance of a reward will do, with `log_h` or without: weights need `guidance.log_tilt`
-    alone. **Arguments:** as in `smc`. Not to be called under `jit`: a report is made of numbers.
+    The guidance must have a reward; it need not have a `log_h`, because the weights only need
+    `guidance.log_tilt`. **Arguments:** as in `smc`. The report consists of numbers, so `audit`
+    cannot be called under `jit`.
 
-    **Raises:** as `smc`; `ValueError` for fewer than 100 particles, of which no tail can be judged.
+    **Raises:** as `smc`; `ValueError` for fewer than 100 particles, which are too few to fit a
+    tail.
     """
     num = _checks.count(num, "num")
     if num < 100:
@@ -157,7 +164,7 @@ def audit(
         model, Denoiser, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
     )
     check(guidance, model)
-    # A guidance without a reward is refused now, not after the run.
+    # A guidance without a reward raises its error here, before the run.
     jax.eval_shape(guidance.log_tilt, jax.ShapeDtypeStruct(model.shape, model.state_dtype))
     particles = smc(
         key, model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
@@ -189,7 +196,7 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     mean = weights.mean()
     relative = weights / mean  # of mean one
     log_norm = float(np.log(mean) + top)
-    # A weight of zero: the tilt excludes what was sampled, and the divergence is infinite.
+    # -inf if a weight is zero: the tilt excludes a sample, and the divergence is infinite.
     bound = float(log_weights.mean())
     spread = lambda values: (
         float(np.std(values, ddof=1) / np.sqrt(n)) if np.all(np.isfinite(values)) else math.inf
@@ -202,7 +209,7 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     centered = np.where(relative > 0, rewards - tilted, 0.0)
     return Audit(
         particles=particles,
-        ess=float(n / np.mean(relative**2)),
+        ess=float(effective_numpy(log_weights)),
         log_norm=Estimated(log_norm, spread(relative)),
         evidence_bound=Estimated(bound, spread(log_weights)),
         path_kl=Estimated(log_norm - bound, spread(relative - log_weights)),
@@ -213,17 +220,22 @@ def report(particles: Particles, rewards: np.ndarray, sampler: str) -> Audit:
     )
 
 
-def pareto_shape(log_weights: Array | np.ndarray) -> float:
-    """The shape k of a generalized Pareto law fitted to the largest weights: their p-th moment is
-    finite for p < 1/k.
+def tail_length(n: int) -> int:
+    """The number of the largest of n weights to which the generalized Pareto law is fitted."""
+    return int(np.ceil(min(n / 5, 3 * np.sqrt(n))))
 
-    The largest `min(n / 5, 3 sqrt(n))` exceedances, by the estimator of Zhang and Stephens (2009),
-    with the weak prior towards 1/2 of Vehtari et al. (arXiv 1507.02646). Equal weights have no
-    tail: `-inf`.
+
+def pareto_shape(log_weights: Array | np.ndarray) -> float:
+    """The shape k of a generalized Pareto law that is fitted to the largest weights. Moments of
+    the weights of order p are finite for p < 1/k.
+
+    The fit uses the `tail_length(n)` largest weights and the estimator of Zhang and Stephens
+    (2009), with the weak prior towards 1/2 of Vehtari et al. (arXiv 1507.02646). For equal weights,
+    which have no tail, the result is `-inf`.
     """
     log_weights = np.sort(np.asarray(log_weights, np.float64))
     n = len(log_weights)
-    tail = int(np.ceil(min(n / 5, 3 * np.sqrt(n))))
+    tail = tail_length(n)
     if tail < 5:
         raise ValueError(f"the tail of {n} weights cannot be judged: take 25 or more")
     weights = np.exp(log_weights - log_weights[-1])
@@ -231,7 +243,7 @@ def pareto_shape(log_weights: Array | np.ndarray) -> float:
     if excess[-1] <= 1e-12:
         return float("-inf")
     excess = np.maximum(excess, 1e-300)
-    # Profile likelihood in theta = k / scale, averaged over a grid of its quantiles.
+    # The profile likelihood of theta = k / scale, averaged over a grid of quantiles.
     count = 30 + int(np.sqrt(tail))
     quartile = excess[int(tail / 4 + 0.5) - 1]
     theta = 1 / excess[-1] + (1 - np.sqrt(count / (np.arange(count) + 0.5))) / (3 * quartile)
@@ -247,5 +259,5 @@ def pareto_shape(log_weights: Array | np.ndarray) -> float:
 
 def _tail(shape: float) -> str:
     if shape < RELIABLE:
-        return "the weights have a variance"
-    return "slow, but usable" if shape < USABLE else "too heavy: averages are not to be trusted"
+        return "the weights have a finite variance"
+    return "slow, but usable" if shape < USABLE else "too heavy: averages are not reliable"

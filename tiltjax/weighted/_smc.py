@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding, resampling
+from tiltjax import _callbacks, _checks, _progress, _pytree, _repr, _sharding, resampling
 from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
@@ -104,7 +104,7 @@ class _Step(NamedTuple):
     tempering: Array
 
 
-class SMC(eqx.Module):
+class SMC(_repr.Report):
     """A weighted run, checked and complete: the input of `init`, `step` and `finish`.
 
     **Arguments:** the arguments of `smc`, except for the key and `progress`. **Raises:** as `smc`.
@@ -180,6 +180,19 @@ class SMC(eqx.Module):
     @property
     def steps(self) -> int:
         return len(self.times) - 1
+
+    def _title(self) -> str:
+        return f"SMC: {self.num} particles, {self.steps} steps, t = {_repr.span(self.times)}"
+
+    def _rows(self) -> dict[str, str]:
+        names = ("model", "guidance", "twist", "proposal", "potential", "tempering", "solver")
+        parts = {name: getattr(self, name) for name in names}
+        rows = {name: _repr.form(part) for name, part in parts.items() if part is not None}
+        rows["resampling"] = (
+            f"{_repr.form(self.resample)}, below {self.ess_threshold:.0%} effective sample size, "
+            f"after {sum(self.weighs)} of {self.steps} steps"
+        )
+        return rows
 
     @property
     def proposing(self) -> Guidance | None:

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 
 
-class Potential(eqx.Module):
+class Potential(_repr.Printable):
     """How the sum of the applied log-potentials follows from the twist. Subclasses define
     `__call__(applied, memory, value)`.
     """
@@ -79,7 +79,7 @@ class Immediate(Potential):
         return applied + value, memory
 
 
-class Schedule(eqx.Module):
+class Schedule(_repr.Printable):
     """The steps of a run after which particles are weighed and may be resampled. Subclasses define
     `steps(total)`, one boolean for each of `total` steps.
     """
@@ -103,6 +103,9 @@ class ResampleFractions(Schedule):
             _checks.number(fraction, "a fraction of a run", 0, 1, closed="neither")
             for fraction in fractions
         )
+
+    def _call(self, **given: Any) -> str:
+        return f"ResampleFractions({', '.join(map(_repr.form, self.fractions))})"
 
     def steps(self, total: int) -> np.ndarray:
         chosen = np.zeros(total, bool)

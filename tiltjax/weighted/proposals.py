@@ -22,11 +22,11 @@ drift. References: Wu et al. (arXiv 2306.17775, TDS), Kim et al. (arXiv 2501.058
 import equinox as eqx
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.solvers import Kernel
 
 
-class Proposal(eqx.Module):
+class Proposal(_repr.Printable):
     """How particles are proposed. Subclasses define `shift(kernel, guidance_shift)`, the shift of
     the kernel's mean for the guidance's `D~ - D` (`None`: no shift).
 
@@ -83,6 +83,8 @@ class Children(Proposal):
 
     **Raises:** `ValueError` for a `proposal` that is itself `Children`.
     """
+
+    _chosen = {"proposal": "Base()"}
 
     proposal: Proposal
     m: int = eqx.field(static=True)

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.particles import effective
 
 
-class Tempering(eqx.Module):
+class Tempering(_repr.Printable):
     """Factors of the twists. Subclasses define `factors(steps)`, one factor for the state after
     each step. The last factor is 1.
     """

@@ -138,6 +138,10 @@ class FluxModel(models.Model):
         self.leaps = None
         self.dtype = jnp.dtype(dtype)
 
+    def _call(self, **given: Any) -> str:
+        parts = {"transformer": self.parts.transformer, "guidance": self.parts.guidance}
+        return super()._call(**parts | given)
+
     def denoise(self, t: Array, x: Array) -> Array:
         if self.leaps is None:
             return self._moved(t, t, 1.0, x)
