@@ -137,14 +137,14 @@ def test_guided_from_the_command_line(method, tmp_path, capsys):
         "--prompt",
         "a circle in the middle",
         "--reward",
-        "blueness",
+        "blue",
         "--steps",
         "8",
         "--quiet",
     ]
-    arguments += ["--method", method, "--length", "1", "--images", "2", "--output", str(tmp_path)]
+    arguments += ["--method", method, "--images", "2", "--output", str(tmp_path)]
     assert main(["images", *arguments]) == 0
-    assert "mean blueness of 2" in capsys.readouterr().out
+    assert "mean blue of 2 guided" in capsys.readouterr().out
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["height"] == 32
     image = np.asarray(Image.open(tmp_path / "0000.png"))
     assert image.shape == (32, 32, 3)
@@ -166,4 +166,4 @@ def test_its_clip_is_the_reward_clip(tmp_path, capsys):
         "4",
     ]
     assert main(["images", *arguments, "--quiet", "--output", str(tmp_path)]) == 0
-    assert "mean clip of 1" in capsys.readouterr().out
+    assert "mean clip of 1 unguided" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 `flux` is FLUX.1 as a model: `flux.load_model` reads it, `flux.published` samples as published.
 """
 
-from tiltjax.images import flux, folders, loading, networks, prompts, rewards, shapes
+from tiltjax.images import flux, folders, loading, networks, prompts, rewards, shapes, sheets
 from tiltjax.images.flux import FluxModel, Lookahead
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "loading",
     "folders",
     "shapes",
+    "sheets",
 ]

@@ -73,6 +73,11 @@ class ImageFolder:
         """Where an image is, or will be."""
         return self.folder / f"{number:04d}.png"
 
+    def image(self, number: int) -> np.ndarray:
+        """An image that is made, `(height, width, 3)` of 8-bit integers."""
+        with pillow().open(self.path(number)) as file:
+            return np.asarray(file.convert("RGB"))
+
     def missing(self, num: int) -> list[int]:
         """Which of the first `num` images are not made."""
         made = self.rewards

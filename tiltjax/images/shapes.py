@@ -18,6 +18,7 @@ centroid; its kind the one whose silhouette, of the same centroid and area, over
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -92,6 +93,43 @@ def caption(scene: Scene) -> str:
         if scene.background
         else ""
     )
+
+
+def parsed(prompt: str) -> Scene:
+    """What a sentence says of a scene, `None` where it says nothing: the inverse of `caption`."""
+    sentence = " ".join(_letters(prompt))
+    kinds, colors, places = ("|".join(known) for known in (SHAPES, COLORS, PLACES))
+
+    def found(pattern: str) -> str | None:
+        match = re.search(rf"\b{pattern}\b", sentence)
+        return None if match is None else match[1]
+
+    return Scene(
+        found(f"({kinds})"),
+        found(f"({colors}) (?:{kinds}|shape)"),
+        found(f"({places})"),
+        found(f"({colors}) background"),
+    )
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that no caption contains, in their order, each once."""
+    grammar = ["a", "an", "in", "the", "on", "background", "shape"]
+    known = {*grammar, *SHAPES, *COLORS, *" ".join(PLACES).split()}
+    return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
+
+
+def follows(image: Array, scene: Scene) -> bool:
+    """Whether an image shows all that a scene says."""
+    shown = read(image)
+    return shown is not None and all(
+        said in (None, found) for said, found in zip(scene, shown, strict=True)
+    )
+
+
+def _letters(prompt: str) -> list[str]:
+    """The words of a prompt, in lower case."""
+    return re.findall(r"\w+", prompt.lower())
 
 
 def _article(word: str) -> str:
