@@ -131,7 +131,7 @@ _Size = Annotated[
 ]
 _Steps = Annotated[
     int | None,
-    _of_model(min=1, help="Number of Euler steps.", show_default="28; 12 for tiny"),
+    _of_model(min=1, help="Number of Euler steps.", show_default="28; with tiny and weighted 12"),
 ]
 _Cfg = Annotated[
     float | None,
@@ -169,7 +169,7 @@ _Particles = Annotated[
     _of_method(
         min=1,
         help="Draws of plug-in and damped, candidates of best-of-n, particles of weighted.",
-        show_default="1; best-of-n and weighted: 4; with tiny: 16 and 64",
+        show_default="1; best-of-n and weighted: 4; with tiny: 16 and 32",
     ),
 ]
 _Length = Annotated[

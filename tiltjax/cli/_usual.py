@@ -6,25 +6,34 @@ follow the prompt as often as unguided ones do, and their mean reward is visibly
 
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 from tiltjax.images import flux, shapes
 
 # One weighted particle, or one candidate of best-of-n, is an unguided sample: use a few.
 _PARTICLES = {"best-of-n": 4, "weighted": 4}
 _PUBLISHED = {"steps": 28, "scale": 1.0, "length": 10.0, "sigma": 1.0}
-_TINY_PARTICLES = {"best-of-n": 16, "weighted": 16}
-_TINY = {"steps": 12, "length": 3.0, "sigma": 0.3}
-# Four standard deviations of the reward among the images of "a circle" count as one unit.
-_TINY_SCALES = {
-    "blue": 10.0,
-    "blue-channel": 12.0,
-    "blue-minus-red-green": 6.5,
-    "brightness": 50.0,
-    "symmetry": 150.0,
-    "antisymmetry": 150.0,
-    "rotation": 150.0,
-    "palette": 12.0,
-    "clip": 20.0,
+
+# The small model. Every step evaluates all weighted particles: fewer steps leave time for more.
+_TINY_PARTICLES = {"best-of-n": 16, "weighted": 32}
+_TINY_STEPS = {"weighted": 12}
+# Longer gradients leave the images that the model knows. Damping shortens them again.
+_TINY_LENGTHS = {"fmrg": 2.0, "damped": 10.0}
+_TINY_LENGTH, _TINY_SIGMA = 3.0, 0.3
+# The scale is this number divided by the standard deviation of the reward.
+_TINY_STRENGTHS = {"weighted": 8.0}
+_TINY_STRENGTH = 4.0
+# Standard deviations of the rewards of unguided images, for the prompt "a circle".
+_TINY_SPREADS = {
+    "blue": 0.4,
+    "blue-channel": 0.32,
+    "blue-minus-red-green": 0.63,
+    "brightness": 0.1,
+    "symmetry": 0.027,
+    "antisymmetry": 0.027,
+    "rotation": 0.028,
+    "palette": 0.35,
+    "clip": 0.2,
 }
 
 
@@ -35,16 +44,26 @@ def is_tiny(options: SimpleNamespace) -> bool:
 
 def complete(options: SimpleNamespace) -> None:
     """Replace each option that is `None` by its default."""
-    tiny = is_tiny(options)
-    particles = _TINY_PARTICLES if tiny else _PARTICLES
-    usual = {
-        **(_TINY | {"scale": _TINY_SCALES[options.reward]} if tiny else _PUBLISHED),
-        "particles": particles.get(options.method, 1),
-        "compare": tiny and options.method != "none",
-    }
+    usual = _of_tiny(options) if is_tiny(options) else _published(options)
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+
+
+def _published(options: SimpleNamespace) -> dict[str, Any]:
+    return {**_PUBLISHED, "particles": _PARTICLES.get(options.method, 1), "compare": False}
+
+
+def _of_tiny(options: SimpleNamespace) -> dict[str, Any]:
+    method = options.method
+    return {
+        "steps": _TINY_STEPS.get(method, _PUBLISHED["steps"]),
+        "scale": _TINY_STRENGTHS.get(method, _TINY_STRENGTH) / _TINY_SPREADS[options.reward],
+        "length": _TINY_LENGTHS.get(method, _TINY_LENGTH),
+        "sigma": _TINY_SIGMA,
+        "particles": _TINY_PARTICLES.get(method, 1),
+        "compare": method != "none",
+    }
 
 
 def warn(options: SimpleNamespace) -> None:

@@ -204,8 +204,9 @@ def _fill(
             continue
         draw = METHODS[each.options.method](Job(model, reward, grid, each.options, say))
         for number in numbers:
-            first = "compiling, then " if number == numbers[0] else ""
-            say(f"{first}sampling {each.name} image {number + 1} of {options.images}")
+            if number in numbers[:2]:
+                compiling = "compiling and " if number == numbers[0] else ""
+                say(f"{compiling}sampling {each.name} images")
             start = time.perf_counter()
             latent, size = draw(jax.random.fold_in(jax.random.key(options.seed), number))
             image, value = _decoded(model, scalar, latent)
