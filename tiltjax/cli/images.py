@@ -270,8 +270,8 @@ def _report(series: list[Series], sizes: list[float]) -> None:
     print(f"images: {', '.join(str(each.folder.folder) for each in reversed(series))}")
     if options.sheet:
         file = series[-1].folder.folder / "sheet.png"
-        settings = f"{options.method}, reward {options.reward}"
-        title = f"{textwrap.shorten(options.prompt, 100)} ({settings})"
+        prompt = textwrap.shorten(options.prompt, 100)
+        title = f'"{prompt}", method {options.method}, reward {options.reward}'
         sheets.contact_sheet([_row(each) for each in series], title).save(file)
         print(f"contact sheet: {file}")
 
@@ -289,11 +289,10 @@ def _followed(series: Series) -> str:
 
 def _row(series: Series) -> sheets.Row:
     """The first images of a series and their rewards."""
-    numbers = range(min(series.options.images, sheets.COLUMNS))
-    images = [series.folder.image(number) for number in numbers]
-    return sheets.Row(
-        series.name, images, [f"{series.folder.rewards[number]:+.3g}" for number in numbers]
-    )
+    values = [series.folder.rewards[number] for number in range(series.options.images)]
+    images = [series.folder.image(number) for number in range(min(len(values), sheets.COLUMNS))]
+    captions = [f"{value:+.3f}" for value in values[: len(images)]]
+    return sheets.Row(f"{series.name}\nmean {np.mean(values):+.3f}", images, captions)
 
 
 # A method makes its settings once. It returns a function of a key that draws a latent, and tells

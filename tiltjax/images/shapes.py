@@ -122,7 +122,7 @@ def unknown_words(prompt: str) -> list[str]:
     return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
 
 
-def follows(image: Array, scene: Scene) -> bool:
+def follows(image: Array | np.ndarray, scene: Scene) -> bool:
     """Whether an image shows every part of a scene that is not left out."""
     shown = read(image)
     return shown is not None and all(
@@ -206,7 +206,7 @@ def _outlines(y, x, radius, numpy):
     return circle, square, numpy.maximum(y, slanted) - side
 
 
-def read(image: Array) -> Scene | None:
+def read(image: Array | np.ndarray) -> Scene | None:
     """What an image shows, by the rules above, or `None` if nothing differs from the background.
     **Raises:** `ValueError` for an image of another size.
     """

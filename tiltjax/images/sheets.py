@@ -16,12 +16,14 @@ from tiltjax.images.folders import pillow
 
 COLUMNS = 8
 _SMALLEST, _LARGEST = 128, 256  # of the longer side of an image on the sheet, in pixels
-_MARGIN, _LABEL, _CAPTION, _TITLE = 8, 88, 18, 24
+_MARGIN, _LABEL, _CAPTION, _TITLE = 8, 96, 18, 24
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
 class Row(NamedTuple):
-    """One row: its label, images `(height, width, 3)` of 8-bit integers, a caption for each."""
+    """One row: its label, which may have several lines; images `(height, width, 3)` of 8-bit
+    integers; a caption for each image.
+    """
 
     label: str
     images: Sequence[np.ndarray]
