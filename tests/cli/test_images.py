@@ -71,7 +71,7 @@ def test_a_run_is_made_continued_and_not_made_again(folder, tmp_path, capsys):
     time_written = (output / "0000.png").stat().st_mtime_ns
     capsys.readouterr()
     assert run(folder, output, *guided, "--images", 2) == 0
-    assert "1 of 2 images are there" in capsys.readouterr().out
+    assert "1 of 2 images exist already" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in numbered()} == first
     assert (output / "0000.png").stat().st_mtime_ns == time_written
     # Nothing is left to do: the model is not even searched for.
@@ -193,7 +193,7 @@ def test_the_defaults_are_those_of_the_model_and_the_method(parse):
     ("model", "arguments", "message"),
     [
         ("tiny", ("--size", "64"), "32 x 32 pixels, and images of 64 x 64 .*: leave --size out"),
-        ("tiny", ("--prompt", "a red DOG, a house"), "the words 'dog', 'house': use a prompt"),
+        ("tiny", ("--prompt", "a red DOG, a house"), "does not know 'dog', 'house': use a prompt"),
         ("tiny", ("--method", "weighted", "--particles", "1"), "use more --particles, such as"),
         ("x", ("--method", "best-of-n", "--particles", "1"), "use more --particles, such as"),
     ],

@@ -164,7 +164,7 @@ def test_a_prompt_is_padded_and_one_too_long_is_cut_with_a_warning_that_quotes_t
         ids = FULL("0123456789abc")
     assert ids.dtype == np.int32
     assert ids.tolist() == [48, *range(48, 58), 49]
-    with pytest.raises(TypeError, match="one call for each prompt"):
+    with pytest.raises(TypeError, match="call once for each prompt"):
         FULL(["a", "b"])
 
 

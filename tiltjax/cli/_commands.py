@@ -292,7 +292,7 @@ def images(
 
     Examples:
 
-        tiltjax images --model tiny --prompt "a red circle" --method weighted --images 8
+        tiltjax images --model tiny --prompt "a red circle" --method conjugate --images 8
         tiltjax images --model FOLDER --prompt "a fox in the snow" --images 4 --output foxes
     """
     options = SimpleNamespace(**locals())

@@ -35,8 +35,12 @@ def status(*, quiet: bool = False) -> Iterator[Status]:
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.description}"),
         )
+        # Output that goes to a file or a pipe must not be redirected to the terminal.
         with progress.Progress(
-            *columns, console=console.Console(stderr=True), transient=True
+            *columns,
+            console=console.Console(stderr=True),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
         ) as line:
             task = line.add_task("starting", total=None)
             yield lambda phase: line.update(task, description=phase)

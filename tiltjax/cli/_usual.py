@@ -84,7 +84,7 @@ def warn(options: SimpleNamespace) -> None:
         )
     if unknown := shapes.unknown_words(options.prompt):
         warnings.warn(
-            f"the small model does not know the words {', '.join(map(repr, unknown))}: use a "
+            f"the small model does not know {', '.join(map(repr, unknown))}: use a "
             "prompt such as 'a red circle in the top left on a blue background'",
             stacklevel=2,
         )

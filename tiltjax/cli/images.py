@@ -124,7 +124,7 @@ def _make(options: SimpleNamespace, say: Status) -> None:
     missing = [each.folder.missing(options.images) for each in series]
     made = options.images - len(missing[-1])
     if made:
-        print(f"{made} of {options.images} images are there")
+        print(f"{made} of {options.images} images exist already")
     sizes = _fill(series, missing, reward, say) if any(missing) else []
     _report(series, sizes)
 
