@@ -18,7 +18,7 @@ _PUBLISHED = {"steps": 28, "scale": 1.0, "length": 10.0, "sigma": 1.0}
 _TINY_PARTICLES = {"best-of-n": 16, "weighted": 32}
 _TINY_STEPS = {"weighted": 12}
 # Longer gradients leave the images that the model knows. Damping shortens them again.
-_TINY_LENGTHS = {"fmrg": 2.0, "damped": 10.0}
+_TINY_LENGTHS = {"fmrg": 2.5, "damped": 10.0}
 _TINY_LENGTH, _TINY_SIGMA = 3.0, 0.3
 # The scale is this number divided by the standard deviation of the reward.
 _TINY_STRENGTHS = {"weighted": 8.0}
