@@ -23,7 +23,7 @@ _TINY_LENGTH, _TINY_SIGMA = 3.0, 0.3
 # The scale is this number divided by the standard deviation of the reward.
 _TINY_STRENGTHS = {"weighted": 8.0}
 _TINY_STRENGTH = 4.0
-# Standard deviations of the rewards of unguided images, for the prompt "a circle".
+# About the standard deviations of the rewards of unguided images, for prompts such as "a circle".
 _TINY_SPREADS = {
     "blue": 0.4,
     "blue-channel": 0.32,
@@ -33,7 +33,7 @@ _TINY_SPREADS = {
     "antisymmetry": 0.027,
     "rotation": 0.028,
     "palette": 0.35,
-    "clip": 0.2,
+    "clip": 0.25,
 }
 
 
