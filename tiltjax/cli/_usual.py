@@ -24,14 +24,15 @@ _TINY_LENGTH, _TINY_SIGMA = 3.0, 0.3
 _TINY_STRENGTHS = {"weighted": 8.0}
 _TINY_STRENGTH = 4.0
 # About the standard deviations of the rewards of unguided images, for prompts such as "a circle".
+# An empty image is symmetric: larger scales of symmetry and rotation make images empty.
 _TINY_SPREADS = {
     "blue": 0.4,
     "blue-channel": 0.32,
     "blue-minus-red-green": 0.63,
     "brightness": 0.1,
-    "symmetry": 0.027,
+    "symmetry": 0.1,
     "antisymmetry": 0.027,
-    "rotation": 0.028,
+    "rotation": 0.1,
     "palette": 0.35,
     "clip": 0.25,
 }
