@@ -26,7 +26,7 @@ WORDS = """
     16x16x16 -16 0x0 7 16x8 none weighted clip 0.1,0.2 1,2,3,4 tiny
 """
 WORDS = ["", " ", "\x00", "a b", *WORDS.split()]
-REQUIRED = ["--model", "someone/model", "--prompt", "a fox"]
+REQUIRED = ["--model", "someone/model", "--prompt", "a fox", "--quiet"]
 
 
 class Started(Exception):
@@ -128,10 +128,10 @@ def test_images_are_refused_before_weights_are_read(capsys, tmp_path, monkeypatc
 
 
 def test_memory_that_lacks_and_interruptions_are_messages(capsys, monkeypatch):
-    def lacking(options):
+    def lacking(options, say):
         raise MemoryError("8 GiB are needed")
 
-    def interrupted(options):
+    def interrupted(options, say):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(images, "_make", lacking)

@@ -36,7 +36,7 @@ def test_a_model_of_a_folder_is_its_parts(folder):
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(folder):
-    with pytest.warns(UserWarning, match=r"for CLIP, which reads 10: cut is 'circle blue'"):
+    with pytest.warns(UserWarning, match=r"for CLIP, which reads 10: 'circle blue' is cut"):
         flux.encoded(folder, "a a a a a a a a a a circle blue", 16, jax.numpy.float32)
 
 

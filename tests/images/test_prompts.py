@@ -160,11 +160,11 @@ def test_a_prompt_is_padded_and_one_too_long_is_cut_with_a_warning_that_quotes_t
         warnings.simplefilter("error")
         assert FULL("ab").tolist() == [48, 97, 98, *[49] * 9]
         assert FULL("0123456789").tolist() == [48, *range(48, 58), 49]
-    with pytest.warns(UserWarning, match=r"13 tokens for CLIP, which reads 10: cut is 'abc'"):
+    with pytest.warns(UserWarning, match=r"13 tokens for CLIP, which reads 10: 'abc' is cut"):
         ids = FULL("0123456789abc")
     assert ids.dtype == np.int32
     assert ids.tolist() == [48, *range(48, 58), 49]
-    with pytest.raises(TypeError, match="one call for each prompt"):
+    with pytest.raises(TypeError, match="call once for each prompt"):
         FULL(["a", "b"])
 
 

@@ -3,6 +3,8 @@
 Tier: exact; the rules are judged on images whose scenes are known.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +102,20 @@ def test_drawing_is_one_program_for_all_scenes():
         assert shapes.read(one(jax.random.key(0), *shapes.numbered(scene))) == scene
     assert one._cache_size() == 1
     assert jnp.issubdtype(one(jax.random.key(1), *shapes.numbered(scene)).dtype, jnp.float32)
+
+
+def test_a_caption_is_parsed_back():
+    parts = [(None, *known) for known in (shapes.SHAPES, shapes.COLORS, shapes.PLACES)]
+    for scene in itertools.starmap(Scene, itertools.product(*parts, (None, "red", "white"))):
+        assert shapes.parsed(shapes.caption(scene)) == scene
+        assert shapes.unknown_words(shapes.caption(scene)) == []
+    assert shapes.parsed("A Square.") == Scene("square")
+    assert shapes.unknown_words("a dog and a Circle, a dog") == ["dog", "and"]
+
+
+def test_an_image_follows_what_is_said_and_no_more():
+    for scene, image in zip(SCENES[:20], DRAWN, strict=False):
+        assert shapes.follows(image, scene)
+        assert shapes.follows(image, Scene(place=scene.place))
+        assert not shapes.follows(image, scene._replace(color=scene.background))
+    assert not shapes.follows(np.zeros((32, 32, 3)), Scene())

@@ -137,18 +137,44 @@ def test_guided_from_the_command_line(method, tmp_path, capsys):
         "--prompt",
         "a circle in the middle",
         "--reward",
-        "blueness",
+        "blue",
         "--steps",
         "8",
         "--quiet",
     ]
-    arguments += ["--method", method, "--length", "1", "--images", "2", "--output", str(tmp_path)]
+    arguments += ["--method", method, "--images", "2", "--output", str(tmp_path)]
     assert main(["images", *arguments]) == 0
-    assert "mean blueness of 2" in capsys.readouterr().out
+    assert "mean blue of 2 guided" in capsys.readouterr().out
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["height"] == 32
     image = np.asarray(Image.open(tmp_path / "0000.png"))
     assert image.shape == (32, 32, 3)
     assert image.std() > 5
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("method", ["weighted", "plug-in"])
+def test_the_defaults_raise_the_reward_and_keep_the_prompt(method, tmp_path):
+    """By more than five standard errors of the difference of images with the same seeds."""
+    num, prompt = 32, "a red circle in the middle"
+    arguments = ["--model", "tiny", "--prompt", prompt, "--method", method, "--images", str(num)]
+    assert main(["images", *arguments, "--quiet", "--output", str(tmp_path)]) == 0
+    folders = tmp_path, tmp_path / "unguided"
+    guided, unguided = (
+        np.asarray(list(json.loads((folder / "rewards.json").read_text()).values()))
+        for folder in folders
+    )
+    gain = guided - unguided
+    assert gain.mean() > 5 * gain.std(ddof=1) / np.sqrt(num)
+    scene = shapes.parsed(prompt)
+    following = [
+        sum(
+            shapes.follows(np.asarray(Image.open(folder / f"{number:04d}.png")) / 255, scene)
+            for number in range(num)
+        )
+        for folder in folders
+    ]
+    assert following[0] >= following[1] > 0.8 * num
 
 
 @pytest.mark.slow
@@ -166,4 +192,4 @@ def test_its_clip_is_the_reward_clip(tmp_path, capsys):
         "4",
     ]
     assert main(["images", *arguments, "--quiet", "--output", str(tmp_path)]) == 0
-    assert "mean clip of 1" in capsys.readouterr().out
+    assert "mean clip of 1 unguided" in capsys.readouterr().out

@@ -191,7 +191,7 @@ def test_clip_tokenizer_from_its_vocabulary_and_from_one_file(clip_folder, tmp_p
     ):
         for prompt in sentences():
             assert ours(prompt).tolist() == ids_of(theirs, prompt, 20), prompt
-    with pytest.warns(UserWarning, match=r"5 tokens for CLIP, which reads 3: cut is 'fg'"):
+    with pytest.warns(UserWarning, match=r"5 tokens for CLIP, which reads 3: 'fg' is cut"):
         prompts.clip_tokenizer(folder, 5)("cd e fg")
 
 
@@ -223,7 +223,7 @@ def test_t5_tokenizer(tmp_path):
     ours = prompts.t5_tokenizer(tmp_path, 12)
     for prompt in sentences():
         assert ours(prompt).tolist() == ids_of(theirs, prompt, 12), prompt
-    with pytest.warns(UserWarning, match="3 tokens for T5, which reads 2: cut is 'bird'"):
+    with pytest.warns(UserWarning, match="3 tokens for T5, which reads 2: 'bird' is cut"):
         assert prompts.t5_tokenizer(tmp_path, 3)("a red bird").tolist() == [4, 5, 1]
 
 

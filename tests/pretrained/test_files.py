@@ -342,7 +342,7 @@ def test_adapters_are_merged_while_loading(tmp_path):
     )
     np.testing.assert_allclose(second, first + 0.5 * b @ a, atol=1e-5)
     (tmp_path / "vae").symlink_to(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="adapters are those of a transformer"):
+    with pytest.raises(ValueError, match="only a transformer takes adapters"):
         loading.load("autoencoder", tmp_path, adapters=tmp_path / "lora.safetensors")
 
 

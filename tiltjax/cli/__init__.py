@@ -6,8 +6,9 @@ __all__ = ["main"]
 
 
 def _keep_programs() -> None:
-    """Keep what the command compiles in the user's folder for caches: the next run reads it. The
-    process is the command's own; a folder that the user names for JAX is used instead.
+    """Keep compiled programs in the user's cache folder, where the next run finds them. The process
+    belongs to the command, so its settings may change. A folder that the user has named for JAX is
+    used instead.
     """
     import jax
     import platformdirs
@@ -20,10 +21,10 @@ def _keep_programs() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, 2 after a message about what was wrong, or 130
-    when interrupted.
+    """Run the command, and return its exit status: 0 after success, 2 after an error message, 130
+    after an interruption.
 
-    **Arguments:** `arguments`, by default those of the process.
+    **Arguments:** `arguments` of the command, by default those of the process.
     """
     import typer
 

@@ -1,7 +1,8 @@
-r"""`tiltjax demo` samples one tilt with every method and shows where each of them lands.
+r"""`tiltjax demo` samples one tilt with every method and shows where each method lands.
 
-For a problem of `tiltjax.problems` it prints a table, measured values beside those that `theory`
-predicts, and draws one figure. Run times are those of a second call; the first one compiles.
+For a problem of `tiltjax.problems` the command prints a table and draws one figure. The table shows
+measured values beside those that `theory` predicts. Run times are those of a second call, because
+the first call compiles.
 """
 
 import os
@@ -24,8 +25,8 @@ CANDIDATES = 4  # of best-of-n
 
 
 class Method(NamedTuple):
-    """A row of the table: how to sample it, and the law that theory predicts, where it does; one
-    that `follows` runs the programs of another.
+    """A method of the table: its name, how to run it, and the law that theory predicts, or `None`.
+    `exact` methods sample the tilt. A method that `follows` runs the compiled programs of another.
     """
 
     name: str
@@ -36,7 +37,9 @@ class Method(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured: `reward` with its standard error, seconds of compilation and of a run."""
+    """The measurements of one method: mean reward with its standard error, distance to the tilt,
+    masses of the modes, seconds of compilation and of a run.
+    """
 
     method: Method
     particles: tj.Particles
@@ -48,8 +51,8 @@ class Row(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The exact tilt, the mixture whose responsibilities tell modes apart, the masses of the modes
-    under the tilt, the mean reward.
+    """The exact tilt: its law, the mixture whose components are the modes, the masses of the modes,
+    and the mean reward.
     """
 
     law: Any
@@ -59,7 +62,7 @@ class Truth(NamedTuple):
 
 
 def print_problems() -> None:
-    """List the problems, one a line."""
+    """Print the names and descriptions of the problems, one on each line."""
     for name in tj.problems.NAMES:
         print(f"{name:12s} {_describe(name)}")
 
@@ -125,8 +128,9 @@ def run(name: str, *, scale: float | None, num: int, steps: int, seed: int, outp
 def _first_runs(
     methods: Sequence[Method], key: Array, meter: Any
 ) -> dict[str, float | FloatingPointError]:
-    """The seconds that the first run of each method takes, or how it failed. Compilation is nearly
-    all of it, and takes one core: as many go side by side as there are cores.
+    """The seconds that the first run of each method takes, or its error, by the method's name.
+    Nearly all of this time is compilation, which uses one core. So as many methods run at once as
+    there are cores.
     """
 
     def first(method: Method) -> float | FloatingPointError:

@@ -1,9 +1,10 @@
 """Image models in Flax with their published weights, prompts, and rewards of images.
 
-`flux` is FLUX.1 as a model: `flux.load_model` reads it, `flux.published` samples as published.
+`flux` holds FLUX.1 as a model: `flux.load_model` reads it, and `flux.published` samples it with
+guidance as published. `shapes` describes the images of the small model that comes with tiltjax.
 """
 
-from tiltjax.images import flux, folders, loading, networks, prompts, rewards, shapes
+from tiltjax.images import flux, folders, loading, networks, prompts, rewards, shapes, sheets
 from tiltjax.images.flux import FluxModel, Lookahead
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "loading",
     "folders",
     "shapes",
+    "sheets",
 ]

@@ -1,12 +1,11 @@
-r"""A folder of images that can be continued: each is made once, by its number, whatever was
-interrupted.
+r"""A folder of numbered images. An interrupted run can continue: each image is made once.
 
     folder/  settings.json   rewards.json   0000.png   0001.png   ...
 
-`settings.json` holds what decides the images, and, apart from it, where they were made. A folder
-takes images of one setting only: with others it is refused, with a list of what differs. An
-image counts as made when its file and its reward are there; files are written whole or not at
-all.
+`settings.json` holds the settings that determine the images, and notes on the versions and the
+device that made them. All images of a folder have the same settings: other settings raise an error
+that lists the differences. An image counts as made when its file and its reward exist. A file is
+written completely or not at all.
 """
 
 import json
@@ -20,7 +19,7 @@ import numpy as np
 
 
 def pillow() -> Any:
-    """Pillow. **Raises:** `ImportError` that names the extra."""
+    """The module `PIL.Image`. **Raises:** `ImportError` that names the extra to install."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -29,11 +28,16 @@ def pillow() -> Any:
 
 
 class ImageFolder:
-    """A folder of numbered images of one setting.
+    """A folder of numbered images with the same settings.
 
-    **Arguments:** `folder`, made if it is not there; `settings`, what decides the images:
-    numbers, strings, lists, dictionaries; `notes`, what does not. **Raises:** `ValueError` for a
-    folder of other settings, listing what differs; `ImportError` without Pillow.
+    **Arguments:**
+
+    - `folder`: its path. The folder is created if it does not exist.
+    - `settings`: what determines the images, as numbers, strings, lists and dictionaries.
+    - `notes`: what else to record, such as versions.
+
+    **Raises:** `ValueError` that lists the differences, for a folder with other settings;
+    `ImportError` without Pillow.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class ImageFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: images need a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = json.loads(json.dumps(settings))  # as they are read again
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         earlier = self._read("settings.json").get("settings")
         if earlier is not None and earlier != settings:
             differ = ", ".join(
@@ -65,16 +69,21 @@ class ImageFolder:
 
     @property
     def rewards(self) -> dict[int, float]:
-        """The rewards of the images that are made, by their numbers."""
+        """The rewards of the images that exist, by their numbers."""
         found = {int(name): value for name, value in self._read("rewards.json").items()}
         return {number: found[number] for number in sorted(found) if self.path(number).is_file()}
 
     def path(self, number: int) -> Path:
-        """Where an image is, or will be."""
+        """The path of an image, whether it exists or not."""
         return self.folder / f"{number:04d}.png"
 
+    def image(self, number: int) -> np.ndarray:
+        """An image that exists, `(height, width, 3)` of 8-bit integers."""
+        with pillow().open(self.path(number)) as file:
+            return np.asarray(file.convert("RGB"))
+
     def missing(self, num: int) -> list[int]:
-        """Which of the first `num` images are not made."""
+        """The numbers of those among the first `num` images that do not exist."""
         made = self.rewards
         return [number for number in range(num) if number not in made]
 
@@ -87,14 +96,14 @@ class ImageFolder:
         if bad := int(np.sum(~np.isfinite(image))):
             raise FloatingPointError(
                 f"image {number}: {bad} of {image.size} values are not finite though its "
-                "latent is: it is the decoder that overflows"
+                "latent is finite: the decoder overflows"
             )
         if not math.isfinite(reward):
             raise FloatingPointError(
                 f"image {number} is finite and its reward is {reward}: check the reward"
             )
         levels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
-        # Written with the first image: a command that is refused before leaves a folder free.
+        # Written with the first image: a command that fails earlier leaves the folder free.
         if not (self.folder / "settings.json").is_file():
             self._write("settings.json", self._record)
         path, part = self.path(number), self.folder / f".{number:04d}.part"
@@ -111,7 +120,7 @@ class ImageFolder:
         try:
             return json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): give another folder") from error
+            raise ValueError(f"{path} is not valid JSON ({error}): give another folder") from error
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         part = self.folder / f".{name}.part"

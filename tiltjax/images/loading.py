@@ -1,5 +1,4 @@
-"""The parts of FLUX.1 with published weights, by their kind: from arrays, from a folder, from the
-hub.
+"""The parts of FLUX.1 with published weights: from arrays, from a folder, or from the hub.
 
 | kind | module | published as |
 |---|---|---|
@@ -34,7 +33,7 @@ class _Kind(NamedTuple):
 
 
 def _kind(kind: str) -> _Kind:
-    # Imported when used: a transformer needs no text encoder.
+    # Modules are imported when used: a transformer needs no text encoder.
     if kind == "transformer":
         from tiltjax.images.networks import transformer as module
 
@@ -75,16 +74,16 @@ def from_state_dict(
     **Arguments:**
 
     - `kind`: one of `KINDS`.
-    - `state_dict`: NumPy arrays by published names, read one by one; those of a transformer and of
-      an autoencoder also in the single-file form.
-    - `config`: the published JSON configuration, as a dictionary; `dual_time: True` for a flow map
-      (`key_names.dual`, `adapters.merged`).
-    - `sharding`: `sharding(path, array)`, where a parameter belongs, such as
+    - `state_dict`: NumPy arrays by their published names, which are read one by one. Those of a
+      transformer and of an autoencoder may also have the names of the single-file form.
+    - `config`: the published JSON configuration, as a dictionary. A flow map has
+      `dual_time: True` (`key_names.dual`, `adapters.merged`).
+    - `sharding`: a function of `(path, array)` that returns the sharding of a parameter, such as
       `transformer.sharded(mesh)`.
-    - `options`: of the module: `dtype`, `param_dtype`, `remat`, ...
+    - `options`: of the module, such as `dtype`, `param_dtype` and `remat`.
 
-    **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape; for
-    another kind or configuration.
+    **Raises:** `ValueError` that lists the keys that are missing, unused or of another shape;
+    `ValueError` for an unknown kind or an unsupported configuration.
     """
     network, settings_of, naming = _kind(kind)
     settings = settings_of.from_json(config)
@@ -109,15 +108,17 @@ def load(
     sharding: state_dicts.Placement | None = None,
     **options: Any,
 ) -> Any:
-    """One part of FLUX.1 from a folder laid out as it is published, or from the Hugging Face hub.
+    """One part of FLUX.1, from a folder in the published layout or from the Hugging Face hub.
 
-    **Arguments:** `kind`, `sharding` and `options` as in `from_state_dict`; `model`, the folder, or
-    a name such as `"black-forest-labs/FLUX.1-dev"`; `adapters`, a safetensors file of low-rank
-    adapters to merge into a transformer, times `scale`: where they hold a second time embedder, the
-    network is a flow map.
+    **Arguments:**
 
-    **Raises:** besides, `FileNotFoundError`, `PermissionError` and `ImportError` of
-    `files.located`.
+    - `kind`, `sharding`, `options`: as in `from_state_dict`.
+    - `model`: the folder, or a name such as `"black-forest-labs/FLUX.1-dev"`.
+    - `adapters`: a safetensors file of low-rank adapters. They are multiplied by `scale` and merged
+      into a transformer. If they hold a second time embedder, the network is a flow map.
+
+    **Raises:** as `from_state_dict`, and `FileNotFoundError`, `PermissionError` and `ImportError`
+    of `files.located`.
     """
     if kind not in KINDS:
         _kind(kind)
@@ -125,7 +126,9 @@ def load(
     config, state_dict = files.configuration(folder), files.read_folder(folder)
     if adapters is not None:
         if kind != "transformer":
-            raise ValueError(f"adapters are those of a transformer, got kind = {kind!r}")
+            raise ValueError(
+                f"only a transformer takes adapters, got kind = {kind!r}: leave adapters out"
+            )
         factors = files.read(adapters)
         state_dict = key_names.diffusers(state_dict)
         if key_names.is_dual(factors):

@@ -1,4 +1,4 @@
-r"""Prompts: text to the two things that FLUX.1 knows of it, once per prompt.
+r"""Prompts: from a text to the two inputs that FLUX.1 takes, the states of T5 and of CLIP.
 
     prompt --CLIP tokenizer--> (start, ids, end, pad, ...), 77   --CLIP-->  pooled state (768,)
            --T5 tokenizer-->   (ids, end, pad, ...), 512         --T5-->    states (512, 4096)
@@ -11,9 +11,9 @@ r"""Prompts: text to the two things that FLUX.1 knows of it, once per prompt.
         t5_tokenizer=t5_tokenizer(folder / "tokenizer_2"),
     )
 
-The length of the T5 text is 512 for FLUX.1-dev, at most 256 for -schnell. What a prompt has beyond
-its length is cut, with a warning that quotes it. The encoders see a prompt once: without gradient,
-and not within a sampler's loop.
+T5 reads 512 tokens for FLUX.1-dev, and at most 256 for FLUX.1-schnell. A longer prompt is cut, with
+a warning that quotes the part that was cut. A prompt is encoded once, without gradient, before
+sampling.
 """
 
 import dataclasses
@@ -32,18 +32,23 @@ from tiltjax.images.networks import clip, t5
 
 CLIP_LENGTH = 77
 T5_LENGTH = 512
-# Words as CLIP's vocabulary was made of them: contractions, runs of letters, single digits, runs of
+# How CLIP splits a text into words: contractions, runs of letters, single digits, runs of other
 # signs.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to exactly `length` token ids, `(length,)` int32: start, if there is one, text, end,
-    padding.
+    """Maps a text to exactly `length` token ids, `(length,)` int32: the start token if there is
+    one, the text, the end token, and padding.
 
-    **Arguments:** `encode(prompt) -> (ids, places)`, the ids of the text alone, and the character
-    of the prompt at which each begins; `start`, `end`, `pad`, ids; `length`; `name`, for messages.
+    **Arguments:**
+
+    - `encode(prompt) -> (ids, places)`: the ids of the text alone, and for each the character of
+      the prompt at which it begins.
+    - `start`, `end`, `pad`: ids of the special tokens. `start` may be `None`.
+    - `length`: the number of ids.
+    - `name`: of the encoder, for messages.
     """
 
     encode: Callable[[str], tuple[list[int], list[int]]]
@@ -56,23 +61,23 @@ class Tokenizer:
     def __call__(self, prompt: str) -> np.ndarray:
         if not isinstance(prompt, str):
             raise TypeError(
-                f"a prompt is a string, got {type(prompt).__name__}: one call for each prompt"
+                f"a prompt must be a string, got {type(prompt).__name__}: call once for each prompt"
             )
         ids, places = self.encode(prompt)
         first = [] if self.start is None else [self.start]
         room = self.length - len(first) - 1
         if len(ids) > room:
             _checks.warn(
-                f"the prompt has {len(ids)} tokens for {self.name}, which reads {room}: cut is "
-                f"{prompt[places[room] :].strip()!r}"
+                f"the prompt has {len(ids)} tokens for {self.name}, which reads {room}: "
+                f"{prompt[places[room] :].strip()!r} is cut, so use a shorter prompt"
             )
         ids = [*first, *ids[:room], self.end]
         return np.asarray(ids + [self.pad] * (self.length - len(ids)), np.int32)
 
 
 def clip_tokenizer(folder: str | os.PathLike, length: int = CLIP_LENGTH) -> Tokenizer:
-    """The tokenizer of a CLIP, from `tokenizer.json` or from `vocab.json` and `merges.txt` in a
-    local folder.
+    """The tokenizer of a CLIP, from a local folder with `tokenizer.json`, or with `vocab.json` and
+    `merges.txt`.
 
     **Raises:** `ImportError` without the package `tokenizers`; `FileNotFoundError` for a folder
     without these files.
@@ -91,7 +96,7 @@ def clip_tokenizer(folder: str | os.PathLike, length: int = CLIP_LENGTH) -> Toke
 
 
 def t5_tokenizer(folder: str | os.PathLike, length: int = T5_LENGTH) -> Tokenizer:
-    """The tokenizer of a T5, from `tokenizer.json` in a local folder.
+    """The tokenizer of a T5, from a local folder with `tokenizer.json`.
 
     **Raises:** `ImportError` without the package `tokenizers`; `FileNotFoundError` for a folder
     without this file.
@@ -118,11 +123,13 @@ def embed(
     t5: t5.T5,
     t5_tokenizer: Callable[[str], np.ndarray],
 ) -> tuple[Array, Array]:
-    """`(states, pooled)`: T5's states of a prompt, `(length, d)`, and CLIP's state at its end,
-    `(d,)`.
+    """`(states, pooled)`: the states of T5, `(length, d)`, and the state of CLIP at the end of the
+    prompt, `(d,)`.
 
-    **Arguments:** the encoders and their tokenizers: `Tokenizer`s, or functions of a prompt to its
-    ids. **Warns:** what was cut off.
+    **Arguments:** `prompt`; the two encoders and their tokenizers. A tokenizer is a `Tokenizer`, or
+    a function from a prompt to its ids.
+
+    **Warns** when a tokenizer cuts the prompt.
     """
     return _states(t5, t5_tokenizer(prompt)), _pooled(clip, clip_tokenizer(prompt))
 
@@ -149,7 +156,9 @@ def _tokenizer(
 
     def find(token: str) -> int:
         if (found := core.token_to_id(token)) is None:
-            raise ValueError(f"the tokenizer of {name} has no token {token!r}: is this its folder?")
+            raise ValueError(
+                f"the tokenizer of {name} has no token {token!r}: check that the folder is right"
+            )
         return found
 
     def encode(prompt: str) -> tuple[list[int], list[int]]:
@@ -167,7 +176,9 @@ def _tokenizer(
 
 
 def _byte_pairs(tokenizers: Any, vocabulary: Path, merges: Path, unknown: str) -> Any:
-    """CLIP's own: text in lower case, single spaces, words in bytes, the last of each marked."""
+    """The tokenizer of CLIP: lower case, single spaces, words as byte pairs with a mark at their
+    end.
+    """
     model = tokenizers.models.BPE.from_file(
         str(vocabulary),
         str(merges),
@@ -199,7 +210,7 @@ def _files(folder: Path, *names: str, instead: str) -> list[Path]:
 
 
 def _special(folder: Path) -> dict[str, str]:
-    """Names of special tokens, `eos_token` and so on, as far as the folder tells them."""
+    """The special tokens that the folder names, such as `eos_token`."""
     names = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():

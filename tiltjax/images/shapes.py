@@ -1,5 +1,5 @@
-r"""The world of the tiny model: one colored shape on a colored background, its captions, and rules
-that read an image back.
+r"""The images of the tiny model: one colored shape on a colored background, captions for them, and
+rules that tell what an image shows.
 
     image = B + (F - B) clip(1/2 - d, 0, 1)
 
@@ -7,17 +7,19 @@ that read an image back.
     caption(scene) == "a red circle in the top left on a blue background"
     image = draw(key, *numbered(scene));   read(image) == scene
 
-d is the signed distance to the outline in pixels; B and F are colors near two of `COLORS`.
+d is the signed distance to the outline in pixels. B and F are colors near two of `COLORS`.
 
-A caption may leave anything out, `Scene(shape="circle")` is "a circle", and then anything may be
-there: what a prompt does not say is what a reward can choose.
+A caption may leave out any part of a scene: `Scene(shape="circle")` is "a circle". The model draws
+at random what a prompt leaves out, so a reward can choose it.
 
-What `read` goes by: the background is the median of the frame; the shape is where the image is
-farther than half of the largest distance from it; its color the median there; its place that of its
-centroid; its kind the one whose silhouette, of the same centroid and area, overlaps it most.
+The rules of `read`: The color of the background is the median along the border of the image. The
+shape covers the pixels whose color differs from it by more than half of the largest difference. The
+color of the shape is the median of the pixels that differ most. The place is that nearest to the
+centroid. The shape's name is the one whose outline, with the same centroid and area, overlaps most.
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -54,12 +56,12 @@ _AREAS = {
     "square": 4 * _SQUARE**2,
     "triangle": 0.75 * math.sqrt(3) * _TRIANGLE**2,
 }
-# Nearer than this to the background, in RGB, nothing is there.
+# A smaller difference from the background, in RGB, does not count as a shape.
 _VISIBLE = 0.2
 
 
 class Scene(NamedTuple):
-    """What an image shows, or a caption says; `None` where it does not."""
+    """What an image shows, or what a caption says. `None` stands for a part that is left out."""
 
     shape: str | None = None
     color: str | None = None
@@ -68,8 +70,8 @@ class Scene(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """A scene by the places of its words in `SHAPES`, `COLORS`, `PLACES` and `COLORS`, integers
-    `(...)`.
+    """A scene as integers `(...)`: the indices of its words in `SHAPES`, `COLORS`, `PLACES` and
+    `COLORS`.
     """
 
     shape: Array
@@ -79,8 +81,8 @@ class Numbers(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """The sentence for a scene, without what it leaves open. **Raises:** `ValueError` for a word
-    that is not of this world.
+    """The sentence for a scene, without the parts that are left out. **Raises:** `ValueError` for a
+    word that the tiny model does not know.
     """
     for word, known in zip(scene, (SHAPES, COLORS, PLACES, COLORS), strict=True):
         if word is not None and word not in known:
@@ -94,12 +96,51 @@ def caption(scene: Scene) -> str:
     )
 
 
+def parsed(prompt: str) -> Scene:
+    """The scene that a sentence describes, the inverse of `caption`. A part that the sentence does
+    not mention is `None`.
+    """
+    sentence = " ".join(_letters(prompt))
+    kinds, colors, places = ("|".join(known) for known in (SHAPES, COLORS, PLACES))
+
+    def found(pattern: str) -> str | None:
+        match = re.search(rf"\b{pattern}\b", sentence)
+        return None if match is None else match[1]
+
+    return Scene(
+        found(f"({kinds})"),
+        found(f"({colors}) (?:{kinds}|shape)"),
+        found(f"({places})"),
+        found(f"({colors}) background"),
+    )
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that occur in no caption, each once."""
+    grammar = ["a", "an", "in", "the", "on", "background", "shape"]
+    known = {*grammar, *SHAPES, *COLORS, *" ".join(PLACES).split()}
+    return [word for word in dict.fromkeys(_letters(prompt)) if word not in known]
+
+
+def follows(image: Array | np.ndarray, scene: Scene) -> bool:
+    """Whether an image shows every part of a scene that is not left out."""
+    shown = read(image)
+    return shown is not None and all(
+        said in (None, found) for said, found in zip(scene, shown, strict=True)
+    )
+
+
+def _letters(prompt: str) -> list[str]:
+    """The words of a prompt, in lower case."""
+    return re.findall(r"\w+", prompt.lower())
+
+
 def _article(word: str) -> str:
     return "an" if word.startswith("o") else "a"
 
 
 def numbered(scene: Scene) -> Numbers:
-    """A scene that leaves nothing open, by numbers. **Raises:** `ValueError` for one that does."""
+    """A complete scene as integers. **Raises:** `ValueError` for a scene with a part left out."""
     caption(scene)
     words = [word for word in scene if word is not None]
     if len(words) < len(scene):
@@ -118,12 +159,12 @@ def named(numbers: Numbers) -> Scene:
 
 
 def all_named(numbers: Numbers) -> list[Scene]:
-    """As `named`, for scenes `(n,)`."""
+    """A list of scenes from integers `(n,)`, as `named` for one scene."""
     return [named(Numbers(*each)) for each in zip(*map(np.asarray, numbers), strict=True)]
 
 
 def scenes(key: Array, n: int) -> Numbers:
-    """Scenes `(n,)`, all alike likely; a shape never has the background's color."""
+    """Random scenes `(n,)`, all equally likely. A shape never has the color of its background."""
     keys = jax.random.split(_checks.key(key), 4)
     each = lambda key, m: jax.random.randint(key, (n,), 0, m, jnp.int32)
     color = each(keys[1], len(COLORS))
@@ -132,8 +173,8 @@ def scenes(key: Array, n: int) -> Numbers:
 
 
 def draw(key: Array, shape: Array, color: Array, place: Array, background: Array) -> Array:
-    """An image of one scene by numbers, `(SIDE, SIDE, 3)` in [0, 1] float32: radius, exact place
-    and shades of the colors are random.
+    """An image of one scene, given as integers: `(SIDE, SIDE, 3)` in [0, 1], float32. The radius,
+    the exact place and the shades of the colors are random.
     """
     key_radius, key_place, key_shade = jax.random.split(key, 3)
     radius = jax.random.uniform(key_radius, (), jnp.float32, *_RADII)
@@ -154,20 +195,20 @@ def draw(key: Array, shape: Array, color: Array, place: Array, background: Array
 
 
 def _outlines(y, x, radius, numpy):
-    """Signed distances to the outline of each of `SHAPES` about the origin, rows downward; its
-    centroid is there.
+    """Signed distances to the outlines of `SHAPES` with their centroids at the origin. y increases
+    downward.
     """
     circle = numpy.sqrt(y**2 + x**2) - radius
     square = numpy.maximum(abs(y), abs(x)) - _SQUARE * radius
-    # Three sides, each half of the corner's distance away.
+    # Each side has half the distance of a corner from the center.
     side = 0.5 * _TRIANGLE * radius
     slanted = 0.5 * math.sqrt(3) * abs(x) - 0.5 * y
     return circle, square, numpy.maximum(y, slanted) - side
 
 
-def read(image: Array) -> Scene | None:
-    """What an image shows, by the rules above; `None` if nothing stands out from its background.
-    **Raises:** `ValueError` for another shape.
+def read(image: Array | np.ndarray) -> Scene | None:
+    """What an image shows, by the rules above, or `None` if nothing differs from the background.
+    **Raises:** `ValueError` for an image of another size.
     """
     pixels = np.clip(np.asarray(image, np.float64), 0, 1)
     if pixels.shape != (SIDE, SIDE, 3):
@@ -176,7 +217,7 @@ def read(image: Array) -> Scene | None:
     frame[2:-2, 2:-2] = False
     back = np.median(pixels[frame], axis=0)
     distance = np.linalg.norm(pixels - back, axis=-1)
-    # The largest but for a few pixels, that one speck does not decide.
+    # Without the seven largest, so that a single speck does not count.
     largest = np.sort(distance, axis=None)[-8]
     if largest < _VISIBLE:
         return None
