@@ -476,7 +476,7 @@ def main() -> None:
         return child(args.side, Row(*json.loads(args.row)), args.reference, args.weights, args.out)
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
-    import common
+    from benchmarks import common
 
     num = 500 if args.quick else 2000
     rows = [Row(problem, method, num, 49) for problem in MIXTURES for method in METHODS]

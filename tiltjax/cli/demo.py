@@ -87,23 +87,26 @@ def run(name: str, *, scale: float | None, num: int, steps: int, seed: int, outp
     stages = 2 * len(methods) + 1
     with _progress.meter("tilting", stages) as meter:
         firsts = _first_runs(methods, key_first, meter)
-        meter.update(len(methods) + 1, "distance between exact samples")
-        floor = _floor(truth.law, key_theory, exact, num)
         for index, method in enumerate(methods):
             first = firsts[method.name]
             if isinstance(first, FloatingPointError):  # the other methods may converge
                 failed.append(f"{method.name}: {first}")
                 continue
-            meter.update(len(methods) + index + 1, f"{method.name}: sampling again, measuring")
+            meter.update(len(methods) + index, f"{method.name}: sampling again")
             start = time.perf_counter()
             particles = jax.block_until_ready(method.run(key_second))
             duration = time.perf_counter() - start
             rewards = jax.vmap(problem.reward)(particles.x)
             reward = float(jnp.mean(rewards)), float(tj.metrics.standard_error(rewards))
             masses = np.asarray(tj.metrics.mode_weights(particles.x, truth.modes))
-            distance = tj.metrics.wasserstein(particles.x, exact)
             compilation = max(first - duration, 0.0)
-            rows.append(Row(method, particles, reward, distance, masses, compilation, duration))
+            rows.append(Row(method, particles, reward, np.nan, masses, compilation, duration))
+        meter.update(stages - 1, "distances to exact samples")
+        others = [truth.law.sample(other, num) for other in jax.random.split(key_theory, 3)]
+        sets = [row.particles.x for row in rows] + others
+        distances = _side_by_side(lambda x: tj.metrics.wasserstein(x, exact), sets)
+        rows = [row._replace(distance=w2) for row, w2 in zip(rows, distances, strict=False)]
+        floor = float(np.mean(distances[len(rows) :]))
         meter.update(stages, "done")
 
     print(
@@ -129,8 +132,7 @@ def _first_runs(
     methods: Sequence[Method], key: Array, meter: Any
 ) -> dict[str, float | FloatingPointError]:
     """The seconds that the first run of each method takes, or its error, by the method's name.
-    Nearly all of this time is compilation, which uses one core. So as many methods run at once as
-    there are cores.
+    Nearly all of this time is compilation.
     """
 
     def first(method: Method) -> float | FloatingPointError:
@@ -147,8 +149,7 @@ def _first_runs(
     done: list[str] = []
     followers = [method for method in methods if method.follows]
     leaders = [method for method in methods if not method.follows]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seconds = [*pool.map(first, leaders), *map(first, followers)]
+    seconds = [*_side_by_side(first, leaders), *map(first, followers)]
     return dict(zip([method.name for method in leaders + followers], seconds, strict=True))
 
 
@@ -221,9 +222,12 @@ def _pool(runs: Sequence[tj.Particles]) -> tj.Particles:
     return eqx.tree_at(parts, runs[0], pooled)
 
 
-def _floor(law: Any, key: Array, exact: Array, num: int) -> float:
-    others = [law.sample(other, num) for other in jax.random.split(key, 3)]
-    return float(np.mean([tj.metrics.wasserstein(exact, other) for other in others]))
+def _side_by_side(fn: Callable, items: Sequence[Any]) -> list:
+    """`fn` of all items, as many at once as there are cores: compilation and exact transport use
+    one core each.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(fn, items))
 
 
 def _print_table(
@@ -244,9 +248,9 @@ def _print_table(
     view.add_column("compile", justify="right")
     view.add_column("run", justify="right")
     exact = truth.law.sample(jax.random.fold_in(key, 3), num)
-    for row in rows:
+    predict = lambda row: _predicted(row.method, problem, truth, floor, exact, key)
+    for row, predicted in zip(rows, _side_by_side(predict, rows), strict=True):
         reward, error = row.reward
-        predicted = _predicted(row.method, problem, truth, floor, exact, key)
         view.add_row(
             row.method.name,
             f"{reward:.3f}±{f'{error:.3f}'.removeprefix('0')}",
