@@ -88,7 +88,7 @@ def w2_bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
     """Bounds of W2 between two mixtures of K and L components: Gelbrich's lower bound and the upper
     bound MW2.
 
-    The function compiles, vectorizes and differentiates. Only the plan is computed outside of JAX,
+    The function works under `jit`, `vmap` and `grad`. Only the plan is computed outside of JAX,
     by an exact linear program. A distance of zero has no derivative; the function then returns the
     derivative zero.
 

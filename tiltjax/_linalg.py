@@ -176,8 +176,8 @@ def inner(a: Array, b: Array) -> Array:
 
 
 def rows(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree of arrays with one leading axis as one matrix for each dtype, of which a loop reads
-    one row at a time; and the function that converts a row back to a tree.
+    """One matrix for each dtype with all arrays of a tree, which have one leading axis: a loop then
+    reads one row at a time. Also the function that makes a tree of a row.
     """
     leaves, structure = jax.tree.flatten(tree)
     kinds = {

@@ -11,7 +11,7 @@ r"""Named problems with known answers. This module contains data only.
 | `step` | modes ±3 on the line, variance 1 | `StepReward(10)` | 5 |
 | `bump` | the same | `exp(-(x - 3)^2 / 2)` | 5 |
 
-The six mixtures in the plane and the two problems on the line come from Dandapanthula and Boffi
+The six problems in the plane and the two problems on the line come from Dandapanthula and Boffi
 (arXiv 2606.02884).
 """
 

@@ -1,7 +1,7 @@
 r"""Rewards `r(x_1) -> scalar` of one clean sample whose tilts are known.
 
 Any callable is a reward. The tilts `rho(x) exp(scale * r(x))` of the classes here are known, and so
-are the tilts of their sums and multiples: `2 * Quadratic(y) + Linear(a)` is again a reward.
+are the tilts of their sums and multiples: `2 * Quadratic(y) + LinearReward(a)` is again a reward.
 
 | reward | r(x) | conjugate to Gaussian noise |
 |---|---|---|

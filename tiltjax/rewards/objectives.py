@@ -14,8 +14,7 @@ weighted mean reward.
 | a compromise | `weighted([a, b], [0.3, 0.7])`: weights are traced, so a sweep compiles once |
 | `g(x) <= 0`, with a penalty | `a + Constraint(g, penalty=10.)` |
 | `g(x) <= 0`, always | `a + Constraint(g)` in `smc` with `ValueOnly`, or a selection |
-| a comparison of laws | `values([a, b], particles)`, `front(values)`,
-`hypervolume(values, reference)` |
+| a comparison of laws | `values([a, b], particles)`, `front`, `hypervolume` |
 
 Pareto fronts and dominated volumes: Zitzler and Thiele, IEEE Trans. Evolutionary Computation 3
 (1999).

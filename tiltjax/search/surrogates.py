@@ -191,7 +191,7 @@ class Bootstrap(Surrogate):
 
 
 class Heads(Reward):
-    """The reward that `Bootstrap` learns, the largest of its networks."""
+    """The reward that `Bootstrap` learns: the largest value among its networks."""
 
     layers: list[tuple[Array, Array]]
     middle: Array

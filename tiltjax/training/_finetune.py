@@ -260,7 +260,7 @@ def finetune(
       training, after `steps` steps, limits the collapse to the best sample.
     - `model`: a function from a network to a model, with the states and the interpolant of the
       base.
-    - `objective`: `reparametrized(last_steps)`, by default through all steps, or `policy_gradient`.
+    - `objective`: `reparametrized(last_steps)`, by default with all steps, or `policy_gradient`.
     - `batch_size`: the number of trajectories in a training step.
     - `times`: of the chain, increasing to 1, by default `base.grid(50)`. Fewer times cost less, but
       change the base model's law more.

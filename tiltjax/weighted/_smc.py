@@ -265,7 +265,8 @@ def smc(
       same model, is passed.
     - `proposal`: `Guided()` by default; `Base()`, `Shifted()`, `Children(m)`.
     - `potential`: `Difference()` by default; `Max()`, `Sum()`, `Immediate()`.
-    - `tempering`: none by default; `Exponential()`, `Polynomial()`, `AdaptiveTempering()`.
+    - `tempering`: none by default; `Exponential()`, `Polynomial()`, or
+      `AdaptiveTempering()` with `ess_threshold=1`.
     - `resample`: a function of `tiltjax.resampling`.
     - `schedule`: the steps after which particles are weighed and may be resampled.
     - `ess_threshold`: the effective sample size below which particles are resampled, as a fraction

@@ -89,7 +89,8 @@ class Schedule(_repr.Printable):
 
 
 class ResampleFractions(Schedule):
-    """Weigh and resample after the steps nearest to these fractions of a run, such as `.2` to `.8`.
+    """Weigh and resample after the steps nearest to these fractions of a run, such as
+    `ResampleFractions(0.2, 0.4, 0.6, 0.8)`.
 
     **Raises:** `ValueError` without a fraction, or for a fraction outside (0, 1).
     """
