@@ -116,3 +116,23 @@ def test_means_of_conditions_and_counts_are_numbers():
         )
     with pytest.raises(ValueError, match="weighted"):
         best_of_n(particles, lambda x: x[0], 2)
+
+
+def test_a_particle_without_weight_contributes_nothing_also_if_its_value_is_infinite():
+    particles = Particles(jnp.array([[1.0], [2.0], [9.0]]), jnp.array([0.0, 0.0, -jnp.inf]))
+    allowed = lambda x: jnp.where(x[0] < 5, x[0], -jnp.inf)
+    assert float(particles.mean(allowed)) == 1.5
+    assert abs(float(particles.standard_error(allowed)) - 0.125**0.5) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e7])
+def test_the_effective_sample_size_does_not_depend_on_a_common_offset(offset, dtype):
+    assert abs(float(particles_of(jnp.zeros(100), offset, dtype).ess) - 100) < 1e-3
+    uneven = particles_of(jnp.where(jnp.arange(100) < 50, 0.0, -jnp.inf), offset, dtype)
+    assert abs(float(uneven.ess) - 50) < 1e-3
+
+
+def particles_of(log_weights, offset, dtype):
+    log_weights = (log_weights + offset).astype(dtype)
+    return Particles(jnp.zeros((len(log_weights), 1), dtype), log_weights)

@@ -138,3 +138,10 @@ def test_equal_weights_keep_everybody_in_single_precision():
     for seed in range(3):
         ancestors = resampling.systematic(jax.random.key(seed), jnp.zeros(100_000, jnp.float32))
         np.testing.assert_array_equal(ancestors, np.arange(100_000))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scheme", ["systematic", "stratified"])
+def test_narrow_log_weights_are_resampled_in_single_precision(scheme, dtype):
+    ancestors = getattr(resampling, scheme)(jax.random.key(0), jnp.zeros(1000, dtype))
+    np.testing.assert_array_equal(ancestors, np.arange(1000))

@@ -277,11 +277,13 @@ class Particles(_repr.Report):
 
     def _values(self, fn) -> Array:
         """`fn` of all samples, in the precision of the weights at least: the mean of a boolean is a
-        probability.
+        probability. A particle of weight zero contributes zero, also if its value is infinite.
         """
         values = self.x if fn is None else _callbacks.run(jax.vmap(fn), self.x)
         wide = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits >= 32
-        return values if wide else values.astype(self.log_weights.dtype)
+        values = values if wide else values.astype(self.log_weights.dtype)
+        counts = (self.weights > 0).reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(counts, values, jnp.zeros((), values.dtype))
 
     @property
     def num_roots(self) -> Array:
@@ -372,6 +374,9 @@ class Particles(_repr.Report):
 @functools.partial(jax.jit, inline=True)
 def effective(log_weights: Array) -> Array:
     """The effective sample size `(sum w)^2 / sum w^2` of log-weights."""
+    # Relative to the largest one: the difference below loses the digits of a common offset.
+    largest = jnp.max(log_weights)
+    log_weights = log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0)
     return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
 
 

@@ -126,6 +126,8 @@ def ssp(key: Array, log_weights: Array, num: int | None = None) -> Array:
 def _checked(log_weights: Array, num: int | None) -> tuple[Array, int]:
     """The log-weights as an array, and the number of ancestors."""
     log_weights = _checks.floating(log_weights, "log_weights")
+    if jnp.finfo(log_weights.dtype).bits < 32:  # too narrow for sums of many weights
+        log_weights = log_weights.astype(jnp.float32)
     if log_weights.ndim != 1 or not len(log_weights):
         raise ValueError(
             f"log_weights must be one number per particle, got shape {log_weights.shape}"
