@@ -121,7 +121,7 @@ def _bounds(one: GaussianMixture, other: GaussianMixture) -> W2Bounds:
     # These terms are zero. Their derivatives are the dual potentials, the derivatives by weights.
     square += source @ (one.weights - fixed[0]) + sink @ (other.weights - fixed[1])
     lower = bures(one.mean(), one.cov(), other.mean(), other.cov())
-    return W2Bounds(_root(lower), _root(square), plan)
+    return W2Bounds(_linalg.root(lower), _linalg.root(square), plan)
 
 
 def overlap(mixture: GaussianMixture) -> float:
@@ -144,11 +144,6 @@ def overlap(mixture: GaussianMixture) -> float:
     logdet = lambda matrix: np.linalg.slogdet(matrix)[1]
     quadratic = np.einsum("pi,pi->p", gap, np.linalg.solve(middle, gap[:, :, None])[:, :, 0])
     return float(np.exp(np.max(-quadratic / 8 + (logdet(p) + logdet(q)) / 4 - logdet(middle) / 2)))
-
-
-def _root(square: Array) -> Array:
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
 def _plan(

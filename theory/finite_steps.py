@@ -193,16 +193,11 @@ def shift_at_end(interpolant, t, form, strength, mean, cov, gain, offset, draw):
     # First S C^-1, by a solve. Its root is then a function of one matrix, differentiable where
     # eigenvalues coincide.
     ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(mean), dtype=mean.dtype), cov)
-    flow = _linalg.spectral(_root, (ratio + ratio.T) / 2)
+    flow = _linalg.spectral(_linalg.root, (ratio + ratio.T) / 2)
     slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
     # The drift is b + strength * flow^T ∇r; as a shift of the denoiser, that is tweedie * 2 / g^2.
     factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
     return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
-
-
-def _root(values: Array) -> Array:
-    """The square root, with derivative 0 at zero."""
-    return jnp.where(values > 0, jnp.sqrt(jnp.where(values > 0, values, 1.0)), 0.0)
 
 
 def ancestral_step(

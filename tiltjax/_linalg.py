@@ -339,6 +339,12 @@ def _spectral_jvp(fn, eigh, primals, tangents):
     return (axes * image[None]) @ axes.T, axes @ (rates * (axes.T @ tangent @ axes)) @ axes.T
 
 
+def root(values: Array) -> Array:
+    """The square root of numbers, 0 with derivative 0 where they are not positive."""
+    positive = values > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, values, 1.0)), 0.0)
+
+
 def square_root(matrix: Array) -> Array:
     """A lower-triangular `L` with `L L^T = matrix`, for symmetric positive *semi*-definite
     matrices.

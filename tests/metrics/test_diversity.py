@@ -284,3 +284,17 @@ def test_bad_input_is_refused_with_a_reason(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_gradients_are_finite_where_points_coincide():
+    """A root has no derivative at zero: of a pair of equal points it is taken as zero."""
+    x = jax.random.normal(jax.random.key(0), (5, 2))
+    doubled = jnp.concatenate([x, x])
+    for points in (x, doubled):
+        gradient = jax.grad(metrics.pairwise_diversity)(points)
+        assert bool(jnp.all(jnp.isfinite(gradient)))
+    step = 1e-6 * jnp.zeros_like(x).at[1, 0].set(1.0)
+    slope = (metrics.pairwise_diversity(x + step) - metrics.pairwise_diversity(x - step)) / 2e-6
+    assert abs(float(slope - jax.grad(metrics.pairwise_diversity)(x)[1, 0])) < 1e-8
+    distance = lambda y: metrics.sliced_wasserstein(jax.random.key(1), x, y)
+    assert bool(jnp.all(jax.grad(distance)(x) == 0))

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
-from tiltjax import _checks, _pytree
+from tiltjax import _checks, _linalg, _pytree
 from tiltjax.metrics._populations import (
     at_least_two,
     or_equal,
@@ -151,7 +151,8 @@ def _sliced(key, x, y, weights_x, weights_y, num_projections) -> Array:
             at_x, at_y, mass = _quantiles(*cumulative, jnp)
             return jnp.sum(mass * (along_x[order_x[at_x]] - along_y[order_y[at_y]]) ** 2)
 
-    return jnp.sqrt(jnp.mean(jax.lax.map(squared, directions, batch_size=min(32, num_projections))))
+    found = jax.lax.map(squared, directions, batch_size=min(32, num_projections))
+    return _linalg.root(jnp.mean(found))
 
 
 def mmd(

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from tiltjax import _checks
+from tiltjax import _checks, _linalg
 from tiltjax.metrics._populations import at_least_two, or_equal, pair, states
 from tiltjax.particles import Particles
 
@@ -58,7 +58,7 @@ def pairwise_diversity(x: ArrayLike | Particles) -> Array:
 def _pairwise(x: Array, weights: Array) -> Array:
     # Differences instead of inner products, because the root would turn a rounding error of 1e-16
     # into 1e-8.
-    row = lambda point: jnp.sqrt(jnp.sum((x - point[None]) ** 2, axis=1)) @ weights
+    row = lambda point: _linalg.root(jnp.sum((x - point[None]) ** 2, axis=1)) @ weights
     rows = jax.lax.map(row, x, batch_size=max(1, min(len(x), _NUMBERS // x.size)))
     return weights @ rows / (1 - jnp.sum(weights**2))
 
