@@ -90,3 +90,24 @@ def test_what_it_refuses():
         tj.external.from_torch(lambda x: 1.0).evaluate(POINTS)
     with pytest.raises(ValueError, match=r"values of shape \(7, 4\), expected \(7,\)"):
         tj.external.from_torch(lambda x: x).evaluate(POINTS, gradient=True)
+
+
+def test_rewards_of_tokens_are_real_numbers_and_tokens_stay_integers():
+    x = jnp.array([0, 1, 0, 1, 1, 0, 0, 0])
+    share = tj.external.from_torch(lambda batch: batch.float().mean(1))
+    assert float(share(x)) == 0.375
+    torch.manual_seed(0)
+    embedded = torch.nn.Sequential(
+        torch.nn.Embedding(2, 3), torch.nn.Flatten(), torch.nn.Linear(24, 1), torch.nn.Flatten(0)
+    ).eval()
+    expected = float(embedded(torch.tensor([x.tolist()]))[0])
+    assert abs(float(tj.external.from_torch(embedded)(x)) - expected) < 1e-6
+
+
+def test_weights_of_tokens_use_such_a_reward():
+    """Four tokens that are 1 with probability 1/2: Z = ((1 + e^(1/4)) / 2)^4 for their mean."""
+    chain = tj.tokens.MarkovChain([0.5, 0.5], [[0.5, 0.5], [0.5, 0.5]], length=4)
+    share = tj.external.from_torch(lambda batch: batch.float().mean(1))
+    guide = tj.tokens.Completions(chain, share, scale=1.0, k=2)
+    log_norm = tj.smc(jax.random.key(0), chain, guide, num=2000, steps=4).log_norm
+    assert abs(float(log_norm) - 4 * np.log((1 + np.exp(0.25)) / 2)) < 0.03

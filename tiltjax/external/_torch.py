@@ -43,22 +43,23 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
         dtype = next((leaf.dtype for leaf in fn.parameters() if leaf.is_floating_point()), None)
 
     def forward(leaf: Any) -> Any:
-        values = fn(leaf.to(device=device, dtype=dtype))
+        # Tokens stay integers, as an embedding needs them, and their rewards stay real.
+        floating = leaf.is_floating_point()
+        values = fn(leaf.to(device=device, dtype=dtype if floating else None))
         if not isinstance(values, torch.Tensor):
             raise TypeError(f"a PyTorch reward must return a tensor, got {type(values).__name__}")
-        return values
+        return values.to("cpu", leaf.dtype if floating else torch.float64)
 
     def value(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            leaf = torch.from_numpy(x)
-            return forward(leaf).to("cpu", leaf.dtype).numpy()
+            return forward(torch.from_numpy(x)).numpy()
 
     def value_and_grad(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.enable_grad():
             leaf = torch.from_numpy(x).requires_grad_()
             values = forward(leaf)
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach().to("cpu", leaf.dtype).numpy(), gradient.numpy()
+        return values.detach().numpy(), gradient.numpy()
 
     settings = {"name": getattr(fn, "__name__", type(fn).__name__)} | settings
     return External(value, value_and_grad=value_and_grad, **settings)
