@@ -114,8 +114,9 @@ def test_files_and_commands_that_pages_name_exist():
     makefile = (ROOT / "Makefile").read_text()
     for page, text in DOCUMENTS.items():
         for name in re.findall(r"\b((?:benchmarks|tests|docs|notebooks)/[\w/]+\.\w+)", text):
-            page_of_a_notebook = name.startswith("notebooks/") and name.endswith(".md")
-            path = (ROOT / name).with_suffix(".ipynb") if page_of_a_notebook else ROOT / name
+            # The site makes pages and figures of notebooks.
+            made = re.sub(r"(_\d+\.png|\.md)$", ".ipynb", name)
+            path = ROOT / (made if name.startswith("notebooks/") else name)
             assert path.exists(), f"{page}: {name}"
         for module in re.findall(r"python -m (benchmarks[\w.]+)", text):
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page}: {module}"
