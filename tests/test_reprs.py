@@ -111,6 +111,7 @@ effective sample size  2.667 of 3 (88.9%)
 log Z                  -1.5
 log_prob               1 to 3
 mixing                 20 sweeps, correlation 0.12
+initial particles      3 of 3 have descendants
 trace                  4 steps from t = 0 to 1, resampling after 2 of 4 steps""",
     ),
     "trace": (

@@ -228,6 +228,9 @@ class Particles(_repr.Report):
         if self.mixing is not None:
             sweeps, correlation = self.mixing
             rows["mixing"] = f"{sweeps} sweeps, correlation {correlation:.2g}"
+        roots = None if self.trace is None else _repr.read(self.trace.roots)
+        if roots is not None and roots.ndim == 1:
+            rows["initial particles"] = f"{len(np.unique(roots))} of {len(roots)} have descendants"
         if self.trace is not None:
             rows["trace"] = self.trace._steps()
             if resampling := self.trace._rows().get("resampling"):

@@ -330,8 +330,9 @@ def _draw_law(ax: Any, entry: Panel, truth: GaussianMixture | Particles | None) 
     elif truth is not None:
         x, weights = _samples(truth, len(bounds))
         if len(bounds) == 2:
-            style = {"s": 4, "color": _CONTOUR, "alpha": 0.35, "linewidths": 0, "zorder": 1}
-            ax.scatter(*x[:_DOTS].T, rasterized=True, **style)
+            style = {"color": _CONTOUR, "alpha": 0.35, "linewidths": 0, "zorder": 1}
+            sizes = 4 * np.minimum(weights * len(x), _LARGEST)[:_DOTS]
+            ax.scatter(*x[:_DOTS].T, s=sizes, rasterized=True, **style)
         else:
             low, high = bounds[0]
             edges = np.linspace(low, high, 61)

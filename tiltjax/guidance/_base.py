@@ -106,7 +106,10 @@ class Guidance(_repr.Printable):
 
     def log_tilt(self, x1: Array) -> Array:
         """`scale * r(x1)`, exactly: the value of `log h` at t = 1."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no log_tilt, which completes the weights at the end: "
+            "define log_tilt(self, x1), which returns scale * r(x1)"
+        )
 
     def final_log_potential(self, x1: Array, state: Any) -> Array:
         """The sum of all log-potentials of a trajectory that ends at `x1`, by default

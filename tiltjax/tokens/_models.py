@@ -16,9 +16,8 @@ This is the posterior mean of the one-hot sequence, and thus a denoiser. It does
 | `Completions(model, reward, scale, k)` | `log E[exp(scale r(X_1)) \| x]` from k completions |
 
 Feynman-Kac steering of a token model is
-`fk_steering(key, model, reward, scale=scale, num=n, guide=Completions, schedule=every)` with
-`every = ResampleSchedule(1)` (the published window is for at least a hundred steps). The reward
-takes complete sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524),
+`fk_steering(key, model, reward, scale=scale, num=n, guide=Completions)`. The reward takes complete
+sequences of integers, without masks. References: Sahoo et al. (arXiv 2406.07524),
 masked diffusion; Singhal et al. (arXiv 2501.06848), Feynman-Kac steering.
 """
 

@@ -653,7 +653,7 @@ def _warn(particles: Particles) -> None:
     if fraction < _FEW:
         _checks.warn(
             f"the effective sample size of {len(particles)} particles is a fraction of "
-            f"{fraction:.2g}, so estimates depend on few of them. Use a twist closer to log h: "
-            "Laplace(model, reward, scale) for small states, or the exact Doob(model, log_h). More "
-            "steps, more particles, tempering and a smaller scale also help."
+            f"{fraction:.2g}, so estimates depend on few of them. Use a better proposal, such as "
+            "Conjugate with ess_threshold=0; for a concave quadratic reward, Laplace(model, reward, "
+            "scale); for tokens, more completions. A smaller scale helps, too."
         )
