@@ -654,6 +654,6 @@ def _warn(particles: Particles) -> None:
         _checks.warn(
             f"the effective sample size of {len(particles)} particles is a fraction of "
             f"{fraction:.2g}, so estimates depend on few of them. Use a better proposal, such as "
-            "Conjugate with ess_threshold=0; for a concave quadratic reward, Laplace(model, reward, "
-            "scale); for tokens, more completions. A smaller scale helps, too."
+            "Conjugate with ess_threshold=0; for a concave quadratic reward, Laplace(model, "
+            "reward, scale); for tokens, more completions. A smaller scale helps, too."
         )
