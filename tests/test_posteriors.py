@@ -123,6 +123,7 @@ def test_draws_near_the_data_end_stay_near_x(name):
 # Exact.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.05, 0.6])
 def test_exact_draws_have_the_posteriors_moments(t):
     for path in (tj.Linear(), tj.Linear(1.7)):
@@ -171,6 +172,7 @@ def glass_as_affine_map(path, steps, t, monkeypatch, order=1):
     return middle, high - middle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(
     ("path", "t"), [("linear", 0.05), ("base 1.7", 0.5), ("trigonometric", 0.9)]

@@ -229,6 +229,7 @@ def guided(scale):
     return tj.PlugIn(tj.Exact(MODEL), GOAL, jnp.asarray(scale))
 
 
+@pytest.mark.slow
 @fewer
 @given(seeds, st.floats(0.1, 3.0))
 def test_a_particle_depends_on_its_index_and_the_key_alone(seed, scale):
@@ -246,6 +247,7 @@ def test_a_particle_depends_on_its_index_and_the_key_alone(seed, scale):
     )
 
 
+@pytest.mark.slow
 @fewer
 @given(seeds)
 def test_without_a_scale_verbs_leave_the_base(seed):

@@ -300,6 +300,7 @@ def test_softmax_of_n_tends_to_the_tilt():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_many_draws_have_their_law(d):
     # s^2 = .5, scale 3, y = 2.5 along the first coordinate; the dimension matters for k > 1.

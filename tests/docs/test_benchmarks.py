@@ -172,6 +172,7 @@ def test_the_network_is_the_published_one():
     )
 
 
+@pytest.mark.slow
 def test_a_side_runs_in_a_process_of_its_own(tmp_path):
     args = argparse.Namespace(python=sys.executable, reference=tmp_path)
     row = versus.Row("gaussian", "k = 1", 16, 2)

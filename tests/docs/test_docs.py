@@ -44,9 +44,8 @@ def blocks(text, language=""):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "is_reference", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pages", "reference"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("is_reference", [False, True], ids=["pages", "reference"])
 def test_the_code_of_the_pages_runs(is_reference, tmp_path):
     """In one process for all pages: most of the time is start-up and compilation."""
     pages = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import environment
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -15,6 +16,7 @@ TEXT = README.read_text()
 ROW = re.compile(r"^(\S.*?\S) +(\d+\.\d\d)$", re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_code_runs_in_a_fresh_interpreter_and_prints_what_it_says(tmp_path):
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     python = [i for i, (language, _) in enumerate(blocks) if language == "python"]

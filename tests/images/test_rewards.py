@@ -131,6 +131,7 @@ def test_decoded_is_the_reward_of_the_image_that_a_file_would_hold():
         rewards.Decoded(decode, lambda image: image)(z)
 
 
+@pytest.mark.slow
 def test_decoded_through_the_autoencoder_follows_its_weights_and_guides():
     network = parts.small_autoencoder()
     reward = rewards.Decoded(network.decode, rewards.blue_minus_red_green)

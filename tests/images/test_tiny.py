@@ -77,6 +77,7 @@ def test_samples_show_what_the_prompt_says(models, steps, leaps):
     )
 
 
+@pytest.mark.slow
 def test_what_a_prompt_leaves_open_is_open():
     model = flux.load_model(flux.TINY, "a circle", **SIZE)
     grid = jnp.linspace(1e-3, 1.0, 9)
@@ -91,6 +92,7 @@ def test_what_a_prompt_leaves_open_is_open():
     assert len({each.place for each in found}) == 5
 
 
+@pytest.mark.slow
 def test_the_map_is_the_flow_and_its_own_composition(models):
     model = models[0]
     x = jax.random.normal(jax.random.key(5), (8, *model.shape), jnp.float32)
@@ -129,6 +131,7 @@ def test_clip_tells_captions_apart():
     parts.close_to_rounding(alone, alone.pooled(ids), network.text_model.pooled(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plug-in", pytest.param("damped", marks=pytest.mark.slow)])
 def test_guided_from_the_command_line(method, tmp_path, capsys):
     arguments = [

@@ -24,6 +24,7 @@ def denoised(model):
     return jax.vmap(model.denoise)(TIMES, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weight", "share"),
     [

@@ -49,6 +49,7 @@ def test_a_guided_trajectory_is_the_flow_of_the_tilt():
         )
 
 
+@pytest.mark.slow
 def test_trajectories_are_mapped_compiled_and_differentiated():
     at = lambda x: jax.vmap(tj.flow(MODEL, x, 0.1, 1.0, solver=tj.Adaptive(1e-8, 1e-8)))(
         jnp.asarray([0.5, 1.0])

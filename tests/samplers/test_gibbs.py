@@ -73,6 +73,7 @@ def test_other_rewards_are_refused(reward, message):
         tj.gibbs(KEY, tj.Analytic(contracts.planar()), reward, num=10, steps=5)
 
 
+@pytest.mark.slow
 def test_rounding_is_not_taken_for_a_kink():
     """A quadratic written out by hand, far from the origin and beside a large constant, in single
     precision.

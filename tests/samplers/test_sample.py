@@ -136,6 +136,7 @@ def test_the_unguided_law_at_any_end(end):
     contracts.assert_moments(fine, end * mean, end**2 * cov + (1 - end) ** 2 * np.eye(2), slack)
 
 
+@pytest.mark.slow
 def test_the_exact_h_function_samples_the_tilt():
     """Statistical, with twice the change from half the steps as discretization."""
     guidance = contracts.all_guidances()["doob"](MODEL, REWARD, 2.0)

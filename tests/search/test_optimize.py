@@ -25,6 +25,7 @@ def search(seed=0, **over):
     return tj.optimize(jax.random.key(seed), MODEL, query, **SETTINGS | over)
 
 
+@pytest.mark.slow
 def test_every_round_asks_once_and_all_is_kept():
     asked = []
 
@@ -55,6 +56,7 @@ def test_it_beats_draws_of_the_model_at_equal_queries():
     assert np.mean(gains) > 3 * error
 
 
+@pytest.mark.slow
 def test_another_guide_and_surrogate_run():
     found = search(
         surrogate=tj.search.surrogates.Bootstrap(2, steps=30), guide=tj.Laplace, rounds=2

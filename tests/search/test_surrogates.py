@@ -76,6 +76,7 @@ def test_a_bonus_is_largest_where_nothing_is_known():
     )
 
 
+@pytest.mark.slow
 def test_heads_agree_where_queries_were_and_differ_elsewhere():
     learned = fit(tj.search.surrogates.Bootstrap(6, width=32, steps=300))
     seen = jax.vmap(learned.values)(jnp.asarray(X))
@@ -85,6 +86,7 @@ def test_heads_agree_where_queries_were_and_differ_elsewhere():
     np.testing.assert_allclose(learned(jnp.asarray(X[0])), np.asarray(seen)[0].max(), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "surrogate",
     [tj.search.surrogates.GaussianProcess(), tj.search.surrogates.Bootstrap(2, steps=5)],

@@ -95,6 +95,7 @@ def test_the_shrinkage_in_more_dimensions_is_an_expectation_over_pairs_of_draws(
     np.testing.assert_allclose(phi * delta, got, rtol=1e-7 if d <= 20 else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "scale", "y"), [pytest.param(2, 3.0, 2.5, marks=pytest.mark.slow), (64, 0.8, -1.5)]
 )

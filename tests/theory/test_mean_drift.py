@@ -72,6 +72,7 @@ def test_masses_of_modes_and_where_the_flow_parts(drift, witness, recorded):
             assert left < 0 < right
 
 
+@pytest.mark.slow
 def test_points_of_the_law_are_ends_of_the_flow():
     law = theory.mean_drift_law(*modes(3.0))
     starts = np.array([-2.5, -1.4, -1.0, 0.3, 2.0])

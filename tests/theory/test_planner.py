@@ -29,6 +29,7 @@ def named(plan, start):
     return next(option for option in plan.options if option.method.startswith(start))
 
 
+@pytest.mark.slow
 def test_options_are_within_the_budget_and_in_order(plan):
     errors = [option.error for option in plan.options]
     assert errors == sorted(errors)
@@ -53,6 +54,7 @@ def test_options_are_within_the_budget_and_in_order(plan):
     assert table[1].startswith(plan.best.method)
 
 
+@pytest.mark.slow
 def test_an_error_is_the_distance_of_the_law_at_these_steps(plan):
     problem = tj.problems.get("gaussian")
     tilt = theory.tilt(problem.prior, problem.reward, problem.scale).mixture
@@ -99,6 +101,7 @@ def counted_calls(build):
     return len(calls), len(pullbacks)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_costs_are_what_guidances_spend(plan):
     reward = tj.rewards.Quadratic([0.5, 0.2])

@@ -44,6 +44,7 @@ def test_best_of_n_by_a_linear_reward_is_the_maximum_of_normals(n):
     np.testing.assert_allclose(law.log_prob(x), expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "offset"), [(1, 1.5), (2, 0.0), (3, 1.5), (6, 1.5)])
 def test_best_of_n_by_distance_is_the_minimum_of_noncentral_chi_squares(d, offset):
     weight, s2 = 0.7, 0.5
@@ -63,6 +64,7 @@ def test_best_of_n_by_distance_is_the_minimum_of_noncentral_chi_squares(d, offse
             np.testing.assert_allclose(np.exp(law.reward_log_prob(r)), density, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_step_chooses_the_mode_with_one_minus_two_to_the_minus_n(n):
     problem = tj.problems.step()

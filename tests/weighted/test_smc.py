@@ -361,6 +361,7 @@ def test_drifts_that_weigh_nothing_take_any_twist(drift):
             tj.smc(jax.random.key(5), MODEL, guidance, num=10, steps=5)
 
 
+@pytest.mark.slow
 def test_single_precision_in_a_double_world_one_step_and_one_particle():
     prior = tj.GaussianMixture(
         *(jnp.asarray(part, jnp.float32) for part in ([1.0], [[0.0]], [[[1.0]]]))
@@ -414,6 +415,7 @@ def test_published_methods_have_the_right_normalizing_constant(name, truths):
     assert abs(score) < 5
 
 
+@pytest.mark.slow
 def test_schedules_of_published_methods_scale_with_the_steps():
     key = jax.random.key(0)
     run = lambda method, steps: method(key, MODEL, REWARD, scale=SCALE, num=8, steps=steps).trace
