@@ -102,7 +102,6 @@ def counted_calls(build):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_costs_are_what_guidances_spend(plan):
     reward = tj.rewards.Quadratic([0.5, 0.2])
     inner = 3
