@@ -505,6 +505,9 @@ def test_bad_input_says_what_to_do():
     )
     with pytest.raises(ValueError, match="only the noise of a step can be weighed, but Heun"):
         run(solver=tj.Heun())
+    for wrong in (lambda key, w: w, lambda key, w: jnp.arange(3)):
+        with pytest.raises(ValueError, match=r"integer ancestors of shape \(10,\), got"):
+            run(resample=wrong)
     with pytest.raises(ValueError, match="eta = 0"):
         run(solver=tj.Ancestral(0.0))
     for threshold in (-0.1, 1.5):

@@ -549,7 +549,7 @@ def resample(key: Array, run: SMC, step: _Step, state: State) -> tuple[State, Ar
     ess = effective(log_weights)
 
     def renew(state: State) -> State:
-        ancestors = replicate(run.resample(key, log_weights), run.sharding)
+        ancestors = replicate(checked_ancestors(run, key, log_weights), run.sharding)
         log_norm = state.log_norm + jax.nn.logsumexp(log_weights) - math.log(run.num)
         return state._replace(
             particles=inherit(state.particles, ancestors),
@@ -561,6 +561,19 @@ def resample(key: Array, run: SMC, step: _Step, state: State) -> tuple[State, Ar
     uneven = step.weighs & (ess < threshold * run.num) if threshold > 0 else jnp.zeros((), bool)
     # Weights that are not finite stay unchanged, so that the report shows them.
     return jax.lax.cond(uneven & jnp.isfinite(ess), renew, lambda s: s, state), ess, uneven
+
+
+def checked_ancestors(run: SMC, key: Array, log_weights: Array) -> Array:
+    """The ancestors that the resampler returns. **Raises:** `ValueError` for another shape or
+    dtype.
+    """
+    ancestors = run.resample(key, log_weights)
+    if ancestors.shape != (run.num,) or not jnp.issubdtype(ancestors.dtype, jnp.integer):
+        raise ValueError(
+            f"the resampler must return integer ancestors of shape ({run.num},), got "
+            f"{ancestors.dtype} of shape {ancestors.shape}"
+        )
+    return ancestors
 
 
 def inherit(particles: Particle, ancestors: Array) -> Particle:
