@@ -279,8 +279,7 @@ class GaussianMixture(_repr.Printable):
         check_state(x, self.dim)
         mixture = self.decomposed()
         view, constants = mixture.view(alpha, sigma), mixture._constants()
-        residuals, log_weights = _residuals(view, constants, mixture._entries(x))
-        means = constants.means + _linalg.product(view.gains, residuals)
+        log_weights, means = _conditioned(view, constants, mixture._entries(x))
         return _linalg.array(log_weights), _linalg.array(means)
 
     def _constants(self) -> _Constants:
@@ -397,8 +396,8 @@ def _noisy_tangent(primals: tuple, tangents: tuple) -> Array:
     return data * of_rotated + _noisy(rotated, of_data, of_noise)
 
 
-def _residuals(view: View, constants: _Constants, x: Numbers) -> tuple[Numbers, Numbers]:
-    """The residuals e_k, and the log-weights of the posterior, not normalized."""
+def _conditioned(view: View, constants: _Constants, x: Numbers) -> tuple[Numbers, Numbers]:
+    """The log-weights of the posterior, not normalized, and the means m_k of its components."""
     residuals = x[None] - view.centers
     along = _linalg.product(constants.to_axes, residuals)
     # The value is `inverse * along`, and the derivative is the derivative of a linear system in R.
@@ -408,15 +407,13 @@ def _residuals(view: View, constants: _Constants, x: Numbers) -> tuple[Numbers, 
         lambda _, b: view.inverse * b,
         symmetric=True,
     )
-    return residuals, view.log_weights - (along * whitened).sum(-1) * 0.5
+    log_weights = view.log_weights - (along * whitened).sum(-1) * 0.5
+    return log_weights, constants.means + _linalg.product(view.gains, residuals)
 
 
 def _plain_mean(view: View, constants: _Constants, x: Numbers) -> Numbers:
-    residuals, log_weights = _residuals(view, constants, x)
-    if log_weights.shape == (1,):
-        return constants.means[0] + _linalg.product(view.gains, residuals)[0]
-    p = _linalg.softmax(log_weights)
-    return _mixed(p, constants.means + _linalg.product(view.gains, residuals))
+    log_weights, means = _conditioned(view, constants, x)
+    return means[0] if log_weights.shape == (1,) else _mixed(_linalg.softmax(log_weights), means)
 
 
 # The posterior mean. With automatic differentiation, a loop stores about thirty numbers per call
@@ -432,9 +429,8 @@ def _posterior_mean_jvp(primals, tangents):
     *of_mixture, of_x = tangents
     if of_x is None or view.log_weights.shape == (1,) or jax.tree.leaves(of_mixture):
         return eqx.filter_jvp(_plain_mean, primals, tangents)
-    residuals, log_weights = _residuals(view, constants, x)
+    log_weights, means = _conditioned(view, constants, x)
     p = _linalg.softmax(log_weights)
-    means = constants.means + _linalg.product(view.gains, residuals)
     mean = _mixed(p, means)
     apart = means - mean[None]
     if not isinstance(x, _linalg.Entries):

@@ -331,14 +331,19 @@ def _draw_law(ax: Any, entry: Panel, truth: GaussianMixture | Particles | None) 
         x, weights = _samples(truth, len(bounds))
         if len(bounds) == 2:
             style = {"color": _CONTOUR, "alpha": 0.35, "linewidths": 0, "zorder": 1}
-            sizes = 4 * np.minimum(weights * len(x), _LARGEST)[:_DOTS]
-            ax.scatter(*x[:_DOTS].T, s=sizes, rasterized=True, **style)
+            shown, area = _dots(x, weights)
+            ax.scatter(*shown.T, s=4 * area, rasterized=True, **style)
         else:
             low, high = bounds[0]
             edges = np.linspace(low, high, 61)
             heights = np.histogram(x[:, 0], edges, weights=weights)[0] / np.diff(edges)
             ax.step(edges, [*heights, 0], where="post", color=_INK, linewidth=1.2, zorder=4)
     _draw_panel(ax, entry, bounds, field, BLUE)
+
+
+def _dots(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples that are drawn, and their areas relative to that of a mean weight."""
+    return x[:_DOTS], np.minimum(weights[:_DOTS] * len(x), _LARGEST)
 
 
 def _vectors(samples: Particles | ArrayLike, directions: np.ndarray | None = None) -> Particles:
@@ -709,7 +714,7 @@ def _draw_panel(
     if field is not None:
         _draw_density(ax, field, LEVELS)
     if len(bounds) == 2:
-        shown, area = x[:_DOTS], np.minimum(weights[:_DOTS] * len(x), _LARGEST)
+        shown, area = _dots(x, weights)
         # Few dots are larger and more opaque. From about a thousand dots on, darkness shows
         # density.
         crowd = min(len(shown) / 1000, 4.0)

@@ -4,10 +4,10 @@ FLUX.1 has those of the published runs. Those of the small model were measured: 
 follow the prompt as often as unguided ones do, and their mean reward is visibly larger.
 """
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
+from tiltjax import _checks
 from tiltjax.images import flux, shapes
 
 # One weighted particle, or one candidate of best-of-n, is an unguided sample: use a few.
@@ -70,22 +70,19 @@ def _of_tiny(options: SimpleNamespace) -> dict[str, Any]:
 def warn(options: SimpleNamespace) -> None:
     """Warn of options that are allowed and do not do what they seem to."""
     if options.particles == 1 and options.method in _PARTICLES:
-        warnings.warn(
+        _checks.warn(
             f"--method {options.method} with one particle makes unguided images: use more "
-            f"--particles, such as {_TINY_PARTICLES[options.method]}",
-            stacklevel=2,
+            f"--particles, such as {_TINY_PARTICLES[options.method]}"
         )
     if not is_tiny(options):
         return
     if (options.height, options.width) != (shapes.SIDE, shapes.SIDE):
-        warnings.warn(
+        _checks.warn(
             f"the small model was trained on images of {shapes.SIDE} x {shapes.SIDE} pixels, and "
-            f"images of {options.height} x {options.width} will look wrong: leave --size out",
-            stacklevel=2,
+            f"images of {options.height} x {options.width} will look wrong: leave --size out"
         )
     if unknown := shapes.unknown_words(options.prompt):
-        warnings.warn(
+        _checks.warn(
             f"the small model does not know {', '.join(map(repr, unknown))}: use a "
-            "prompt such as 'a red circle in the top left on a blue background'",
-            stacklevel=2,
+            "prompt such as 'a red circle in the top left on a blue background'"
         )

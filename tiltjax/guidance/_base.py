@@ -141,9 +141,8 @@ def failures(x: Array, estimate: Estimate) -> Failures:
     wrong = lambda value: ~jnp.isfinite(value)
     # A denoiser of tokens has one axis more than the state.
     before = wrong(x).reshape(x.shape + (1,) * (unguided.ndim - x.ndim))
-    failed = Failures.of(before, denoiser=wrong(unguided), shift=wrong(estimate.tilted)).first()
-    if estimate.log_h is None:
-        return failed
-    # -inf is a valid value: the state violates a constraint.
-    log_h = Failures.of(log_h=~(estimate.log_h < jnp.inf))
-    return Failures(jnp.maximum(failed.number, log_h.number))
+    # -inf is a valid log h: the state violates a constraint.
+    log_h = False if estimate.log_h is None else ~(estimate.log_h < jnp.inf)
+    return Failures.of(
+        before, denoiser=wrong(unguided), log_h=log_h, shift=wrong(estimate.tilted)
+    ).first()
