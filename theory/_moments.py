@@ -14,11 +14,11 @@ interpolant's own clock. In the coordinate `z = X_{t,1}(x) - mu`, in which the f
 identity, and with `C = alpha^2 S + sigma^2 I`,
 
     flow map  d z / dt = scale S C^-1 ∇r(mu + z),
-        z(0) ~ N(-alpha_0 S^(1/2) C_0^(-1/2) mu, sigma_0^2 S C_0^-1)
+        z(0) ~ N(-alpha_0^3 R^(3/2) mu, sigma_0^2 R (I + alpha_0^2 R)^2),    R = S C_0^-1
 
-for `x_0 ~ N(0, sigma_0^2 I)`, the start of a run. All three equations have the form
-`dv = (A v + f) dl + N dB_l`. With `Psi(l)`, the propagator from l to the end, the state at the end
-has
+for the start of a run, `alpha_0 D(x) + x` with `x ~ N(0, sigma_0^2 I)`. All three equations have
+the form `dv = (A v + f) dl + N dB_l`. With `Psi(l)`, the propagator from l to the end, the state at
+the end has
 
     mean = Psi_0 E[v_0] + ∫ Psi f dl,    covariance = Psi_0 Cov[v_0] Psi_0^T + ∫ Psi N N^T Psi^T dl.
 
@@ -93,7 +93,7 @@ def sde_moments(prior: GaussianMixture, form: QuadraticForm, law: scales.Scale) 
 def fmrg_moments(
     prior: GaussianMixture, form: QuadraticForm, scale: Array, interpolant: Interpolant
 ) -> GaussianMixture:
-    """The law of flow-map reward guidance started from `N(0, sigma_0^2 I)`, on one interpolant.
+    """The law of flow-map reward guidance from the start of a run, on one interpolant.
     Other arguments: as in `plug_in_moments`.
     """
     return _components(_fmrg, prior, form, (scale, interpolant), 0.0)
@@ -178,15 +178,17 @@ def _fmrg(mean, s, h, half_gradient, guidance):
 
 
 def start_of_flow_map(mean: Array, cov: Array, interpolant: Interpolant) -> tuple[Array, Array]:
-    """Mean and covariance of `X_{0,1}(x) - mu` for `x ~ N(0, sigma_0^2 I)`. They are zero and S if
-    `alpha_0 = 0`.
+    """Mean and covariance of `X_{0,1}(y) - mu` for `y = alpha_0 D(x) + x`, `x ~ N(0, sigma_0^2 I)`.
+    They are zero and S if `alpha_0 = 0`.
     """
     zero = jnp.zeros((), cov.dtype)
     alpha, sigma = interpolant.alpha(zero), interpolant.sigma(zero)
     ratio = _ratio(cov, (alpha**2)[None], (sigma**2)[None])[0]
     ratio = (ratio + ratio.T) / 2
     root = lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
-    return -alpha * _linalg.spectral(root, ratio) @ mean, sigma**2 * ratio
+    snr, eye = alpha**2 * ratio, jnp.eye(len(ratio), dtype=ratio.dtype)
+    shift = -alpha * _linalg.spectral(root, ratio) @ snr @ mean
+    return shift, sigma**2 * (eye + snr) @ ratio @ (eye + snr)
 
 
 def _kappa(s: Array) -> tuple[Array, Array]:

@@ -63,6 +63,11 @@ class AffineField(eqx.Module):
     interpolant: Interpolant
     shift: Callable = eqx.field(static=True)
 
+    def unguided(self) -> "AffineField":
+        """The field without guidance."""
+        no_scale = scales.Constant(jnp.zeros((), self.prior.means.dtype))
+        return AffineField(self.prior, self.form, no_scale, self.interpolant, shift_at_mean)
+
     def at(self, t: Array) -> Affine:
         """`(A_t, c_t, N_t)`: `(d, d)`, `(d,)` and `(d, 2 d)`."""
         interpolant, mean, cov = self.interpolant, self.prior.means[0], self.prior.covs[0]
@@ -222,8 +227,8 @@ def discrete_law(
     of steps.
 
     Every step is affine in the state, plus independent Gaussian noise from the draws,
-    `x' = A x + c + B z`. The mean and the covariance follow a linear recursion from
-    `N(0, sigma_0^2 I)` at `times[0]`.
+    `x' = A x + c + B z`. The mean and the covariance follow a linear recursion from the start
+    `alpha D~(x) + x`, `x ~ N(0, sigma^2 I)`, at `times[0]`.
 
     **Arguments:** `field`; `times`, increasing, with any last time up to 1; `solver`, `Euler()`,
     `Heun(share_draw)` (default `Heun()`) or `Ancestral(eta)`.
@@ -242,10 +247,9 @@ def discrete_law(
 
 
 def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> GaussianMixture:
-    interpolant, d = field.interpolant, field.prior.dim
+    interpolant = field.interpolant
     step = functools.partial(_step_of(solver, times.dtype), interpolant)
-    eye = jnp.eye(d, dtype=times.dtype)
-    start = Moments(jnp.zeros(d, times.dtype), interpolant.sigma(times[0]) ** 2 * eye)
+    start = _start(field, times[0])
     # The field is computed once for each time: the end of a step is the start of the next one. The
     # value at t = 1 is a placeholder and is not used.
     fields = jax.vmap(field.at)(jnp.where(times < 1, times, times[0]))
@@ -256,6 +260,24 @@ def _recursion(field: AffineField, times: Array, solver: solvers.Solver) -> Gaus
 
 
 _compiled = eqx.filter_jit(_recursion)
+
+
+def _start(field: AffineField, t: Array) -> Moments:
+    """The law of the first state of `tiltjax.sample`."""
+    dtype = t.dtype
+    noise = Moments(
+        jnp.zeros(field.prior.dim, dtype),
+        field.interpolant.sigma(t) ** 2 * jnp.eye(field.prior.dim, dtype=dtype),
+    )
+    # Flow-map guidance is no estimate of the tilt's mean, so its runs start unguided.
+    return noise.after(start_step(field.unguided() if field.shift is shift_at_end else field, t))
+
+
+def start_step(field: AffineField, t: Array) -> Affine:
+    """The step from the noise to the first state of a run, `x + alpha D~(x)`."""
+    matrix, constant, noise = field.at(t)
+    alpha, eye = field.interpolant.alpha(t), jnp.eye(len(matrix), dtype=matrix.dtype)
+    return Affine(eye + alpha * matrix, alpha * constant, alpha * noise)
 
 
 def _advance(

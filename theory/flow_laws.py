@@ -194,11 +194,12 @@ def fmrg_law(
     The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any other interpolant it is
     computed by quadrature.
 
-    A run starts from `N(0, sigma_0^2 I)`, as in `tiltjax.sample`. For `alpha_0 > 0` (`VP`,
-    `DiscreteVP`) this is not the law of `X_0`. The flow map then carries the start not to the prior
-    but to `N((1 - alpha_0 F) mu, sigma_0^2 F^2)`, with `F = s / sqrt(alpha_0^2 s^2 + sigma_0^2)`.
-    The mean changes by `-alpha_0 F exp(-q) mu`, and the variance is `sigma_0^2 F^2 exp(-2q)`. Even
-    scale 0 does not give exactly the prior.
+    A run starts from the unguided `alpha_0 D(x) + x`, `x ~ N(0, sigma_0^2 I)`, as in
+    `tiltjax.sample`. For `alpha_0 > 0` (`VP`, `DiscreteVP`) this is not exactly the law of `X_0`.
+    The flow map then carries the start not to the prior but, with
+    `F = s / sqrt(alpha_0^2 s^2 + sigma_0^2)`, to
+    `N((1 - alpha_0^3 F^3) mu, sigma_0^2 F^2 (1 + alpha_0^2 F^2)^2)`. The mean changes by
+    `-alpha_0^3 F^3 exp(-q) mu`, and the variance is `sigma_0^2 F^2 (1 + alpha_0^2 F^2)^2 exp(-2q)`.
 
     With `DiscreteVP` the law is that of the interpolant's continuous clock, between levels and from
     level 0 to t = 1. A run visits the N levels and jumps from level 0, so its law differs by O(1 /
@@ -236,8 +237,10 @@ def _fmrg_direction(
     exponent = 2 * scale * h * clock
     alpha, sigma = interpolant.alpha(jnp.zeros_like(s2)), interpolant.sigma(jnp.zeros_like(s2))
     image = s2 / (alpha**2 * s2 + sigma**2)
-    lost = alpha * jnp.sqrt(image) * jnp.exp(-exponent)
-    return 2 * scale * clock * _relative(exponent), sigma**2 * image * jnp.exp(-2 * exponent), lost
+    snr = alpha**2 * image
+    lost = alpha**3 * image * jnp.sqrt(image) * jnp.exp(-exponent)
+    spread = sigma**2 * image * (1 + snr) ** 2 * jnp.exp(-2 * exponent)
+    return 2 * scale * clock * _relative(exponent), spread, lost
 
 
 def _law(

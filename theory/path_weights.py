@@ -48,7 +48,7 @@ from jaxtyping import Array
 from theory import finite_steps, flow_laws, tilts
 from theory.finite_steps import AffineField
 from theory.tilts import QuadraticForm
-from tiltjax import _checks, _pytree, grids, rewards, scales, solvers
+from tiltjax import _checks, _pytree, grids, rewards, solvers
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
@@ -132,7 +132,8 @@ def path_law(
     """The law of the weights of the guided chain of `Ancestral(eta)` on the grid `times`, at any
     number of steps, by recursion.
 
-    Both chains start from `N(0, sigma_0^2 I)` at `times[0]`. `plug_in_field` takes a fresh draw at
+    Both chains start from the unguided `alpha D(x) + x`, `x ~ N(0, sigma^2 I)`, at `times[0]`.
+    `plug_in_field` takes a fresh draw at
     every step, and the weight accounts for the draw. The field's `law.final` is the scale of the
     target.
 
@@ -164,13 +165,14 @@ def path_law(
 @eqx.filter_jit
 def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, GaussianMixture]:
     """`path_law`, and the law of the end of the base chain."""
-    form, scale, start = field.form, field.law.final, field.interpolant.sigma(times[0]) ** 2
+    form, scale, noise = field.form, field.law.final, field.interpolant.sigma(times[0]) ** 2
+    first = finite_steps.start_step(field.unguided(), times[0])
     one_step = lambda interval: chain_step(field, eta, *interval)
     steps = jax.lax.map(one_step, (times[:-1], times[1:]))
     moments, _ = jax.lax.scan(
-        lambda moments, step: (forward(moments, step), None), _start(field, start), steps
+        lambda moments, step: (forward(moments, step), None), _start(first, noise), steps
     )
-    base_end = moments.base_end(field.prior, start)
+    base_end = moments.base_end(field.prior, noise)
     log_norm = tilts.tilt_by_form(base_end, form, scale).log_norm
     bound = evidence_bound(form, scale, moments)
     value, _ = jax.lax.scan(
@@ -179,10 +181,10 @@ def _path_law(field: AffineField, times: Array, eta: Array) -> tuple[PathLaw, Ga
         steps,
         reverse=True,
     )
-    second = value.smoothed(start)
+    second = value.composed(first.matrix, first.constant).smoothed(noise)
     log_second = jnp.where(second.finite, second.constant, jnp.inf)
     ess = jnp.where(second.finite, jnp.exp(2 * log_norm - second.constant), 0.0)
-    floor = log_norm - expected_log_h(form, scale, moments, start)
+    floor = log_norm - expected_log_h(form, scale, moments, noise)
     return PathLaw(log_norm, bound, log_norm - bound, log_second, ess, floor), base_end
 
 
@@ -202,7 +204,7 @@ class Step(NamedTuple):
 
 class Moments(NamedTuple):
     """The state of the forward recursion: `mean` and `cov` of Q; `cost`, the sum of
-    `E_Q|delta|^2 / (2 s^2)`; and the law of the base chain given its start,
+    `E_Q|delta|^2 / (2 s^2)`; and the law of the base chain given the noise x_0 of its start,
     `N(response x_0 + base_mean, base_cov)`.
     """
 
@@ -213,25 +215,21 @@ class Moments(NamedTuple):
     base_cov: Array
     response: Array
 
-    def base_end(self, prior: GaussianMixture, start: Array) -> GaussianMixture:
-        """The law of the end of the base chain started from `N(0, start I)`."""
-        cov = self.base_cov + start * self.response @ self.response.T
+    def base_end(self, prior: GaussianMixture, noise: Array) -> GaussianMixture:
+        """The law of the end of the base chain, if `x_0 ~ N(0, noise I)`."""
+        cov = self.base_cov + noise * self.response @ self.response.T
         return prior.replace(prior.log_weights, self.base_mean[None], ((cov + cov.T) / 2)[None])
 
 
-def _start(field: AffineField, start: Array) -> Moments:
-    d, dtype = field.prior.dim, field.prior.means.dtype
-    zero, nothing, eye = jnp.zeros(d, dtype), jnp.zeros((d, d), dtype), jnp.eye(d, dtype=dtype)
-    return Moments(zero, start * eye, jnp.zeros((), dtype), zero, nothing, eye)
+def _start(first: finite_steps.Affine, noise: Array) -> Moments:
+    matrix, mean = first.matrix, first.constant
+    zero, nothing = jnp.zeros((), mean.dtype), jnp.zeros_like(matrix)
+    return Moments(mean, noise * matrix @ matrix.T, zero, mean, nothing, matrix)
 
 
 def chain_step(field: AffineField, eta: Array, t: Array, u: Array) -> Step:
     """The step from t to u. A step to u = 1 jumps to the denoiser, unguided."""
-    no_scale = scales.Constant(jnp.zeros((), field.prior.means.dtype))
-    unguided = AffineField(
-        field.prior, field.form, no_scale, field.interpolant, finite_steps.shift_at_mean
-    )
-    base = unguided.at(t)
+    base = field.unguided().at(t)
     matrix, constant = base.matrix, base.constant
 
     def guided() -> Step:
@@ -301,9 +299,9 @@ def backward(value: _Exponential, step: Step) -> _Exponential:
     return with_cost.marginal(len(step.matrix))
 
 
-def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: Array) -> Array:
-    """`E log h_0(X_0)`, where `h_0`, the tilted end of the base chain given `x_0`, is the
-    exponential of a quadratic function of `x_0`.
+def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, noise: Array) -> Array:
+    """`E log h_0(x_0)` for `x_0 ~ N(0, noise I)`, where `h_0`, the tilted end of the base chain
+    given `x_0`, is the exponential of a quadratic function of `x_0`.
     """
     base_cov, response = moments.base_cov, moments.response
     eye = jnp.eye(len(base_cov), dtype=base_cov.dtype)
@@ -316,7 +314,7 @@ def expected_log_h(form: QuadraticForm, scale: Array, moments: Moments, start: A
         + jnp.linalg.slogdet(spread)[1] / 2
         + log_h.linear @ spread @ base_cov @ log_h.linear / 2
     )
-    return expected - start * jnp.sum((curvature @ response) * response) / 2
+    return expected - noise * jnp.sum((curvature @ response) * response) / 2
 
 
 def path_limit(

@@ -69,8 +69,9 @@ def _advance(number: Array, step: Array) -> None:
     # may come first, because it may depend on no result, so only the end of the block completes
     # the bar.
     running = _running.get(int(number))
-    if running is not None and int(step) + 1 < running.total:
-        running.update(int(step) + 1)
+    done = max(int(step) + 1, 0)
+    if running is not None and done < running.total:
+        running.update(done)
 
 
 class _Bar:

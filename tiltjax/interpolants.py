@@ -351,13 +351,11 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
     return interpolant
 
 
-def data_fraction(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, float]:
-    """`alpha_t` and `snr_t sigma_0^2`, which measure the fraction of data in a state at time t, as
-    Python numbers, also inside a `jit`.
-    """
+def start_of(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, float, float]:
+    """`alpha_t`, `snr_t` and `sigma_0` as Python numbers, also inside a `jit`."""
     # With NumPy numbers, an interpolant that consists of arithmetic compiles nothing.
     leaves = lambda leaf: np.asarray(leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf)
     interpolant, t = jax.tree.map(leaves, interpolant), np.asarray(t, dtype)
     with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
         base_scale = interpolant.sigma(np.zeros_like(t))
-        return float(interpolant.alpha(t)), float(interpolant.snr(t) * base_scale**2)
+        return float(interpolant.alpha(t)), float(interpolant.snr(t)), float(base_scale)

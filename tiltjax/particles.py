@@ -31,6 +31,8 @@ CAUSES = {
     "Adaptive's tolerance and max_steps",
     "weights": "no particle has a weight above zero: the twist is -inf for all of them, or it is "
     "not finite",
+    "start": "the data is so wide that the state is not noise there: divide the data by its "
+    "standard deviation, or start earlier, with times=",
 }
 # If several things failed, the largest number is the cause and the others are its consequences. A
 # state that was not finite before the step is the cause of all other failures.
@@ -44,13 +46,14 @@ class Failures(eqx.Module):
 
     The properties are booleans of the shape of `number`, and at most one of them is true:
 
+    - `start`: the state at the start was not noise.
     - `denoiser`: the model's denoiser was not finite.
     - `log_h`: the guidance's `log_h` was NaN or +inf.
     - `shift`: the guidance's shift of the denoiser was not finite.
     - `state`: the state was not finite after the solver's step.
     - `weights`: all weights were zero.
 
-    A loop carries and reduces one integer at a fifth of the cost of five booleans.
+    A loop carries and reduces one integer at a fraction of the cost of six booleans.
     """
 
     number: Array
@@ -80,6 +83,10 @@ class Failures(eqx.Module):
     def first(self, axis: int | tuple[int, ...] | None = None) -> "Failures":
         """The cause among all failures along an axis."""
         return Failures(jnp.max(self.number, axis=axis))
+
+    @property
+    def start(self) -> Array:
+        return self.number == _NUMBERS["start"]
 
     @property
     def denoiser(self) -> Array:

@@ -370,7 +370,8 @@ def test_the_whole_share_is_the_tuned_chain_without_weights():
     tuned = unweighted(P, tj.Tuned(P, Q, Monomial(1.0, 0.0)))
     np.testing.assert_allclose(tuned.log_weights, 0, atol=1e-12)
     np.testing.assert_allclose(tuned.log_norm, 0, atol=1e-12)
-    # As the base chain of the tuned model, but for the last jump, which is the base's.
+    # As the base chain of the tuned model, but for the last jump, which is the base's, and for the
+    # start at the base's denoiser, which the chain forgets to 1e-6.
     chain = unweighted(Q, tj.dps(Q, NONE))
     late = jnp.asarray(1 - (1 - 1e-3) / 15)
     jump = lambda m, x: jax.vmap(lambda x: m.denoise(late, x))(x)
@@ -380,7 +381,7 @@ def test_the_whole_share_is_the_tuned_chain_without_weights():
             / jax.grad(lambda x: Q.denoise(late, x)[0])(jnp.zeros(1))
         )
     )
-    np.testing.assert_allclose(tuned.x, jump(P, before(chain.x)), atol=1e-9)
+    np.testing.assert_allclose(tuned.x, jump(P, before(chain.x)), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -20,11 +20,13 @@ REWARD = tj.rewards.Quadratic([0.5, 1.0], weight=0.3)
 
 @pytest.mark.parametrize("solver", [tj.Heun(), tj.Euler()], ids=["heun", "euler"])
 def test_an_affine_flow_makes_a_gaussian(solver):
-    # The map of a coordinate is x -> a x + b: two points tell it, and with it the law of seven
-    # coarse steps.
+    # The map of a coordinate of the noise is x -> a x + b: two points tell it, and with it the law
+    # of seven coarse steps.
     gaussian = tj.GaussianMixture([1.0], [[1.0, -2.0]], [jnp.diag(jnp.asarray([0.5, 0.9]))])
     model, run = tj.Analytic(gaussian), {"times": jnp.linspace(0.01, 1.0, 8), "solver": solver}
-    ends = tj.sample(KEY, model, num=2, start=jnp.asarray([[0.0, 0.0], [1.0, 1.0]]), **run).x
+    noise = jnp.asarray([[0.0, 0.0], [1.0, 1.0]])
+    start = noise + 0.01 * jax.vmap(lambda x: model.denoise(jnp.asarray(0.01), x))(noise)
+    ends = tj.sample(KEY, model, num=2, start=start, **run).x
     slope, sigma = np.asarray(ends[1] - ends[0]), 0.99
     got = tj.sample_with_log_prob(KEY, model, num=20, **run)
     law = tj.GaussianMixture([1.0], ends[:1], [jnp.diag(jnp.asarray((slope * sigma) ** 2))])

@@ -258,11 +258,13 @@ def record(solver):
 
 @pytest.mark.parametrize(
     ("solver", "stages", "distinct"),
-    [(tj.Euler(), 3, 3), (tj.Heun(), 5, 5), (tj.Heun(share_draw=True), 5, 3)],
+    [(tj.Euler(), 4, 4), (tj.Heun(), 7, 7), (tj.Heun(share_draw=True), 7, 4)],
     ids=("euler", "heun", "shared"),
 )
 def test_fresh_draws_use_fresh_keys_and_shared_ones_the_same(solver, stages, distinct):
-    """Three steps are three first stages and, for Heun, two second ones: the last step jumps."""
+    """The start and three steps are four first stages and, for Heun, three second ones: the last
+    step jumps.
+    """
     seen = record(solver)
     assert len(seen["draw"]) == 4 * stages * 2
     assert len(seen["scale"]) == 4 * stages

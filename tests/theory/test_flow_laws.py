@@ -167,7 +167,7 @@ def test_laws_of_a_linear_reward_are_the_tilt():
 
 @pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Heun(share_draw=True)])
 def test_discrete_mean_converges_to_the_law_at_the_solvers_order(solver):
-    prior, reward, start = line(0.5, 0.3), tj.rewards.Quadratic([2.0]), 0.1
+    prior, reward, start = line(0.5, 0.3), tj.rewards.Quadratic([2.0]), 0.2
     field = theory.dps_field(prior, reward, 1.0)
     limit = theory.discrete_law(field, times=jnp.linspace(start, 0.9, 20_001), solver=tj.Heun())
     counts = np.array([40, 80, 160, 320])

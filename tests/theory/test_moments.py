@@ -117,7 +117,11 @@ def flow_map(scale, interpolant, breaks=()):
     image = axes @ np.diag(np.sqrt(values / (alpha**2 * values + sigma**2))) @ axes.T
     starts = np.concatenate([np.zeros((2, 1)), np.eye(2)], axis=1)
     ends = ode(rhs, starts.reshape(-1), breaks=breaks).reshape(2, 3)
-    return moments_of_map(ends, MEAN - alpha * image @ MEAN, sigma * image)
+    # The start is alpha D(x) + x, with the unguided denoiser of slope `slope`.
+    slope = alpha * image @ image
+    return moments_of_map(
+        ends, MEAN - alpha**2 * image @ slope @ MEAN, sigma * image @ (np.eye(2) + alpha * slope)
+    )
 
 
 @functools.cache
@@ -223,15 +227,16 @@ def test_runs_on_paths_that_begin_with_data_approach_the_law_of_flow_map_guidanc
 
 
 def test_data_at_the_start_shows_without_any_guidance():
-    # F maps N(0, sigma_0^2 I) and not the marginal at t = 0: what is missing of the mean is alpha_0
-    # F mu.
+    # F maps the start alpha_0 D(x) + x and not the marginal at t = 0, so that (alpha_0 F)^3 mu of
+    # the mean is missing.
     alpha = float(LEVELS.alpha(jnp.asarray(0.0)))
     law = jax.jit(lambda p: theory.fmrg_law(p, tj.rewards.Quadratic([0.0]), 0.0, LEVELS))(
         contracts.gaussian([2.0], [[0.49]])
     )
     image = 0.7 / np.sqrt(0.49 * alpha**2 + 1 - alpha**2)
-    np.testing.assert_allclose(law.means[0, 0], 2.0 * (1 - alpha * image), rtol=1e-12)
-    np.testing.assert_allclose(law.covs[0, 0, 0], (1 - alpha**2) * image**2, rtol=1e-12)
+    np.testing.assert_allclose(law.means[0, 0], 2.0 * (1 - (alpha * image) ** 3), rtol=1e-12)
+    spread = (1 - alpha**2) * image**2 * (1 + (alpha * image) ** 2) ** 2
+    np.testing.assert_allclose(law.covs[0, 0, 0], spread, rtol=1e-12)
     assert alpha * image > 0.01
 
 

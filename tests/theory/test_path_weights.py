@@ -37,7 +37,9 @@ def witness(kind, scale, times, eta, c0):
         """`x_N` and log w as functions of the noise: affine `(matrix, offset)`, quadratic
         `(constant, linear, curvature)`.
         """
-        x, x0 = c0 * (1 - times[0]) * unit[0], np.zeros(d)
+        x, t = c0 * (1 - times[0]) * unit[0], times[0]
+        slope = t * COV @ np.linalg.inv(t**2 * COV + (c0 * (1 - t)) ** 2 * eye)
+        x, x0 = x + t * slope @ x, t * (MEAN - t * slope @ MEAN)
         quad = [0.0, np.zeros(size), np.zeros((size, size))]
         for j, (t, u) in enumerate(itertools.pairwise(times)):
             sigma_t, sigma_u = c0 * (1 - t), c0 * (1 - u)
@@ -121,7 +123,8 @@ def test_a_grid_that_ends_before_the_data_weighs_its_own_end():
     s2 = 0.01 * (1 - (0.2 * 0.1 / (0.9 * 0.8)) ** 2)
     back = np.sqrt(0.01 - s2) / 0.8
     slope = 0.2 * 0.5 / (0.04 * 0.5 + 0.64)
-    var = (0.9 * slope + back * (1 - 0.2 * slope)) ** 2 * 0.64 + s2
+    start = 0.64 * (1 + 0.2 * slope) ** 2
+    var = (0.9 * slope + back * (1 - 0.2 * slope)) ** 2 * start + s2
     np.testing.assert_allclose(
         law.log_norm, -np.log(1 + 0.6 * var) / 2 - 0.3 / (1 + 0.6 * var), rtol=1e-12
     )

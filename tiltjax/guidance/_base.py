@@ -97,6 +97,13 @@ class Guidance(_repr.Printable):
         """
         return False
 
+    @property
+    def guides_start(self) -> bool:
+        """Whether `tilted` estimates the mean of the tilt near t = 0, so that a run can start from
+        it. Otherwise runs start from the unguided denoiser.
+        """
+        return True
+
     def init(self, x: Array) -> Any:
         """The initial memory of one trajectory; `()` for most guidances."""
         return ()

@@ -49,6 +49,10 @@ class Wrapper(Guidance):
     def needs_every_state(self) -> bool:
         return self.guidance.needs_every_state
 
+    @property
+    def guides_start(self) -> bool:
+        return self.guidance.guides_start
+
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
 
@@ -122,6 +126,10 @@ class Normalized(Rescaled):
         self.guidance = guidance
         self.length = _checks.positive(length, "length")
 
+    @property
+    def guides_start(self) -> bool:
+        return False
+
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return self.to_length(t, estimate, self.length)
 
@@ -137,6 +145,10 @@ class Unscaled(Rescaled):
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
+
+    @property
+    def guides_start(self) -> bool:
+        return False
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return 2 / self.model.interpolant.diffusion(t)
@@ -277,6 +289,10 @@ class Averaged(Guidance):
         shift = jnp.tensordot(weights, tilted - denoised[None], 1)
         log_h = jax.nn.logsumexp(log_hs) - jnp.log(np.asarray(self.k, log_hs.dtype))
         return Estimate(denoised + shift, denoised, log_h), state
+
+    @property
+    def guides_start(self) -> bool:
+        return self.guidance.guides_start
 
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)

@@ -55,6 +55,21 @@ class Analytic(Model):
     def dtype(self) -> Any:
         return self.mixture.means.dtype
 
+    @property
+    def width(self) -> float | None:
+        mixture = self.mixture
+        if not _checks.concrete(mixture):
+            return None
+        log_weights, means, covs = (
+            np.asarray(part, np.float64)
+            for part in (mixture.log_weights, mixture.means, mixture.covs)
+        )
+        weights = np.exp(log_weights - np.max(log_weights))
+        weights /= np.sum(weights)
+        between = np.sum((means - weights @ means) ** 2, axis=1)
+        variance = weights @ (np.trace(covs, axis1=1, axis2=2) + between) / mixture.dim
+        return float(np.sqrt(variance))
+
     def denoise(self, t: Array, x: Array) -> Array:
         return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)
 

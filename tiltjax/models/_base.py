@@ -21,10 +21,11 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _repr, _sharding, grids
-from tiltjax.interpolants import Interpolant, data_fraction
+from tiltjax.interpolants import Interpolant, start_of
 from tiltjax.solvers import Solver
 
 _ROUNDING = 1e-5  # the relative rounding of an snr
+_NOT_NOISE = 0.02  # the fraction of data from which on a state is not noise
 
 
 class Denoiser(_repr.Printable):
@@ -32,7 +33,7 @@ class Denoiser(_repr.Printable):
     for tokens.
 
     Subclasses define `denoise(t, x)`, `corruption` and `initial`, and the `shape` and `dtype` of
-    one state.
+    one state. Models whose noise is not yet a first state also define `start`.
     """
 
     shape: eqx.AbstractVar[tuple[int, ...]]
@@ -63,6 +64,13 @@ class Denoiser(_repr.Printable):
         return self.shape
 
     @property
+    def width(self) -> float | None:
+        """The standard deviation of the data, the root of the mean variance of a coordinate, or
+        `None` if it is not known.
+        """
+        return None
+
+    @property
     def state_dtype(self) -> Any:
         """The dtype of a state; `dtype` is the dtype of the output of `denoise`."""
         return self.dtype
@@ -72,8 +80,18 @@ class Denoiser(_repr.Printable):
         raise NotImplementedError
 
     def initial(self, key: Array, t: Array) -> Array:
-        """A starting state at the first time `t` of a run."""
+        """The noise of a state at the first time `t` of a run."""
         raise NotImplementedError
+
+    def start(self, t: Array, noise: Array, denoised: Array) -> Array:
+        """The first state of a run, from the noise `initial(key, t)` and the denoiser there. Runs
+        call it only if `starts_denoised(t)`; otherwise the noise is the first state.
+        """
+        raise NotImplementedError
+
+    def starts_denoised(self, t: Array) -> bool:
+        """Whether the first state of a run, at time t, depends on the denoiser."""
+        return False
 
     def default_solver(self, usual: Solver) -> Solver:
         """The solver of a run without `solver`; `usual` is the default of the sampler."""
@@ -150,20 +168,32 @@ class Model(Denoiser):
         return self.denoise(prepared, x)
 
     def check_start(self, t: Array) -> None:
-        """Raise a `ValueError` if the law of `X_t` is not close enough to the law of `initial`.
+        """Raise a `ValueError` if the law of `X_t` is not close enough to the law of `start`.
 
-        `initial` uses the law of `sigma_t X_0`. It is accurate if the noise dominates the data,
-        that is if `snr_t` times the variance of the noise is at most 2%.
+        `start` is accurate if the noise dominates the data, that is if `snr_t` times the variance
+        of the data is at most 2%. Here data has the variance of the noise, unless its `width` is
+        known and is not between 0.1 and 10 times that of the noise.
         """
         if not _checks.concrete((t, self.interpolant)):
             return
-        fraction = data_fraction(self.interpolant, t, self.dtype)[1]
-        if fraction > 0.02:
+        snr, base = start_of(self.interpolant, t, self.dtype)[1:]
+        variance = (base * _beyond(self.width, base)) ** 2
+        if snr * variance <= _NOT_NOISE:
+            return
+        share = f"a fraction of {snr * variance / (1 + snr * variance):.2g} of the variance is data"
+        lowest = start_of(self.interpolant, np.zeros_like(t), self.dtype)[1]
+        if lowest * variance > _NOT_NOISE:
             raise ValueError(
-                f"a run from noise cannot start at t = {float(t):g}, where a fraction of "
-                f"{fraction:.2g} of the state is data: start earlier, such as at 1e-3, or pass the "
-                "states at that time as start="
+                f"a run of {type(self.interpolant).__name__} cannot start from noise: even at t = "
+                f"{'0' if snr == lowest else f'{float(t):g}'} {share}. Use Rescheduled(model, "
+                "Linear()), or pass states as start="
             )
+        with jax.ensure_compile_time_eval():
+            latest = float(self.interpolant.time(jnp.asarray(_NOT_NOISE / variance, self.dtype)))
+        raise ValueError(
+            f"a run from noise cannot start at t = {float(t):g}, where {share}: start at "
+            f"t = {latest:.2g} or earlier, or pass the states at that time as start="
+        )
 
     def check_guided_start(self, t: Array) -> None:
         """Raise a `ValueError` if `alpha_t = 0`, because a guidance moves the state by
@@ -171,7 +201,7 @@ class Model(Denoiser):
         """
         if (
             _checks.concrete((t, self.interpolant))
-            and data_fraction(self.interpolant, t, self.dtype)[0] == 0
+            and start_of(self.interpolant, t, self.dtype)[0] == 0
         ):
             raise ValueError(
                 f"a guided run must start at t > 0, got t = {float(t):g}, where its gain "
@@ -225,8 +255,12 @@ class Model(Denoiser):
     def grid(self, steps: int) -> Array:
         """The default grid, equal steps on [1e-3, 1]. If the network was trained on less, the grid
         covers only the training range and ends with a jump to 1.
+
+        If the `width` of the data is known and is not between 0.1 and 10 times the noise, the grid
+        is that of data in this range, in terms of snr times variance, and starts at 1e-3 or
+        earlier.
         """
-        times = grids.time_grid(None, steps)
+        times = _grid_of_width(self, grids.time_grid(None, steps))
         if not _checks.concrete(self) or self._trained_everywhere():
             return times
         with jax.ensure_compile_time_eval():
@@ -269,10 +303,22 @@ class Model(Denoiser):
         return jnp.append(times, jnp.ones((), times.dtype))
 
     def initial(self, key: Array, t: Array) -> Array:
-        """A starting state at the first time `t` of a run: `sigma_t X_0`. Then `alpha_t` must be
-        negligible.
-        """
+        """The noise of a state at the first time `t` of a run: `sigma_t X_0`."""
         return self.interpolant.sigma(t) * jax.random.normal(key, self.shape, self.dtype)
+
+    def start(self, t: Array, noise: Array, denoised: Array) -> Array:
+        """`alpha_t D~_t(x) + sigma_t X_0` with `x = sigma_t X_0`, the `noise`, and `denoised`, the
+        denoiser `D~_t(x)` that the run follows.
+
+        The mean of `X_t` is `alpha_t E[X_1]`, which the noise alone lacks. The error of the mean
+        and of the covariance is of order `alpha_t^2 Var X_1 / sigma_t^2`.
+        """
+        return noise + self.interpolant.alpha(t) * denoised
+
+    def starts_denoised(self, t: Array) -> bool:
+        """False if it is known that `alpha_t = 0`."""
+        known = _checks.concrete((t, self.interpolant))
+        return not known or start_of(self.interpolant, t, self.dtype)[0] != 0
 
     def initial_log_prob(self, t: Array, x: Array) -> Array:
         """The log-density at `x` of the law of `initial(key, t)`. **Raises:** `ValueError` if that
@@ -285,6 +331,36 @@ class Model(Denoiser):
             )
         sigma = self.interpolant.sigma(t)
         return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
+
+
+def _beyond(width: float | None, base: float) -> float:
+    """The factor by which the width of data is outside of 0.1 to 10 times `base`, the width of the
+    noise; 1 inside, and if the width is zero or not known.
+    """
+    relative = width / base if width else 1.0
+    return relative / float(np.clip(relative, 0.1, 10.0))
+
+
+def _grid_of_width(model: Model, times: Array) -> Array:
+    """The grid `times` for data of unit width, for data of another width. **Raises:** `ValueError`
+    if the times are not distinct in their dtype.
+    """
+    interpolant, width = model.interpolant, model.width
+    if not width or not _checks.concrete(interpolant):
+        return times
+    with jax.ensure_compile_time_eval():
+        factor = _beyond(width, float(interpolant.sigma(jnp.zeros(()))))
+        if factor == 1:
+            return times
+        inner = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))(times[:-1])
+        inner = np.array(inner.astype(model.dtype))
+        inner[0] = min(inner[0], float(times[0]))
+        if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] < inner[-1] < 1:
+            raise ValueError(
+                f"data of standard deviation {width:.3g} has no grid in {inner.dtype}: multiply "
+                "the data by a constant, so that its standard deviation is about one"
+            )
+        return jnp.append(inner, jnp.ones((), inner.dtype))
 
 
 @eqx.filter_jit

@@ -21,9 +21,9 @@ rewards see also Moitra, Risteski and Rohatgi, *Steering diffusion models with q
 COLT 2026.)
 
 **Diffusion models.** A variance-preserving interpolant has data in its first state, `alpha_0 > 0`,
-so `N(0, sigma_0^2 I)` is not exactly the law of the first state under a tilt. For a tilt that is
-one Gaussian `N(m, s^2)`, the mean at the end is off by
-`-alpha_0 s m / sqrt(alpha_0^2 s^2 + sigma_0^2)`. An interpolant that starts from pure noise has no
+and the start of a run is not exactly the law of that state. For a tilt that is one Gaussian
+`N(m, s^2)`, the mean at the end is off by `-F^3 m` with
+`F = alpha_0 s / sqrt(alpha_0^2 s^2 + sigma_0^2)`. An interpolant that starts from pure noise has no
 such error,
 
     Tilted(Rescheduled(model, Linear()), reward, scale),
@@ -78,6 +78,10 @@ class Rescheduled(Model):
     @property
     def dtype(self) -> Any:
         return self.model.dtype
+
+    @property
+    def width(self) -> float | None:
+        return self.model.width
 
     def denoise(self, t: Array, x: Array) -> Array:
         return self.model.denoise(*self._query(t, x))
@@ -147,6 +151,14 @@ class Tilted(Model):
     @property
     def dtype(self) -> Any:
         return self.model.dtype
+
+    @property
+    def width(self) -> float | None:
+        width = self.model.width
+        if not width or not _checks.concrete(self.precision):
+            return width
+        shrinkage = 1 + width**2 * np.asarray(self.precision, np.float64)
+        return float(width / np.sqrt(shrinkage)) if shrinkage > 1 else width
 
     def denoise(self, t: Array, x: Array) -> Array:
         return self.model.denoise(*self._query(t, x))

@@ -15,12 +15,15 @@ from tiltjax.samplers._density import sample_with_log_prob
 from tiltjax.samplers._flow import Flow, flow
 from tiltjax.samplers._gibbs import gibbs
 from tiltjax.samplers._sample import (
+    check_noise,
     check_run,
     evaluate,
-    initial_states,
+    first_time,
+    initial_noise,
     map_particles,
     resolve_times,
     sample,
+    started,
 )
 from tiltjax.samplers._selection import best_of_n, softmax_of_n
 

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _pytree
+from tiltjax import _callbacks, _checks, _progress, _pytree
 from tiltjax.guidance import Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
 from tiltjax.particles import Particles, unweighted
-from tiltjax.samplers._sample import check_run, sample, start_key
+from tiltjax.samplers._sample import Walk, check_run, initial_noise, noise_key, walk
 from tiltjax.solvers import Adaptive, Heun, Solver
 
 
@@ -123,21 +123,19 @@ def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
     model, guidance, solver, times = decomposed(
         _pytree.cast((model, guidance, solver, times), model.dtype)
     )
-    key_start = start_key(key)
+    walk_ = Walk(model, guidance, solver, times, None, model.starts_denoised(times[0]))
+    noises = initial_noise(noise_key(key), model, times[0], num, chunk_size)
 
-    def one(i: Array) -> tuple[Array, Array]:
-        start = model.initial(jax.random.fold_in(key_start, i), times[0])
-
+    def one(noise: Array) -> tuple[Array, Array]:
         def run(flat: Array) -> tuple[Array, Array]:
-            start = flat.reshape(1, *model.shape)
             # The run is deterministic, so any key is good.
-            x = sample(key, model, guidance, num=1, times=times, start=start, solver=solver).x[0]
+            x = walk(key, walk_, flat.reshape(1, *model.shape), _progress.Ticker(None), False)[0][0]
             return x.reshape(-1), x
 
-        slope, x = jax.jacfwd(run, has_aux=True)(start.reshape(-1))
-        return x, model.initial_log_prob(times[0], start) - jnp.linalg.slogdet(slope)[1]
+        slope, x = jax.jacfwd(run, has_aux=True)(noise.reshape(-1))
+        return x, model.initial_log_prob(times[0], noise) - jnp.linalg.slogdet(slope)[1]
 
-    x, log_prob = jax.lax.map(one, jnp.arange(num), batch_size=chunk_size or num)
+    x, log_prob = jax.lax.map(one, noises, batch_size=chunk_size or num)
     return eqx.tree_at(
         lambda particles: particles.log_prob,
         unweighted(x),

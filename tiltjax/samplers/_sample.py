@@ -1,6 +1,6 @@
 r"""`sample`: follow a model, or a guided model, from noise to data.
 
-    key --+-- start, i ---> x_0 = model.initial(key_i, t_0)      one per particle
+    key --+-- start, i ---> x_0 = alpha D~ + model.initial(key_i, t_0)      one per particle
           +-- step, i ----> Streams(guidance, noise, second)
               three per particle and step
     x_j --> guidance(key, t, x, state) -> Estimate.tilted = D~ --> solver.step --> x_{j+1}
@@ -25,6 +25,8 @@ from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, unweighted
 from tiltjax.solvers import Heun, Solver, Streams
+
+_WIDE = 0.1  # the fraction of data in a state that is an error for data of unknown width
 
 
 def sample(
@@ -56,7 +58,9 @@ def sample(
       time. Guided runs start at t > 0. For a network with a table of noise levels, `model.grid_at`
       makes the grid.
     - `start`: states at `times[0]`, `(num, *shape)`, from which the run continues. Without `start`,
-      a run starts from noise, at a time at which the state is almost pure noise.
+      a run starts at `alpha_t D~_t(x) + sigma_t X_0` with `x = sigma_t X_0`, at a time at which the
+      state is almost pure noise. `D~` is the guided denoiser, or the unguided one for guidances
+      that are no estimate of the tilt's mean (`fmrg`, `Unscaled`, `Normalized`).
     - `solver`: `Heun()` by default.
     - `chunk_size`: the number of particles that are evaluated at once, to save memory. The results
       agree to rounding.
@@ -68,8 +72,8 @@ def sample(
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
     **Raises:** `ValueError` for times at which the network was not trained; `FloatingPointError`
-    that names the first step with a NaN and its cause (only outside of `jit`; inside,
-    `particles.trace.failed` contains it).
+    that names the first step with a NaN and its cause, or says that the data is too wide for this
+    start (only outside of `jit`; inside, `particles.trace.failed` contains it).
     """
     key = _checks.key(key)
     save_trajectory = _checks.flag(save_trajectory, "save_trajectory")
@@ -79,14 +83,33 @@ def sample(
     )  # fmt: skip
     _sharding.check_divides(sharding, (run.num, *model.shape), "num")
     start = None if start is None else _check_start(start, model, run.num, times)
+    from_noise = start is None and model.starts_denoised(first_time(run.times))
+    checks = from_noise and guidance is None and model.width is None
     with _progress.bar("sampling", len(run.times) - 1, enabled=progress) as bar:
         particles = _sample(
             key, model, guidance, run.solver, run.times, start, bar, run.num, run.chunk_size,
-            sharding, save_trajectory,
+            from_noise, checks, sharding, save_trajectory,
         )  # fmt: skip
         if particles.trace is not None and _checks.concrete(particles):
             particles.trace.check()
     return particles
+
+
+@_callbacks.compiled
+def _sample(
+    key, model, guidance, solver, times, start, bar, num, chunk_size, from_noise, checks, sharding,
+    save_trajectory,
+) -> Particles:  # fmt: skip
+    model, guidance, solver, times, start = decomposed(
+        _pytree.cast((model, guidance, solver, times, start), model.dtype)
+    )
+    if start is None:
+        start = initial_noise(noise_key(key), model, times[0], num, chunk_size)
+    if sharding is not None:
+        start = jax.lax.with_sharding_constraint(start, sharding)
+    run = Walk(model, guidance, solver, times, chunk_size, from_noise, checks)
+    x, (failed, states) = walk(key, run, start, bar, save_trajectory)
+    return unweighted(x, Trace(times, failed, states))
 
 
 class State(NamedTuple):
@@ -98,75 +121,111 @@ class State(NamedTuple):
     memory: Any
 
 
-@_callbacks.compiled
-def _sample(
-    key, model, guidance, solver, times, start, bar, num, chunk_size, sharding, save_trajectory
-) -> Particles:
-    model, guidance, solver, times, start = decomposed(
-        _pytree.cast((model, guidance, solver, times, start), model.dtype)
-    )
-    step = functools.partial(_step, model, guidance, solver, chunk_size)
+class Walk(NamedTuple):
+    """A run inside of a compiled program. `from_noise`: whether it begins at noise, which a step
+    before all others turns into the first states. `checks_noise`: whether this step checks that the
+    states are still noise.
+    """
 
-    def advance(state: State, row: tuple) -> tuple[State, tuple]:
-        number, t, u = row
-        state, failed = step(_streams(key, number), t, u, state)
+    model: Denoiser
+    guidance: Guidance | None
+    solver: Solver
+    times: Array
+    chunk_size: int | None
+    from_noise: bool
+    checks_noise: bool = False
+
+    def init(self, x: Array) -> Any:
+        """The memory of a trajectory that starts at `x`."""
+        return () if self.guidance is None else self.guidance.init(x)
+
+
+def walk(
+    key: Array, run: Walk, x: Array, bar: _progress.Ticker, save_trajectory: bool
+) -> tuple[Array, tuple[Failures, Array | None]]:
+    """The states at the end, the failures of the steps, and the states at all times."""
+
+    def advance(state: State, number: Array) -> tuple[State, tuple]:
+        state, failed = _step(_streams(key, number), run, number, state)
         bar.tick(number)
         return state, (failed, state.x if save_trajectory else None)
 
-    x = initial_states(start_key(key), model, times[0], num, chunk_size) if start is None else start
-    state = _start(x, guidance, sharding)
-    rows = (jnp.arange(len(times) - 1), times[:-1], times[1:])
-    end, (failed, states) = jax.lax.scan(advance, state, rows)
-    trajectory = None if states is None else jnp.concatenate([state.x[None], states])
-    return unweighted(end.x, Trace(times, failed, trajectory))
+    # The step before all others is part of the loop, so that the program contains the field once.
+    numbers = jnp.arange(-run.from_noise, len(run.times) - 1)
+    end, (failed, states) = jax.lax.scan(advance, State(x, jax.vmap(run.init)(x)), numbers)
+    if run.from_noise:
+        failed = started(failed)
+    elif save_trajectory:
+        states = jnp.concatenate([x[None], states])
+    return end.x, (failed, states)
 
 
-def _start(x: Array, guidance: Guidance | None, sharding: jax.sharding.Sharding | None) -> State:
-    """The state of a run that starts at `x`."""
-    if sharding is not None:
-        x = jax.lax.with_sharding_constraint(x, sharding)
-    return State(x, () if guidance is None else jax.vmap(guidance.init)(x))
-
-
-def _step(
-    model: Denoiser,
-    guidance: Guidance | None,
-    solver: Solver,
-    chunk_size: int | None,
-    keys: Streams,
-    t: Array,
-    u: Array,
-    state: State,
-) -> tuple[State, Failures]:
-    """The state at time u of all particles, from the state at time t, and the first failure of any
-    particle.
+def _step(keys: Streams, run: Walk, number: Array, state: State) -> tuple[State, Failures]:
+    """The states of all particles after a step, and the first failure of any particle. Step -1
+    makes the first states from noise.
     """
-    field = functools.partial(_field, model, guidance)
+    t, u = run.times[jnp.maximum(number, 0)], run.times[number + 1]
+    field = functools.partial(_field, run)
 
     def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures]:
         streams = Streams(*(jax.random.fold_in(stream, i) for stream in keys))
-        x, (memory, failed) = solver.step(
-            streams, model.corruption, field, t, u, x, (memory, Failures.none())
+        last = jnp.zeros(run.model.denoised_shape, run.model.dtype) if run.from_noise else None
+        moved, (memory, failed, last) = run.solver.step(
+            streams, run.model.corruption, field, t, u, x, (memory, Failures.none(), last)
         )
-        return x, memory, failed.then(Failures.of(state=~jnp.all(jnp.isfinite(x))))
+        if run.from_noise:
+            # A step of length zero only evaluates the field.
+            first = run.model.start(t, x, last)
+            moved, memory = jax.tree.map(
+                lambda first, moved: jnp.where(number < 0, first, moved),
+                (first, run.init(first)),
+                (moved, memory),
+            )
+        return moved, memory, failed.then(Failures.of(state=~jnp.all(jnp.isfinite(moved))))
 
     indices = jnp.arange(len(state.x))
-    x, memory, failed = map_particles(move, chunk_size)(indices, state.x, state.memory)
-    return State(x, memory), failed.first()
+    x, memory, failed = map_particles(move, run.chunk_size)(indices, state.x, state.memory)
+    failed = failed.first()
+    if run.checks_noise:
+        failed = failed.then(check_noise(number < 0, state.x, x))
+    return State(x, memory), failed
 
 
 def _field(
-    model: Denoiser,
-    guidance: Guidance | None,
-    key: Array,
-    t: Array,
-    x: Array,
-    state: tuple[Any, Failures],
-) -> tuple[Array, tuple[Any, Failures]]:
-    """The denoiser of a run: guided if there is a guidance, else the denoiser of the model."""
-    memory, failed = state
-    estimate, memory = evaluate(model, guidance, key, t, x, memory)
-    return estimate.tilted, (memory, failed.then(failures(x, estimate)))
+    run: Walk, key: Array, t: Array, x: Array, state: tuple[Any, Failures, Array | None]
+) -> tuple[Array, tuple[Any, Failures, Array | None]]:
+    """The denoiser of a run: guided if there is a guidance, else the denoiser of the model. The
+    state also holds the last denoiser from which a run can start.
+    """
+    memory, failed, last = state
+    estimate, memory = evaluate(run.model, run.guidance, key, t, x, memory)
+    if last is not None:
+        guided = run.guidance is None or run.guidance.guides_start
+        last = estimate.tilted if guided else estimate.denoised
+    return estimate.tilted, (memory, failed.then(failures(x, estimate)), last)
+
+
+def check_noise(begins: Array, noise: Array, x: Array) -> Failures:
+    """A failure of a step that `begins` a run, from `noise` to `x`, if the data is so wide that the
+    state is not noise.
+    """
+
+    def slope() -> Array:
+        """That of the regression of the data on the noise, over particles and coordinates. It is
+        the fraction of data in a Gaussian state.
+        """
+        data = x - noise
+        return jnp.sum(noise * (data - jnp.mean(data, axis=0, keepdims=True))) / jnp.sum(noise**2)
+
+    if len(x) == 1:
+        return Failures.none()
+    return Failures.of(start=jax.lax.cond(begins, lambda: slope() > _WIDE, lambda: False))
+
+
+def started(failed: Failures) -> Failures:
+    """The failures of the steps. A failure before the first step counts as one of it."""
+    before, numbers = Failures(failed.number[0]), failed.number[1:]
+    return Failures(numbers.at[0].set(before.then(Failures(numbers[0])).number))
 
 
 def evaluate(
@@ -187,10 +246,8 @@ def evaluate(
     return _pytree.cast(estimate, model.dtype), memory
 
 
-def initial_states(
-    key: Array, model: Denoiser, t: Array, num: int, chunk_size: int | None
-) -> Array:
-    """The starting states of a run, `(num, *shape)`."""
+def initial_noise(key: Array, model: Denoiser, t: Array, num: int, chunk_size: int | None) -> Array:
+    """The noise of the first states of a run, `(num, *shape)`."""
     initial = lambda i: model.initial(jax.random.fold_in(key, i), t)
     return map_particles(initial, chunk_size)(jnp.arange(num))
 
@@ -204,8 +261,8 @@ def map_particles(fn: Callable, chunk_size: int | None) -> Callable:
     return lambda *args: jax.lax.map(lambda one: fn(*one), args, batch_size=chunk_size)
 
 
-def start_key(key: Array) -> Array:
-    """The key of all starting states. The index i is folded in for particle i."""
+def noise_key(key: Array) -> Array:
+    """The key of the noise of all first states. The index i is folded in for particle i."""
     return jax.random.fold_in(key, 0)
 
 
@@ -213,7 +270,7 @@ def _streams(key: Array, number: Array) -> Streams:
     """The keys of a step. Hashing them one by one in the loop compiles faster than hashing all at
     once.
     """
-    first = 3 * (number + 1)
+    first = jnp.where(number < 0, -3, 3 * (number + 1))
     return Streams(*(jax.random.fold_in(key, first + stream) for stream in range(3)))
 
 
@@ -258,7 +315,7 @@ def check_run(
         chunk_size = min(_checks.count(chunk_size, "chunk_size"), num)
     times = resolve_times(model, solver, steps, times, from_noise=from_noise)
     if guidances:
-        model.check_guided_start(_first(times))
+        model.check_guided_start(first_time(times))
     for one in guidances.values():
         one.check_run(times, solver if weighted else None)
     return Run(solver, times, num, chunk_size)
@@ -296,12 +353,12 @@ def resolve_times(
     else:
         times = grids.time_grid(times, steps)
     if from_noise:
-        model.check_start(_first(times))
+        model.check_start(first_time(times))
     model.check_times(times)
     return times
 
 
-def _first(times: Array) -> Array:
+def first_time(times: Array) -> Array:
     """The first time of a run, as a NumPy number if possible, because JAX would trace an operation
     inside the caller's `jit`.
     """

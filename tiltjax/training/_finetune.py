@@ -77,8 +77,9 @@ class Rollout(eqx.Module):
 
     def start(self, key: Array) -> Array:
         """The first states, `(num, *shape)`."""
-        first = lambda key: self.base.initial(key, self.times[0])
-        return jax.vmap(first)(jax.random.split(key, self.num))
+        t = self.times[0]
+        noise = jax.vmap(lambda key: self.base.initial(key, t))(jax.random.split(key, self.num))
+        return self.base.start(t, noise, self.base.denoise_batch(t, noise))
 
     def steps(self, key: Array) -> tuple[Array, Array, Array]:
         """The beginning, the end and the key of each step before the last jump."""

@@ -27,6 +27,7 @@ The loop can be written by hand, to record, to stop early, or to add a move:
     particles = finish(keys[-1], run, state)      # those of smc(key, model, guidance, ...)
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -41,7 +42,15 @@ from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
 from tiltjax.particles import Failures, Particles, Trace, effective, weight_dtype
-from tiltjax.samplers import check_run, evaluate, initial_states, map_particles
+from tiltjax.samplers import (
+    check_noise,
+    check_run,
+    evaluate,
+    first_time,
+    initial_noise,
+    map_particles,
+    started,
+)
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted.potentials import Difference, Potential, ResampleSchedule, Schedule
 from tiltjax.weighted.proposals import Guided, Proposal
@@ -93,8 +102,8 @@ class Info(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One step from t to u, whether it `weighs`, and the factor of the twist. The first step,
-    number -1, does not move.
+    """One step from t to u, whether it `weighs`, and the factor of the twist. Step -2 evaluates the
+    noise, and step -1 evaluates the start.
     """
 
     number: Array
@@ -127,6 +136,8 @@ class SMC(_repr.Report):
     num: int = eqx.field(static=True)
     chunk_size: int | None = eqx.field(static=True)
     sharding: jax.sharding.Sharding | None = eqx.field(static=True)
+    first: int = eqx.field(static=True)  # the number of the first step, which evaluates the noise
+    checks_noise: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -165,6 +176,8 @@ class SMC(_repr.Report):
         _check_end(run.times)
         self.solver, self.times, self.num, self.chunk_size = run
         self.model, self.guidance, self.twist = model, guidance, twist
+        self.first = -2 if model.starts_denoised(first_time(self.times)) else -1
+        self.checks_noise = self.first < -1 and model.width is None
         self.resample, self.sharding = resample, sharding
         weighs = self.ess_threshold > 0 or self.proposal.num_children > 1
         self.weighs = tuple(
@@ -207,6 +220,10 @@ class SMC(_repr.Report):
         """
         return self.guidance if self.twist is None and self.proposing is None else self.twist
 
+    def memory(self, x: Array) -> tuple[Any, Any]:
+        """The memories of the guidance and of the twist of a trajectory that starts at `x`."""
+        return self.guidance.init(x), () if self.twisting is None else self.twisting.init(x)
+
     @property
     def log_dtype(self) -> Any:
         """The dtype of the log-weights."""
@@ -229,7 +246,7 @@ class SMC(_repr.Report):
         return _Step(
             number,
             self.times[here],
-            self.times[number + 1],
+            self.times[jnp.maximum(number + 1, 0)],
             moves & jnp.asarray(self.weighs)[here],
             jnp.where(moves, self.factors[here], before(self.factors[0])),
         )
@@ -306,7 +323,11 @@ def init(keys: Array, run: SMC) -> tuple[State, Info]:
     `run.keys(key)`. It raises no error; `info.failed` reports what was not finite.
     """
     run = run._ready()
-    return _advance(keys, run, _start(keys, run))
+    rows = jnp.broadcast_to(keys, (-run.first, *keys.shape))
+    advance = lambda state, keys: _advance(keys, run, state)
+    state, infos = jax.lax.scan(advance, _start(keys, run), rows)
+    failed = functools.reduce(Failures.then, map(Failures, infos.failed.number))
+    return state, jax.tree.map(lambda leaf: leaf[-1], infos)._replace(failed=failed)
 
 
 def step(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
@@ -346,35 +367,35 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
         bar.tick(state.number)
         return _advance(keys, run, state)
 
-    # A step that does not move evaluates the start, so the program contains each guidance once.
+    # Steps that evaluate the noise and the start are part of the loop, so that the program contains
+    # each guidance once.
+    still = -run.first  # steps
+    keys = jnp.concatenate([keys[:1]] * (still - 1) + [keys])
     state, infos = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
     particles, last = _finish(keys[-1, 0], run, state)
     infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
-    # A failure at the start counts as a failure of the first step.
-    numbers = infos.failed.number
-    failed = Failures(numbers[1:].at[0].max(numbers[0]))
-    infos = jax.tree.map(lambda leaves: leaves[1:], infos)
+    failed = infos.failed
+    for _ in range(still):
+        failed = started(failed)
+    infos = jax.tree.map(lambda leaves: leaves[still:], infos)
     return _traced(particles, run.times, infos._replace(failed=failed), state.particles.root)
 
 
 def _start(keys: Array, run: SMC) -> State:
-    """Particles at the first time, before their first evaluation."""
-    x = initial_states(keys[1], run.model, run.times[0], run.num, run.chunk_size)
+    """Particles at the noise of the first time, before their first evaluation."""
+    x = initial_noise(keys[1], run.model, run.times[0], run.num, run.chunk_size)
 
     def particle(i: Array, x: Array) -> Particle:
         unknown = jnp.zeros(run.model.denoised_shape, run.model.dtype)
         zero = jnp.zeros((), run.log_dtype)
-        memory = run.guidance.init(x), () if run.twisting is None else run.twisting.init(x)
-        return Particle(x, unknown, unknown, zero, zero, run.potential.init(), memory, i)
+        return Particle(x, unknown, unknown, zero, zero, run.potential.init(), run.memory(x), i)
 
     particles = jax.vmap(particle)(jnp.arange(run.num), x)
     if run.sharding is not None:
         particles = jax.lax.with_sharding_constraint(particles, run.sharding)
     zero = jnp.zeros((), run.log_dtype)
-    number = jnp.asarray(-1)
-    return State(
-        number, particles, jnp.zeros(run.num, zero.dtype), zero, run._step(number).tempering
-    )
+    weights, number = jnp.zeros(run.num, zero.dtype), jnp.asarray(run.first)
+    return State(number, particles, weights, zero, run._step(number).tempering)
 
 
 def _advance(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
@@ -387,9 +408,12 @@ def _advance(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     particles, log_ratio, failed = map_particles(move, run.chunk_size)(
         jnp.arange(run.num), state.particles
     )
+    failed = failed.first()
+    if run.checks_noise:
+        failed = failed.then(check_noise(step.number == -1, state.particles.x, particles.x))
     state = weigh(run, step, state._replace(particles=particles), log_ratio)
     state, ess, resampled = resample(key_resample, run, step, state)
-    failed = failed.first().then(Failures.of(weights=~jnp.isfinite(ess)))
+    failed = failed.then(Failures.of(weights=~jnp.isfinite(ess)))
     info = Info(failed, ess, state.tempering, resampled)
     return state._replace(number=state.number + 1), info
 
@@ -409,7 +433,12 @@ def propagate(
     def child(key: Array) -> tuple[Particle, Array, Failures]:
         key_noise, *keys = jax.random.split(key, 3)
         x, log_ratio = propose(key_noise, run, step, tempering, particle)
-        moved, failed = look(keys, run, step, particle._replace(x=x))
+        memory = jax.tree.map(
+            lambda first, kept: jnp.where(step.number < 0, first, kept),
+            run.memory(x),
+            particle.memory,
+        )
+        moved, failed = look(keys, run, step, particle._replace(x=x, memory=memory))
         return moved, log_ratio, failed
 
     num = run.proposal.num_children
@@ -429,7 +458,9 @@ def propagate(
 def propose(
     key: Array, run: SMC, step: _Step, tempering: Array, particle: Particle
 ) -> tuple[Array, Array]:
-    """A state drawn from the shifted kernel, and `log p/q` there."""
+    """A state drawn from the shifted kernel, and `log p/q` there. Step -2 keeps the noise, and step
+    -1 turns it into the start of a run without guidance.
+    """
 
     def move() -> tuple[Array, Array]:
         kernel = run.solver.kernel(run.model.corruption, step.t, step.u)
@@ -437,8 +468,14 @@ def propose(
         x, log_ratio = kernel.propose(key, particle.x, particle.denoised, shift)
         return x, log_ratio.astype(run.log_dtype)
 
-    stay = lambda: (particle.x, jnp.zeros((), run.log_dtype))
-    return jax.lax.cond(step.number < 0, stay, move)
+    def begin() -> tuple[Array, Array]:
+        x = particle.x
+        if run.first < -1:
+            start = run.model.start(step.t, x, particle.denoised)
+            x = jnp.where(step.number == -1, start, x)
+        return x, jnp.zeros((), run.log_dtype)
+
+    return jax.lax.cond(step.number < 0, begin, move)
 
 
 def look(keys: list[Array], run: SMC, step: _Step, particle: Particle) -> tuple[Particle, Failures]:

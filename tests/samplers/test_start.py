@@ -1,0 +1,115 @@
+"""The start of a run: data of any mean and width, and tilts far away, with default settings.
+
+Tiers: statistical (5 standard errors of 20,000 samples; the slack is the error of 100 steps,
+measured with 400).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import contracts
+
+import theory
+import tiltjax as tj
+
+KEY = jax.random.key(3)
+NUM = 20_000
+
+
+def model(mean, std, dtype=jnp.float64):
+    return tj.Analytic(contracts.gaussian([mean], [[std**2]], dtype))
+
+
+def assert_gaussian(x, mean, std):
+    """Mean and standard deviation in units of the standard deviation."""
+    z = (np.asarray(x, np.float64) - mean) / std
+    assert abs(z.mean()) < 5 / np.sqrt(NUM) + 1e-3, z.mean()
+    assert abs(z.std() - 1) < 5 / np.sqrt(2 * NUM) + 5e-3, z.std()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(127, 60), (50, 1), (-3e4, 1), (0, 1e3), (1e6, 1e3), (0, 1e6), (2, 1e-3), (1, 1e-6)],
+)
+def test_data_of_any_mean_and_width_is_sampled(mean, std):
+    assert_gaussian(tj.sample(KEY, model(mean, std), num=NUM).x, mean, std)
+
+
+def test_single_precision_samples_wide_data_and_refuses_what_its_times_cannot_resolve():
+    single = jnp.float32
+    for mean, std in ((127, 60), (0, 1e6)):
+        assert_gaussian(tj.sample(KEY, model(mean, std, single), num=NUM).x, mean, std)
+    with pytest.raises(ValueError, match="no grid in float32: multiply the data"):
+        tj.sample(KEY, model(0, 1e-7, single), num=2)
+
+
+TARGET, SCALE = 100.0, 3.0
+FAR = tj.rewards.Quadratic([TARGET])
+# The tilt of N(0, 1) by scale * r: precision 1 + 2 * scale.
+PRECISION = 1 + 2 * SCALE
+
+
+@pytest.mark.parametrize("method", ["tilted", "laplace", "doob"])
+def test_a_tilt_a_hundred_deviations_away_is_sampled(method):
+    prior = model(0, 1)
+    guidance = {
+        "tilted": lambda: None,
+        "laplace": lambda: tj.Laplace(prior, FAR, SCALE),
+        "doob": lambda: tj.Doob(prior, theory.log_h(prior.mixture, FAR, SCALE)),
+    }[method]()
+    sampled = tj.Tilted(prior, FAR, SCALE) if method == "tilted" else prior
+    x = tj.sample(KEY, sampled, guidance, num=NUM).x
+    assert_gaussian(x, 2 * SCALE * TARGET / PRECISION, PRECISION**-0.5)
+
+
+def test_weighted_runs_start_at_the_mean_of_the_data():
+    """The estimate of the normalizing constant is that of the base chain, which starts there."""
+    prior, reward = model(50, 1), tj.rewards.Quadratic([51.0])
+    laplace = tj.Laplace(prior, reward, 0.5)
+    norms = jax.vmap(
+        lambda key: tj.smc(key, prior, laplace, num=200, steps=20, ess_threshold=0).log_norm
+    )(jax.random.split(KEY, 100))
+    field = theory.doob_field(prior.mixture, reward, 0.5)
+    truth = theory.path_law(field, times=prior.grid(20)).log_norm
+    ratio = np.exp(np.asarray(norms) - float(truth))
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / np.sqrt(len(ratio))
+    assert ratio.std() < 0.1
+    assert abs(float(truth) - float(theory.tilt(prior.mixture, reward, 0.5).log_norm)) < 0.05
+
+
+def test_a_network_on_data_that_is_too_wide_is_refused():
+    wide = model(0, 1e3)
+    network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
+    with pytest.raises(FloatingPointError, match="divide the data by its standard deviation"):
+        tj.sample(KEY, network, num=100)
+    laplace = tj.Laplace(network, tj.rewards.Quadratic([0.0]), 0.1)
+    with pytest.raises(FloatingPointError, match="divide the data by its standard deviation"):
+        tj.smc(KEY, network, laplace, num=100)
+
+
+def test_given_times_that_start_in_the_data_are_refused_with_the_latest_start():
+    with pytest.raises(ValueError, match=r"start at t = 0\.00014 or earlier"):
+        tj.sample(KEY, model(0, 1e4), num=2, times=jnp.linspace(1e-3, 1, 11))
+
+
+def test_an_interpolant_that_never_reaches_noise_is_refused_with_the_remedy():
+    levels = tj.DiscreteVP(np.cumprod(1 - np.full(100, 0.01)))
+    data = tj.Analytic(contracts.gaussian([0.0], [[1.0]]), levels)
+    with pytest.raises(ValueError, match=r"even at t = 0 .* Use Rescheduled\(model, Linear\(\)\)"):
+        tj.sample(KEY, data, num=2, times=jnp.linspace(0, 1, 11))
+
+
+def test_guidances_that_are_no_mean_start_unguided():
+    """Their score would move the start: that of `Normalized` by its whole length."""
+    prior, reward = model(0, 1), tj.rewards.Quadratic([3.0])
+    for guidance in (
+        tj.fmrg(prior, reward, 1.0),
+        tj.guidance.Normalized(tj.dps(prior, reward, 1.0), 1.0),
+        tj.guidance.Averaged(
+            tj.guidance.Normalized(tj.PlugIn(tj.Exact(prior), reward, 1.0), 1.0), 2
+        ),
+    ):
+        run = lambda guidance: tj.sample(KEY, prior, guidance, num=5, steps=4, save_trajectory=True)
+        first = [run(guidance).trace.trajectory[0] for guidance in (guidance, None)]
+        np.testing.assert_allclose(*first, rtol=1e-12)
