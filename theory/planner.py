@@ -45,7 +45,7 @@ from theory.distances import bures, w2_bounds
 from theory.finite_steps import AffineField
 from theory.many_draws import draws_moments
 from theory.tilts import QuadraticForm
-from tiltjax import _checks, _pytree, _repr, rewards, scales
+from tiltjax import _checks, _pytree, _repr, grids, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
@@ -345,8 +345,11 @@ def _run(field: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
     """The law of each component, separately, after `steps` steps of Heun's method."""
     # Steps of zero length come first, so that one program serves any number of steps and, at a
     # constant scale, any guidance.
-    fraction = np.maximum(np.arange(_MAX_STEPS + 1) - (_MAX_STEPS - steps), 0) / steps
-    times = jnp.asarray(1e-3 + (1 - 1e-3) * fraction, field.prior.means.dtype)
+    grid = np.asarray(
+        grids.of_width(field.interpolant, field.prior.width, steps, field.prior.means.dtype)
+    )
+    times = np.concatenate([np.full(_MAX_STEPS - steps, grid[0]), grid])
+    times = jnp.asarray(times, field.prior.means.dtype)
     shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
     index = np.asarray(shifts.index(field.shift), np.int32)
     return _run_components(
@@ -441,7 +444,9 @@ def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
     n = int(task.budget / cost)
     if n < 1:
         return
-    times = jnp.linspace(1e-3, 1, _PATH_STEPS + 1, dtype=task.prior.means.dtype)
+    prior = task.prior
+    dtype = prior.means.dtype
+    times = grids.of_width(damped.interpolant, prior.width, _PATH_STEPS, dtype).astype(dtype)
     ess = float(path_weights.path_law(damped, times=times).ess)
     if ess > 0:
         widest = float(np.linalg.eigvalsh(np.asarray(task.tilt.covs[0], np.float64))[-1])

@@ -7,6 +7,7 @@ that a `jit`, `vmap` or `grad` of the caller traces are not checked.
 Every message says what was expected, what was passed, and how to fix it.
 """
 
+import functools
 import math
 import os
 import sys
@@ -224,8 +225,13 @@ def count(value: Any, name: str, at_least: int = 1) -> int:
     return int(value)
 
 
+_THREEFRY = "threefry2x32"
+
+
 def key(key: Any) -> Array:
-    """A single typed PRNG key."""
+    """A single typed PRNG key, of threefry. The numbers of other implementations (`rbg`) depend on
+    how many keys are mapped over, so such a key is the seed of a threefry key.
+    """
     how = "pass jax.random.key(seed) as the first argument"
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         legacy = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32
@@ -233,7 +239,11 @@ def key(key: Any) -> Array:
         raise TypeError(f"expected a typed PRNG key, got {got}: {how}")
     if key.shape != ():
         raise ValueError(f"expected one key, got an array of keys of shape {key.shape}: {how}")
-    return key
+    if str(jax.random.key_impl(key)) == _THREEFRY:
+        return key
+    words = jax.random.key_data(key)
+    first = jax.random.wrap_key_data(words[:2], impl=_THREEFRY)
+    return functools.reduce(jax.random.fold_in, words[2:], first)
 
 
 def warn(message: str) -> None:

@@ -42,3 +42,37 @@ def _time_grid(times: Any, steps: int | None) -> Array:
                 f"times must increase strictly from noise (0) to data (1), got {values}"
             )
     return times
+
+
+def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> Array:
+    """The default times of a run for data of standard deviation `width`: those of data of unit
+    width, `time_grid(None, steps)`, unless the width is known and not between 0.1 and 10 times
+    that of the noise. Then the grid is that of data in this range, in terms of snr times variance,
+    and starts at 1e-3 or earlier.
+
+    **Raises:** `ValueError` if the times are not distinct in `dtype`.
+    """
+    times = time_grid(None, steps)
+    if not width or not concrete(interpolant):
+        return times
+    with jax.ensure_compile_time_eval():
+        factor = beyond(width, float(interpolant.sigma(jnp.zeros(()))))
+        if factor == 1:
+            return times
+        inner = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))(times[:-1])
+        inner = np.array(inner.astype(dtype))
+        inner[0] = min(inner[0], float(times[0]))
+        if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] < inner[-1] < 1:
+            raise ValueError(
+                f"data of standard deviation {width:.3g} has no grid in {inner.dtype}: multiply "
+                "the data by a constant, so that its standard deviation is about one"
+            )
+        return jnp.append(inner, jnp.ones((), inner.dtype))
+
+
+def beyond(width: float | None, base: float) -> float:
+    """The factor by which the width of data is outside of 0.1 to 10 times `base`, the width of the
+    noise; 1 inside, and if the width is zero or not known.
+    """
+    relative = width / base if width else 1.0
+    return relative / float(np.clip(relative, 0.1, 10.0))

@@ -184,6 +184,21 @@ class GaussianMixture(_repr.Printable):
             "k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
         )
 
+    @property
+    def width(self) -> float | None:
+        """The root of the mean variance of a coordinate, `sqrt(tr Cov(X) / d)`, as a Python number,
+        or `None` if the mixture is traced.
+        """
+        if not _checks.concrete(self):
+            return None
+        parts = self.log_weights, self.means, self.covs
+        log_weights, means, covs = (np.asarray(part, np.float64) for part in parts)
+        weights = np.exp(log_weights - np.max(log_weights))
+        weights /= np.sum(weights)
+        between = np.sum((means - weights @ means) ** 2, axis=1)
+        within = np.trace(covs, axis1=1, axis2=2)
+        return float(np.sqrt(weights @ (within + between) / self.dim))
+
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, shape `(num, d)`."""
         return self._sample(_checks.key(key), _checks.count(num, "num"))

@@ -57,18 +57,7 @@ class Analytic(Model):
 
     @property
     def width(self) -> float | None:
-        mixture = self.mixture
-        if not _checks.concrete(mixture):
-            return None
-        log_weights, means, covs = (
-            np.asarray(part, np.float64)
-            for part in (mixture.log_weights, mixture.means, mixture.covs)
-        )
-        weights = np.exp(log_weights - np.max(log_weights))
-        weights /= np.sum(weights)
-        between = np.sum((means - weights @ means) ** 2, axis=1)
-        variance = weights @ (np.trace(covs, axis1=1, axis2=2) + between) / mixture.dim
-        return float(np.sqrt(variance))
+        return self.mixture.width
 
     def denoise(self, t: Array, x: Array) -> Array:
         return self.mixture.denoise(self.interpolant.alpha(t), self.interpolant.sigma(t), x)

@@ -177,7 +177,7 @@ class Model(Denoiser):
         if not _checks.concrete((t, self.interpolant)):
             return
         snr, base = start_of(self.interpolant, t, self.dtype)[1:]
-        variance = (base * _beyond(self.width, base)) ** 2
+        variance = (base * grids.beyond(self.width, base)) ** 2
         if snr * variance <= _NOT_NOISE:
             return
         share = f"a fraction of {snr * variance / (1 + snr * variance):.2g} of the variance is data"
@@ -260,7 +260,7 @@ class Model(Denoiser):
         is that of data in this range, in terms of snr times variance, and starts at 1e-3 or
         earlier.
         """
-        times = _grid_of_width(self, grids.time_grid(None, steps))
+        times = grids.of_width(self.interpolant, self.width, steps, self.dtype)
         if not _checks.concrete(self) or self._trained_everywhere():
             return times
         with jax.ensure_compile_time_eval():
@@ -333,36 +333,6 @@ class Model(Denoiser):
         return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
 
 
-def _beyond(width: float | None, base: float) -> float:
-    """The factor by which the width of data is outside of 0.1 to 10 times `base`, the width of the
-    noise; 1 inside, and if the width is zero or not known.
-    """
-    relative = width / base if width else 1.0
-    return relative / float(np.clip(relative, 0.1, 10.0))
-
-
-def _grid_of_width(model: Model, times: Array) -> Array:
-    """The grid `times` for data of unit width, for data of another width. **Raises:** `ValueError`
-    if the times are not distinct in their dtype.
-    """
-    interpolant, width = model.interpolant, model.width
-    if not width or not _checks.concrete(interpolant):
-        return times
-    with jax.ensure_compile_time_eval():
-        factor = _beyond(width, float(interpolant.sigma(jnp.zeros(()))))
-        if factor == 1:
-            return times
-        inner = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))(times[:-1])
-        inner = np.array(inner.astype(model.dtype))
-        inner[0] = min(inner[0], float(times[0]))
-        if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] < inner[-1] < 1:
-            raise ValueError(
-                f"data of standard deviation {width:.3g} has no grid in {inner.dtype}: multiply "
-                "the data by a constant, so that its standard deviation is about one"
-            )
-        return jnp.append(inner, jnp.ones((), inner.dtype))
-
-
 @eqx.filter_jit
 def _network_snr(model: Model, times: Array) -> tuple[Array, ...]:
     """The snr at which the network is called, the range on which it was trained, and that range in
@@ -375,8 +345,8 @@ def _network_snr(model: Model, times: Array) -> tuple[Array, ...]:
         jax.vmap(own.snr)(times) + added,
         lowest,
         highest,
-        own.time(lowest - added),
-        own.time(highest - added),
+        own.time(jnp.maximum(lowest - added, 0)),
+        own.time(jnp.maximum(highest - added, 0)),
     )
 
 

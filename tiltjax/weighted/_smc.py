@@ -233,7 +233,7 @@ class SMC(_repr.Report):
         """The keys of all steps, `(steps + 1, 2)`, with one column for the particles and one for
         resampling. The first row is for `init`, the last for `finish`.
         """
-        return jax.random.split(key, (self.steps + 1, 2))
+        return jax.random.split(_checks.key(key), (self.steps + 1, 2))
 
     def _ready(self) -> "SMC":
         """The run in the dtype of the model, for use inside one compiled program."""
