@@ -23,6 +23,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SCRIPTS = {"checkerboard_network": "checkerboard"}  # results whose benchmark has another name
+VARIANTS = {"checkerboard_network": "With a trained network instead of the closed form."}
 NEEDS_REFERENCE = ("vs_reference",)  # those that cannot run without the reference
 ENVIRONMENT = {"external": {"OMP_NUM_THREADS": "1"}}
 INTRODUCTION = """# Results
@@ -336,10 +337,9 @@ def script(name: str) -> Path:
 
 
 def question(name: str) -> str:
-    """The first paragraph of a benchmark's docstring."""
-    return " ".join(
-        (ast.get_docstring(ast.parse(script(name).read_text())) or "").split("\n\n")[0].split()
-    )
+    """The first paragraph of a benchmark's docstring, and what is special about these results."""
+    text = ast.get_docstring(ast.parse(script(name).read_text())) or ""
+    return " ".join([*text.split("\n\n")[0].split(), *VARIANTS.get(name, "").split()])
 
 
 def machine(where: dict[str, Any]) -> tuple[str, str, str]:

@@ -105,9 +105,9 @@ def plot(
     | a trace | effective sample size, tempering, resampling and trajectories, if it has them |
     | a flow, also a vmapped one | trajectories |
 
-    **Arguments:** `truth`: what the particles should follow, a mixture or samples `(m, *shape)`.
-    Mixtures are drawn as densities, samples as gray dots or as an outline. The principal directions
-    are then those of `truth`.
+    **Arguments:** `truth`: what the particles should follow, a mixture, a tilt of one
+    (`theory.tilt`), or samples `(m, *shape)`. Mixtures are drawn as densities, samples as gray dots
+    or as an outline. The principal directions are then those of `truth`.
 
     **Raises:** `ImportError` without matplotlib; `TypeError` for other objects; `ValueError` for
     several runs in one object, for traced values, for samples that are not finite, for a trace
@@ -144,6 +144,7 @@ def _plot_particles(particles: Particles, truth: Any) -> Any:
         return _plot_tokens(particles)
     law = _vectors(particles)
     if truth is not None:
+        truth = getattr(truth, "mixture", truth)  # the law of a tilt
         truth = truth if isinstance(truth, GaussianMixture) else _vectors(truth)
         dim = truth.dim if isinstance(truth, GaussianMixture) else truth.x.shape[1]
         if dim != law.x.shape[1]:

@@ -102,7 +102,8 @@ class Audit(_repr.Report):
             return (
                 f"Not known: the weights' tail is too heavy (Pareto k = {self.pareto_k:.2f}). The "
                 "tilt has mass where there are almost no trajectories. Without that mass the path "
-                f"KL is about {kl:.2g} nats."
+                f"KL is about {kl:.2g} nats. Take more steps, or a damped scale, Tilted, Conjugate "
+                "or Laplace."
             )
         # For log-normal weights the ESS fraction is exp(-2 KL). If exp(-2 KL) is much smaller than
         # the measured fraction, then most samples have almost no weight.
@@ -116,22 +117,26 @@ class Audit(_repr.Report):
             )
         return (
             f"Not tilting: {self.ess_fraction:.1%} of the samples count, path KL {kl:.2g} nats (an "
-            "upper bound for that of the samples). Use a damped scale, Tilted, Conjugate, Laplace, "
-            "or smc."
+            "upper bound for that of the samples). Take more steps, use a damped scale, Tilted, "
+            "Conjugate, Laplace, or smc."
         )
 
     def _title(self) -> str:
         return self.verdict
 
     def _rows(self) -> dict[str, str]:
+        # Where the tail is too heavy, weighted averages have no known error.
+        unknown = lambda average: f"{average.value:.4g} (error not known)"
+        shown = str if self.reliable else unknown
+        tilted = shown(self.tilted_reward)
         return {
             "judged": self.sampler,
             "ESS fraction": f"{self.ess_fraction:.3g} ({self.ess:.4g} of {len(self.particles)})",
             "Pareto k of the tail": f"{self.pareto_k:.2f} (" + _tail(self.pareto_k) + ")",
-            "log Z": str(self.log_norm),
+            "log Z": shown(self.log_norm),
             "evidence bound": str(self.evidence_bound),
-            "path KL": f"{self.path_kl} nats",
-            "scale * reward": f"{self.mean_reward} sampled, {self.tilted_reward} under the tilt",
+            "path KL": f"{shown(self.path_kl)} nats",
+            "scale * reward": f"{self.mean_reward} sampled, {tilted} under the tilt",
         }
 
 
