@@ -120,6 +120,9 @@ def test_an_error_of_the_reward_stays_what_it_is():
 
     with pytest.raises(TypeError, match="a sum of text and numbers"):
         tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, untyped, 1.0), num=2, steps=3)
+    network = tj.from_denoiser(lambda t, x: untyped(x), shape=(2,))
+    with pytest.raises(TypeError, match="a sum of text and numbers"):
+        tj.sample_with_log_prob(KEY, network, num=2, steps=3)
     vector = lambda scale: tj.dps(MODEL, lambda x: x, scale)
     with pytest.raises(ValueError, match=r"one scalar for one sample, got shape \(2,\)"):
         jax.jit(lambda s: tj.sample_with_log_prob(KEY, MODEL, vector(s), num=2, steps=3).x)(1.0)
