@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import tiltjax
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("tiltjax/**/*.py"), *ROOT.glob("theory/**/*.py")])
 BY_PATH = {"argvalues": SOURCES, "ids": lambda path: str(path.relative_to(ROOT))}
@@ -44,6 +46,15 @@ def test_what_is_slow_to_import_waits_until_it_is_used():
     code = f"import sys, tiltjax; print([m for m in {OPTIONAL.split()} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "[]\n", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["images", "pretrained"])
+def test_packages_that_need_flax_are_there_when_they_are_used(name, monkeypatch):
+    package = importlib.import_module(f"tiltjax.{name}")
+    monkeypatch.delattr(tiltjax, name)  # as before its first import
+    assert getattr(tiltjax, name) is package
+    with pytest.raises(AttributeError, match="module 'tiltjax' has no attribute 'nothing'"):
+        _ = tiltjax.nothing
 
 
 @pytest.mark.parametrize("path", **BY_PATH)

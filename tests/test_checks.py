@@ -14,6 +14,7 @@ from helpers import contracts
 import tiltjax as tj
 from tiltjax import _checks, _pytree, posteriors, rewards, scales
 from tiltjax.particles import Particles, unweighted
+from tiltjax.weighted import potentials
 
 KEY = jax.random.key(0)
 EYE = np.eye(2)
@@ -57,6 +58,14 @@ WRONG_VALUES = {
         lambda: mixture(np.eye(3)),
         r"shapes disagree.*\(1, 2, 2\).*\(1, 3, 3\)",
     ),
+    "weight negative": (
+        lambda: tj.GaussianMixture([1.5, -0.5], [[0.0], [1.0]], [[[1.0]], [[1.0]]]),
+        r"weights must not be negative, got \[ 1\.5 -0\.5\]",
+    ),
+    "no weight": (
+        lambda: tj.GaussianMixture([0.0], [[0.0]], [[[1.0]]]),
+        r"weights must have positive mass, got \[0\.\]",
+    ),
     "scale negative": (
         lambda: tj.Laplace(MODEL, REWARD, -2),
         r"scale must not be negative, got -2",
@@ -77,6 +86,14 @@ WRONG_VALUES = {
     "times of diffusers": (
         lambda: run(KEY, MODEL, times=[999, 500, 0]),
         r"noise \(0\) to|\[0, 1\]",
+    ),
+    "times outside": (
+        lambda: run(KEY, MODEL, times=[0.5, 1.5]),
+        r"times must lie in \[0, 1\], got \[0\.5, 1\.5\]",
+    ),
+    "times and steps": (
+        lambda: run(KEY, MODEL, times=[0.5, 1.0], steps=3),
+        r"steps or times, not both, got steps = 3.*leave out steps",
     ),
     "one time": (lambda: run(KEY, MODEL, times=[0.5]), r"start and an end, got 1"),
     "guided from zero": (
@@ -149,6 +166,27 @@ WRONG_TYPES = {
     "weights as text": (
         lambda: tj.GaussianMixture("half", [[0.0]], [EYE]),
         r"weights.*numbers.*str",
+    ),
+    "complex weights": (
+        lambda: tj.GaussianMixture(np.asarray([1j]), [[0.0]], [[[1.0]]]),
+        r"weights must be real numbers, got dtype complex",
+    ),
+    "complex weight": (
+        lambda: tj.GaussianMixture(jnp.asarray([1j]), [[0.0]], [[[1.0]]]),
+        r"weights must be real numbers, got dtype complex",
+    ),
+    "traced fraction": (
+        lambda: jax.jit(potentials.ResampleFractions)(0.5),
+        r"a concrete number, got a traced one: pass it from outside of jit",
+    ),
+    "number for a file": (lambda: POINTS.save(1), r"name of a file, got int: pass a string or"),
+    "number for a shape": (
+        lambda: tj.from_velocity(lambda t, x: x, shape=2),
+        r"shape must be a tuple such as \(2,\).*got 2",
+    ),
+    "particles for a start": (
+        lambda: run(KEY, MODEL, start=POINTS, times=[0.5, 1.0]),
+        r"an array of states, got Particles: pass particles\.x",
     ),
     "flag as a number": (lambda: run(KEY, MODEL, save_trajectory=1), r"True or False, got 1"),
 }
@@ -250,6 +288,19 @@ def test_numbers_of_every_kind_are_one_program():
 def test_counts_accept_numpy_integers():
     assert _checks.count(np.int64(3), "n") == 3
     assert type(_checks.count(np.int32(3), "n")) is int
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.asarray(0.5), jnp.asarray(0.5)], ids=repr)
+def test_arrays_of_one_number_are_numbers(value):
+    number = _checks.number(value, "x", 0, 1)
+    assert type(number) is float
+    assert number == 0.5
+
+
+def test_random_streams_are_compared_by_their_state():
+    stream = lambda seed: {"rngs": jax.random.key(seed), "w": jnp.ones(2)}
+    assert _pytree.same(stream(0), stream(0))
+    assert not _pytree.same(stream(0), stream(1))
 
 
 def test_cast_leaves_networks_alone():

@@ -99,6 +99,24 @@ def test_a_trace_names_the_first_failed_step_and_its_cause(cause):
         jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trace).check()
 
 
+def test_a_trace_that_cannot_be_read_is_checked_by_the_caller():
+    trace = Trace(jnp.linspace(0.0, 1.0, 6), Failures.of(shift=jnp.arange(5) == 2))
+
+    def checked(trace):
+        trace.check()
+        return trace
+
+    with pytest.raises(FloatingPointError, match="step 2 of 5"):
+        jax.jit(checked)(trace).check()
+
+
+def test_particles_without_a_record_of_ancestors_are_their_own_roots():
+    x, failed = jnp.zeros((4, 2)), Failures.of(shift=jnp.zeros(1, bool))
+    record = lambda roots: Particles(x, jnp.zeros(4), trace=Trace(jnp.ones(2), failed, roots=roots))
+    assert int(unweighted(x).num_roots) == int(record(None).num_roots) == 4
+    assert int(record(jnp.asarray([1, 1, 3, 1])).num_roots) == 2
+
+
 def test_a_population_is_a_pytree():
     particles = Particles(X, LOG_WEIGHTS, jnp.asarray(1.0))
     doubled = jax.jit(lambda p: jax.tree.map(lambda leaf: 2 * leaf, p))(particles)

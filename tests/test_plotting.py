@@ -445,6 +445,8 @@ def test_images_are_a_grid_the_largest_weights_first(shape):
     few = tj.plot(population(*shape, num=5, weighted=False))
     assert [len(ax.images) for ax in few.axes] == [1] * 5
     assert not any(ax.get_title() for ax in few.axes)
+    uneven = tj.plot(population(*shape, num=7)).axes  # the last row is not full
+    assert [len(ax.images) for ax in uneven] == [1] * 7 + [0] * 5
 
 
 @pytest.mark.parametrize(
@@ -566,6 +568,9 @@ def test_the_frontier_fills_what_nothing_dominates():
         "b",
     ]
     assert (ax.get_xlabel(), ax.get_ylabel(), figure.get_suptitle()) == ("mean reward", "nats", "S")
+    alone = plotting.frontier(marks)
+    assert [text.get_text() for text in alone.legends[0].get_texts()] == ["a", "b"]
+    assert alone.get_suptitle() == ""
 
 
 @pytest.mark.parametrize(

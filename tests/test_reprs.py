@@ -34,6 +34,14 @@ ANALYTIC = "Analytic(GaussianMixture of 2 in R^2)"
 LOG_WEIGHTS = np.log([0.5, 0.25, 0.25])
 
 
+class Banded(tj.rewards.Reward):
+    """A reward of a user, with settings of other kinds."""
+
+    dtype: np.dtype = eqx.field(static=True)
+    bands: tuple = eqx.field(static=True)
+    orders: list = eqx.field(static=True)
+
+
 def velocity(params, t, x):
     return params["bias"] + x
 
@@ -73,6 +81,10 @@ EXACT = {
     "sum": (
         2 * tj.rewards.Quadratic(TARGET, [2.0, 0.5]) - tj.rewards.LinearReward([1.0, 2.0]),
         "2 * Quadratic([0.5, 1], weight=[2, 0.5]) - 1 * LinearReward([1, 2])",
+    ),
+    "settings": (
+        Banded(np.dtype("float32"), tuple(range(20)), [0.5, None]),
+        "Banded(dtype=float32, bands=(0, 1, ..., 18, 19), orders=[0.5, None])",
     ),
     "scaled sum": (3 * (REWARD + REWARD), "3 * (Quadratic([0, 2.5]) + Quadratic([0, 2.5]))"),
     "function": (tj.rewards.as_reward(velocity), "velocity"),

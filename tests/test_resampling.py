@@ -86,6 +86,9 @@ def test_shapes_are_checked():
         resampling.systematic(jax.random.key(0), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="num"):
         resampling.systematic(jax.random.key(0), jnp.zeros(3), 0)
+    for bad, largest in ((-jnp.inf, "-inf"), (jnp.nan, "nan"), (jnp.inf, "inf")):
+        with pytest.raises(ValueError, match=f"not all -inf: their maximum is {largest}$"):
+            resampling.systematic(jax.random.key(0), jnp.full(3, bad))
 
 
 def test_effective_sample_sizes():

@@ -101,6 +101,32 @@ def test_an_array_of_one_host_is_addressable_as_a_whole():
     np.testing.assert_array_equal(_sharding.gathered(array), array)
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    mesh = jax.make_mesh((1,), ("particles",), axis_types=(AUTO,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("particles"))
+
+
+def test_weighted_runs_on_a_mesh_of_one_device(one_device):
+    run = lambda **how: tj.smc(KEY, MODEL, GUIDED, num=8, steps=3, ess_threshold=1.0, **how)
+    spread, alone = run(sharding=one_device), run()
+    assert spread.x.sharding.is_equivalent_to(one_device, spread.x.ndim)
+    np.testing.assert_allclose(spread.x, alone.x, rtol=1e-12)
+    np.testing.assert_allclose(spread.log_norm, alone.log_norm, rtol=1e-12)
+    np.testing.assert_array_equal(spread.trace.roots, alone.trace.roots)
+
+
+def test_training_on_a_mesh_of_one_device(one_device):
+    network = jax.tree_util.Partial(lambda w, t, x: x @ w, jnp.eye(2))
+    data = jax.random.normal(jax.random.key(1), (10, 2))
+    train = lambda **how: tj.fit(KEY, network, data, steps=3, batch_size=8, **how)
+    spread, alone = train(sharding=one_device), train()
+    (weights,) = spread.average.args
+    assert weights.sharding.is_equivalent_to(_sharding.replicated(one_device), 2)
+    np.testing.assert_allclose(weights, alone.average.args[0], rtol=1e-12)
+    np.testing.assert_allclose(spread.curve.loss, alone.curve.loss, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_hosts_compute_what_one_does(tmp_path):
     """One of them, in turn, also runs the same by itself, on one of its devices, and compares."""
@@ -158,6 +184,15 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         fit, again = train(**four, **saved), train(**four, **saved)
         both = lambda one: (one.average.args, one.network.args)
         same((fit.average.args, again.network.args), lambda: both(train()), 1)
+        # From the parameters of an earlier run, which no host holds as a whole.
+        more = lambda start, **given: tj.fit(key, start, data, steps=2, batch_size=8, **given)
+        same(more(fit.network, **four).network.args, lambda: more(train().network).network.args, 0)
+        try:
+            train(**four, checkpoint="{tmp_path}/run.npz" if HOST else "{tmp_path}/none.npz")
+        except RuntimeError as error:
+            assert "different steps, [0, 3]: use a file in a folder that all" in str(error), error
+        else:
+            raise AssertionError("two hosts continued from different steps")
 
         judge = lambda **given: tj.audit(key, model, guidance, num=100, steps=2, **given)
         report = judge(**four)

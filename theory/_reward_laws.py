@@ -279,7 +279,8 @@ def reward_law(
             "Quadratic with a scalar weight > 0 and isotropic components. Otherwise estimate the "
             "law from samples, with tiltjax.best_of_n and tiltjax.metrics."
         )
-    law = _grid_law(prior, reward, quadrature.tilt(prior, reward, 0.0, cells=cells))
+    nothing = rewards.LinearReward(jnp.zeros_like(prior.means[0]))  # only the cells are needed
+    law = _grid_law(prior, reward, quadrature.tilt(prior, nothing, 0.0, cells=cells))
     if _checks.concrete(law.values) and not np.all(np.isfinite(law.values)):
         raise ValueError("the reward is not finite everywhere on the grid: bound it (jnp.clip)")
     return law

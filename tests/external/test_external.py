@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 
 import equinox as eqx
 import jax
@@ -19,6 +20,7 @@ import pytest
 from helpers import contracts
 
 import tiltjax as tj
+from tiltjax import _callbacks
 
 TARGET = np.array(contracts.TARGET)
 INSIDE = lambda x: -jnp.sum((x - jnp.asarray(TARGET, x.dtype)) ** 2)
@@ -551,16 +553,17 @@ def test_a_record_saves_while_it_goes(tmp_path):
     "error",
     [StopIteration(), RuntimeError(), ValueError("\0 \ud800 ü\nsecond line"), KeyError("k")],
 )
-def test_any_error_is_raised_as_itself(error):
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_any_error_is_raised_as_itself(error, timeout):
     def broken(x):
         raise error
 
     particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
     with pytest.raises(type(error)) as caught:
-        tj.best_of_n(particles, tj.external.External(broken), 2)
+        tj.best_of_n(particles, tj.external.External(broken, timeout=timeout), 2)
     assert caught.value is error
     with pytest.raises(type(error)) as caught:
-        particles.mean(tj.external.External(broken))
+        particles.mean(tj.external.External(broken, timeout=timeout))
     assert caught.value is error
 
 
@@ -578,6 +581,20 @@ def test_an_error_of_something_else_stays_what_it_is():
     reward = lambda x: jax.pure_callback(other, out, x, vmap_method="sequential")
     with pytest.raises(jax.errors.JaxRuntimeError, match="KeyError"):
         tj.best_of_n(particles, reward, 2)
+
+
+def test_errors_that_nobody_collects_are_not_kept_forever():
+    class Lost(Exception):
+        pass
+
+    first = Lost()
+    kept = weakref.ref(first)
+    _callbacks.outside(first)
+    del first
+    assert kept() is not None
+    for _ in range(1000):
+        _callbacks.outside(Lost())
+    assert kept() is None
 
 
 def test_threads_get_their_own_errors():

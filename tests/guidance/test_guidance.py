@@ -403,6 +403,12 @@ def test_laplace_survives_a_network_whose_jacobian_is_negative():
     assert np.all(np.isfinite(estimate.tilted))
 
 
+def test_a_score_needs_the_unguided_denoiser():
+    with pytest.raises(ValueError, match=r"also needs the .*return Estimate\(tilted, denoised\)"):
+        tj.guidance.Estimate(X).score(LINE, T)
+    assert_close(tj.guidance.Estimate(X + 1.0, X).shift(), jnp.ones(2))
+
+
 def test_doob_refuses_a_log_h_of_another_path():
     class Other(tj.rewards.Reward):
         interpolant: tj.interpolants.Interpolant

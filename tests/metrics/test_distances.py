@@ -444,6 +444,11 @@ BAD = {
     ),
     "one value": (lambda: metrics.standard_error([1.0]), ValueError, "at least two values"),
     "axis": (lambda: metrics.standard_error([1.0, 2.0], axis=1), ValueError, "along axis 1"),
+    "no axis": (
+        lambda: metrics.standard_error([1.0, 2.0], axis=0.0),
+        TypeError,
+        r"axis must be an integer, got 0\.0",
+    ),
     "nan value": (lambda: metrics.standard_error([1.0, np.nan]), ValueError, "finite"),
     "bootstrap num": (
         lambda: metrics.bootstrap(jax.random.key(0), jnp.mean, np.ones(3), 1),

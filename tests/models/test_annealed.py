@@ -79,6 +79,12 @@ def test_the_weight_is_swept_without_tracing_again():
     assert len(traced) == 1
 
 
+def test_the_weight_is_differentiable():
+    value = jax.jit(lambda p: tj.Annealed(BASE, TUNED, models.power(p)).denoise(0.5, X[0])[0])
+    gap = (TUNED.denoise(jnp.asarray(0.5), X[0]) - BASE.denoise(jnp.asarray(0.5), X[0]))[0]
+    np.testing.assert_allclose(jax.grad(value)(2.0), gap * 0.25 * np.log(0.5), rtol=1e-10)
+
+
 def test_two_gaussians_land_where_their_affine_flow_does():
     laws = [(-1.0, 0.5), (2.0, 0.2)]
     base, tuned = (tj.Analytic(tj.GaussianMixture([1.0], [[m]], [[[v]]])) for m, v in laws)

@@ -353,6 +353,19 @@ def test_a_module_of_another_signature_is_refused_with_the_way_to_wrap_it():
     assert model.denoise(jnp.asarray(0.5), jnp.ones(2)).shape == (2,)
 
 
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_a_derivative_may_be_cut_behind_the_network(is_batched):
+    @jax.custom_vjp
+    def straight_through(x, denoised):
+        return denoised
+
+    straight_through.defvjp(lambda x, denoised: (denoised, None), lambda _, slope: (slope, None))
+    model = tj.from_denoiser(lambda t, x: jnp.sin(x), shape=(2,), batched=is_batched)
+    value = lambda x: jnp.sum(straight_through(x, model.denoise(T, x)))
+    assert_close(value(X), jnp.sum(jnp.sin(X)))
+    assert_close(jax.grad(value)(X), jnp.ones(2))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_states_below_single_precision_are_refused(dtype):
     with pytest.raises(ValueError, match="at least 32 bits"):

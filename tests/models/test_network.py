@@ -3,6 +3,8 @@
 Tier: exact.
 """
 
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,16 @@ def test_equinox_modules_and_functions():
         parameters, template = training.split_parameters(network)
         assert sorted(leaf.shape for leaf in parameters.values()) == [(2,), (2, 4), (4,), (4, 3)]
         assert jax.tree.structure(template.merge(parameters)) == jax.tree.structure(network)
+
+
+def test_parameters_are_found_where_flax_was_never_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "flax.nnx")
+    mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    parameters, template = training.split_parameters(mlp)
+    assert set(parameters) == {f"layers.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    x = jnp.ones(3, mlp.layers[0].weight.dtype)
+    np.testing.assert_array_equal(template.merge(parameters)(x), mlp(x))
+    assert "flax.nnx" not in sys.modules
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -251,6 +251,7 @@ def test_untilted_the_levels_are_the_grid():
     assert_close(times, np.append(np.arange(LEVELS) / LEVELS, 1.0))
     exact = lambda t, x: denoise(DISCRETE.alpha(t), DISCRETE.sigma(t), x)
     model = tj.from_denoiser(exact, shape=(2,), interpolant=DISCRETE)
+    assert_close(jax.jit(lambda levels: network().grid_at(levels))(levels), times)
     run = lambda model: tj.sample(KEY, model, num=5, times=times, solver=tj.Ancestral(0.0)).x
     assert_close(run(network()), run(model), 1e-8)
 

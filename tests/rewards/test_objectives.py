@@ -148,6 +148,7 @@ def test_the_dominated_area():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: objectives.values([A, B], 0.5), r"x must hold samples.*got shape \(\)"),
         (lambda: objectives.front([1.0, 2.0]), r"\(samples, objectives\), got shape \(2,\)"),
         (lambda: objectives.front([[1.0, np.nan]]), "NaN in 1 of 1 rows"),
         (lambda: objectives.hypervolume([[1.0, 2.0, 3.0]], [0, 0, 0]), "two objectives"),
@@ -156,6 +157,14 @@ def test_the_dominated_area():
 )
 def test_values_that_make_no_sense(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: objectives.values(A, POINTS), lambda: objectives.weighted(A, [1.0])]
+)
+def test_one_reward_is_no_list_of_objectives(call):
+    with pytest.raises(TypeError, match="must be a list of rewards, got Quadratic"):
         call()
 
 

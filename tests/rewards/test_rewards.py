@@ -139,6 +139,28 @@ def test_rewards_divide_subtract_and_sum():
 
 
 @pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rewards.Quadratic(TARGET, [1.0, 2.0, 3.0]), r"a scalar, \(2,\) or.*got \(3,\)"),
+        (lambda: rewards.Quadratic(np.ones((2, 2)), [1.0, 2.0]), r"target \(2, 2\), got \(2,\)"),
+        (
+            lambda: rewards.Quadratic(TARGET, [[1.0, 0.5], [0.0, 1.0]]),
+            r"must be symmetric, got .*use \(H \+ H\.T\) / 2",
+        ),
+        (lambda: rewards.Quadratic(np.ones((2, 2))).matrix(), r"only for vectors, .*\(2, 2\)"),
+        (lambda: rewards.DoubleWell()(jnp.ones(3)), r"states of shape \(2,\), got \(3,\)"),
+        (
+            lambda: rewards.LinearReward([1.0, 2.0])(jnp.ones(3)),
+            r"direction has shape \(2,\) but the sample has shape \(3,\)",
+        ),
+    ],
+)
+def test_shapes_and_weights_that_make_no_reward_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
     ("fn", "message"),
     [(lambda x: None, "got NoneType"), (lambda x: x[0] > 0, "floating number, got bool")],
 )

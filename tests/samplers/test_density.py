@@ -114,6 +114,20 @@ def test_a_guidance_that_draws_is_refused_also_where_it_is_traced():
         assert np.all(np.isfinite(run(0.1, guidance)))
 
 
+def test_an_error_of_the_reward_stays_what_it_is():
+    def untyped(x):
+        raise TypeError("a sum of text and numbers")
+
+    with pytest.raises(TypeError, match="a sum of text and numbers"):
+        tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, untyped, 1.0), num=2, steps=3)
+    network = tj.from_denoiser(lambda t, x: untyped(x), shape=(2,))
+    with pytest.raises(TypeError, match="a sum of text and numbers"):
+        tj.sample_with_log_prob(KEY, network, num=2, steps=3)
+    vector = lambda scale: tj.dps(MODEL, lambda x: x, scale)
+    with pytest.raises(ValueError, match=r"one scalar for one sample, got shape \(2,\)"):
+        jax.jit(lambda s: tj.sample_with_log_prob(KEY, MODEL, vector(s), num=2, steps=3).x)(1.0)
+
+
 def test_a_model_with_a_start_of_its_own_says_its_density_or_is_refused():
     class Shifted(tj.models.Analytic):
         def initial(self, key, t):

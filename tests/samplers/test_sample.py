@@ -540,6 +540,17 @@ def test_starts_that_cannot_be(options, message):
         tj.sample(KEY, MODEL, num=4, **options)
 
 
+def test_a_guidance_of_another_shape_is_refused():
+    class First(tj.guidance.Guidance):
+        model: tj.models.Model
+
+        def __call__(self, key, t, x, state):
+            return tj.guidance.Estimate(self.model.denoise(t, x)[:1]), state
+
+    with pytest.raises(ValueError, match=r"shape \(1,\) for a state of shape \(2,\): build it on"):
+        tj.sample(KEY, MODEL, First(MODEL), num=4)
+
+
 def test_a_guidance_of_another_model_is_refused():
     tilted = tj.Tilted(MODEL, rewards.Quadratic([0.5, 1.0]), 1.0)
     with pytest.raises(

@@ -88,6 +88,10 @@ def test_a_round_asks_for_states_once_where_it_can():
         ({"num": 4}, "num must be at least queries = "),
         ({"rounds": 0}, "rounds"),
         ({"surrogate": "ucb"}, "GaussianProcess"),
+        (
+            {"earlier": tj.search.Search(np.zeros((1, 3)), np.zeros(1), np.zeros(1, int), None)},
+            r"states of shape \(\d,\), got \(3,\)",
+        ),
     ],
 )
 def test_bad_settings_are_refused(over, message):

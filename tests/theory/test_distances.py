@@ -2,6 +2,7 @@
 differences. Tier: exact.
 """
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
+import scipy.optimize
 import scipy.stats
 
 import theory
@@ -124,6 +126,15 @@ def test_laws_by_component_warn_of_near_components():
     near = tj.GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], jnp.ones((2, 1, 1)))
     with pytest.warns(UserWarning, match=r"overlap by 0\.607.*mean_drift_law"):
         theory.plug_in_law(near, tj.rewards.Quadratic([0.0]), 1.0)
+
+
+def test_a_linear_program_that_is_not_solved_is_an_error(monkeypatch):
+    stopped = functools.partial(scipy.optimize.linprog, options={"maxiter": 0})
+    monkeypatch.setattr(scipy.optimize, "linprog", stopped)
+    with pytest.raises(
+        (ValueError, jax.errors.JaxRuntimeError), match=r"the transport plan failed: .*limit"
+    ):
+        theory.w2_bounds(mixture(2, 4, 2), mixture(3, 4, 2))
 
 
 def test_mixtures_of_different_dimensions_are_refused():

@@ -366,6 +366,17 @@ def test_refusals_say_why_and_what_to_use():
         theory.plug_in_law(prior, tj.rewards.DoubleWell(), 1.0)
     with pytest.raises(ValueError, match="mixture of 2"):
         theory.plug_in_field(tj.problems.quadratic().prior, isotropic, 1.0)
+    own = tj.SelfDamped(1.0, tj.Analytic(prior))
+    with pytest.raises(ValueError, match=r"SelfDamped has no recursion\. Use a number or Damped"):
+        theory.plug_in_field(prior, isotropic, own)
+    with pytest.raises(ValueError, match="SelfDamped has no closed form: use a number or Damped"):
+        theory.plug_in_law(line(0.5), tj.rewards.Quadratic([0.0]), own)
+    with pytest.raises(ValueError, match="Adaptive has no recursion: use Euler, Heun or Ancestral"):
+        theory.discrete_law(
+            theory.dps_field(prior, isotropic, 1.0),
+            times=jnp.linspace(0.1, 1, 3),
+            solver=tj.Adaptive(),
+        )
 
 
 def test_laws_beyond_the_quadratures_reach_are_refused():

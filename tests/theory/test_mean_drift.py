@@ -14,6 +14,7 @@ import scipy.stats
 
 import theory
 import tiltjax as tj
+from theory import mean_drift
 
 
 def modes(mu):
@@ -125,6 +126,8 @@ def test_one_gaussian_is_the_closed_form_for_any_damping():
         law.quantile(0.9), scipy.stats.norm.ppf(0.9, law.mean(), law.var() ** 0.5), atol=1e-7
     )
     assert np.all(np.isclose(law.cdf(law.quantile(0.2)), 0.2, atol=1e-8))
+    with pytest.raises(ValueError, match=r"edges must increase, got \[1\. 0\.\]"):
+        law.masses([1.0, 0.0])
 
 
 @pytest.mark.slow
@@ -169,3 +172,15 @@ def test_refusals_say_why_and_what_to_use():
         theory.mean_drift_law(tj.problems.quadratic().prior, tj.rewards.Quadratic([0.0, 1.0]), 1.0)
     with pytest.raises(ValueError, match="positive variance"):
         theory.mean_drift_law(tj.GaussianMixture([1.0], [[0.0]], [[[0.0]]]), reward, scale)
+    with pytest.raises(ValueError, match="must be a number or Damped, got SelfDamped"):
+        theory.mean_drift_law(prior, reward, tj.SelfDamped(scale, tj.Analytic(prior)))
+
+
+def test_quantiles_are_of_laws_on_the_line():
+    plane = tj.problems.quadratic()
+    grid = theory.quadrature.tilt(plane.prior, plane.reward, 0.1, cells=50)
+    for law in (plane.prior, theory.tilt(plane.prior, plane.reward, 0.1), grid):
+        with pytest.raises(ValueError, match="expected a law on the line, got dimension 2"):
+            mean_drift.quantile_curve(law)
+    with pytest.raises(TypeError, match=r"on the line \(GaussianMixture, Tilt, .*got ndarray"):
+        mean_drift.quantile_curve(np.zeros(3))

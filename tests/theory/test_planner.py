@@ -16,13 +16,15 @@ from theory import planner
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
+BUDGET = 3000  # for any number of draws or candidates
+
 pytestmark = pytest.mark.optimized  # it runs for longer than it compiles
 
 
 @pytest.fixture(scope="module")
 def plan():
     problem = tj.problems.get("gaussian")
-    return theory.recommend(problem.prior, problem.reward, problem.scale, 500, inner_steps=5)
+    return theory.recommend(problem.prior, problem.reward, problem.scale, BUDGET, inner_steps=5)
 
 
 def named(plan, start):
@@ -33,7 +35,7 @@ def named(plan, start):
 def test_options_are_within_the_budget_and_in_order(plan):
     errors = [option.error for option in plan.options]
     assert errors == sorted(errors)
-    assert all(0 < option.cost <= 500 for option in plan.options)
+    assert all(0 < option.cost <= BUDGET for option in plan.options)
     assert all(option.steps >= 1 and np.isfinite(option.error) for option in plan.options)
     assert plan.best is plan.options[0]
     assert plan.best.method == "Tilted(model, reward, 3)"
@@ -49,6 +51,8 @@ def test_options_are_within_the_budget_and_in_order(plan):
         "no guidance",
     ):
         assert named(plan, start)
+    draws = [option.method for option in plan.options if "k=" in option.method]
+    assert sorted(int(name.rstrip(")").split("k=")[1]) for name in draws) == [2, 8, 32]
     table = str(plan).splitlines()
     assert len(table) == len(plan.options) + 1
     assert table[1].startswith(plan.best.method)
@@ -139,6 +143,33 @@ def test_without_conjugate_rewards_the_prediction_falls_back():
 
 
 @pytest.mark.slow
+def test_convex_rewards_leave_the_methods_that_need_no_concave_one():
+    prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    plan = theory.recommend(prior, tj.rewards.Quadratic([1.0], -0.1), 1.0, 3, inner_steps=1)
+    found = {option.method.split("(")[0] for option in plan.options}
+    assert found == {"no guidance", "PlugIn", "dps", "best_of_n", "softmax_of_n"}
+    assert not any("Damped" in option.method for option in plan.options)
+
+
+@pytest.mark.slow
+def test_methods_without_a_prediction_are_left_out():
+    # k draws at a strength beyond that of the law of many draws.
+    line = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    methods = lambda prior, scale, budget: [
+        option.method
+        for option in theory.recommend(
+            prior, tj.rewards.Quadratic(jnp.ones(prior.dim)), scale, budget, inner_steps=1
+        ).options
+    ]
+    assert any("k=2" in method for method in methods(line, 3.0, 24))
+    assert not any("k=" in method for method in methods(line, 3e4, 24))
+    # Weighted paths whose weights have no variance.
+    wide = tj.GaussianMixture([1.0], [[0.0, 0.0]], [np.diag([0.1, 10.0])])
+    assert any("weighted" in method for method in methods(wide, 0.01, 80))
+    assert not any("weighted" in method for method in methods(wide, 50.0, 80))
+
+
+@pytest.mark.slow
 def test_mixtures_and_anisotropic_rewards():
     problem = tj.problems.get("quadratic")
     reward = tj.rewards.Quadratic([0.5, 1.5], weight=np.diag([2.0, 0.5]))
@@ -151,6 +182,8 @@ def test_mixtures_and_anisotropic_rewards():
         assert option.error == pytest.approx(planner.MEASURED[start] * spread)
     assert named(plan, "dps").basis == "each mode alone at these steps"
     assert named(plan, "best_of_n").law.weights.shape == (2,)
+    one_call = theory.recommend(problem.prior, reward, 1.0, 1, inner_steps=5)
+    assert [option.method for option in one_call.options] == ["no guidance"]
 
 
 def test_what_was_measured_is_what_the_benchmarks_recorded():
@@ -198,6 +231,8 @@ def test_the_least_k_that_beats_one_damped_draw():
         <= distance(before.mean(), before.cov())
     )
     assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.5**0.5), maximum=8) is None
+    # Damping by far too large a width is worse than none.
+    assert theory.matching_k(prior, reward, tj.Damped(0.01, 10.0), maximum=8) == 1
     # Little is worth two draws, and a search that starts at one must end there.
     assert theory.matching_k(prior, reward, tj.Damped(3.0, 0.05), maximum=8) in (1, 2)
 

@@ -44,6 +44,14 @@ def test_best_of_n_by_a_linear_reward_is_the_maximum_of_normals(n):
     np.testing.assert_allclose(law.log_prob(x), expected, rtol=1e-9)
 
 
+def test_sums_and_multiples_of_linear_rewards_are_linear_rewards():
+    parts = 2 * tj.rewards.LinearReward([0.5, 0.0]) - tj.rewards.LinearReward([0.0, -0.5])
+    law, same = (theory.best_of_n(PLANE, reward, 10) for reward in (parts, LINEAR))
+    np.testing.assert_allclose(law.mean_reward(), same.mean_reward(), rtol=1e-12)
+    # A grid has no density of the reward.
+    np.testing.assert_allclose(law.reward_log_prob(0.9), same.reward_log_prob(0.9), rtol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "offset"), [(1, 1.5), (2, 0.0), (3, 1.5), (6, 1.5)])
 def test_best_of_n_by_distance_is_the_minimum_of_noncentral_chi_squares(d, offset):
@@ -245,6 +253,16 @@ def test_laws_compile_map_and_differentiate():
 
 
 @pytest.mark.slow
+def test_covariances_that_cannot_be_read_go_to_the_grid():
+    def mean(variance):
+        prior = tj.GaussianMixture([1.0], [[0.3, -0.2]], (variance * jnp.eye(2))[None])
+        return theory.best_of_n(prior, tj.rewards.Quadratic([0.0, 1.0]), 4, cells=400).mean_reward()
+
+    variance = jnp.asarray(0.5)
+    np.testing.assert_allclose(jax.jit(mean)(variance), mean(variance), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_grid_differentiates_what_it_can_and_refuses_the_rest():
     def law(y):
         return theory.best_of_n(LINE, tj.rewards.Bump(y[None], 2.0), 4, cells=4000)
@@ -281,6 +299,11 @@ def test_refusals_say_why_and_what_to_use():
         theory.softmax_of_n(PLANE, LINEAR, 2, -1.0)
     with pytest.raises(ValueError, match="does not vary over component 0"):
         theory.best_of_n(PLANE, tj.rewards.LinearReward([0.0, 0.0]), 2)
+    with pytest.raises(ValueError, match="height > 0, got -2: reverse the normal"):
+        theory.best_of_n(PLANE, tj.rewards.StepReward(-2.0, [1.0, 0.0]), 2)
+    for reward in (lambda x: jnp.log(x[0]), lambda x: jnp.where(x[0] > 0, 0.0, -jnp.inf)):
+        with pytest.raises(ValueError, match=r"not finite everywhere on the grid: bound it"):
+            theory.best_of_n(LINE, reward, 4, cells=2000)
     with pytest.raises(ValueError, match="does not resolve the selected draw"):
         theory.best_of_n(LINE, tj.rewards.Bump([1.0]), 10**6, cells=2000)
     with pytest.raises(ValueError, match="does not resolve a softmax"):

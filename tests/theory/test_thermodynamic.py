@@ -41,6 +41,10 @@ def test_the_integral_compiles_and_its_derivative_is_the_mean_reward():
     curve = closed_form(tj.problems.quadratic())
     integral = jax.jit(lambda scale: theory.thermodynamic_integral(curve, scale))
     np.testing.assert_allclose(jax.grad(integral)(2.0), curve(2.0), rtol=1e-9)
+    # The bracket's derivative by a mean reward is its weight in the trapezoidal rule.
+    scales, values = jnp.asarray([0.0, 1.0, 3.0]), jnp.asarray([-2.0, -1.0, -0.5])
+    value = jax.jit(lambda values: theory.thermodynamic_bracket(scales, values).value)
+    np.testing.assert_allclose(jax.grad(value)(values), [0.5, 1.5, 1.0], rtol=1e-12)
 
 
 def test_the_bracket_holds_the_truth_and_closes_with_the_grid():
@@ -84,6 +88,10 @@ def test_refusals_say_why():
     theory.thermodynamic_bracket(np.array([0.0, 1.0]), np.array([-1.0, -1.1]), np.array([0.1, 0.1]))
     with pytest.raises(ValueError, match="scales must increase"):
         theory.thermodynamic_bracket(np.array([0.0, 0.0]), np.array([-1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"errors must not be negative, got \[ 0\.1 -0\.1\]"):
+        theory.thermodynamic_bracket(
+            np.array([0.0, 1.0]), np.array([-1.0, -1.0]), np.array([0.1, -0.1])
+        )
     with pytest.raises(ValueError, match="at least two scales"):
         theory.thermodynamic_bracket(np.array([0.0, 1.0]), np.array([-1.0]))
     with pytest.raises(ValueError, match="must not be negative"):

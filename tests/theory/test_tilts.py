@@ -141,6 +141,8 @@ def test_refusals_say_why_and_what_to_use():
     wide = tj.GaussianMixture([1.0], jnp.zeros((1, 3)), jnp.eye(3)[None])
     with pytest.raises(ValueError, match="one or two dimensions, got 3"):
         theory.quadrature.tilt(wide, tj.rewards.LinearReward([1.0, 0.0, 0.0]), 1.0)
+    with pytest.raises(ValueError, match="one or two dimensions, got 3"):
+        theory.quadrature.log_norm(wide, tj.rewards.LinearReward([1.0, 0.0, 0.0]), 1.0)
     with pytest.raises(ValueError, match=r"Bump.*not 3"):
         theory.log_h(wide, tj.rewards.Bump([1.0, 0.0, 0.0]), 1.0)
 

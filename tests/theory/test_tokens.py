@@ -137,6 +137,10 @@ def test_bad_input_says_what_to_do():
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3]))
     with pytest.raises(ValueError, match="no finite mass"):
         theory.token_tilt(chain(), lambda x: -jnp.inf * jnp.ones(()))
+    with pytest.raises(TypeError, match=r"Markov chain, such as tiltjax.*, got ndarray"):
+        theory.token_tilt(TRANSITION, reward)
+    with pytest.raises(TypeError, match=r"got None\. For log Z use token_tilt"):
+        theory.token_log_h(chain(), reward, 1.0, None)
     with pytest.raises(ValueError, match="one scalar"):
         theory.token_tilt(chain(), lambda x: x.astype(float))
     with pytest.raises(ValueError, match=r"single must have shape \(4, 3\)"):

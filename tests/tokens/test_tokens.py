@@ -454,6 +454,9 @@ def test_what_has_no_meaning_for_tokens_is_refused():
     for wrapper in (tj.guidance.Clipped, tj.guidance.Normalized, tj.guidance.GainCapped):
         with pytest.raises(ValueError, match="states of MarkovChain have none: use Window"):
             wrapper(completions, 1.0)
+    for method in (tj.das, tj.tds):
+        with pytest.raises(TypeError, match=r"MarkovChain have no gradient.*guide=.*Completions"):
+            method(jax.random.key(0), MODEL, reward, num=4)
 
 
 def test_bad_input_says_what_to_do():

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +151,17 @@ def test_leaves_of_every_kind_come_back(tmp_path):
     back["numpy"][0] = 7.0
     with pytest.raises(ValueError, match=r"count is int32\(\) in the file and nothing here"):
         _checkpoints.read_checkpoint(file, {"a": (1, 2)}, {"half": tree["half"]})
+
+
+def test_networks_with_leaves_that_are_no_arrays_are_saved(tmp_path):
+    file, mlp = tmp_path / "run.npz", eqx.nn.MLP(2, 1, 4, 1, key=KEY)
+    net = jax.tree_util.Partial(lambda mlp, t, x: mlp(jnp.append(x, t)), mlp)
+    assert not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(net))
+    train = lambda: training.fit(KEY, net, gaussian(50), steps=2, checkpoint=file)
+    first = train()
+    assert step_of(file) == 2
+    arrays = lambda fit: eqx.filter((fit.network, fit.average, fit.curve), eqx.is_array_like)
+    assert same_bits(arrays(train()), arrays(first))
 
 
 PROGRAM = """

@@ -373,6 +373,16 @@ def test_mistakes_are_named():
         (TypeError, "the network is called as", lambda: fit(net=eqx.nn.Linear(1, 1, key=KEY))),
         (ValueError, "training mode", lambda: fit(net=nnx.Dropout(0.5, rngs=nnx.Rngs(0)))),
         (TypeError, "typed PRNG key", lambda: training.fit(0, net, data, steps=1)),
+        (
+            ValueError,
+            r"the loss must return one floating number, got .*\(1,\)",
+            lambda: training.minimize(KEY, net, lambda net, key: net(0.5, data[0]), steps=1),
+        ),
+        (
+            ValueError,
+            r"the loss must return one floating number, got .*int",
+            lambda: training.minimize(KEY, net, lambda net, key: jnp.int32(1), steps=1),
+        ),
         (ValueError, "warmup must lie", lambda: training.adamw(1e-3, 10, warmup=11)),
         (ValueError, "weight_decay must", lambda: training.adamw(1e-3, 10, weight_decay=-1.0)),
     ):

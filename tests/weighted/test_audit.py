@@ -82,8 +82,13 @@ def test_a_tail_without_variance_is_told(name):
 def test_verdicts():
     good = tj.audit(jax.random.key(2), MODEL, tj.Laplace(MODEL, REWARD, 0.3), num=1000, steps=50)
     assert good.verdict.startswith("Tilting")
-    bad = tj.audit(jax.random.key(2), MODEL, tj.dps(MODEL, REWARD, 0.8), num=4000, steps=50)
-    assert bad.verdict.startswith(("Nearly", "Not tilting"))
+    fair, bad = (
+        tj.audit(jax.random.key(3), MODEL, tj.dps(MODEL, REWARD, s), num=4000, steps=50)
+        for s in (0.8, 1.3)
+    )
+    assert fair.verdict.startswith(f"Nearly: {fair.ess_fraction:.0%} of the samples count")
+    assert bad.verdict.startswith(f"Not tilting: {bad.ess_fraction:.1%} of the samples count")
+    assert "Use a damped scale" in bad.verdict
     text = str(good)
     for part in (
         "Laplace on Ancestral, 50 steps, 1000 particles",

@@ -432,6 +432,18 @@ def test_schedules_of_published_methods_scale_with_the_steps():
         tj.das(key, MODEL, REWARD, scale=SCALE, num=8, steps=STEPS, gamma=0.008)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize(
+    "rule", [T.Exponential(), T.Exponential(0.008, 100), T.Polynomial(0.5)], ids=repr
+)
+def test_factors_rise_to_one_to_the_last_bit(rule, steps):
+    factors = np.asarray(rule.factors(steps))
+    assert factors.shape == (steps,)
+    assert np.all(np.diff(factors) > 0)
+    assert factors[-1] == 1
+    assert factors[0] == (1 if steps == 1 else 0)
+
+
 def test_rewards_without_a_gradient_steer():
     """A jump has no gradient, and neither method asks for one."""
     jump = tj.external.External(lambda x: np.where(x[:, 0] > 0, 0.0, -2.0))
@@ -536,6 +548,13 @@ def test_bad_input_says_what_to_do():
     )
     with pytest.raises(ValueError, match="another model"):
         run(twist=tj.dps(tj.Analytic(PROBLEM.prior, tj.Linear(2.0)), REWARD, 1.0))
+    with pytest.raises(ValueError, match="got no fraction: pass one"):
+        tj.weighted.potentials.ResampleFractions()
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(ValueError, match=f"index of a step, from 0, got {wrong}"):
+            tj.weighted.potentials.ResampleSchedule(5, start=wrong)
+    with pytest.raises(ValueError, match=r"got Children\(3\): use one Children with the product"):
+        proposals.Children(2, proposals.Children(3))
     with pytest.raises(TypeError, match="proposal must be a Proposal"):
         run(proposal="base")
     with pytest.raises(ValueError, match="weighted"):
