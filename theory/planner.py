@@ -31,6 +31,7 @@ magnitude.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -382,7 +383,9 @@ def _run_components(
 
 
 def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
-    return float(w2_bounds(law, tilt).upper)
+    # An explicit flow with too long steps overflows.
+    finite = np.all(np.isfinite(law.means)) and np.all(np.isfinite(law.covs))
+    return float(w2_bounds(law, tilt).upper) if finite else math.inf
 
 
 def _many_draws(task: _Task) -> Iterator[Option]:

@@ -254,3 +254,12 @@ def test_bad_input_says_what_to_use():
         jax.jit(lambda scale: plan_of(scale=scale).best.error)(1.0)
     with pytest.raises(TypeError, match="Damped"):
         theory.matching_k(problem.prior, problem.reward, tj.scales.Constant(1.0))
+
+
+def test_a_flow_whose_steps_overflow_has_an_infinite_error():
+    prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    plan = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 3e4, 1100, inner_steps=1)
+    errors = np.asarray([option.error for option in plan.options])
+    assert not np.any(np.isnan(errors))
+    assert np.isinf(errors).any()
+    assert errors[0] == errors.min() < 0.1

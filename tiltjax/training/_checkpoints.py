@@ -86,14 +86,16 @@ def read_checkpoint(
 
 
 def digest(tree: Any) -> str:
-    """A short checksum of all arrays of a tree, to distinguish runs. It does not protect against
-    forged files.
+    """A short checksum of all arrays and numbers of a tree, to distinguish runs. Forged files
+    can have the same.
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array | np.ndarray):
             array = _as_numpy(leaf)
             total = zlib.crc32(array.tobytes(), zlib.crc32(_array_type(array).encode(), total))
+        elif isinstance(leaf, int | float | complex):
+            total = zlib.crc32(repr(leaf).encode(), total)
     return f"{total:08x}"
 
 
