@@ -265,6 +265,13 @@ class Particles(_repr.Report):
         therefore summed over the descendants of each initial particle. The standard error is the
         square root of the sum of the squares of these sums (Chan and Lai 2013; Lee and Whiteley
         2018). It is infinite if only one initial particle has descendants with weight.
+
+        The twist must be good. In 300 runs of 2,000 particles on three modes
+        (`benchmarks/weighted/intervals.py`), the standard errors are right to 8% with `Laplace` and
+        `das`. With `dps` and `tds` they are up to 18% too small, with `fk_steering` up to 38%,
+        though 500 to 900 initial particles have descendants: a run that misses a rare mode does not
+        see its own error. `mean ± 1.96 standard_error` then covers the mass .05 of a mode in .63 to
+        .80 of the runs. `interval` covers it in .79 to .94.
         """
         return self._error(self._sums(self._values(fn)))[0]
 
@@ -293,7 +300,19 @@ class Particles(_repr.Report):
         event, `high` is `1 - ((1 - level) / 2)^(1 / n)`, where n is the effective number of initial
         particles.
 
-        **Warns** if the support is below 20. No interval knows of a mode that no particle visited.
+        With 2,000 particles on three modes (`benchmarks/weighted/intervals.py`), intervals of level
+        .95 contain the right value in these fractions of 300 runs:
+
+        | | mass .05 of a mode | means of four functions |
+        |---|---|---|
+        | `smc` with `Laplace` | .95 | .93 to .97 |
+        | `das` | .96 | .95 |
+        | `tds` | .94 | .91 to .95 |
+        | `smc` with `dps` | .89 | .78 to .92 |
+        | `fk_steering` | .79 | .93 to .98 |
+
+        **Warns** if the support is below 20. No interval knows of a mode that no particle visited:
+        with `dps`, a run without a warning may miss the mean.
 
         **Raises:** `ValueError` inside of `jit`, `vmap` and `grad`, where `mean`, `standard_error`
         and `support` can be used.
@@ -316,6 +335,9 @@ class Particles(_repr.Report):
     def log_norm_interval(self, level: float = 0.95) -> tuple[Array, Array]:
         """The ends `(low, high)` of a confidence interval of the log normalizing constant: that of
         `interval`, where the sums are those of the normalized weights, minus their mean.
+
+        In the runs described there it contains the right value in .95 (`Laplace`), .97 (`das`), .94
+        (`tds`), .84 (`dps`) and .90 (`fk_steering`) of the runs.
 
         **Warns**, **raises:** as `interval`; `ValueError` for unweighted samples.
         """
