@@ -119,6 +119,15 @@ def _unbiased(r: dict) -> str:
     )
 
 
+def _intervals(r: dict) -> str:
+    cells = [row["P(x_1 < -1)"] for row in r["table"]["2000"].values()]
+    span = lambda key: "{:.2f} to {:.2f}".format(*(f(c[key] for c in cells) for f in (min, max)))
+    return (
+        f"a mass of {r['right']['P(x_1 < -1)'][0]:.2f}, 2,000 particles: 95% intervals cover it in "
+        f"{span('covered')} of the runs of a method, 1.96 standard errors in {span('normal')}"
+    )
+
+
 def _audits(r: dict) -> str:
     row = r["table"]["quadratic"]
     return (
@@ -308,6 +317,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "predictions": _predictions,
     "weighted": _weighted,
     "unbiased": _unbiased,
+    "intervals": _intervals,
     "audits": _audits,
     "toys": _toys,
     "toys_learned": _toys_learned,

@@ -211,6 +211,36 @@ def weighted_checkerboard(r: dict) -> list[str]:
     return markdown([*header, f"distinct ancestors of {r['num']:,}"], rows)
 
 
+def intervals(r: dict, of: str = "P(x_1 < -1)") -> list[str]:
+    return markdown(
+        "particles | method | 95% interval | mean ± 1.96 standard errors | warned | neither covers "
+        "nor warns | width / spread | median support",
+        (
+            [
+                f"{int(size):,}",
+                method,
+                f"{cell['covered']:.1%}",
+                f"{cell['normal']:.1%}",
+                f"{cell['warned']:.1%}",
+                f"{cell['silent']:.1%}",
+                f"{cell['width']:.2f}",
+                f"{cell['support']:.1f}",
+            ]
+            for size, table in r["table"].items()
+            for method, cell in ((name, row[of]) for name, row in table.items())
+        ),
+    )
+
+
+def intervals_coverage(r: dict, size: str = "2000") -> list[str]:
+    text = lambda cell: f"{cell['covered']:.1%} ({cell['normal']:.1%}, {cell['warned']:.0%})"
+    rows = r["table"][size].items()
+    return markdown(
+        ["method", *r["right"]],
+        ([method, *(text(cell) for cell in row.values())] for method, row in rows),
+    )
+
+
 def unbiased(r: dict) -> list[str]:
     axes = {"all": r["axes"]["all"], **r["axes"]}
     return markdown(
@@ -646,6 +676,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "weighted_bump": ("weighted", weighted_bump),
     "weighted_checkerboard": ("weighted", weighted_checkerboard),
     "unbiased": ("unbiased", unbiased),
+    "intervals": ("intervals", intervals),
+    "intervals_coverage": ("intervals", intervals_coverage),
     "toys": ("toys", toys),
     "toys_learned": ("toys_learned", toys_learned),
     "toys_audits": ("toys_learned", toys_audits),

@@ -1,10 +1,14 @@
 """Weighted populations. Tiers: exact (float64, 1e-10), statistical (5 standard errors)."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import expit, logit
 
 from tiltjax.particles import CAUSES, Failures, Particles, Trace, unweighted
 from tiltjax.samplers import best_of_n
@@ -154,3 +158,171 @@ def test_the_effective_sample_size_does_not_depend_on_a_common_offset(offset, dt
 def particles_of(log_weights, offset, dtype):
     log_weights = (log_weights + offset).astype(dtype)
     return Particles(jnp.zeros((len(log_weights), 1), dtype), log_weights)
+
+
+# Intervals: four particles, with the probability .6 of x > 0.
+FOUR = jnp.asarray([[-1.0], [1.0], [2.0], [3.0]])
+LOG_FOUR = jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1]))
+# The sums of the residuals: of the condition x > 0, and of x.
+SUMS = {
+    None: ([-0.24, 0.12, 0.08, 0.04], [-0.4 * 1.6, 0.3 * 0.4, 0.2 * 1.4, 0.1 * 2.4]),
+    (2, 2, 1, 1): ([-0.12, 0.12], [-0.52, 0.52]),
+    (3, 0, 0, 0): ([-0.24, 0.24], [-0.64, 0.64]),
+}
+
+
+def descending(x, log_weights, roots=None):
+    trace = Trace(jnp.linspace(0.0, 1.0, 3), Failures.none())
+    if roots is not None:
+        trace = Trace(trace.times, trace.failed, roots=jnp.asarray(roots))
+    return Particles(jnp.asarray(x), jnp.asarray(log_weights), jnp.asarray(0.5), trace)
+
+
+def quietly(method, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(method(*args, **options))
+
+
+@pytest.mark.parametrize("roots", SUMS)
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_intervals_by_hand(roots, level):
+    particles = descending(FOUR, LOG_FOUR, roots)
+    for fn, mean, sums in zip(
+        (lambda x: x[0] > 0, lambda x: x[0]), (0.6, 0.6), SUMS[roots], strict=True
+    ):
+        s = np.array(sums)
+        support = np.sum(s**2) ** 2 / np.sum(s**4)
+        half = stats.t.ppf((1 + level) / 2, support) * np.sqrt(np.sum(s**2))
+        ends = np.array([mean - half, mean + half])
+        if fn(FOUR[0]).dtype == bool:
+            ends = expit(logit(mean) + np.array([-half, half]) / (mean * (1 - mean)))
+        np.testing.assert_allclose(particles.support(fn), support, rtol=1e-10)
+        np.testing.assert_allclose(quietly(particles.interval, fn, level), ends, rtol=1e-10)
+    # Of values in {0, 1}, and of entries.
+    number = lambda x: jnp.where(x > 0, 1.0, 0.0)
+    both = lambda x: jnp.stack([x[0], (x[0] > 0).astype(float)])
+    of = lambda fn: quietly(particles.interval, fn, level)
+    np.testing.assert_allclose(of(number)[:, 0], of(lambda x: x[0] > 0), rtol=1e-12)
+    np.testing.assert_allclose(of(both)[:, 0], of(None)[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(of(both)[:, 1], of(lambda x: x[0] > 0), rtol=1e-12)
+    s = np.array([0.4, 0.3, 0.2, 0.1])
+    s = (s if roots is None else np.bincount(roots, s, 4)) - 0.25
+    half = stats.t.ppf((1 + level) / 2, np.sum(s**2) ** 2 / np.sum(s**4)) * np.sqrt(np.sum(s**2))
+    ends = quietly(particles.log_norm_interval, level)
+    np.testing.assert_allclose(ends, [0.5 - half, 0.5 + half], rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e7])
+def test_the_interval_of_the_complement_is_the_mirror_image(dtype, offset):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(60, 1)), dtype)
+    log_weights = jnp.asarray(np.round(3 * rng.normal(size=60)) + offset, dtype)
+    for roots in (None, rng.integers(12, size=60)):
+        particles = descending(x, log_weights, roots)
+        for bound in (-9.0, -1.0, 0.0, 1.5, 9.0):
+            low, high = quietly(particles.interval, lambda x, b=bound: x[0] < b)
+            mirrored = quietly(particles.interval, lambda x, b=bound: x[0] >= b)
+            np.testing.assert_allclose(
+                [low, high], 1 - mirrored[::-1], atol=100 * float(jnp.finfo(dtype).eps)
+            )
+            assert 0 <= low < high <= 1
+            assert low.dtype == dtype
+
+
+def test_an_event_of_no_particle_or_all_has_the_interval_of_independent_trials():
+    """With equal weights, that of Clopper and Pearson; otherwise with the effective number of
+    initial particles.
+    """
+    low, high = quietly(unweighted(X).interval, lambda x: x[0] > 100)
+    np.testing.assert_allclose([low, high], [0, 1 - 0.025 ** (1 / 7)], rtol=1e-12)
+    for roots, num in ((None, 1 / 0.3), ((0, 0, 1, 1), 1 / 0.58), ((0, 0, 0, 0), 1)):
+        particles = descending(FOUR, LOG_FOUR, roots)
+        none = quietly(particles.interval, lambda x: x[0] > 100, 0.9)
+        every = quietly(particles.interval, lambda x: x[0] < 100, 0.9)
+        np.testing.assert_allclose(none, [0, 1 - 0.05 ** (1 / num)], rtol=1e-12)
+        np.testing.assert_allclose(every, [0.05 ** (1 / num), 1], rtol=1e-12)
+        assert float(particles.support(lambda x: x[0] > 100)) == (num == 1)
+
+
+def test_one_initial_particle_says_nothing():
+    alone = (
+        descending(FOUR, LOG_FOUR, (2, 2, 2, 2)),
+        descending(FOUR, jnp.asarray([0.0, 1.0, -jnp.inf, -jnp.inf]), (2, 2, 1, 0)),
+        Particles(FOUR[:1], LOG_FOUR[:1], jnp.asarray(0.5)),
+    )
+    for particles in alone:
+        assert np.isinf(particles.standard_error()).all()
+        assert float(particles.support(lambda x: x[0])) == 1
+        np.testing.assert_array_equal(quietly(particles.interval), [[-np.inf], [np.inf]])
+        np.testing.assert_array_equal(quietly(particles.log_norm_interval), [-np.inf, np.inf])
+    low, high = quietly(alone[0].interval, lambda x: x[0] > 0)
+    assert (low, high) == (0, 1)
+
+
+def test_intervals_of_infinite_values_nan_and_tokens():
+    particles = descending(jnp.append(FOUR, 9), jnp.append(LOG_FOUR, -jnp.inf))
+    allowed = lambda x: jnp.where(x < 5, x, -jnp.inf)
+    ends = quietly(descending(FOUR, LOG_FOUR).interval)[:, 0]
+    np.testing.assert_allclose(quietly(particles.interval, allowed), ends, rtol=1e-12)
+    broken = lambda x: jnp.where(x > 2, jnp.nan, x)
+    assert np.isnan([*particles.interval(broken), particles.support(broken)]).all()
+    tokens = descending(FOUR.astype(int) % 2, LOG_FOUR)
+    ends = quietly(descending(FOUR, LOG_FOUR).interval, lambda x: x % 2 == 1)
+    np.testing.assert_allclose(quietly(tokens.interval), ends, rtol=1e-12)
+
+
+def test_digits_of_a_common_offset_and_of_small_weights_remain():
+    particles = descending(jnp.float32(FOUR) + 2**23, jnp.float32(LOG_FOUR))
+    np.testing.assert_allclose(particles.support(), descending(FOUR, LOG_FOUR).support(), rtol=1e-5)
+    rare = descending(jnp.float32(FOUR), jnp.asarray([0, 0, -60, -60], jnp.float32))
+    np.testing.assert_allclose(rare.support(lambda x: x[0] > 1), 4, rtol=1e-5)
+
+
+def test_an_interval_warns_of_a_small_support_at_the_line_of_the_user():
+    x = jnp.arange(1000.0)[:, None]
+    with pytest.warns(UserWarning, match="support of 15 initial particles") as warned:
+        unweighted(x).interval(lambda x: x[0] < 15)
+    assert warned[0].filename == __file__
+    unweighted(x).interval(lambda x: x[0] < 20)
+    unweighted(x).interval(lambda x: x)
+    with pytest.warns(UserWarning, match="support of 15"):
+        unweighted(x).interval(lambda x: jnp.stack([x[0] < 15, x[0] < 200]))
+
+
+def test_intervals_are_numbers():
+    particles = descending(FOUR, LOG_FOUR)
+    support = jax.jit(lambda p: p.support())(particles)
+    np.testing.assert_allclose(support, particles.support(), rtol=1e-12)
+    for call in (lambda p: p.interval(), lambda p: p.log_norm_interval()):
+        with pytest.raises(ValueError, match="outside of jit, vmap and grad"):
+            jax.jit(call)(particles)
+    with pytest.raises(ValueError, match="level must lie in"):
+        particles.interval(level=95)
+    with pytest.raises(ValueError, match="do not estimate a normalizing constant"):
+        unweighted(X).log_norm_interval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_intervals_cover_as_often_as_their_level(p):
+    """The descendants of 300 initial particles have the event together, with the probability p, and
+    another value and weights in common.
+    """
+    rng, runs, num = np.random.default_rng(0), 300, 300
+    covered = []
+    for _ in range(runs):
+        sizes = rng.multinomial(3 * num, np.full(num, 1 / num))
+        roots = np.repeat(np.arange(num), sizes)
+        event, value = rng.random(num) < p, rng.exponential(size=num)
+        x = np.stack([event, value], 1)[roots]
+        log_weights = (
+            (rng.normal(size=num) - 0.5)[roots] - np.log(sizes[roots]) + 0.1 * value[roots]
+        )
+        particles = descending(x, log_weights, roots)
+        low, high = quietly(particles.interval)
+        right = np.array([p, 1 / 0.9])
+        covered.append((low <= right) & (right <= high))
+    share, error = np.mean(covered, axis=0), np.sqrt(0.95 * 0.05 / runs)
+    assert np.all(np.abs(share - 0.95) < 5 * error)

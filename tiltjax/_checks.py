@@ -256,4 +256,4 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
-_PACKAGES = ("tiltjax", "theory")
+_PACKAGES = ("tiltjax", "theory", "equinox")  # equinox calls the methods of its modules

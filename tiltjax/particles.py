@@ -38,6 +38,7 @@ CAUSES = {
 # state that was not finite before the step is the cause of all other failures.
 _NUMBERS = {name: len(CAUSES) - place for place, name in enumerate(CAUSES)}
 _STATE_BEFORE = len(CAUSES) + 1
+_FEW = 20  # the support below which an interval is worth a warning
 _TEXTS = {_NUMBERS[name]: text for name, text in CAUSES.items()} | {_STATE_BEFORE: CAUSES["state"]}
 
 
@@ -263,22 +264,117 @@ class Particles(_repr.Report):
         initial ancestors are independent, apart from their weights. The weighted residuals are
         therefore summed over the descendants of each initial particle. The standard error is the
         square root of the sum of the squares of these sums (Chan and Lai 2013; Lee and Whiteley
-        2018).
+        2018). It is infinite if only one initial particle has descendants with weight.
 
-        The estimate needs hundreds of initial particles with descendants, `num_roots`. With five it
-        is too small by a factor of three; with one it is infinite.
+        The twist must be good. In 300 runs of 2,000 particles on three modes
+        (`benchmarks/weighted/intervals.py`), the standard errors are right to 8% with `Laplace` and
+        `das`. With `dps` and `tds` they are up to 18% too small, with `fk_steering` up to 38%,
+        though 500 to 900 initial particles have descendants: a run that misses a rare mode does not
+        see its own error. `mean ± 1.96 standard_error` then covers the mass .05 of a mode in .63 to
+        .80 of the runs. `interval` covers it in .79 to .94.
         """
+        return self._error(self._sums(self._values(fn)))[0]
+
+    def support(self, fn=None) -> Array:
+        """The effective number of initial particles that determine `standard_error(fn)`,
+
+            (sum_i s_i^2)^2 / sum_i s_i^4,
+
+        where `s_i` is the sum of the weighted residuals over the descendants of initial particle i.
+        It is the number of degrees of freedom of the standard error (Satterthwaite 1946).
+
+        For n independent particles with equal weights, an event of probability 1/2 has the support
+        n, and a rare event that k of them have has the support k. The support is 0 if no particle
+        has the event, or if all have it. Without a trace every particle is an initial particle.
+        """
+        return self._error(self._sums(self._values(fn)))[1]
+
+    def interval(self, fn=None, level: float = 0.95) -> tuple[Array, Array]:
+        """The ends `(low, high)` of a confidence interval of the mean of `fn`, by default of `x`,
+        for each entry of `fn`.
+
+        The interval is `mean(fn) ± q * standard_error(fn)`, where q is a quantile of Student's t
+        distribution with `support(fn)` degrees of freedom. If all values are true or false, or 1 or
+        0, the mean is a probability p. Its interval is symmetric in `log(p / (1 - p))`, so it lies
+        between 0 and 1, and the interval of `1 - p` is its mirror image. If no particle has the
+        event, `high` is `1 - ((1 - level) / 2)^(1 / n)`, where n is the effective number of initial
+        particles.
+
+        With 2,000 particles on three modes (`benchmarks/weighted/intervals.py`), intervals of level
+        .95 contain the right value in these fractions of 300 runs:
+
+        | | mass .05 of a mode | means of four functions |
+        |---|---|---|
+        | `smc` with `Laplace` | .95 | .93 to .97 |
+        | `das` | .96 | .95 |
+        | `tds` | .94 | .91 to .95 |
+        | `smc` with `dps` | .89 | .78 to .92 |
+        | `fk_steering` | .79 | .93 to .98 |
+
+        **Warns** if the support is below 20. No interval knows of a mode that no particle visited:
+        with `dps`, a run without a warning may miss the mean.
+
+        **Raises:** `ValueError` inside of `jit`, `vmap` and `grad`, where `mean`, `standard_error`
+        and `support` can be used.
+        """
+        level = _checks.number(level, "level", 0, 1, closed="neither")
         values = self._values(fn)
+        _check_concrete((self, values))
         weights = self.weights.astype(values.dtype)
-        residual = weights.reshape(-1, *[1] * (values.ndim - 1)) * (
-            values - jnp.tensordot(weights, values, axes=1)[None]
-        )
+        parts = [jnp.tensordot(weights, part, axes=1) for part in (values, 1 - values)]
+        parts += [*self._error(self._sums(values)), jnp.sum(self._by_root(weights) ** 2)]
+        p, q, error, support, squares = (_double(part) for part in parts)
+        _warn_of_support(support)
+        low, high = np.where(
+            jnp.all((values == 0) | (values == 1), axis=0),
+            _logit_interval(p, q, error, support, 1 / squares, level),
+            _student_interval(p, error, support, level),
+        ).astype(values.dtype)
+        return jnp.asarray(low), jnp.asarray(high)
+
+    def log_norm_interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """The ends `(low, high)` of a confidence interval of the log normalizing constant: that of
+        `interval`, where the sums are those of the normalized weights, minus their mean.
+
+        In the runs described there it contains the right value in .95 (`Laplace`), .97 (`das`), .94
+        (`tds`), .84 (`dps`) and .90 (`fk_steering`) of the runs.
+
+        **Warns**, **raises:** as `interval`; `ValueError` for unweighted samples.
+        """
+        level = _checks.number(level, "level", 0, 1, closed="neither")
+        if self.log_norm is None:
+            raise ValueError("unweighted samples do not estimate a normalizing constant: use smc")
+        _check_concrete(self)
+        parts = self.log_norm, *self._error(self._by_root(self.weights) - 1 / len(self))
+        log_norm, error, support = (_double(part) for part in parts)
+        _warn_of_support(support)
+        low, high = _student_interval(log_norm, error, support, level)
+        dtype = self.log_norm.dtype
+        return jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+
+    def _by_root(self, values: Array) -> Array:
+        """The sums of the values over the descendants of each initial particle, `(num, ...)`."""
         roots = None if self.trace is None else self.trace.roots
-        if roots is None:
-            return jnp.sqrt(jnp.sum(residual**2, axis=0))
-        sums = jax.ops.segment_sum(residual, roots, len(self))
-        alone = jnp.all(roots == roots[0])
-        return jnp.where(alone, jnp.inf, jnp.sqrt(jnp.sum(sums**2, axis=0)))
+        return values if roots is None else jax.ops.segment_sum(values, roots, len(self))
+
+    def _sums(self, values: Array) -> Array:
+        """The sums of the weighted residuals over the descendants of each initial particle."""
+        # Relative to one value, so that residuals keep their digits, and are 0 for equal values.
+        values = values - values[jnp.argmax(self.log_weights)][None]
+        weights = self.weights.astype(values.dtype)
+        residuals = values - jnp.tensordot(weights, values, axes=1)[None]
+        return self._by_root(weights.reshape(-1, *[1] * (values.ndim - 1)) * residuals)
+
+    def _error(self, sums: Array) -> tuple[Array, Array]:
+        """The root of the sum of squares, and `(sum s^2)^2 / sum s^4`."""
+        largest = jnp.max(jnp.abs(sums), axis=0)
+        squares = (
+            sums / jnp.where(largest == 0, 1, largest)[None]
+        ) ** 2  # at most 1: none underflows
+        total = jnp.sum(squares, axis=0)
+        support = total**2 / jnp.where(total == 0, 1, jnp.sum(squares**2, axis=0))
+        alone = jnp.sum(self._by_root(self.weights) > 0) == 1
+        return jnp.where(alone, jnp.inf, largest * jnp.sqrt(total)), jnp.where(alone, 1, support)
 
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)`, by default that of `x` itself."""
@@ -297,8 +393,8 @@ class Particles(_repr.Report):
 
     @property
     def num_roots(self) -> Array:
-        """The number of initial particles that have descendants; `standard_error` needs hundreds
-        of them.
+        """The number of initial particles that have descendants. How many of them determine an
+        estimate says `support`.
         """
         if self.trace is None or self.trace.roots is None:
             return jnp.asarray(len(self))
@@ -395,6 +491,60 @@ def effective_numpy(log_weights: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # NaN if all weights are zero
         weights = np.exp(log_weights - log_weights.max(axis=-1, keepdims=True))
     return weights.sum(axis=-1) ** 2 / (weights**2).sum(axis=-1)
+
+
+def _student_interval(
+    center: np.ndarray, error: np.ndarray, support: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of Student's t distribution with `support` degrees of freedom."""
+    from scipy.special import stdtrit
+
+    half = stdtrit(np.maximum(support, 1), (1 + level) / 2) * error
+    return center - half, center + half
+
+
+def _logit_interval(
+    p: np.ndarray,
+    q: np.ndarray,
+    error: np.ndarray,
+    support: np.ndarray,
+    num: np.ndarray,
+    level: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of a probability p, where `q = 1 - p`, from that of `log(p / q)`; for p = 0 and
+    q = 0, the exact interval of `num` independent trials (Clopper and Pearson 1934).
+    """
+    from scipy.special import expit
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # of p = 0 and q = 0
+        center = np.log(p) - np.log(q)
+        low, high = map(expit, _student_interval(center, error / (p * q), support, level))
+    unseen = 1 - ((1 - level) / 2) ** (1 / num)
+    low = np.where(p == 0, 0, np.where(q == 0, 1 - unseen, low))
+    return low, np.where(p == 0, unseen, np.where(q == 0, 1, high))
+
+
+def _double(array: Array) -> np.ndarray:
+    return _sharding.gathered(array).astype(np.float64)
+
+
+def _check_concrete(values: Any) -> None:
+    if not _checks.concrete(values):
+        raise ValueError(
+            "an interval is a report of numbers: call it outside of jit, vmap and grad. mean, "
+            "standard_error and support work inside"
+        )
+
+
+def _warn_of_support(support: np.ndarray) -> None:
+    lowest = np.min(support, initial=np.inf)
+    if lowest < _FEW:
+        _checks.warn(
+            f"the interval rests on a support of {lowest:.2g} initial particles. Below {_FEW} it "
+            "can miss the mean more often than its level says. Use more particles or a better "
+            "twist: Laplace(model, reward, scale) for a concave reward, Conjugate with "
+            "ess_threshold=0 for others"
+        )
 
 
 @functools.partial(jax.jit, inline=True)

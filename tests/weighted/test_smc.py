@@ -506,9 +506,11 @@ def test_constraints_and_failures_are_told():
     with pytest.raises(FloatingPointError, match="the reward's value"):
         tj.smc(jax.random.key(7), MODEL, broken, num=20, steps=STEPS, proposal=BASE)
     hard = tj.dps(MODEL, REWARD, 30.0)
-    with pytest.warns(UserWarning, match="Laplace") as warned:
-        tj.smc(jax.random.key(7), MODEL, hard, num=500, steps=STEPS, ess_threshold=1e-6)
-    assert warned[0].filename == __file__  # the line of the user
+    for threshold in (0, 1e-6):
+        with pytest.warns(UserWarning, match="Laplace") as warned:
+            tj.smc(jax.random.key(7), MODEL, hard, num=500, steps=STEPS, ess_threshold=threshold)
+        assert warned[0].filename == __file__  # the line of the user
+    assert not tj.audit(jax.random.key(7), MODEL, hard, num=500, steps=STEPS).reliable  # no warning
 
 
 def test_bad_input_says_what_to_do():

@@ -45,7 +45,7 @@ from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
 from tiltjax.particles import Particles, effective_numpy
 from tiltjax.solvers import Ancestral, Solver
-from tiltjax.weighted._smc import smc
+from tiltjax.weighted._smc import SMC, simulate
 
 RELIABLE, USABLE = 0.5, 0.7
 
@@ -171,10 +171,11 @@ def audit(
     check(guidance, model)
     # A guidance without a reward raises its error here, before the run.
     jax.eval_shape(guidance.log_tilt, jax.ShapeDtypeStruct(model.shape, model.state_dtype))
-    particles = smc(
-        key, model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
-        chunk_size=chunk_size, sharding=sharding, progress=progress,
+    run = SMC(
+        model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
+        chunk_size=chunk_size, sharding=sharding,
     )  # fmt: skip
+    particles = simulate(_checks.key(key), run, progress)
     if not _checks.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
     rewards = _sharding.gathered(_rewards(guidance, particles.x, chunk_size or num)).astype(

@@ -294,7 +294,7 @@ def smc(
 
     **Returns:** `Particles` with `log_weights` and `log_norm`. `trace` contains the effective
     sample size, the tempering and whether particles were resampled after each step.
-    `particles.standard_error(fn)` uses the genealogy of the trace.
+    `particles.interval(fn)` is a confidence interval, by the genealogy of the trace.
 
     **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist,
     and for thresholds, windows and temperings that do not match; `FloatingPointError` that names
@@ -307,13 +307,19 @@ def smc(
         potential=potential, tempering=tempering, resample=resample, schedule=schedule,
         ess_threshold=ess_threshold, solver=solver, chunk_size=chunk_size, sharding=sharding,
     )  # fmt: skip
+    particles = simulate(key, run, progress)
+    if _checks.concrete(particles):
+        _warn(particles)
+    return particles
+
+
+def simulate(key: Array, run: SMC, progress: bool) -> Particles:
+    """The particles of a run. It raises the run's failure, and does not judge the weights."""
     with _progress.bar("weighing", run.steps, enabled=progress) as bar:
         particles = _smc(key, run, bar)
         if _checks.concrete(particles):
             assert particles.trace is not None
             particles.trace.check()
-            if run.ess_threshold > 0:
-                _warn(particles)
     return particles
 
 
