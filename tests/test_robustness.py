@@ -227,6 +227,7 @@ def test_no_nan_on_the_way_in_either_precision(name, dtype):
     with jax.debug_nans(True):
         found = (VERBS | WHOLE)[name](KEY, jnp.dtype(dtype), 1.0)
     for leaf in jax.tree.leaves(found):
+        leaf = np.asarray(leaf)
         assert np.all(np.isfinite(leaf))
         assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype in (dtype, np.float64)
 

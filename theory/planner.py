@@ -229,7 +229,8 @@ class _Task(NamedTuple):
 
     def guided(self, shift: Callable) -> AffineField:
         law = scales.Constant(self.scale)
-        return AffineField(self.prior, self.form, law, Linear(), shift)
+        field = AffineField(self.prior, self.form, law, Linear(), shift)
+        return _pytree.cast(field, self.prior.means.dtype)
 
     def unguided(self) -> AffineField:
         silent = jnp.zeros_like(self.scale)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from tiltjax import _pytree
 from tiltjax._checks import concrete, count, finite
 
 
@@ -56,7 +57,8 @@ def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> A
     if not width or not concrete(interpolant):
         return times
     with jax.ensure_compile_time_eval():
-        factor = beyond(width, float(interpolant.sigma(jnp.zeros(()))))
+        interpolant = _pytree.cast(interpolant, times.dtype)
+        factor = beyond(width, float(interpolant.sigma(jnp.zeros((), times.dtype))))
         if factor == 1:
             return times
         inner = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))(times[:-1])

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, rewards
+from tiltjax import _checks, _pytree, rewards
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.models._base import Model
 
@@ -127,7 +127,8 @@ class Tilted(Model):
             "Tilted(model, reward, scale), with Analytic(mixture) for a mixture",
         )
         scale = _checks.nonnegative(scale, "scale")
-        natural, precision = rewards.as_reward(reward).conjugate()
+        reward, scale = _pytree.cast((rewards.as_reward(reward), scale), model.dtype)
+        natural, precision = reward.conjugate()
         if natural.shape != model.shape:
             raise ValueError(
                 f"the reward takes states of shape {natural.shape}, but the states of the model "

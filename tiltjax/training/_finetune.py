@@ -95,7 +95,7 @@ class Rollout(eqx.Module):
         """The step from t to u: the next states, the weighted divergences `(num,)`, the kernel, and
         the denoiser of the tuned model.
         """
-        kernel = Ancestral().kernel(self.base.interpolant, t, u)
+        kernel = Ancestral(jnp.ones_like(t)).kernel(self.base.interpolant, t, u)
         tuned = model.denoise_batch(t, x)
         divergence = jnp.zeros(self.num, x.dtype)
         if self.regularized:

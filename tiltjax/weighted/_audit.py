@@ -40,7 +40,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _repr, _sharding
+from tiltjax import _callbacks, _checks, _pytree, _repr, _sharding
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
 from tiltjax.particles import Particles, effective_numpy
@@ -170,7 +170,8 @@ def audit(
     )
     check(guidance, model)
     # A guidance without a reward raises its error here, before the run.
-    jax.eval_shape(guidance.log_tilt, jax.ShapeDtypeStruct(model.shape, model.state_dtype))
+    cast = _pytree.cast(guidance, model.dtype)
+    jax.eval_shape(cast.log_tilt, jax.ShapeDtypeStruct(model.shape, model.state_dtype))
     run = SMC(
         model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
         chunk_size=chunk_size, sharding=sharding,
@@ -178,9 +179,7 @@ def audit(
     particles = simulate(_checks.key(key), run, progress)
     if not _checks.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
-    rewards = _sharding.gathered(_rewards(guidance, particles.x, chunk_size or num)).astype(
-        np.float64
-    )
+    rewards = _sharding.gathered(_rewards(cast, particles.x, chunk_size or num)).astype(np.float64)
     assert particles.trace is not None
     solver = model.default_solver(Ancestral()) if solver is None else solver
     steps = len(particles.trace.times) - 1
