@@ -166,7 +166,7 @@ def recommend(
     budget = _checks.number(budget, "budget", 1, np.inf, closed="left")
     pullback = _checks.number(pullback, "pullback", 0, np.inf, closed="left")
     inner_steps = _checks.count(inner_steps, "inner_steps")
-    reward = rewards.as_reward(reward)
+    reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     strength = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
     form = _pytree.cast(tilts.quadratic_form(reward, prior.dim), prior.means.dtype)
     if not _checks.concrete((prior, form, strength)):
@@ -199,7 +199,7 @@ class _Task(NamedTuple):
     @property
     def isotropic(self) -> bool:
         """Whether H is a multiple of the identity."""
-        matrix = self.form.matrix
+        matrix = np.asarray(self.form.matrix)
         eye = np.eye(self.prior.dim)
         return bool(np.allclose(matrix, matrix[0, 0] * eye, rtol=1e-6, atol=0))
 
