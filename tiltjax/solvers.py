@@ -94,7 +94,9 @@ class Solver(_repr.Printable):
         x: Array,
         state: Any,
     ) -> tuple[Array, Any]:
-        """The state at `u`, and the memory of the guidance."""
+        """The state at `u`, and the memory of the guidance. Before its first step, a run calls
+        `step` with `u = t`, for the field at the noise; then only the memory is used.
+        """
         raise NotImplementedError
 
 

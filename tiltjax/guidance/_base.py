@@ -100,7 +100,7 @@ class Guidance(_repr.Printable):
     @property
     def guides_start(self) -> bool:
         """Whether `tilted` estimates the mean of the tilt near t = 0, so that a run can start from
-        it. Otherwise runs start from the unguided denoiser.
+        it. Otherwise runs start from the unguided denoiser, which the estimate must contain.
         """
         return True
 
