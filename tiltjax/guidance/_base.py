@@ -90,6 +90,9 @@ class Guidance(_repr.Printable):
 
     model: eqx.AbstractVar[Denoiser]
 
+    def __check_init__(self):
+        _pytree.refuse_training_mode(self)
+
     @property
     def needs_every_state(self) -> bool:
         """Whether the guidance must be called at every state of a trajectory. `smc` then calls it

@@ -44,6 +44,9 @@ class Denoiser(_repr.Printable):
     # The default number of steps of a run. None: the default of the solver.
     steps: ClassVar[int | None] = None
 
+    def __check_init__(self):
+        _pytree.refuse_training_mode(self)
+
     @property
     def corruption(self) -> Any:
         """The law of `X_t` given `X_1`, which a step of a solver reverses: an `Interpolant` or

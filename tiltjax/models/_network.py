@@ -25,10 +25,12 @@ class Net(_pytree.KeepsDtype):
 
     fn: _pytree.Function
     params: PyTree
+    captured: Any = eqx.field(static=True)
 
     def __init__(self, fn: Callable, params: PyTree = None):
-        _refuse_training_mode(fn)
-        _refuse_training_mode(params)
+        params = _pytree.opened(params)
+        self.captured = _pytree.outside(params)
+        _pytree.refuse_training_mode(params)
         self.fn, self.params = _pytree.Function(fn), params
         _check_signature(fn, params)
 
@@ -75,16 +77,6 @@ def _check_output(
         rule = "the shape of its input: expected" if shape[int(batched) :] == state else "the shape"
         raise ValueError(f"the network must return {rule} {shape} for {what}, got {got}{hint}")
     return output
-
-
-def _refuse_training_mode(fn: Any) -> None:
-    if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
-        return
-    if (part := _pytree.in_training_mode(fn)) is not None:
-        raise ValueError(
-            f"{part} is in training mode and would change while it samples: call .eval() on the "
-            "network first"
-        )
 
 
 # A call of a batched network from code for one sample. `custom_vmap` turns every surrounding `vmap`

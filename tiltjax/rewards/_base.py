@@ -17,6 +17,9 @@ class Reward(_repr.Printable):
     `__call__(x1) -> scalar`.
     """
 
+    def __check_init__(self):
+        _pytree.refuse_training_mode(self)
+
     def __call__(self, x: Array) -> Array:
         raise NotImplementedError
 
