@@ -12,7 +12,7 @@ from flax import nnx
 from helpers import contracts
 
 import tiltjax as tj
-from tiltjax import _checks, _pytree, posteriors, rewards, scales
+from tiltjax import _checks, _pytree, models, posteriors, rewards, scales
 from tiltjax.particles import Particles, unweighted
 
 KEY = jax.random.key(0)
@@ -250,6 +250,40 @@ def test_numbers_of_every_kind_are_one_program():
 def test_counts_accept_numpy_integers():
     assert _checks.count(np.int64(3), "n") == 3
     assert type(_checks.count(np.int32(3), "n")) is int
+
+
+BIG = np.arange(8.0).reshape(4, 2) + 1
+ENTRANCES = {
+    "target": lambda x: rewards.Quadratic(x[0], np.eye(2).astype(x.dtype))(_checks.native(x[1])),
+    "mixture": lambda x: tj.GaussianMixture(x[0], x[:2], np.stack([EYE] * 2).astype(x.dtype)).means,
+    "start": lambda x: run(KEY, MODEL, num=4, times=[0.5, 1.0], start=x).x,
+    "weights": lambda x: tj.resampling.systematic(KEY, x[:, 0]),
+    "metric": lambda x: tj.metrics.sliced_wasserstein(KEY, x, x + 1),
+    "distance": lambda x: tj.metrics.wasserstein(x, x + 1, weights_x=x[:, 0]),
+    "integers": lambda x: tj.metrics.bootstrap(KEY, jnp.sum, x.astype(x.dtype.str[0] + "i4"))[1],
+    "prompt": lambda x: (
+        tj.tokens.MarkovChain(
+            x[0], x[:2], 2, prompt=(x[0] - 1).astype(x.dtype.str[0] + "i4")
+        ).prompt
+    ),
+    "parameters": lambda x: jax.jit(lambda net, *args: net(*args))(
+        models.Net(lambda w, t, x: w[0] * x, x), *map(_checks.native, (x[0, 0], x[1]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_numbers_in_the_other_byte_order_are_the_same_numbers(name):
+    for dtype in ("f8", "f4"):
+        found, expected = (ENTRANCES[name](BIG.astype(order + dtype)) for order in "><")
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_numbers_of_a_dtype_that_jax_lacks_are_refused():
+    for wrong, name in ((np.ones(2, np.longdouble), "float128"), (np.array(["a"]), "<U1")):
+        if wrong.dtype.itemsize > 8 or wrong.dtype.kind == "U":
+            with pytest.raises(TypeError, match=rf"target .* of dtype {name}, .*astype\(float\)"):
+                rewards.Quadratic(wrong)
 
 
 def test_cast_leaves_networks_alone():
