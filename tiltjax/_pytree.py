@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from tiltjax import _checks, _repr
-from tiltjax._captured import Captured, captured, is_flax
+from tiltjax._captured import Captured, captured, is_flax, is_torch
 from tiltjax._checks import concrete, function
 
 T = TypeVar("T")
@@ -44,6 +44,12 @@ class Function(KeepsDtype):
 
     def __init__(self, fn: Callable, name: str = "fn"):
         function(fn, name)
+        if is_torch(getattr(fn, "__self__", fn)):
+            raise TypeError(
+                f"{name}: JAX cannot trace a PyTorch module, got "
+                f"{type(getattr(fn, '__self__', fn)).__name__}: wrap a reward by "
+                "tiltjax.external.from_torch(module); write a network in JAX"
+            )
         # The object of a method is a part, so that the arrays of a module are also leaves of
         # module.method.
         parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (opened(fn),)
@@ -162,6 +168,20 @@ def _functions(tree: Any) -> Iterator[Any]:
             yield from _functions(tuple(vars(node).values()))
         elif not eqx.is_array(node):
             yield node
+
+
+def is_untraceable(error: Exception) -> bool:
+    """Whether an error comes from a function that JAX cannot trace: one of NumPy or PyTorch, or one
+    that reads values by `float`, `int` or `if`.
+    """
+    kinds = (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerIntegerConversionError,
+    )
+    return isinstance(error, kinds) or (
+        isinstance(error, TypeError) and "must be Tensor, not" in str(error)
+    )
 
 
 def cast(tree: T, dtype: Any) -> T:
