@@ -204,6 +204,15 @@ def test_rewards_of_modules():
 
     with pytest.raises(ValueError, match="training mode"):
         Mine(Net(0.5))
+    net = Net()
+    net.eval()
+
+    class Hidden(rewards.Reward):
+        def __call__(self, x):
+            return net.score(x)
+
+    with pytest.raises(TypeError, match="Flax module 'net' from outside"):
+        Hidden()
 
     class MyModel(tj.Model):
         net: Net

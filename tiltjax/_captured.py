@@ -133,13 +133,13 @@ class _Search:
                     self.visit(item, f"{name}.{field}", None, True)
         elif (wrapped := _instance_value(value, "__wrapped__")) is not None:
             self.visit(wrapped, name, attributes, inside)
-        elif not _in_library(type(value).__module__):
+        elif not in_library(type(value).__module__):
             self.values.append((name, value))
             self._object(value, name, attributes)
 
     def _namespace(self, value: Any, name: str, attributes: frozenset[str] | None) -> None:
         """The attributes of a Python module or of a class that the code reads."""
-        if _in_library(value.__name__ if isinstance(value, types.ModuleType) else value.__module__):
+        if in_library(value.__name__ if isinstance(value, types.ModuleType) else value.__module__):
             return
         for attribute in (attributes or frozenset()) & vars(value).keys():
             self.visit(vars(value)[attribute], f"{name}.{attribute}", attributes, False)
@@ -194,7 +194,7 @@ def _variables(fn: types.FunctionType, names: _Names) -> Iterator[tuple[str, Any
             continue
         if name not in names.written:
             yield name, content
-    if not _in_library(fn.__globals__.get("__name__", "")):
+    if not in_library(fn.__globals__.get("__name__", "")):
         for name in sorted(names.variables - names.written):
             if name in fn.__globals__:
                 yield name, fn.__globals__[name]
@@ -232,5 +232,6 @@ def _instance_value(value: Any, name: str) -> Any:
         return None
 
 
-def _in_library(module: str) -> bool:
+def in_library(module: str) -> bool:
+    """Whether a Python module, by its full name, belongs to a package of `_LIBRARIES`."""
     return module.partition(".")[0] in _LIBRARIES

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from tiltjax import _checks, _repr
-from tiltjax._captured import Captured, captured, is_flax, is_torch
+from tiltjax._captured import Captured, captured, in_library, is_flax, is_torch
 from tiltjax._checks import concrete, function
 
 T = TypeVar("T")
@@ -168,6 +168,16 @@ def _functions(tree: Any) -> Iterator[Any]:
             yield from _functions(tuple(vars(node).values()))
         elif not eqx.is_array(node):
             yield node
+
+
+def check_object(module: eqx.Module) -> None:
+    """Refuse modules in training mode in an object, and Flax modules from outside in the methods of
+    its class.
+    """
+    refuse_training_mode(module)
+    classes = [each for each in type(module).__mro__ if not in_library(each.__module__)]
+    entries = [entry for each in classes for entry in vars(each).values()]
+    outside([entry for entry in entries if inspect.isfunction(entry)])
 
 
 def is_untraceable(error: Exception) -> bool:

@@ -74,9 +74,10 @@ class External(rewards.Reward):
 
     Build the reward once: a new function or record makes a new reward, which compiles again.
 
-    **Raises:** in a run: the exception of the function; `TimeoutError`; `ValueError` for shapes,
-    `TypeError` for dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample);
-    `ValueError` if a run needs a gradient and there is no `value_and_grad`.
+    **Raises:** `ValueError` for a PyTorch or Flax module in training mode that `fn` is or uses; in
+    a run: the exception of the function; `TimeoutError`; `ValueError` for shapes, `TypeError` for
+    dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample); `ValueError` if a run
+    needs a gradient and there is no `value_and_grad`.
     """
 
     fn: Callable = eqx.field(static=True)

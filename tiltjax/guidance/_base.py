@@ -92,7 +92,7 @@ class Guidance(_repr.Printable):
     model: eqx.AbstractVar[Denoiser]
 
     def __check_init__(self):
-        _pytree.refuse_training_mode(self)
+        _pytree.check_object(self)
 
     @property
     def needs_every_state(self) -> bool:

@@ -45,7 +45,7 @@ class Denoiser(_repr.Printable):
     steps: ClassVar[int | None] = None
 
     def __check_init__(self):
-        _pytree.refuse_training_mode(self)
+        _pytree.check_object(self)
 
     @property
     def corruption(self) -> Any:

@@ -18,7 +18,7 @@ class Reward(_repr.Printable):
     """
 
     def __check_init__(self):
-        _pytree.refuse_training_mode(self)
+        _pytree.check_object(self)
 
     def __call__(self, x: Array) -> Array:
         raise NotImplementedError
