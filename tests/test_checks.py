@@ -4,15 +4,17 @@ how to fix it). Good input passes, also where its values cannot be read.
 Tier: exact.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from helpers import contracts
 
 import tiltjax as tj
-from tiltjax import _checks, _pytree, posteriors, rewards, scales
+from tiltjax import _checks, _pytree, models, posteriors, rewards, scales
 from tiltjax.particles import Particles, unweighted
 from tiltjax.weighted import potentials
 
@@ -46,6 +48,37 @@ def captured():
 def in_training():
     network = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     return run(KEY, tj.from_velocity(lambda module, t, x: module(x), network, shape=(2,)))
+
+
+class Returns(tj.guidance.Guidance):
+    """A guidance whose calls return anything."""
+
+    model: tj.Model
+    result: object = eqx.field(static=True)
+
+    def __call__(self, key, t, x, state):
+        return self.result(tj.guidance.Estimate(x), state)
+
+    def log_tilt(self, x1):
+        return jnp.zeros(())
+
+
+def returns(result, wrap=lambda guidance: guidance):
+    return lambda: run(KEY, MODEL, wrap(Returns(MODEL, result)))
+
+
+def of_batches(t, x):
+    return x * t[:, None]
+
+
+class Swapped(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, x, timestep):
+        return self.weight * x
+
+
+TORCH = torch.nn.Linear(2, 1).eval()
 
 
 WRONG_VALUES = {
@@ -121,6 +154,16 @@ WRONG_VALUES = {
         lambda: run(KEY, tj.from_velocity(lambda t, x: x[:1], shape=(2,))),
         r"expected \(2,\).*got \(1,\).*batched=True",
     ),
+    "batched forgotten": (
+        lambda: run(KEY, tj.from_velocity(of_batches, shape=(2,))),
+        r"one state of shape \(2,\) \(IndexError.*accepts a batch: pass batched=True",
+    ),
+    "batched for nothing": (
+        lambda: run(
+            KEY, tj.from_velocity(lambda t, x: jnp.append(x[1:], t), shape=(2,), batched=True)
+        ),
+        r"a batch of states \(.*accepts one state: leave out batched=True",
+    ),
     "module in training mode": (in_training, r"training mode.*\.eval\(\)"),
     "dtype of integers": (
         lambda: tj.from_velocity(lambda t, x: x, shape=(2,), dtype=int),
@@ -136,6 +179,77 @@ WRONG_VALUES = {
     ),
 }
 WRONG_TYPES = {
+    "parameters x, t": (
+        lambda: tj.from_velocity(lambda x, t: x, shape=(2,)),
+        r"called as fn\(t, x\), but its parameters are named \(x, t\): swap them",
+    ),
+    "parameters w, x, t": (
+        lambda: tj.from_noise(lambda w, x_t, time: x_t, jnp.ones(2), shape=(2,)),
+        r"fn\(params, t, x\), but its parameters are named \(w, x_t, time\): swap them",
+    ),
+    "module of x, t": (
+        lambda: tj.from_velocity(Swapped(jnp.ones(2)), shape=(2,)),
+        r"named \(x, timestep\): swap",
+    ),
+    "swapped arguments": (
+        lambda: run(KEY, tj.from_velocity(lambda y, s: jnp.append(y[1:], s), shape=(2,))),
+        r"called as network\(t, x\) and fails \(IndexError.*accepts \(x, t\): swap",
+    ),
+    "swapped arguments of another shape": (
+        lambda: run(KEY, tj.from_velocity(lambda y, s: 0.5 * y, shape=(2,))),
+        r"fails \(it returns shape \(\)\), but accepts \(x, t\)",
+    ),
+    "PyTorch network": (
+        lambda: tj.from_velocity(TORCH, shape=(2,)),
+        r"cannot trace a PyTorch module, got Linear.*in JAX",
+    ),
+    "PyTorch in a network": (
+        lambda: run(KEY, tj.from_velocity(lambda t, x: TORCH(x), shape=(2,))),
+        r"JAX cannot trace the network.*jax\.numpy",
+    ),
+    "NumPy network": (
+        lambda: run(KEY, tj.from_velocity(lambda t, x: np.tanh(x), shape=(2,))),
+        r"JAX cannot trace the network \(TracerArray.*jax\.numpy",
+    ),
+    "PyTorch reward": (lambda: tj.dps(MODEL, TORCH), r"reward.*PyTorch module.*from_torch\(module"),
+    "method of a PyTorch reward": (lambda: tj.dps(MODEL, TORCH.forward), r"from_torch\(module"),
+    "PyTorch in a reward": (
+        lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: TORCH(x).sum())),
+        r"JAX cannot trace the reward.*External\(fn\) for NumPy.*from_torch\(fn\) for PyTorch",
+    ),
+    "NumPy reward": (
+        lambda: tj.best_of_n(POINTS, lambda x: np.linalg.norm(x), 2),
+        r"JAX cannot trace the reward \(TracerArray.*External\(fn\)",
+    ),
+    "reward of Python numbers": (
+        lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: float(x[0]))),
+        r"JAX cannot trace the reward \(Concretization.*without float",
+    ),
+    "reward with a branch": (
+        lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: x[0] if x[0] > 0 else -x[0])),
+        r"JAX cannot trace the reward \(TracerBool.*and if of its values",
+    ),
+    "guidance of an array": (
+        returns(lambda estimate, state: estimate.tilted),
+        r"Returns must return \(Estimate, state\).*got Array",
+    ),
+    "guidance without a state": (returns(lambda estimate, state: estimate), "got Estimate"),
+    "guidance of nothing": (returns(lambda estimate, state: None), "got NoneType: return Estim"),
+    "guidance of arrays": (
+        returns(lambda estimate, state: (estimate.tilted, state)),
+        "got a pair of Array and tuple",
+    ),
+    "guidance of a triple": (
+        returns(lambda estimate, state: (estimate, state, 0)),
+        "got a tuple of 3",
+    ),
+    "guidance in a wrapper": (
+        returns(
+            lambda estimate, state: estimate,
+            lambda guidance: tj.guidance.Clipped(guidance, 1.0),
+        ),
+        r"Returns must return \(Estimate, state\)",
+    ),
     "draws fractional": (
         lambda: tj.PlugIn(tj.Exact(MODEL), REWARD, k=1.5),
         r"k must be a whole.*1\.5",
@@ -301,6 +415,40 @@ def test_random_streams_are_compared_by_their_state():
     stream = lambda seed: {"rngs": jax.random.key(seed), "w": jnp.ones(2)}
     assert _pytree.same(stream(0), stream(0))
     assert not _pytree.same(stream(0), stream(1))
+
+
+BIG = np.arange(8.0).reshape(4, 2) + 1
+ENTRANCES = {
+    "target": lambda x: rewards.Quadratic(x[0], np.eye(2).astype(x.dtype))(_checks.native(x[1])),
+    "mixture": lambda x: tj.GaussianMixture(x[0], x[:2], np.stack([EYE] * 2).astype(x.dtype)).means,
+    "start": lambda x: run(KEY, MODEL, num=4, times=[0.5, 1.0], start=x).x,
+    "weights": lambda x: tj.resampling.systematic(KEY, x[:, 0]),
+    "metric": lambda x: tj.metrics.sliced_wasserstein(KEY, x, x + 1),
+    "distance": lambda x: tj.metrics.wasserstein(x, x + 1, weights_x=x[:, 0]),
+    "integers": lambda x: tj.metrics.bootstrap(KEY, jnp.sum, x.astype(x.dtype.str[0] + "i4"))[1],
+    "prompt": lambda x: (
+        tj.tokens.MarkovChain(
+            x[0], x[:2], 2, prompt=(x[0] - 1).astype(x.dtype.str[0] + "i4")
+        ).prompt
+    ),
+    "parameters": lambda x: jax.jit(lambda net, *args: net(*args))(
+        models.Net(lambda w, t, x: w[0] * x, x), *map(_checks.native, (x[0, 0], x[1]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_numbers_in_the_other_byte_order_are_the_same_numbers(name):
+    for dtype in ("f8", "f4"):
+        found, expected = (ENTRANCES[name](BIG.astype(order + dtype)) for order in "><")
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_numbers_of_a_dtype_that_jax_lacks_are_refused():
+    for wrong, name in ((np.ones(2, np.longdouble), "float128"), (np.array(["a"]), "<U1")):
+        if wrong.dtype.itemsize > 8 or wrong.dtype.kind == "U":
+            with pytest.raises(TypeError, match=rf"target .* of dtype {name}, .*astype\(float\)"):
+                rewards.Quadratic(wrong)
 
 
 def test_cast_leaves_networks_alone():

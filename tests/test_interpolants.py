@@ -38,6 +38,8 @@ def test_parametrizations_round_trip(path, t):
     chex.assert_trees_all_close(
         path.denoised_from_velocity(t, x, velocity), denoised, atol=1e-13 * size, rtol=0
     )
+    v = path.alpha(t) * noise - path.sigma(t) * denoised
+    chex.assert_trees_all_close(path.denoised_from_v(t, x, v), denoised, atol=1e-13 * size, rtol=0)
     chex.assert_trees_all_close(path.score(t, x, denoised) * path.sigma(t), -noise, rtol=1e-13)
     chex.assert_trees_all_close(path.alpha(t) * denoised + path.sigma(t) * noise, x, atol=TOLERANCE)
 

@@ -1,7 +1,7 @@
 r"""tiltjax: sample from `rho(x) exp(scale * r(x))`, for a flow or diffusion model `rho` and a
 reward `r`.
 
-    model  = Analytic(mixture) | from_velocity(fn) | from_noise(fn) | from_denoiser(fn)
+    model  = Analytic(mixture) | from_velocity(fn) | from_noise(fn) | from_v(fn) | from_denoiser(fn)
         E[X_1 | X_t = x]
     reward   = any function of one sample, or tiltjax.rewards
     guidance = PlugIn(Glass(model), reward, scale=3.)      ∇ log E[exp(scale r(X_1)) | X_t = x]
@@ -45,6 +45,7 @@ from tiltjax.models import (
     Tilted,
     from_denoiser,
     from_noise,
+    from_v,
     from_velocity,
 )
 from tiltjax.particles import Particles
@@ -75,6 +76,7 @@ __all__ = [
     "GaussianMixture",
     "from_velocity",
     "from_noise",
+    "from_v",
     "from_denoiser",
     "Tilted",
     "Annealed",

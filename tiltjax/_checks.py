@@ -37,7 +37,13 @@ def floating(value: Any, name: str, ndim: int | tuple[int, ...] | None = None) -
     try:
         array = _on_device(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from None
+        got = f"{name} must be numbers, got {type(value).__name__}"
+        if type(value) is np.ndarray:
+            raise TypeError(
+                f"{got} of dtype {value.dtype}, which JAX does not have: convert it by "
+                ".astype(float)"
+            ) from None
+        raise TypeError(f"{got}: {error}") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
             raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
@@ -56,15 +62,25 @@ def _on_device(value: Any) -> Array:
     `jnp.asarray` compiles for each new shape.
     """
     is_numpy = type(value) is np.ndarray or isinstance(value, np.generic)
+    value = native(value)
     if not is_numpy and not _is_plain(value):
         return jnp.asarray(value)
     array = np.array(value)
-    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or not array.dtype.isnative:
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         return jnp.asarray(value)  # JAX explains what is wrong
     if not (is_numpy and array.dtype.kind == "f"):
         # JAX's integers may be too short for a number that a float can represent.
         array = array.astype(jnp.result_type(float))
     return jax.device_put(array)
+
+
+def native(value: Any) -> Any:
+    """A NumPy array or number in the byte order of this machine, the only one that JAX has; other
+    values unchanged. FITS and IDX files, for example, hold big-endian numbers.
+    """
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
 
 
 def _is_plain(value: Any) -> bool:
@@ -197,6 +213,7 @@ def float_dtype(value: Any, of: str, why: str = "") -> np.dtype:
         raise TypeError(
             f"the dtype of the {of} must be a dtype such as jnp.float32, got {value!r}"
         ) from None
+    dtype = dtype if dtype.isnative else dtype.newbyteorder("=")
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(
             f"the dtype of the {of} must be a floating dtype of at least 32 bits, got {dtype}{why}"

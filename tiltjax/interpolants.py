@@ -99,6 +99,13 @@ class Interpolant(_repr.Printable):
         """The denoiser from a velocity."""
         return (self.sigma(t) * velocity - jax.grad(self.sigma)(t) * x) / self._wronskian(t)
 
+    def denoised_from_v(self, t: Array, x: Array, v: Array) -> Array:
+        """The denoiser from a prediction of `v = alpha X_0 - sigma X_1` (Salimans and Ho, arXiv
+        2202.00512), which is not the velocity: `(alpha x - sigma v) / (alpha^2 + sigma^2)`.
+        """
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return (alpha * x - sigma * v) / (alpha**2 + sigma**2)
+
     def tweedie(self, t: Array) -> Array:
         """`sigma_t^2 / alpha_t`, the factor of Tweedie's identities.
 

@@ -2,6 +2,8 @@
 entry in float32).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,64 @@ def test_what_it_refuses():
         tj.external.from_torch(lambda x: 1.0).evaluate(POINTS)
     with pytest.raises(ValueError, match=r"values of shape \(7, 4\), expected \(7,\)"):
         tj.external.from_torch(lambda x: x).evaluate(POINTS, gradient=True)
+
+
+class Judge:
+    def __init__(self, net):
+        self.net = net
+
+    def score(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda net: net.forward,
+        lambda net: lambda x: net(x),
+        lambda net: functools.partial(net),
+        lambda net: (lambda nets: lambda x: nets["a"][0](x))({"a": [net]}),
+        lambda net: Judge(net).score,
+        lambda net: (lambda judge: lambda x: judge.score(x))(Judge(net)),
+        lambda net: torch.nn.Sequential(torch.nn.Sequential().eval(), net),
+    ],
+    ids=("method", "closure", "partial", "dictionary", "object", "closure of an object", "part"),
+)
+def test_a_module_in_training_mode_is_found_everywhere(hide):
+    for build in (tj.external.from_torch, tj.external.External):
+        with pytest.raises(ValueError, match=r"training mode.*\.eval\(\)"):
+            build(hide(network(torch.float64).train()))
+
+
+def without_grad(x):
+    with torch.no_grad():
+        return x.sum(1)
+
+
+WEIGHT = torch.ones((), dtype=torch.float64, requires_grad=True)
+NO_GRADIENT = {
+    "no_grad": without_grad,
+    "step": lambda x: (x[:, 0] > 0).to(x.dtype),
+    "detached": lambda x: WEIGHT * x.detach().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_a_reward_without_a_gradient_says_which_methods_need_none(name):
+    model = tj.from_denoiser(
+        lambda t, x: t * x / (t**2 + (1 - t) ** 2), shape=(2,), dtype=jnp.float64
+    )
+    reward, key = tj.external.from_torch(NO_GRADIENT[name]), jax.random.key(0)
+    for guidance in (tj.dps(model, reward), tj.PlugIn(tj.Glass(model), reward, k=2)):
+        with pytest.raises(ValueError, match=r"has no gradient.*best_of_n.*fk_steering.*ValueOnly"):
+            tj.sample(key, model, guidance, num=4, steps=2)
+    samples = tj.sample(key, model, num=4, steps=2)
+    tj.best_of_n(samples, reward, 2)
+    tj.softmax_of_n(key, samples, reward, 2, 1.0)
+    tj.fk_steering(key, model, reward, num=4, steps=10)
+    tj.svdd(key, model, reward, num=4, steps=2, children=2)
+    guidance = tj.dps(model, tj.rewards.ValueOnly(reward))
+    tj.smc(key, model, guidance, num=4, steps=2, proposal=tj.weighted.proposals.Base())
 
 
 def test_rewards_of_tokens_are_real_numbers_and_tokens_stay_integers():

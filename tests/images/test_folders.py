@@ -8,6 +8,7 @@ from PIL import Image
 
 from tiltjax.images import flux, folders, loading
 from tiltjax.images.flux import _pipeline
+from tiltjax.pretrained import files
 
 PROMPT = "a red square on green"
 
@@ -33,6 +34,47 @@ def test_a_model_of_a_folder_is_its_parts(folder):
     grid = np.asarray(flux.schedule(folder, model, 4))
     mu = 0.5 + 0.65 * (8 - 256) / (4096 - 256)
     np.testing.assert_allclose(1 - grid[1], np.exp(mu) / (np.exp(mu) + 1 / 0.75 - 1), rtol=1e-6)
+
+
+def test_adapters_of_a_file_reach_the_transformer_and_the_text_encoders(folder, tmp_path):
+    options = {"height": 16, "width": 8, "dtype": jax.numpy.float32}
+    names = {
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1": ("text_encoder", "layers.0.mlp.fc1"),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q": ("text_encoder_2", "SelfAttention.q"),
+        "transformer.context_embedder": ("transformer", "context_embedder"),
+    }
+    low_rank = {}
+    for name, (part, place) in names.items():
+        weights = files.read_folder(folder / part)
+        m, n = next(weights.shape(key) for key in weights if key.endswith(f"{place}.weight"))
+        low_rank |= {f"{name}.lora_down.weight": np.ones((1, n), np.float32)}
+        low_rank |= {f"{name}.lora_up.weight": np.linspace(-3, 3, m, dtype=np.float32)[:, None]}
+        low_rank |= {f"{name}.alpha": np.ones(1, np.float32)}
+    files.write(tmp_path / "lora.safetensors", low_rank)
+    plain = flux.load_model(folder, PROMPT, **options)
+    tuned = flux.load_model(folder, PROMPT, adapters=tmp_path / "lora.safetensors", **options)
+    for before, after in (
+        (plain.parts.text, tuned.parts.text),
+        (plain.parts.pooled, tuned.parts.pooled),
+        (
+            plain.parts.transformer.context_embedder.kernel[...],
+            tuned.parts.transformer.context_embedder.kernel[...],
+        ),
+    ):
+        assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
+    with pytest.warns(UserWarning, match=r"6 arrays .* left out: add them by load\('clip'.*'t5'"):
+        loading.load("transformer", folder, adapters=tmp_path / "lora.safetensors")
+    # One file for one encoder leaves the others as they are.
+    one = {key: array for key, array in low_rank.items() if key.startswith("lora_te3")}
+    files.write(tmp_path / "one.safetensors", one)
+    tuned = flux.load_model(folder, PROMPT, adapters=tmp_path / "one.safetensors", **options)
+    np.testing.assert_array_equal(tuned.parts.pooled, plain.parts.pooled)
+    np.testing.assert_array_equal(
+        tuned.parts.text,
+        flux.load_model(
+            folder, PROMPT, adapters=tmp_path / "lora.safetensors", **options
+        ).parts.text,
+    )
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(folder):

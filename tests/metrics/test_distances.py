@@ -485,3 +485,24 @@ def test_bad_input_is_refused_with_a_reason(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+# --- samples of one number
+
+
+def test_particles_of_numbers_are_points_of_the_line():
+    x, y = normal(0, 40), normal(1, 40) + 1.0
+    weights = jnp.linspace(0.1, 1.0, 40)
+    measures = (
+        metrics.wasserstein,
+        metrics.mmd,
+        lambda x, y: metrics.sliced_wasserstein(jax.random.key(0), x, y),
+        lambda x, _: metrics.pairwise_diversity(x),
+        lambda x, _: metrics.mode_weights(x, GaussianMixture([1.0], [[0.0]], [[[1.0]]])),
+    )
+    for measure in measures:
+        numbers = measure(weighted(x, weights), Particles(y, jnp.zeros(40)))
+        points = measure(weighted(x[:, None], weights), Particles(y[:, None], jnp.zeros(40)))
+        np.testing.assert_array_equal(numbers, points)
+    with pytest.raises(ValueError, match=r"for samples on the line pass x\[:, None\]"):
+        metrics.mmd(x, y)

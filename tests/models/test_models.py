@@ -33,9 +33,15 @@ def assert_close(a, b, tolerance=TOLERANCE):
 def test_every_parametrization_is_the_same_model(name):
     model, times = tj.Analytic(MIXTURE, PATHS[name]), (1e-3, 0.5, 0.99)
     options = {"shape": (2,), "interpolant": PATHS[name]}
+
+    def v(t, x):  # in the notation of diffusion models, with alpha for the data
+        path = PATHS[name]
+        return path.alpha(t) * model.noise(t, x) - path.sigma(t) * model.denoise(t, x)
+
     networks = (
         tj.from_velocity(model.velocity, **options),
         tj.from_noise(model.noise, **options),
+        tj.from_v(v, **options),
         tj.from_denoiser(model.denoise, **options),
     )
 
@@ -52,6 +58,33 @@ def test_every_parametrization_is_the_same_model(name):
         size = float(1 / model.interpolant.alpha(t) + 1 / model.interpolant.sigma(t) ** 2)
         for values in got:
             chex.assert_trees_all_close(values, expected, rtol=TOLERANCE, atol=1e-13 * size)
+
+
+def test_v_prediction_is_that_of_diffusion_models_and_not_the_velocity():
+    """`DDPMScheduler.get_velocity` of diffusers is `sqrt(a) noise - sqrt(1 - a) sample` for
+    `a = alphas_cumprod[i]`. Its schedulers read it as `sqrt(a) x - sqrt(1 - a) v`.
+    """
+    table = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    vp = tj.DiscreteVP(table)
+    sample, noise = np.asarray([0.3, -1.2]), np.asarray([0.8, 0.1])
+    for level in (0, 500, 999):
+        a, t = table[level], vp.clock(jnp.asarray(float(level)))
+        x, v = (
+            np.sqrt(a) * sample + np.sqrt(1 - a) * noise,
+            np.sqrt(a) * noise - np.sqrt(1 - a) * sample,
+        )
+        options = {"shape": (2,), "interpolant": vp, "dtype": jnp.float64}
+        read = tj.from_v(lambda t, x, v=v: jnp.asarray(v), **options).denoise(t, jnp.asarray(x))
+        np.testing.assert_allclose(read, sample, atol=1e-9)
+        np.testing.assert_allclose(read, np.sqrt(a) * x - np.sqrt(1 - a) * v, atol=1e-9)
+        another = tj.from_velocity(lambda t, x, v=v: jnp.asarray(v), **options)
+        if level:
+            assert np.abs(another.denoise(t, jnp.asarray(x)) - sample).max() > 0.1
+    with pytest.raises(TypeError, match="interpolant"):
+        tj.from_v(lambda t, x: x, shape=(2,))  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"interpolant must be an Interpolant.*VP\(\)"):
+        tj.from_v(lambda t, x: x, shape=(2,), interpolant=None)  # pyright: ignore
+    assert str(tj.from_v(lambda t, x: x, shape=(2,), interpolant=tj.VP())).startswith("from_v(")
 
 
 def test_the_analytic_denoiser_is_the_posterior_mean():

@@ -164,6 +164,21 @@ def test_what_cannot_be_trained_is_refused():
         training.split_parameters(velocity(param_dtype=jnp.bfloat16))
 
 
+def test_an_error_of_the_network_itself_is_raised_unchanged():
+    def broken(t, x):
+        raise KeyError("mine")
+
+    for batched in (False, True):
+        model = tj.from_velocity(broken, shape=(2,), batched=batched)
+        with pytest.raises(KeyError, match="mine"):
+            model.denoise(jnp.asarray(0.5), jnp.ones(2))
+    # This network accepts a state and a batch, so `batched` is not the reason.
+    model = tj.from_velocity(velocity(param_dtype=jnp.float64), shape=(2,), batched=True)
+    value = lambda model: jnp.sum(model.denoise(jnp.asarray(0.5), jnp.ones(2)))
+    with pytest.raises(TypeError, match="not differentiable in its parameters"):
+        eqx.filter_grad(value)(model)
+
+
 @pytest.mark.slow
 def test_guided_runs_of_a_network_come_out_alike_to_the_last_bit():
     # Also weighed, and traced anew: nothing but the key decides.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.flux_fixtures import CONFIGS, TRANSFORMERS, keys, weights
+from safetensors.numpy import save_file
 
 from tiltjax.images import loading
 from tiltjax.images.networks.transformer import RENAMES, STACKED, Config, Transformer
@@ -163,13 +164,19 @@ def factors(m, n, rank=2, seed=0):
     )
 
 
+def assumed():
+    """The warning about adapters without an alpha."""
+    return pytest.warns(UserWarning, match="alpha = rank is assumed.*multiply scale by alpha / ra")
+
+
 def test_adapters_are_added_to_their_matrices_and_to_nothing_else():
     arrays = published()
     name = "single_transformer_blocks.1.proj_mlp"
     a, b = factors(192, 48)
     expected = arrays | {f"{name}.weight": arrays[f"{name}.weight"] + 0.5 * b @ a}
     low_rank = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    merged = adapters.merged(arrays, low_rank, 0.5)
+    with assumed():
+        merged = adapters.merged(arrays, low_rank, 0.5)
     for key in arrays:
         np.testing.assert_allclose(merged[key], expected[key], atol=1e-6)
     # An alpha counts by the rank.
@@ -211,6 +218,7 @@ def test_adapters_of_a_flow_map_reach_the_second_embedder():
         a, b = factors(48, 256, seed=seed)
         place = f"transformer.time_text_embed.{which}_embedder.timestep_embedder.linear_1"
         low_rank |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+        low_rank[f"{place}.alpha"] = np.asarray([2.0], np.float32)  # some files have the shape (1,)
     with pytest.raises(ValueError, match=r"2 of 2 adapters match no matrix .*key_names\.dual"):
         adapters.merged(arrays, low_rank)
     merged = adapters.merged(key_names.dual(arrays), low_rank)
@@ -233,10 +241,155 @@ def test_wrong_adapters_are_errors_with_names():
             arrays,
             {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, f"{place}.dora_scale": a},
         )
+    pair = lambda a, b: {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
     with pytest.raises(ValueError, match="different ranks, 2 and 1"):
-        adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:, :1]})
+        adapters.merged(arrays, pair(a, b[:, :1]))
+    alpha = {f"{place}.alpha": np.ones(())}
     with pytest.raises(ValueError, match=r"to_q.weight \(47, 48\)"):
-        adapters.merged(arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b[:47]})
+        adapters.merged(arrays, pair(a, b[:47]) | alpha)
+    with pytest.raises(ValueError, match=r"alpha must be one number, got shape \(2,\)"):
+        adapters.merged(arrays, pair(a, b) | {f"{place}.alpha": np.ones(2)})
+    with pytest.raises(ValueError, match=r"of a convolution, got \(2, 48\) and \(48, 2, 3, 3\)"):
+        adapters.merged(arrays, pair(a, np.ones((48, 2, 3, 3))) | alpha)
+
+
+MATRICES = {"a.to_q.weight": np.zeros((3, 5), np.float32), "a.to_k.weight": np.zeros((3, 5))}
+LORA = {
+    f"transformer.a.{name}.lora_{which}.weight": factor
+    for name in ("to_q", "to_k")
+    for which, factor in zip("AB", factors(3, 5), strict=True)
+}
+UNIT = factors(3, 5)[1] @ factors(3, 5)[0]
+
+
+def strengths(file, names=("to_q", "to_k")):
+    """The factors alpha / rank that a file is merged with."""
+    found = adapters.merged(MATRICES, files.read(file))
+    ratios = [found[f"a.{name}.weight"] / UNIT for name in names]
+    for ratio in ratios:
+        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    return [float(ratio[0, 0]) for ratio in ratios]
+
+
+def in_header(file, settings, arrays=LORA):
+    """A file as diffusers writes it."""
+    save_file(
+        arrays, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    )
+    return file
+
+
+SETTINGS = {
+    "alpha of a pipeline": ({"transformer.r": 2, "transformer.lora_alpha": 4}, [2, 2]),
+    "alpha of a network": ({"r": 2, "lora_alpha": 3}, [1.5, 1.5]),
+    "alphas by modules": (
+        {
+            "transformer.r": 8,
+            "transformer.lora_alpha": 1,
+            "transformer.rank_pattern": {"to_q": 2, "^a.to_k": 2},
+            "transformer.alpha_pattern": {"a.to_q": 5.0, "q": 7, "o_k": 7},
+        },
+        [2.5, 0.5],
+    ),
+    "the root of the rank": ({"r": 2, "lora_alpha": 4, "use_rslora": True}, [8**0.5, 8**0.5]),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_the_strength_in_a_header_counts(tmp_path, settings, expected):
+    found = strengths(in_header(tmp_path / "x.safetensors", settings))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_strength_beside_a_file_counts_less_than_in_its_header_and_that_less_than_an_array(
+    tmp_path,
+):
+    peft = {key.replace("transformer.", "base_model.model."): LORA[key] for key in LORA}
+    files.write(tmp_path / "adapter_model.safetensors", peft)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "alpha_pattern": {"to_k": 1}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = strengths(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_allclose(found, [3, 0.5], rtol=1e-5)
+    arrays = LORA | {"transformer.a.to_k.alpha": np.ones(1)}
+    file = in_header(tmp_path / "x.safetensors", {"r": 2, "lora_alpha": 4}, arrays)
+    np.testing.assert_allclose(strengths(file), [2, 0.5], rtol=1e-5)
+    save_file(LORA, file, metadata={"ss_network_alpha": "5.0", "ss_network_dim": "2"})
+    (tmp_path / "adapter_config.json").unlink()
+    np.testing.assert_allclose(strengths(file), [2.5, 2.5], rtol=1e-5)
+
+
+def test_an_unknown_strength_is_said(tmp_path):
+    files.write(tmp_path / "x.safetensors", LORA)
+    with assumed():
+        assert strengths(tmp_path / "x.safetensors") == pytest.approx([1, 1])
+    # The settings of another network do not count.
+    file = in_header(
+        tmp_path / "y.safetensors", {"text_encoder.r": 2, "text_encoder.lora_alpha": 4}
+    )
+    with assumed():
+        assert strengths(file) == pytest.approx([1, 1])
+    file = in_header(tmp_path / "y.safetensors", {"r": 4, "lora_alpha": 4})
+    with pytest.raises(ValueError, match=r"has rank 2.*have rank 4.*dict\(adapters\)"):
+        strengths(file)
+    with assumed():
+        adapters.merged(MATRICES, dict(files.read(file)))
+    file = in_header(tmp_path / "y.safetensors", {"r": 2, "lora_alpha": 4, "use_dora": True})
+    with pytest.raises(ValueError, match="use_dora, which is not supported: merge"):
+        strengths(file)
+    save_file(LORA, file, metadata={"lora_adapter_metadata": "nothing"})
+    with pytest.raises(ValueError, match="lora_adapter_metadata of these adapters is no JSON"):
+        strengths(file)
+
+
+def test_adapters_of_convolutions():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    weights = {"conv.weight": draw(4, 3, 3, 3), "one.weight": draw(4, 3, 1, 1)}
+    a, b, c, d = draw(2, 3, 3, 3), draw(4, 2, 1, 1), draw(2, 3), draw(4, 2)
+    low_rank = {
+        "conv.lora_down.weight": a,
+        "conv.lora_up.weight": b,
+        "conv.alpha": np.ones(1),
+        "one.lora_down.weight": c,
+        "one.lora_up.weight": d,
+        "one.alpha": np.ones(()),
+    }
+    found = adapters.merged(weights, low_rank)
+    x = draw(1, 3, 8, 8)
+    convolution = lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME")
+    expected = convolution(x, weights["conv.weight"]) + 0.5 * convolution(convolution(x, a), b)
+    np.testing.assert_allclose(convolution(x, found["conv.weight"]), expected, atol=1e-4)
+    shift = (found["one.weight"] - weights["one.weight"])[:, :, 0, 0]
+    np.testing.assert_allclose(shift, 0.5 * d @ c, atol=1e-5)
+
+
+def test_adapters_of_text_encoders_are_told_apart():
+    a, b = factors(4, 4)
+    names = {
+        "transformer": ["transformer.x", "lora_unet_x", "diffusion_model.x"],
+        "text_encoder": ["text_encoder.text_model.x", "lora_te1_text_model_x", "lora_te_x"],
+        "text_encoder_2": ["text_encoder_2.encoder.x", "lora_te3_encoder_x"],
+    }
+    for network, modules in names.items():
+        for module in modules:
+            low_rank = {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b}
+            assert adapters.parts(low_rank) == {network: 2}
+            base = "encoder.x.weight" if network == "text_encoder_2" else "x.weight"
+            for prefix in ("", "text_model.") if network == "text_encoder" else ("",):
+                with assumed():
+                    found = adapters.merged({prefix + base: np.zeros((4, 4))}, low_rank)
+                np.testing.assert_allclose(found[prefix + base], b @ a, atol=1e-5)
+    both = LORA | {f"text_encoder.x.lora_linear_layer.{d}.weight": a for d in ("up", "down")}
+    with pytest.raises(ValueError, match=r"4 of the transformer, 2 of the text_encoder: pass"):
+        adapters.merged(MATRICES, both)
+    assert set(adapters.part(both, "transformer")) == set(LORA)
+    assert len(adapters.part(both, "text_encoder")) == 2
+    with pytest.raises(ValueError, match="no adapters of the text_encoder_2, only of"):
+        adapters.part(both, "text_encoder_2")
+    with pytest.raises(ValueError, match="name must be one of transformer"):
+        adapters.part(both, "vae")
+    plain = {"x.lora_A.weight": a}
+    assert adapters.part(plain, "text_encoder").keys() == plain.keys()
 
 
 # Files.
@@ -330,9 +483,11 @@ def test_adapters_are_merged_while_loading(tmp_path):
     files.write(
         tmp_path / "lora.safetensors", {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
     )
-    found = arrays_of(
-        loading.load("transformer", tmp_path, adapters=tmp_path / "lora.safetensors", scale=0.5)
-    )
+    with assumed():
+        network = loading.load(
+            "transformer", tmp_path, adapters=tmp_path / "lora.safetensors", scale=0.5
+        )
+    found = arrays_of(network)
     first, second = (
         found[f"time_text_embed.{each}_embedder.timestep_embedder.linear_1.weight"]
         for each in ("original", "second")
@@ -342,7 +497,7 @@ def test_adapters_are_merged_while_loading(tmp_path):
     )
     np.testing.assert_allclose(second, first + 0.5 * b @ a, atol=1e-5)
     (tmp_path / "vae").symlink_to(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="only a transformer takes adapters"):
+    with pytest.raises(ValueError, match="only a transformer or a text encoder takes"):
         loading.load("autoencoder", tmp_path, adapters=tmp_path / "lora.safetensors")
 
 

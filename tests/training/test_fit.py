@@ -20,7 +20,12 @@ from tiltjax import _progress, training
 KEY = jax.random.key(0)
 PATHS = contracts.paths()
 MEAN, SPREAD = 0.7, 0.6
-TARGETS = {"velocity": tj.from_velocity, "noise": tj.from_noise, "denoiser": tj.from_denoiser}
+TARGETS = {
+    "velocity": tj.from_velocity,
+    "noise": tj.from_noise,
+    "v": tj.from_v,
+    "denoiser": tj.from_denoiser,
+}
 
 
 def network(seed=0, **settings):
@@ -46,6 +51,9 @@ def exact(target, path):
     return {
         tj.from_velocity: model.velocity,
         tj.from_noise: model.noise,
+        tj.from_v: lambda t, x: (
+            path.alpha(t) * model.noise(t, x) - path.sigma(t) * model.denoise(t, x)
+        ),
         tj.from_denoiser: model.denoise,
     }[target]
 
@@ -61,6 +69,7 @@ def least(target, path):
     p, q = {
         tj.from_velocity: lambda: slopes,
         tj.from_noise: lambda: (0, 1),
+        tj.from_v: lambda: (-sigma, alpha),
         tj.from_denoiser: lambda: (1, 0),
     }[target]()
     determinant = SPREAD * (p * sigma - q * alpha)
@@ -69,7 +78,12 @@ def least(target, path):
 
 CASES = [
     *[("linear, base 1.7", target) for target in TARGETS],
-    *[("trigonometric, base 0.6", "velocity"), ("vp", "noise"), ("discrete vp", "denoiser")],
+    *[
+        ("trigonometric, base 0.6", "velocity"),
+        ("vp", "noise"),
+        ("vp", "v"),
+        ("discrete vp", "denoiser"),
+    ],
 ]
 
 

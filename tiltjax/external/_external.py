@@ -8,7 +8,7 @@ vectorized and scanned loops. At any depth of vectorization, `fn` gets one flat 
 
 | of the reward | methods |
 |---|---|
-| values only | selection; `smc` with `ValueOnly` and `proposals.Base()`; `ess_threshold=0` |
+| values only | selection; `fk_steering`, `svdd`; `smc` with `ValueOnly` and `proposals.Base()` |
 | gradients | `PlugIn`, `dps`, `fmrg`, `Conjugate`: pass `value_and_grad`, or use `from_torch` |
 | second derivatives | `Laplace`: not with these rewards |
 
@@ -37,7 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _repr, rewards
+from tiltjax import _checks, _pytree, _repr, rewards
+from tiltjax._captured import captured, is_torch
 from tiltjax.external._attempts import TimedOut, retry, within
 from tiltjax.external._callback import Callback
 from tiltjax.external._record import Record
@@ -73,9 +74,10 @@ class External(rewards.Reward):
 
     Build the reward once: a new function or record makes a new reward, which compiles again.
 
-    **Raises:** in a run: the exception of the function; `TimeoutError`; `ValueError` for shapes,
-    `TypeError` for dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample);
-    `ValueError` if a run needs a gradient and there is no `value_and_grad`.
+    **Raises:** `ValueError` for a PyTorch or Flax module in training mode that `fn` is or uses; in
+    a run: the exception of the function; `TimeoutError`; `ValueError` for shapes, `TypeError` for
+    dtypes; `FloatingPointError` for NaN or +inf (-inf excludes a sample); `ValueError` if a run
+    needs a gradient and there is no `value_and_grad`.
     """
 
     fn: Callable = eqx.field(static=True)
@@ -102,8 +104,10 @@ class External(rewards.Reward):
         name: str | None = None,
     ):
         _checks.function(fn, "fn")
+        refuse_training_mode(fn)
         if value_and_grad is not None:
             _checks.function(value_and_grad, "value_and_grad")
+            refuse_training_mode(value_and_grad)
         if record is not None:
             _checks.instance(record, Record, "record", "use Record('queries.npz')")
         if chunk_size is not None and not batched:
@@ -237,7 +241,26 @@ def _value_and_grad_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 def _no_gradient(reward: External) -> str:
     return (
-        f"the external reward {reward.name!r} has no gradient: give value_and_grad=, or use a "
-        "method without gradients: best_of_n, softmax_of_n, or smc(key, model, dps(model, "
-        "ValueOnly(reward), scale), proposal=proposals.Base(), num=...)"
+        f"the external reward {reward.name!r} has no gradient: give value_and_grad=, or "
+        + without_gradient()
     )
+
+
+def without_gradient() -> str:
+    """The methods that need no gradient of a reward, for messages."""
+    return (
+        "use a method without gradients: best_of_n, softmax_of_n, fk_steering, svdd, or smc(key, "
+        "model, dps(model, ValueOnly(reward), scale), proposal=proposals.Base(), num=...)"
+    )
+
+
+def refuse_training_mode(fn: Callable) -> None:
+    """Raise a `ValueError` if a function is, or uses, a PyTorch or Flax module in training mode."""
+    found = [value for _, value in captured(fn).values]
+    for module in filter(is_torch, found):
+        if part := next((part for part in module.modules() if part.training), None):
+            raise ValueError(
+                f"{type(part).__name__} is in training mode, where samples of a batch may depend "
+                "on each other: call .eval() first"
+            )
+    _pytree.refuse_training_mode(found)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tiltjax import _checks
-from tiltjax.external._external import External
+from tiltjax.external._external import External, refuse_training_mode, without_gradient
 
 
 def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
@@ -19,8 +19,9 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
     **Arguments:** `fn`; `device`, the device of the batch, where the module must already be;
     `settings` of `External`: `chunk_size`, `timeout`, `retries`, `backoff`, `record`, `name`.
 
-    **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode, or
-    another device; in a run, as `External`.
+    **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode, also for
+    one that `fn` uses from outside, or another device; in a run, as `External`, and `ValueError` if
+    a run needs a gradient and the result does not depend on the samples by a derivative.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -33,14 +34,12 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
         raise ValueError(
             f"device must be a device of PyTorch, such as 'cuda:0', got {device!r}: {error}"
         ) from None
+    refuse_training_mode(fn)
     dtype = None
     if isinstance(fn, torch.nn.Module):
-        if fn.training:
-            raise ValueError(
-                f"{type(fn).__name__} is in training mode, where samples of a batch may depend on "
-                "each other: call .eval() first"
-            )
         dtype = next((leaf.dtype for leaf in fn.parameters() if leaf.is_floating_point()), None)
+
+    settings = {"name": getattr(fn, "__name__", type(fn).__name__)} | settings
 
     def forward(leaf: Any) -> Any:
         # Tokens stay integers, as an embedding needs them, and their rewards stay real.
@@ -57,9 +56,14 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
     def value_and_grad(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.enable_grad():
             leaf = torch.from_numpy(x).requires_grad_()
-            values = forward(leaf)
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            values, gradient = forward(leaf), None
+            if values.requires_grad:
+                (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+            if gradient is None:
+                raise ValueError(
+                    f"the PyTorch reward {settings['name']!r} has no gradient, as a step has none, "
+                    "or a reward under torch.no_grad() or .detach(): " + without_gradient()
+                )
         return values.detach().numpy(), gradient.numpy()
 
-    settings = {"name": getattr(fn, "__name__", type(fn).__name__)} | settings
     return External(value, value_and_grad=value_and_grad, **settings)

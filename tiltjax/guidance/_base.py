@@ -34,6 +34,7 @@ guidance; Chung et al. (arXiv 2209.14687, DPS).
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -90,6 +91,9 @@ class Guidance(_repr.Printable):
 
     model: eqx.AbstractVar[Denoiser]
 
+    def __check_init__(self):
+        _pytree.check_object(self)
+
     @property
     def needs_every_state(self) -> bool:
         """Whether the guidance must be called at every state of a trajectory. `smc` then calls it
@@ -137,6 +141,51 @@ def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
         raise ValueError(
             f"the {name} is built on another model ({type(guidance.model).__name__}) than the one "
             f"to sample ({type(model).__name__}): build it on the same model object"
+        )
+    for part in _of_users(guidance):
+        _check_result(part)
+
+
+def _of_users(guidance: Guidance) -> list[Guidance]:
+    """The guidances in a guidance whose classes are not of this library."""
+    found = lambda node: isinstance(node, Guidance) and not _is_ours(node)
+    return [node for node in jax.tree.leaves(guidance, is_leaf=found) if found(node)]
+
+
+def _is_ours(guidance: Guidance) -> bool:
+    return type(guidance).__module__.partition(".")[0] == "tiltjax"
+
+
+def _check_result(guidance: Guidance) -> None:
+    """Raise a `TypeError` if a call of the guidance does not return `(Estimate, state)`."""
+    model = guidance.model
+    t, x = (
+        jax.ShapeDtypeStruct((), model.dtype),
+        jax.ShapeDtypeStruct(model.shape, model.state_dtype),
+    )
+
+    def call(t: Array, x: Array) -> None:
+        own = _pytree.cast(guidance, model.dtype)
+        results.append(own(jax.random.key(0), t, x, own.init(x)))
+
+    results: list[Any] = []
+    try:
+        jax.eval_shape(call, t, x)
+    except Exception:  # the run raises it, with the frames of the run
+        return
+    (result,) = results
+    pair = isinstance(result, tuple) and not isinstance(result, Estimate) and len(result) == 2
+    if not (pair and isinstance(result[0], Estimate)):
+        name = lambda value: "Array" if isinstance(value, Array) else type(value).__name__
+        got = name(result)
+        if pair:
+            got = f"a pair of {name(result[0])} and {name(result[1])}"
+        elif type(result) is tuple:
+            got = f"a tuple of {len(result)}"
+        raise TypeError(
+            f"{type(guidance).__name__} must return (Estimate, state) from a call, got {got}: "
+            "return Estimate(tilted, denoised, log_h), state, with the state that it was given if "
+            "it has none"
         )
 
 

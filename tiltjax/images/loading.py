@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from tiltjax import _checks
 from tiltjax.pretrained import adapters as low_rank
 from tiltjax.pretrained import files, key_names, state_dicts
 
@@ -24,6 +25,7 @@ _FOLDERS = {
     "t5": "text_encoder_2",
 }
 KINDS = tuple(_FOLDERS)
+_ADAPTED = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
 
 
 class _Kind(NamedTuple):
@@ -103,7 +105,7 @@ def load(
     kind: str,
     model: str | os.PathLike,
     *,
-    adapters: str | os.PathLike | None = None,
+    adapters: str | os.PathLike | Mapping[str, Any] | None = None,
     scale: float = 1.0,
     sharding: state_dicts.Placement | None = None,
     **options: Any,
@@ -114,8 +116,10 @@ def load(
 
     - `kind`, `sharding`, `options`: as in `from_state_dict`.
     - `model`: the folder, or a name such as `"black-forest-labs/FLUX.1-dev"`.
-    - `adapters`: a safetensors file of low-rank adapters. They are multiplied by `scale` and merged
-      into a transformer. If they hold a second time embedder, the network is a flow map.
+    - `adapters`: a safetensors file of low-rank adapters, or its arrays. Those of this part are
+      multiplied by `scale` and merged into a transformer or a text encoder. If a transformer's hold
+      a second time embedder, the network is a flow map. A warning names the parts of which a file
+      also has adapters.
 
     **Raises:** as `from_state_dict`, and `FileNotFoundError`, `PermissionError` and `ImportError`
     of `files.located`.
@@ -125,13 +129,38 @@ def load(
     folder = files.located(model) / _FOLDERS[kind]
     config, state_dict = files.configuration(folder), files.read_folder(folder)
     if adapters is not None:
-        if kind != "transformer":
-            raise ValueError(
-                f"only a transformer takes adapters, got kind = {kind!r}: leave adapters out"
-            )
-        factors = files.read(adapters)
-        state_dict = key_names.diffusers(state_dict)
-        if key_names.is_dual(factors):
-            config, state_dict = {**config, "dual_time": True}, key_names.dual(state_dict)
+        factors = _factors(kind, adapters)
+        if kind == "transformer":
+            state_dict = key_names.diffusers(state_dict)
+            if key_names.is_dual(factors):
+                config, state_dict = {**config, "dual_time": True}, key_names.dual(state_dict)
         state_dict = low_rank.merged(state_dict, factors, scale)
     return from_state_dict(kind, state_dict, config, sharding=sharding, **options)
+
+
+def adapters_by_kind(file: str | os.PathLike) -> dict[str, Mapping[str, Any]]:
+    """The adapters in a file, for each part of which there are some. Those without a prefix are of
+    the transformer.
+    """
+    arrays = files.read(file)
+    names = low_rank.parts(arrays) or ("transformer",)
+    return {kind: low_rank.part(arrays, name) for kind, name in _ADAPTED.items() if name in names}
+
+
+def _factors(kind: str, adapters: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The adapters of one part, with a warning about those of other parts."""
+    if kind not in _ADAPTED:
+        raise ValueError(
+            f"only a transformer or a text encoder takes adapters, got kind = {kind!r}: leave "
+            "adapters out"
+        )
+    arrays = adapters if isinstance(adapters, Mapping) else files.read(adapters)
+    factors = low_rank.part(arrays, _ADAPTED[kind])
+    counts = low_rank.parts(arrays)
+    if left := [each for each in KINDS if counts.get(_ADAPTED.get(each, "")) and each != kind]:
+        calls = " and ".join(f"load({each!r}, ..., adapters=...)" for each in left)
+        _checks.warn(
+            f"{len(arrays) - len(factors)} arrays of these adapters are of other parts than the "
+            f"{kind} and are left out: add them by {calls}, or use flux.load_model"
+        )
+    return factors

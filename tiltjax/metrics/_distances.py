@@ -294,7 +294,9 @@ def bootstrap(key: Array, statistic: Callable, x: PyTree, num: int = 200) -> tup
         _checks.finite(leaf, "x")  # integers pass the check, and keep their dtype
     x = jax.tree.map(
         lambda leaf: (
-            _checks.finite(leaf, "x") if eqx.is_inexact_array_like(leaf) else jnp.asarray(leaf)
+            _checks.finite(leaf, "x")
+            if eqx.is_inexact_array_like(leaf)
+            else jnp.asarray(_checks.native(leaf))
         ),
         x,
     )

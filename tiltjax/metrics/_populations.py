@@ -40,8 +40,8 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
     """The samples, unchanged, and the log-weights, `None` if they are known to be equal. Both are
     checked.
     """
-    log_weights = None
-    if isinstance(value, Particles):
+    log_weights, is_particles = None, isinstance(value, Particles)
+    if is_particles:
         value, log_weights = value.x, value.log_weights
         if log_weights.shape != (len(value),):
             raise ValueError(
@@ -55,12 +55,13 @@ def unpack(value: Any, name: str) -> tuple[Array | np.ndarray, Array | None]:
                     f"{read.max()}"
                 )
             log_weights = None if np.ptp(read) == 0 else log_weights
-    x = value if isinstance(value, jax.Array) else np.asarray(value)
+    x = value if isinstance(value, jax.Array) else _checks.native(np.asarray(value))
     if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(
             f"{name} must hold real numbers, got {type(value).__name__} of dtype {x.dtype}"
         )
-    if x.ndim < 2:
+    of_numbers = is_particles and x.ndim == 1  # states of shape (), which have one number each
+    if x.ndim < 2 and not of_numbers:
         hint = f": for samples on the line pass {name}[:, None]" if x.ndim == 1 else ""
         raise ValueError(
             f"{name} must be samples of shape (num, d) or (num, *shape), got shape {x.shape}{hint}"

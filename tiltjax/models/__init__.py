@@ -3,7 +3,7 @@ r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]
 | model | |
 |---|---|
 | `Analytic(mixture)`, `Checkerboard()` | in closed form |
-| `from_velocity`, `from_noise`, `from_denoiser` | networks |
+| `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | networks |
 | `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
@@ -31,6 +31,7 @@ from tiltjax.models._network import (
     call_network,
     from_denoiser,
     from_noise,
+    from_v,
     from_velocity,
 )
 from tiltjax.models._tilted import Rescheduled, Tilted
@@ -43,6 +44,7 @@ __all__ = [
     "Network",
     "from_velocity",
     "from_noise",
+    "from_v",
     "from_denoiser",
     "Tilted",
     "Rescheduled",

@@ -3,7 +3,7 @@ r"""Models, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]`.
 | model | denoiser |
 |---|---|
 | `Analytic(mixture)` | closed form of a Gaussian mixture |
-| `from_velocity`, `from_noise`, `from_denoiser` | a network: a function, a Flax or Equinox module |
+| `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | a network: a function or a module |
 | `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | that of another model |
 
 All statements about models assume that the denoiser is a posterior mean. A network under
@@ -43,6 +43,9 @@ class Denoiser(_repr.Printable):
 
     # The default number of steps of a run. None: the default of the solver.
     steps: ClassVar[int | None] = None
+
+    def __check_init__(self):
+        _pytree.check_object(self)
 
     @property
     def corruption(self) -> Any:

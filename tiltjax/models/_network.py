@@ -25,10 +25,12 @@ class Net(_pytree.KeepsDtype):
 
     fn: _pytree.Function
     params: PyTree
+    captured: Any = eqx.field(static=True)
 
     def __init__(self, fn: Callable, params: PyTree = None):
-        _refuse_training_mode(fn)
-        _refuse_training_mode(params)
+        params = _pytree.opened(params)
+        self.captured = _pytree.outside(params)
+        _pytree.refuse_training_mode(params)
         self.fn, self.params = _pytree.Function(fn), params
         _check_signature(fn, params)
 
@@ -45,31 +47,61 @@ def call_network(net: Net, t: Array, x: Array, shape: tuple[int, ...], batched: 
     for each element of the surrounding `vmap`s.
     """
     if batched:
-        output = _call_in_batches(net, t[None], x[None])
-        return _check_output(output, (1, *shape), x.shape, batched)[0]
-    return _check_output(net(t, x), shape, x.shape, batched)
+        call = lambda: _call_in_batches(net, t[None], x[None])
+        return _checked(net, call, (1, *shape), x, batched)[0]
+    return _checked(net, lambda: net(t, x), shape, x, batched)
+
+
+_TIMES, _STATES = ("t", "time", "times", "timestep", "timesteps"), ("x", "x_t", "xt")
 
 
 def _check_signature(fn: Callable, params: PyTree) -> None:
     names = ("t", "x") if params is None else ("params", "t", "x")
+    call = f"fn({', '.join(names)})"
     try:
-        inspect.signature(fn).bind(*names)
+        signature = inspect.signature(fn)
+        bound = signature.bind(*names).arguments
     except TypeError as error:
         raise TypeError(
-            f"the network is called as fn({', '.join(names)}), which {type(fn).__name__} does not "
-            f"accept ({error}): wrap it, as in "
-            "from_velocity(lambda net, t, x: net(...), net, shape=...)"
+            f"the network is called as {call}, which {type(fn).__name__} does not accept "
+            f"({error}): wrap it, as in from_velocity(lambda net, t, x: net(...), net, shape=...)"
         ) from None
     except ValueError:  # the callable has no readable signature
         return
+    places = {value: name for name, value in bound.items() if isinstance(value, str)}
+    if places.get("t") in _STATES and places.get("x") in _TIMES:
+        raise TypeError(
+            f"the network is called as {call}, but its parameters are named "
+            f"({', '.join(places[name] for name in names)}): {_SWAP}"
+        )
 
 
-def _check_output(
-    output: Any, shape: tuple[int, ...], state: tuple[int, ...], batched: bool
+_ROWS = 3  # of a trial batch, unlike a number that a slice would return by chance
+_SWAP = "swap them, as in from_velocity(lambda net, t, x: net(x, t), net, shape=...)"
+
+
+def _checked(
+    net: Net, call: Callable[[], Any], shape: tuple[int, ...], x: Array, batched: bool
 ) -> Array:
-    """The output of a network, if it has `shape`. **Raises:** `ValueError` for another shape."""
+    """The output of a network, `call()`, if it has `shape`; `x` is one state.
+
+    **Raises:** `ValueError` for another shape, and for a network of batches that is called with one
+    state, or the reverse; `TypeError` for a network of `(x, t)`, and for one that JAX cannot trace.
+    """
+    try:
+        output = call()
+    except Exception as error:
+        _explain(net, shape, x, batched, f"{type(error).__name__}: {error}".split("\n")[0])
+        if _pytree.is_untraceable(error):
+            raise TypeError(
+                f"JAX cannot trace the network ({type(error).__name__}): write it in jax.numpy; "
+                "NumPy and PyTorch run inside of rewards only (tiltjax.external)"
+            ) from error
+        raise
     got = getattr(output, "shape", None)
     if got != shape:
+        _explain(net, shape, x, batched, f"it returns shape {got}")
+        state = x.shape
         what = f"a batch of states {state}" if batched else f"a state of shape {state}"
         hint = "" if batched else " (a network that wants a batch axis needs batched=True)"
         rule = "the shape of its input: expected" if shape[int(batched) :] == state else "the shape"
@@ -77,13 +109,35 @@ def _check_output(
     return output
 
 
-def _refuse_training_mode(fn: Any) -> None:
-    if not any(cls.__module__.startswith("flax.nnx") for cls in type(fn).__mro__):
-        return
-    if (part := _pytree.in_training_mode(fn)) is not None:
+def _explain(net: Net, shape: tuple[int, ...], x: Array, batched: bool, failure: str) -> None:
+    """Raise an error that names what is wrong with a network that failed, if another call of it
+    returns the right shape.
+    """
+    time = jax.ShapeDtypeStruct((), x.dtype)
+    state = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    add = lambda one: jax.ShapeDtypeStruct((_ROWS, *one.shape), one.dtype)
+    one, rows = (time, state), (add(time), add(state))
+    shape = shape[1:] if batched else shape
+
+    def works(args: tuple, shape: tuple[int, ...]) -> bool:
+        try:
+            return getattr(jax.eval_shape(net, *args), "shape", None) == shape
+        except Exception:
+            return False
+
+    if works(rows, (_ROWS, *shape)) if batched else works(one, shape):
+        return  # the failure has another reason
+    how = "a batch of states" if batched else f"one state of shape {x.shape}"
+    if works(one, shape) if batched else works(rows, (_ROWS, *shape)):
         raise ValueError(
-            f"{part} is in training mode and would change while it samples: call .eval() on the "
-            "network first"
+            f"the network fails for {how} ({failure}), but accepts "
+            + ("one state: leave out batched=True" if batched else "a batch: pass batched=True")
+        )
+    swapped = [(args[::-1], result) for args, result in ((one, shape), (rows, (_ROWS, *shape)))]
+    if any(works(*each) for each in swapped):
+        raise TypeError(
+            f"the network is called as network(t, x) and fails ({failure}), but accepts (x, t): "
+            + _SWAP
         )
 
 
@@ -155,7 +209,7 @@ _call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)
 
 
 class Network(Model):
-    """A network as a model; built by `from_velocity`, `from_noise` and `from_denoiser`."""
+    """A network as a model; built by `from_velocity`, `from_noise`, `from_v`, `from_denoiser`."""
 
     net: Net
     interpolant: Interpolant
@@ -177,8 +231,8 @@ class Network(Model):
         if not self.batched:
             return super().denoise_batch(t, x)
         t = jnp.asarray(t, x.dtype)
-        output = self.net(jnp.broadcast_to(t, len(x)), x)
-        output = _check_output(output, x.shape, x.shape[1:], True).astype(x.dtype)
+        call = lambda: self.net(jnp.broadcast_to(t, len(x)), x)
+        output = _checked(self.net, call, x.shape, x[0], True).astype(x.dtype)
         to_denoised = lambda x, output: self.to_denoised(self.interpolant, t, x, output)
         return jax.vmap(to_denoised)(x, output)
 
@@ -192,7 +246,11 @@ def from_velocity(
     interpolant: Interpolant | None = None,
     dtype: Any = None,
 ) -> Network:
-    """A model from a velocity network `b_t(x)`, such as flow matching trains.
+    """A model from a velocity network `b_t(x) = E[dX_t/dt | X_t = x]`, as flow matching trains it.
+
+    With `X_t = alpha_t X_1 + sigma_t X_0` this is `E[alpha_t' X_1 + sigma_t' X_0 | X_t = x]`, the
+    derivative along the time of the interpolant. The v-prediction of diffusion models is another
+    quantity: use `from_v`.
 
     **Arguments:**
 
@@ -235,6 +293,29 @@ def from_noise(
     return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
 
 
+def from_v(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant,
+    dtype: Any = None,
+) -> Network:
+    """A model from a network of v-prediction, `v_t(x) = E[alpha_t X_0 - sigma_t X_1 | X_t = x]`,
+    where X_0 is the noise and X_1 the data; arguments and conditions as in `from_velocity`.
+
+    This is `v = alpha eps - sigma x_0` of diffusion models in their notation, with noise eps and
+    data x_0, and `v_prediction` of diffusers. The denoiser is
+    `(alpha x - sigma v) / (alpha^2 + sigma^2)`, which is finite at all times. The `interpolant`
+    must be given, `VP()` or the `DiscreteVP` of the noise levels in training, for which
+    `alpha^2 + sigma^2 = 1`. Source: Salimans and Ho (arXiv 2202.00512).
+    """
+    how = "such as tiltjax.VP(), or the DiscreteVP of the network's noise levels"
+    _checks.instance(interpolant, Interpolant, "interpolant", how)
+    return _network(fn, params, _from_v, shape, batched, interpolant, dtype)
+
+
 def from_denoiser(
     fn: Callable,
     params: PyTree = None,
@@ -274,6 +355,10 @@ def _from_noise(interpolant: Interpolant, t: Array, x: Array, output: Array) -> 
     return interpolant.denoised_from_noise(t, x, output)
 
 
+def _from_v(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_v(t, x, output)
+
+
 def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return output
 
@@ -281,5 +366,6 @@ def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) 
 _MAKERS: dict[Callable, Callable] = {
     _from_velocity: from_velocity,
     _from_noise: from_noise,
+    _from_v: from_v,
     _from_denoiser: from_denoiser,
 }

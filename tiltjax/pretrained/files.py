@@ -24,11 +24,15 @@ from safetensors.numpy import save_file
 from tiltjax.pretrained.state_dicts import View
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_ADAPTER_CONFIG = "adapter_config.json"
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def read(file: str | os.PathLike) -> View:
     """The arrays of one safetensors file. An array is read when it is used.
+
+    The `metadata` of the result are the texts in the header of the file, and the content of the
+    file `adapter_config.json` beside it under this name, which PEFT writes for adapters.
 
     **Raises:** `FileNotFoundError` for a missing file; `ValueError` for a truncated file, a file of
     another format, and a dtype that NumPy does not have.
@@ -51,7 +55,10 @@ def read(file: str | os.PathLike) -> View:
                 f"{', '.join(_DTYPES)}"
             )
         parts[name] = tuple(entry.get_shape()), partial(_array, opened, name)
-    return View(parts)
+    metadata = dict(opened.metadata() or {})
+    if (beside := path.parent / _ADAPTER_CONFIG).is_file():
+        metadata[_ADAPTER_CONFIG] = beside.read_text()
+    return View(parts, metadata)
 
 
 def _array(opened: safe_open, name: str, *index: slice) -> np.ndarray:

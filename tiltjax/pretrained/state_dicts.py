@@ -140,11 +140,16 @@ def to_state_dict(
 
 class View(Mapping):
     """A state dict under other names, or of parts of another state dict: `{name: (shape, read)}`,
-    where `read()` returns the array, and `read(*slices)` a part of it.
+    where `read()` returns the array, and `read(*slices)` a part of it. `metadata` are the texts of
+    a file in addition to its arrays.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], Callable[..., np.ndarray]]]):
-        self.parts = parts
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[tuple[int, ...], Callable[..., np.ndarray]]],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.parts, self.metadata = parts, dict(metadata or {})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.parts[name][1]()

@@ -17,6 +17,9 @@ class Reward(_repr.Printable):
     `__call__(x1) -> scalar`.
     """
 
+    def __check_init__(self):
+        _pytree.check_object(self)
+
     def __call__(self, x: Array) -> Array:
         raise NotImplementedError
 
@@ -108,7 +111,17 @@ class Custom(Reward):
         return _repr.form(self.fn)
 
     def __call__(self, x: Array) -> Array:
-        result = self.fn(x)
+        try:
+            result = self.fn(x)
+        except Exception as error:
+            if not _pytree.is_untraceable(error):
+                raise
+            raise TypeError(
+                f"JAX cannot trace the reward ({type(error).__name__}): write it in jax.numpy, "
+                "without float(), int() and if of its values, or wrap it, "
+                "tiltjax.external.External(fn) for NumPy, tiltjax.external.from_torch(fn) for "
+                "PyTorch, where fn gets a batch"
+            ) from error
         if not isinstance(result, jax.Array | np.ndarray | float):
             raise TypeError(
                 f"a reward must return one scalar for one sample, got {type(result).__name__}"

@@ -290,7 +290,7 @@ def as_tokens(value: Any, name: str, shape: tuple[int, ...], vocab: int) -> Arra
     **Raises:** `ValueError` for another shape or dtype, and for integers out of range.
     """
     if not isinstance(value, jax.Array):
-        value = np.asarray(value) if _checks.concrete(value) else jnp.asarray(value)
+        value = _checks.native(np.asarray(value)) if _checks.concrete(value) else jnp.asarray(value)
     if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(
             f"{name} must hold {shape[0] if len(shape) == 1 else shape} integers, {vocab} where a "

@@ -7,6 +7,7 @@ r"""Training of a velocity, noise or denoising network, from data or from a samp
 |---|---|---|---|
 | `from_velocity` | `alpha' X_1 + sigma' X_0` | `b_t(x)` | `Linear` and similar interpolants |
 | `from_noise` | `X_0` | `E[X_0 \| X_t = x]` | variance-preserving interpolants |
+| `from_v` | `alpha X_0 - sigma X_1` | `v_t(x)` | variance-preserving interpolants |
 | `from_denoiser` | `X_1` | `E[X_1 \| X_t = x]` | any interpolant |
 
 The target is the function that makes a model of the network. The minimum of L is not zero but the
@@ -32,7 +33,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _sharding, models
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.models import from_denoiser, from_noise, from_velocity
+from tiltjax.models import from_denoiser, from_noise, from_v, from_velocity
 from tiltjax.training._checkpoints import callable_name, digest
 from tiltjax.training._loop import Fit, minimize
 
@@ -48,6 +49,7 @@ def _velocity(interpolant: Interpolant, t: Array, x0: Array, x1: Array) -> Array
 _TARGETS: dict[Callable, Callable] = {
     from_velocity: _velocity,
     from_noise: lambda interpolant, t, x0, x1: x0,
+    from_v: lambda interpolant, t, x0, x1: interpolant.alpha(t) * x0 - interpolant.sigma(t) * x1,
     from_denoiser: lambda interpolant, t, x0, x1: x1,
 }
 
@@ -277,8 +279,8 @@ def _batch_of(source: Any, key: Array, batch_size: int | None) -> jax.ShapeDtype
 def _check_target(target: Callable) -> None:
     if not any(target is builder for builder in _TARGETS):
         raise ValueError(
-            "target must be the function from_velocity, from_noise or from_denoiser, got "
-            f"{target!r}"
+            "target must be the function from_velocity, from_noise, from_v or from_denoiser, "
+            f"got {target!r}"
         )
 
 
@@ -292,7 +294,7 @@ def _check_interpolant(
         if not np.isfinite(slope):
             raise ValueError(
                 f"the velocity of {type(interpolant).__name__} is unbounded at t = 1, so its loss "
-                "has no mean: use target=from_noise or from_denoiser, or a time_sampler= that ends "
-                "before 1"
+                "has no mean: use target=from_noise, from_v or from_denoiser, or a time_sampler= "
+                "that ends before 1"
             )
     return interpolant

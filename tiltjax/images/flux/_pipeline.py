@@ -96,20 +96,19 @@ def load_model(
     removed part.
 
     **Arguments:** `name`, a folder, a name of the hub, or `TINY`; `prompt`; `height` and `width` of
-    the image; `guidance`, the distilled scale, as in `FluxModel`; `adapters` of a flow map, as in
-    `loading.load`; `dtype` of parameters and computation; `remat`, `attention`, `sharding` of the
-    transformer; `chunk_size`, the number of states evaluated at once, and `gradient`, whether a
-    gradient is computed, both for the estimate of memory; `available`, bytes, if JAX does not
-    report them.
+    the image; `guidance`, the distilled scale, as in `FluxModel`; `adapters`, a file as in
+    `loading.load`, for the transformer and the text encoders; `dtype` of parameters and
+    computation; `remat`, `attention`, `sharding` of the transformer; `chunk_size`, the number of
+    states evaluated at once, and `gradient`, whether a gradient is computed, both for the estimate
+    of memory; `available`, bytes, if JAX does not report them.
 
     **Raises:** `ValueError` for sizes; `FileNotFoundError`, `PermissionError` and `ImportError` of
     `located`; `MemoryError` with the needed memory and ways to reduce it.
     """
     folder = located(name)
     published = files.configuration(folder / "transformer")
-    dual = bool(published.get("dual_time")) or (
-        adapters is not None and key_names.is_dual(files.read(adapters))
-    )
+    adapted = {} if adapters is None else loading.adapters_by_kind(adapters)
+    dual = bool(published.get("dual_time")) or key_names.is_dual(adapted.get("transformer", {}))
     config = transformer.Config.from_json({**published, "dual_time": dual})
     factor = autoencoder.Config.from_json(files.configuration(folder / "vae")).factor
     length = _text_length(folder, config)
@@ -126,23 +125,37 @@ def load_model(
         fused=attention != "xla",
     )
     check_memory(needed, available)
-    states, pooled = encoded(folder, prompt, length, dtype)
+    states, pooled = encoded(folder, prompt, length, dtype, adapted)
     options = {"dtype": dtype, "param_dtype": dtype, "remat": remat, "attention": attention}
-    network = loading.load("transformer", folder, adapters=adapters, sharding=sharding, **options)
+    network = loading.load(
+        "transformer", folder, adapters=adapted.get("transformer"), sharding=sharding, **options
+    )
     coder = loading.load("autoencoder", folder)
     return FluxModel(
         network, states, pooled, height=height, width=width, guidance=guidance, autoencoder=coder
     )
 
 
-def encoded(folder: Path, prompt: str, length: int, dtype: Any) -> tuple[Array, Array]:
-    """The T5 states and the pooled CLIP state of a prompt; the encoders are freed afterwards."""
+def encoded(
+    folder: Path,
+    prompt: str,
+    length: int,
+    dtype: Any,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Array, Array]:
+    """The T5 states and the pooled CLIP state of a prompt; the encoders are freed afterwards.
+    `adapters` of `clip` and of `t5` are merged into them.
+    """
+    adapted = adapters or {}
     positions = clip.TextConfig.from_json(
         files.configuration(folder / "text_encoder")
     ).max_position_embeddings
     clip_tokenizer = prompts.clip_tokenizer(folder / "tokenizer", positions)
     t5_tokenizer = prompts.t5_tokenizer(folder / "tokenizer_2", length)
-    encoders = {kind: loading.load(kind, folder, param_dtype=dtype) for kind in ("clip", "t5")}
+    encoders = {
+        kind: loading.load(kind, folder, adapters=adapted.get(kind), param_dtype=dtype)
+        for kind in ("clip", "t5")
+    }
     return jax.block_until_ready(
         prompts.embed(prompt, **encoders, clip_tokenizer=clip_tokenizer, t5_tokenizer=t5_tokenizer)
     )
