@@ -147,9 +147,9 @@ def test_a_guided_step_calls_the_network_once_and_once_for_all_particles(monkeyp
     monkeypatch.setattr(autoencoder.Autoencoder, "decode", lambda coder, x: x[..., :3])
     jax.block_until_ready(published(KEY, model, REWARD, num=num, k=k, guided=2, steps=STEPS).x)
     jax.effects_barrier()
-    # Every step calls once, a guided one once more for the draws, and the pullback has no forward
-    # pass of its own.
-    assert calls == [1] * (STEPS + 2)
+    # The start and every step call once, a guided step once more for the draws, and the pullback
+    # has no forward pass of its own.
+    assert calls == [1] * (1 + STEPS + 2)
 
 
 def _recorded(calls):
