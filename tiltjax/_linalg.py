@@ -177,6 +177,16 @@ def inner(a: Array, b: Array) -> Array:
     return jnp.sum(terms)
 
 
+@_inline_jit
+def weighted_sum(weights: Array, values: Array) -> Array:
+    """`sum_i w_i v_i` over the first axis of `values`, for a long axis, such as that of particles.
+
+    A compiled sum adds in pairs. A product of matrices adds one term after another: in single
+    precision it loses three digits over three million terms.
+    """
+    return jnp.sum(weights.reshape(-1, *[1] * (values.ndim - 1)) * values, axis=0)
+
+
 def rows(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """One matrix for each dtype with all arrays of a tree, which have one leading axis: a loop then
     reads one row at a time. Also the function that makes a tree of a row.

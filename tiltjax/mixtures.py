@@ -175,13 +175,13 @@ class GaussianMixture(_repr.Printable):
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
-        return self.weights @ self.means
+        return _linalg.weighted_sum(self.weights, self.means)
 
     def cov(self) -> Array:
         """`Cov(X)`, shape `(d, d)`: within components plus between them."""
         spread = self.means - self.mean()[None]
-        return jnp.einsum(
-            "k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
+        return _linalg.weighted_sum(
+            self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
         )
 
     def sample(self, key: Array, num: int) -> Array:

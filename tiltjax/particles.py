@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _repr, _sharding, resampling
+from tiltjax import _callbacks, _checks, _linalg, _repr, _sharding, resampling
 
 CAUSES = {
     "denoiser": "the model's denoiser is not finite (for a fitted reward: look at its gradient, "
@@ -271,7 +271,7 @@ class Particles(_repr.Report):
         values = self._values(fn)
         weights = self.weights.astype(values.dtype)
         residual = weights.reshape(-1, *[1] * (values.ndim - 1)) * (
-            values - jnp.tensordot(weights, values, axes=1)[None]
+            values - _linalg.weighted_sum(weights, values)[None]
         )
         roots = None if self.trace is None else self.trace.roots
         if roots is None:
@@ -283,7 +283,7 @@ class Particles(_repr.Report):
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)`, by default that of `x` itself."""
         values = self._values(fn)
-        return jnp.tensordot(self.weights.astype(values.dtype), values, axes=1)
+        return _linalg.weighted_sum(self.weights.astype(values.dtype), values)
 
     def _values(self, fn) -> Array:
         """`fn` of all samples, in the precision of the weights at least: the mean of a boolean is a
