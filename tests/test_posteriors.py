@@ -312,3 +312,12 @@ def test_renoising_by_nothing_is_the_flow_map_and_by_much_forgets_the_state():
 def test_renoising_cannot_remove_noise():
     with pytest.raises(ValueError, match=r"snr_factor must lie in \[1, inf\), got 0\.5"):
         tj.posteriors.Renoise(tj.Analytic(contracts.planar()), 0.5)
+
+
+def test_second_derivatives_of_a_flow_map_are_finite_far_from_the_data():
+    """There one component has probability zero, and its exponential must not overflow."""
+    flow = tj.FlowMap(tj.Analytic(contracts.planar()), 3)
+    end = lambda x: jnp.sum(flow.draw(jax.random.key(0), jnp.asarray(0.4), x))
+    hessian = jax.jit(jax.jacrev(jax.grad(end)))(jnp.asarray([30.0, -20.0]))
+    assert np.all(np.isfinite(hessian))
+    assert np.abs(hessian).max() < 1e-12  # the flow of one Gaussian is linear

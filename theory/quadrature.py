@@ -42,7 +42,7 @@ class GridTilt(eqx.Module):
         """`E[fn(X)]` under the tilt, for `fn` of one point."""
         values = jax.vmap(fn)(self.centers)
         masses = jnp.exp(self.log_masses)  # in single precision they do not sum exactly to one
-        return jnp.tensordot(masses / jnp.sum(masses), values.astype(masses.dtype), axes=1)
+        return _linalg.weighted_sum(masses / jnp.sum(masses), values.astype(masses.dtype))
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""

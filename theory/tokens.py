@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, rewards
+from tiltjax import _checks, _linalg, rewards
 
 MAX_STATES = 2_000_000
 
@@ -55,7 +55,7 @@ class TokenLaw(NamedTuple):
     def expect(self, fn: Callable) -> Array:
         """`E[fn(X)]` for a function of one sequence."""
         values = jax.vmap(fn)(self.states)
-        return jnp.tensordot(self.probs, values.astype(self.probs.dtype), axes=1)
+        return _linalg.weighted_sum(self.probs, values.astype(self.probs.dtype))
 
     def index(self, x: Array) -> Array:
         """The row of `states` that holds the sequence x."""
@@ -145,9 +145,7 @@ def token_marginals(law: TokenLaw, vocab: int) -> Array:
     """The marginals `P(X_i = v)`, `(length, vocab)`."""
     _checks.instance(law, TokenLaw, "law", "such as token_tilt(chain, reward, scale)")
     vocab = _checks.count(vocab, "vocab")
-    return jnp.einsum(
-        "n,niv->iv", law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype)
-    )
+    return _linalg.weighted_sum(law.probs, jax.nn.one_hot(law.states, vocab, dtype=law.probs.dtype))
 
 
 def independent(law: TokenLaw, vocab: int) -> TokenLaw:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _pytree, _repr
+from tiltjax import _checks, _linalg, _pytree, _random, _repr
 
 _UNROLL = 40  # the largest K d^2 at which a formula is written out in entries; at 200 it is slower
 
@@ -175,13 +175,13 @@ class GaussianMixture(_repr.Printable):
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
-        return self.weights @ self.means
+        return _linalg.weighted_sum(self.weights, self.means)
 
     def cov(self) -> Array:
         """`Cov(X)`, shape `(d, d)`: within components plus between them."""
         spread = self.means - self.mean()[None]
-        return jnp.einsum(
-            "k,kij->ij", self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
+        return _linalg.weighted_sum(
+            self.weights, self.covs + spread[:, :, None] * spread[:, None, :]
         )
 
     @property
@@ -206,7 +206,7 @@ class GaussianMixture(_repr.Printable):
     @eqx.filter_jit
     def _sample(self, key: Array, num: int) -> Array:
         key_component, key_normal = jax.random.split(key)
-        component = jax.random.categorical(key_component, self.log_weights, shape=(num,))
+        component = _random.categorical(key_component, self.log_weights, shape=(num,))
         normal = jax.random.normal(key_normal, (num, self.dim), self.means.dtype)
         roots = jax.vmap(_linalg.square_root)(self.covs)
         return self.means[component] + jnp.einsum("nij,nj->ni", roots[component], normal)

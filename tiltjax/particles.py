@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _repr, _sharding, resampling
+from tiltjax import _callbacks, _checks, _linalg, _repr, _sharding, resampling
 
 CAUSES = {
     "denoiser": "the model's denoiser is not finite (for a fitted reward: look at its gradient, "
@@ -321,7 +321,7 @@ class Particles(_repr.Report):
         values = self._values(fn)
         _check_concrete((self, values))
         weights = self.weights.astype(values.dtype)
-        parts = [jnp.tensordot(weights, part, axes=1) for part in (values, 1 - values)]
+        parts = [_linalg.weighted_sum(weights, part) for part in (values, 1 - values)]
         parts += [*self._error(self._sums(values)), jnp.sum(self._by_root(weights) ** 2)]
         p, q, error, support, squares = (_double(part) for part in parts)
         _warn_of_support(support)
@@ -362,7 +362,7 @@ class Particles(_repr.Report):
         # Relative to one value, so that residuals keep their digits, and are 0 for equal values.
         values = values - values[jnp.argmax(self.log_weights)][None]
         weights = self.weights.astype(values.dtype)
-        residuals = values - jnp.tensordot(weights, values, axes=1)[None]
+        residuals = values - _linalg.weighted_sum(weights, values)[None]
         return self._by_root(weights.reshape(-1, *[1] * (values.ndim - 1)) * residuals)
 
     def _error(self, sums: Array) -> tuple[Array, Array]:
@@ -379,7 +379,7 @@ class Particles(_repr.Report):
     def mean(self, fn=None) -> Array:
         """The weighted mean of `fn(x)`, by default that of `x` itself."""
         values = self._values(fn)
-        return jnp.tensordot(self.weights.astype(values.dtype), values, axes=1)
+        return _linalg.weighted_sum(self.weights.astype(values.dtype), values)
 
     def _values(self, fn) -> Array:
         """`fn` of all samples, in the precision of the weights at least: the mean of a boolean is a

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _repr
+from tiltjax import _checks, _linalg, _random, _repr
 from tiltjax.interpolants import Interpolant
 from tiltjax.mixtures import check_state, decomposed
 from tiltjax.models import Analytic, Model
@@ -130,7 +130,7 @@ class Exact(Posterior):
             only = jax.tree.map(lambda part: part[0], parts)
             return jax.vmap(correct, (None, 0, 0))(only, normal(key_data), normal(key_noise))
         log_weights = jax.lax.stop_gradient(self.model.posterior(t, x).log_weights)
-        chosen = jax.random.categorical(key_component, log_weights, shape=(k,))
+        chosen = _random.categorical(key_component, log_weights, shape=(k,))
         return jax.vmap(correct)(
             jax.tree.map(lambda part: part[chosen], parts), normal(key_data), normal(key_noise)
         )

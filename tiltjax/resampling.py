@@ -53,7 +53,7 @@ def stratified(key: Array, log_weights: Array, num: int | None = None) -> Array:
     """
     log_weights, num = _checked(log_weights, num)
     offsets = jax.random.uniform(_checks.key(key), (num,), log_weights.dtype)
-    return _look_up(log_weights, (jnp.arange(num, dtype=log_weights.dtype) + offsets) / num)
+    return _counted(log_weights, offsets, num)
 
 
 def systematic(key: Array, log_weights: Array, num: int | None = None) -> Array:
@@ -157,13 +157,17 @@ def _cumulative(log_weights: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="num")
-def _counted(log_weights: Array, offset: Array, num: int) -> Array:
-    """The particles at the points `(j + offset) / num`."""
+def _counted(log_weights: Array, offsets: Array, num: int) -> Array:
+    """The particles at the points `(j + offset_j) / num`, with one offset or `num` of them."""
     cumulative = _cumulative(log_weights)
-    # Equally spaced points below a cumulative weight can be counted, which is faster than a search
-    # for each point. The total weight is above all points, whatever the rounding of the product.
+    # The points below a cumulative weight can be counted, one in each stratum, which is faster than
+    # a search for each point, and keeps the digits of the offsets. The total weight is above all
+    # points, whatever the rounding of the product.
     scaled = cumulative * (num / cumulative[-1])
-    below = jnp.floor(scaled) + jnp.where(scaled - jnp.floor(scaled) > offset, 1, 0)
+    whole = jnp.floor(scaled)
+    stratum = jnp.clip(whole, 0, num - 1).astype(jnp.int32)
+    offset = jnp.broadcast_to(offsets, (num,))[stratum]
+    below = whole + jnp.where(scaled - whole > offset, 1, 0)
     ends = jnp.where(cumulative == cumulative[-1], num, jnp.clip(below, 0, num)).astype(jnp.int32)
     passed = jnp.zeros(num + 1, jnp.int32).at[ends].add(1)
     ancestors = jax.lax.associative_scan(jnp.add, passed[:num])

@@ -9,9 +9,9 @@ is too large, because it ignores the uncertainty of `X_1`. For a Gaussian prior 
 With this scale one draw samples the tilt itself: the damping schedule of Dandapanthula and Boffi
 (arXiv 2606.02884).
 
-A law is called as `law(key, snr, t, x)`. Its value is held constant under differentiation, because
-a derivative through an x-dependent damping makes guidance worse. `law.final` is the scale at t = 1,
-which defines the target.
+A law is called as `law(key, snr, t, x)`. The gradient of `log h` holds its value constant, because
+a derivative through an x-dependent damping makes guidance worse. A derivative of a whole run
+includes it. `law.final` is the scale at t = 1, which defines the target.
 """
 
 from typing import Any

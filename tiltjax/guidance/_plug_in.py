@@ -60,7 +60,9 @@ class PlugIn(Guidance):
         interpolant = self.model.interpolant
         # `fold_in` instead of `split`: the compiler drops the key of a scale law without draws.
         key_scale, key_draws = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        scale = self.scale(key_scale, interpolant.snr(t), t, jax.lax.stop_gradient(x))
+        # Outside of `log_h`, whose gradient in x then holds the scale constant. A derivative of a
+        # whole run includes how the scale depends on x.
+        scale = self.scale(key_scale, interpolant.snr(t), t, x)
 
         def log_h(x: Array) -> tuple[Array, Array]:
             # The step needs D(x), and a draw may need it too. One network call serves the step,

@@ -204,8 +204,10 @@ def _mmd(x, y, weights_x, weights_y, bandwidth) -> Array:
     x, y = x - center, y - center
 
     def total(a: Array, b: Array, weights_a: Array, weights_b: Array) -> Array:
-        row = lambda point: jnp.exp(-_squared_distances(b, point) / (2 * bandwidth**2)) @ weights_b
-        return weights_a @ jax.lax.map(row, a, batch_size=min(_ROWS, len(a)))
+        row = lambda point: _linalg.weighted_sum(
+            weights_b, jnp.exp(-_squared_distances(b, point) / (2 * bandwidth**2))
+        )
+        return _linalg.weighted_sum(weights_a, jax.lax.map(row, a, batch_size=min(_ROWS, len(a))))
 
     def within(a: Array, weights: Array) -> Array:
         collision = jnp.sum(weights**2)
@@ -241,7 +243,8 @@ def mode_weights(x: ArrayLike | Particles, mixture: GaussianMixture) -> Array:
 
 @jax.jit
 def _mode_weights(x: Array, weights: Array, mixture: GaussianMixture) -> Array:
-    return weights @ jax.vmap(lambda point: jax.nn.softmax(mixture.component_log_probs(point)))(x)
+    modes = jax.vmap(lambda point: jax.nn.softmax(mixture.component_log_probs(point)))
+    return _linalg.weighted_sum(weights, modes(x))
 
 
 def standard_error(values: ArrayLike, axis: int = 0) -> Array:

@@ -58,9 +58,11 @@ def pairwise_diversity(x: ArrayLike | Particles) -> Array:
 def _pairwise(x: Array, weights: Array) -> Array:
     # Differences instead of inner products, because the root would turn a rounding error of 1e-16
     # into 1e-8.
-    row = lambda point: _linalg.root(jnp.sum((x - point[None]) ** 2, axis=1)) @ weights
+    row = lambda point: _linalg.weighted_sum(
+        weights, _linalg.root(jnp.sum((x - point[None]) ** 2, axis=1))
+    )
     rows = jax.lax.map(row, x, batch_size=max(1, min(len(x), _NUMBERS // x.size)))
-    return weights @ rows / (1 - jnp.sum(weights**2))
+    return _linalg.weighted_sum(weights, rows) / (1 - jnp.sum(weights**2))
 
 
 def spectral_diversity(x: ArrayLike | Particles) -> Array:
@@ -196,7 +198,7 @@ def coverage(x: ArrayLike | Particles, base: ArrayLike | Particles, k: int = 5) 
 def _singular(x: Array, weights: Array) -> Array:
     """Square roots of the eigenvalues of the unbiased covariance, `(min(num, d),)`, decreasing."""
     x = x - x[:1]  # exactly zero if all samples coincide, unlike the difference from the mean
-    spread = jnp.sqrt(weights)[:, None] * (x - (weights @ x)[None])
+    spread = jnp.sqrt(weights)[:, None] * (x - _linalg.weighted_sum(weights, x)[None])
     return jnp.linalg.svd(spread, compute_uv=False) / jnp.sqrt(1 - jnp.sum(weights**2))
 
 

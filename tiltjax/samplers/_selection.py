@@ -13,12 +13,11 @@ Reference: Beirami et al. (arXiv 2401.01879), best-of-n. `theory.selection` has 
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _pytree, rewards
+from tiltjax import _checks, _pytree, _random, rewards
 from tiltjax.particles import Particles, unweighted
 
 
@@ -53,7 +52,7 @@ def softmax_of_n(
         logits = jnp.where(
             values == -jnp.inf, -jnp.inf, scale.astype(values.dtype) * (values - best)
         )
-        return jax.random.categorical(key, logits, axis=1)
+        return _random.categorical(key, logits, axis=1)
 
     return _select(particles, reward, n, choose)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _progress, _pytree
+from tiltjax import _checks, _progress, _pytree, _random
 from tiltjax.guidance import Guidance, dps
 from tiltjax.models import Model
 from tiltjax.rewards import Reward
@@ -205,6 +205,6 @@ def _distinct(key: Array, x: Array, log_weights: Array, num: int) -> Array:
         jnp.sum(jnp.where(same, jnp.exp(log_weights - jnp.max(log_weights))[None], 0.0), axis=1)
     )
     # Copies come last: they are drawn only if there are too few distinct states.
-    scores = copies + jax.random.gumbel(key, copies.shape, copies.dtype)
+    scores = copies + _random.gumbel(key, copies.shape, copies.dtype)
     order = jnp.argsort(jnp.where(first, -scores, jnp.inf))
     return x[order[:num]]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks
+from tiltjax import _checks, _random
 from tiltjax.rewards import Reward
 
 # Candidates for the length of the kernel, in units of the root mean square distance of the queries,
@@ -161,7 +161,7 @@ class Bootstrap(Surrogate):
 
         def train(key: Array) -> list[tuple[Array, Array]]:
             key_start, key_choice = jax.random.split(key)
-            chosen = jax.random.categorical(
+            chosen = _random.categorical(
                 key_choice, jnp.where(known, 0.0, -jnp.inf), shape=(len(y),)
             )
             counts = jnp.where(known, jnp.zeros_like(y).at[chosen].add(1), 0)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tiltjax import _checks, _repr, _sharding
+from tiltjax import _checks, _random, _repr, _sharding
 from tiltjax.models import Denoiser, Net, call_network
 from tiltjax.solvers import Solver
 from tiltjax.tokens._unmask import Masking, Unmask
@@ -119,7 +119,7 @@ class Masked(Denoiser):
 
     def complete(self, key: Array, x: Array, probabilities: Array) -> Array:
         """A sequence without masks, whose hidden tokens are drawn independently."""
-        drawn = jax.random.categorical(key, jnp.log(probabilities)).astype(x.dtype)
+        drawn = _random.categorical(key, jnp.log(probabilities)).astype(x.dtype)
         return jnp.where(x == self.mask, drawn, x)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tiltjax import _checks, _repr
+from tiltjax import _checks, _random, _repr
 from tiltjax.solvers import Stochastic
 
 
@@ -58,7 +58,7 @@ class Reveal(NamedTuple):
         else:
             shown = hidden & (chosen[:-1] < self.probability)
         tilted = denoised if shift is None else denoised + shift
-        drawn = jax.random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
+        drawn = _random.categorical(key_what, jnp.log(tilted)).astype(x.dtype)
         moved = jnp.where(shown, drawn, x)
         if shift is None:
             return moved, jnp.zeros((), denoised.dtype)

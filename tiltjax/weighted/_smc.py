@@ -37,7 +37,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _progress, _pytree, _repr, _sharding, resampling
+from tiltjax import (
+    _callbacks,
+    _checks,
+    _progress,
+    _pytree,
+    _random,
+    _repr,
+    _sharding,
+    resampling,
+)
 from tiltjax.guidance import Estimate, Guidance, failures
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Denoiser
@@ -454,7 +463,7 @@ def propagate(
     children, log_ratio, failed = jax.vmap(child)(jnp.stack(keys))
     apply = lambda child: apply_potential(run.potential, step.weighs, child, step.tempering)[0]
     gain = log_ratio + jax.vmap(lambda child: increment(apply(child), child.applied))(children)
-    chosen = jax.random.categorical(key_choice, gain)
+    chosen = _random.categorical(key_choice, gain)
     # `weigh` adds the gain of the chosen child, but the weight must change by the mean gain.
     mean = jax.nn.logsumexp(gain) - math.log(num)
     moved = jax.tree.map(lambda leaf: leaf[chosen], children)
