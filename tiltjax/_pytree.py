@@ -85,6 +85,16 @@ class Function(KeepsDtype):
         """The inverse of `parts`."""
         return cls(types.MethodType(fn, *bound) if bound else fn)
 
+    # Copies and pickles hold a tree in the place of the tree definition, because Equinox compares a
+    # sentinel in the definition by identity.
+
+    def __getstate__(self) -> dict[str, Any]:
+        places = jax.tree.unflatten(self.treedef, range(len(self.static)))
+        return vars(self) | {"treedef": places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"treedef": jax.tree.structure(state["treedef"])})
+
 
 def opened(tree: T) -> T:
     """`tree` with every bound method and `functools.partial` of a network as a
