@@ -281,6 +281,8 @@ def test_copies_of_models_guidances_and_particles_are_as_good(model, how):
     again = tj.smc(KEY, base, guidance, num=8, steps=3)
     chex.assert_trees_all_equal(particles, again)
     assert particles.ess == again.ess
+    for half in eqx.partition(base, eqx.is_array):
+        assert jax.tree.structure(COPIES[how](half)) == jax.tree.structure(half)
 
 
 # A constant added to the reward. Potentials with a stored floor (`Max`, `Sum`) are excepted: their

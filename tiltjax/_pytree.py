@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from tiltjax import _checks, _repr
-from tiltjax._captured import Captured, captured, in_library, is_flax, is_torch
+from tiltjax._captured import captured, in_library, is_flax, is_torch
 from tiltjax._checks import concrete, function
 
 T = TypeVar("T")
@@ -31,16 +30,15 @@ class KeepsDtype(_repr.Printable):
 class Function(KeepsDtype):
     """A user's callable as a pytree: its arrays are leaves, everything else is static.
 
-    A plain function has no arrays. It is compared by identity, and by the identities of the values
-    that it uses from outside (`captured`): another function object, or another value, causes a new
-    trace. A Flax NNX or Equinox module, its bound method, and a `functools.partial` of it
-    contribute the parameters as leaves, so that a change of them causes no new trace.
+    A plain function has no arrays. It is compared by identity: another function object causes a new
+    trace, another value of a global variable does not. A Flax NNX or Equinox module, its bound
+    method, and a `functools.partial` of it contribute the parameters as leaves, so that a change of
+    them causes no new trace.
     """
 
     arrays: list
     static: tuple = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
-    captured: Captured = eqx.field(static=True)
 
     def __init__(self, fn: Callable, name: str = "fn"):
         function(fn, name)
@@ -53,9 +51,7 @@ class Function(KeepsDtype):
         # The object of a method is a part, so that the arrays of a module are also leaves of
         # module.method.
         parts = (fn.__func__, fn.__self__) if inspect.ismethod(fn) else (opened(fn),)
-        # A method of an object without arrays uses only some of its attributes.
-        whole = inspect.ismethod(fn) and jax.tree_util.all_leaves([fn.__self__])
-        self.captured = outside(fn if whole else parts)
+        refuse_outside(parts)
         refuse_training_mode(parts)
         leaves, self.treedef = jax.tree.flatten(parts)
         leaves = [_numbers(leaf) for leaf in leaves]
@@ -88,6 +84,16 @@ class Function(KeepsDtype):
     def of(cls, fn: Callable, *bound: Any) -> "Function":
         """The inverse of `parts`."""
         return cls(types.MethodType(fn, *bound) if bound else fn)
+
+    # Copies and pickles hold a tree in the place of the tree definition, because Equinox compares a
+    # sentinel in the definition by identity.
+
+    def __getstate__(self) -> dict[str, Any]:
+        places = jax.tree.unflatten(self.treedef, range(len(self.static)))
+        return vars(self) | {"treedef": places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"treedef": jax.tree.structure(state["treedef"])})
 
 
 def opened(tree: T) -> T:
@@ -136,16 +142,13 @@ def _numbers(leaf: Any) -> Any:
     return jnp.asarray(leaf) if is_numbers else leaf
 
 
-def outside(tree: Any) -> Captured:
-    """What the functions in a tree use besides the arrays of the tree.
-
-    **Raises:** `TypeError` for a Flax module. It would be compiled with its current weights, and
-    would not change after training.
+def refuse_outside(tree: Any) -> None:
+    """Raise a `TypeError` for a Flax module that the functions in a tree use besides the arrays of
+    the tree. It would be compiled with its current weights, and would not change after training.
     """
-    found = captured(*_functions(tree))
-    for where, value in found.values:
+    for where, value in captured(*_functions(tree)):
         if is_flax(value):
-            name = re.split(r"\W+", where.strip("]'\""))[-1]
+            name = where.rpartition(".")[2]
             name = name if name.isidentifier() else "network"
             raise TypeError(
                 f"the function uses the Flax module {where!r} from outside, so changes of its "
@@ -153,11 +156,12 @@ def outside(tree: Any) -> Captured:
                 f"jax.tree_util.Partial(lambda {name}, *args: ..., {name}); for a model use "
                 f"from_velocity(lambda {name}, t, x: ..., {name}, shape=...)"
             )
-    return found
 
 
 def _functions(tree: Any) -> Iterator[Any]:
-    """The functions and objects in a tree that are not arrays, also those in its static parts."""
+    """The functions, classes and objects in a tree that are not arrays, also those in its static
+    parts.
+    """
     special = lambda node: isinstance(node, Partial | eqx.Module)
     for node in jax.tree.leaves(tree, is_leaf=special):
         if isinstance(node, Partial):
@@ -165,6 +169,7 @@ def _functions(tree: Any) -> Iterator[Any]:
         elif isinstance(node, KeepsDtype):
             continue
         elif isinstance(node, eqx.Module):
+            yield type(node)
             yield from _functions(tuple(vars(node).values()))
         elif not eqx.is_array(node):
             yield node
@@ -177,7 +182,7 @@ def check_object(module: eqx.Module) -> None:
     refuse_training_mode(module)
     classes = [each for each in type(module).__mro__ if not in_library(each.__module__)]
     entries = [entry for each in classes for entry in vars(each).values()]
-    outside([entry for entry in entries if inspect.isfunction(entry)])
+    refuse_outside([entry for entry in entries if inspect.isfunction(entry)])
 
 
 def is_untraceable(error: Exception) -> bool:

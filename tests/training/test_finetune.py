@@ -207,6 +207,11 @@ def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
             REWARD,
             jax.tree_util.Partial(gaussian, offset=jnp.ones(1)),
         ),
+        (
+            "model is gaussian .* in the file",
+            REWARD,
+            jax.tree_util.Partial(gaussian, offset=1.0),
+        ),
     ):
         with pytest.raises(ValueError, match=f"another run: {match}"):
             tj.finetune(

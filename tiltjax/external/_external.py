@@ -256,7 +256,7 @@ def without_gradient() -> str:
 
 def refuse_training_mode(fn: Callable) -> None:
     """Raise a `ValueError` if a function is, or uses, a PyTorch or Flax module in training mode."""
-    found = [value for _, value in captured(fn).values]
+    found = [module for _, module in captured(fn)]
     for module in filter(is_torch, found):
         if part := next((part for part in module.modules() if part.training), None):
             raise ValueError(

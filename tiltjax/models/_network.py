@@ -25,11 +25,10 @@ class Net(_pytree.KeepsDtype):
 
     fn: _pytree.Function
     params: PyTree
-    captured: Any = eqx.field(static=True)
 
     def __init__(self, fn: Callable, params: PyTree = None):
         params = _pytree.opened(params)
-        self.captured = _pytree.outside(params)
+        _pytree.refuse_outside(params)
         _pytree.refuse_training_mode(params)
         self.fn, self.params = _pytree.Function(fn), params
         _check_signature(fn, params)

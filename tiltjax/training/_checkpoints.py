@@ -17,13 +17,15 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from tiltjax import _pytree
 
 _HEADER = "header"
 
@@ -90,7 +92,7 @@ def digest(tree: Any) -> str:
     can have the same.
     """
     total = 0
-    for leaf in jax.tree.leaves(tree):
+    for leaf in _leaves(tree):
         if isinstance(leaf, jax.Array | np.ndarray):
             array = _as_numpy(leaf)
             total = zlib.crc32(array.tobytes(), zlib.crc32(_array_type(array).encode(), total))
@@ -103,6 +105,16 @@ def callable_name(fn: Callable) -> str:
     """The name of a callable, which distinguishes functions in a header."""
     fn = getattr(fn, "func", fn)
     return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """The leaves of a tree, and the numbers that are static in its functions."""
+    is_function = lambda node: isinstance(node, _pytree.Function)
+    for leaf in jax.tree.leaves(tree, is_leaf=is_function):
+        if is_function(leaf):
+            yield from _leaves(leaf.parts())
+        else:
+            yield leaf
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
