@@ -194,6 +194,10 @@ def fmrg_law(
     The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any other interpolant it is
     computed by quadrature.
 
+    The flow map is exact. With the 20 inner steps that `fmrg` takes by default, the standard
+    deviation of samples is larger by 1.5% at q = .8 and by 6% at q = 2.6, for any number of outer
+    steps; with 80 inner steps it is right to .3% at q = .8.
+
     A run starts from the unguided `alpha_0 D(x) + x`, `x ~ N(0, sigma_0^2 I)`, as in
     `tiltjax.sample`. For `alpha_0 > 0` (`VP`, `DiscreteVP`) this is not exactly the law of `X_0`.
     The flow map then carries the start not to the prior but, with

@@ -100,6 +100,37 @@ def test_one_key_one_estimate():
     assert float(call(KEY).log_h) != float(call(jax.random.key(8)).log_h)
 
 
+# Laplace where a quadratic model of the reward is wrong.
+
+
+def test_laplace_does_not_promise_more_than_a_bounded_reward_has():
+    """`N(0, 1)`, `scale min(x, 0)` for x far below 0: `log h = -m^2 / (2 v)`, and the score
+    `J |m| / v` leads to the kink, not beyond.
+    """
+    model = tj.Analytic(contracts.gaussian([0.0], [[1.0]]))
+    guidance = tj.Laplace(model, lambda x: jnp.minimum(x[0], 0.0), 50.0)
+    t, x = jnp.asarray(0.4), jnp.asarray([-1.0])
+    jacobian = 0.4 / (0.4**2 + 0.6**2)
+    mean, variance = -jacobian, 1 - 0.4 * jacobian
+    estimate, _ = jax.jit(lambda x: guidance(jax.random.key(0), t, x, ()))(x)
+    np.testing.assert_allclose(estimate.log_h, -(mean**2) / (2 * variance), rtol=0.05)
+    score = estimate.score(model.interpolant, t)
+    np.testing.assert_allclose(score, jacobian * abs(mean) / variance, rtol=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
+def test_laplace_is_bounded_by_the_reward(scale):
+    model = tj.Analytic(contracts.planar())
+    reward = lambda x: jax.nn.log_sigmoid(4 * (x[0] + x[1] - 1))
+    guidance = tj.Laplace(model, reward, scale)
+    x = 3 * jax.random.normal(jax.random.key(0), (200, 2), float)
+    log_h = jax.jit(
+        jax.vmap(lambda t, x: guidance(jax.random.key(0), t, x, ())[0].log_h, (None, 0))
+    )
+    for t in (0.01, 0.3, 0.9):
+        assert np.all(np.asarray(log_h(jnp.asarray(t), x)) <= 0)
+
+
 # Doob and Laplace against closed forms.
 
 

@@ -188,3 +188,25 @@ def test_wrappers_refuse_what_they_cannot_wrap():
     )
     with pytest.raises(ValueError, match="gives no log_h"):
         evaluate(proposes)
+
+
+def test_smc_warns_of_a_score_of_fixed_length_near_the_noise():
+    """log Z is -182 and less for the first three, where -3.8 is right; the cap mends it."""
+    wrappers, base = tj.guidance.wrappers, tj.dps(model(), REWARD, 1.0)
+    weighted = lambda guidance: tj.weighted.SMC(guidance.model, guidance, num=10, steps=50)
+    long = wrappers.Normalized(base, 1.0)
+    for guidance in (
+        long,
+        wrappers.Clipped(wrappers.Normalized(base, 10.0), 1.0),
+        wrappers.Averaged(long, 2),
+    ):
+        with pytest.warns(UserWarning, match=r"21\.4 standard deviations .* GainCapped"):
+            weighted(guidance)
+    for guidance in (
+        wrappers.Normalized(base, 0.1),
+        wrappers.Clipped(base, 1.0),
+        wrappers.GainCapped(wrappers.Averaged(long, 2), 1.0),
+        wrappers.Window(long, 0.3),
+        wrappers.Unscaled(long),
+    ):
+        weighted(guidance)

@@ -513,6 +513,47 @@ def test_constraints_and_failures_are_told():
     assert not tj.audit(jax.random.key(7), MODEL, hard, num=500, steps=STEPS).reliable  # no warning
 
 
+def test_a_last_step_that_undoes_the_twists_is_a_warning():
+    """The twist promises a reward that the particles do not have."""
+    twist = tj.dps(MODEL, lambda x: 30 * x[0], 1.0)
+    with pytest.warns(UserWarning, match="effective sample size|log Z by -") as warned:
+        tj.smc(jax.random.key(7), MODEL, DPS, num=200, steps=STEPS, twist=twist)
+    assert str(warned[0].message).startswith("the last step changes log Z by -")
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_laplace_twists_of_a_bounded_reward():
+    """Four rotated modes and a classifier: a twist that extrapolates its reward linearly has all
+    mass in one mode, and log Z -277.
+    """
+    rotated = lambda a, e: (
+        (r := np.asarray([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])) @ (np.diag(e) @ r.T)
+    )
+    prior = tj.GaussianMixture(
+        [0.4, 0.3, 0.2, 0.1],
+        [[-2.5, 0.0], [2.5, 0.5], [0.0, 3.0], [1.0, -3.0]],
+        np.stack(
+            [
+                rotated(a, e)
+                for a, e in zip(
+                    (0.3, 1.0, 2.0, -0.5),
+                    ((0.8, 0.1), (0.5, 0.3), (0.2, 0.6), (0.4, 0.05)),
+                    strict=True,
+                )
+            ]
+        ),
+    )
+    model = tj.Analytic(prior)
+    twist = tj.Laplace(model, lambda x: jax.nn.log_sigmoid(4 * (x[0] + x[1] - 1)), 2.0)
+    particles = tj.smc(jax.random.key(1), model, twist, num=4000, steps=100)
+    masses = np.asarray(tj.metrics.mode_weights(particles, prior))
+    np.testing.assert_allclose(masses, [0.001, 0.601, 0.398, 0.0], atol=0.05)
+    assert abs(float(particles.log_norm) + 0.748) < 0.05
+    assert float(particles.trace.ess.min()) > 2000
+
+
 def test_bad_input_says_what_to_do():
     run = lambda guidance=DPS, **kw: tj.smc(
         jax.random.key(0), MODEL, guidance, **{"num": 10, "steps": 5} | kw

@@ -108,6 +108,13 @@ class Guidance(_repr.Printable):
         """
         return True
 
+    @property
+    def score_at_noise(self) -> Array | None:
+        """The length of the score near t = 0, if it does not depend on the reward there. `smc` then
+        checks that its noise is wide enough for it.
+        """
+        return None
+
     def init(self, x: Array) -> Any:
         """The initial memory of one trajectory; `()` for most guidances."""
         return ()

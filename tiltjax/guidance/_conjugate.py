@@ -33,6 +33,12 @@ of at most two (`keep_precision`).
 This library derives the method itself: it is the conjugate tilt of `tiltjax.models` with
 expectations by Stein's identity in place of the closed form of a reward.
 
+A fit at one state does not weigh modes against each other. For the classifier
+`log_sigmoid(4 (x + y - 1))` at scale 2 on four rotated modes, the masses of the two modes that
+count are .71 and .29 where .60 and .40 are right (W2 .79; .21 between two sets of the truth). As
+the proposal of `smc` with weights at the end alone (`ess_threshold=0`) it gives .604 and .396, with
+an effective sample size of 65%.
+
 The method fails for: rewards with jumps (Stein's identity needs a weak derivative, and `StepReward`
 has none); far modes that the draws do not reach; rewards that oscillate within the width of a
 posterior (`scale sin(3 x)` from a scale of about 10); one direction far stiffer than hundreds of

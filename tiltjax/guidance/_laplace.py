@@ -22,6 +22,12 @@ class Laplace(Guidance):
             g = ∇r(m)
         score = J^T (I + scale H P)^-1 scale g.
 
+    Beyond a kink, or where r saturates, the mode `m + P u` of this quadratic model, with the score
+    `J^T u`, is too far away. The step to it is therefore shortened by the factor s in (0, 1] that
+    maximizes `scale r(m + s P u) - s^2 u^T P u / 2`. The score is multiplied by s, and `log h` is
+    at most this maximum `- logdet(I + scale P H) / 2`, so it never exceeds `scale max r`. For a
+    concave quadratic reward s is 1.
+
     The score holds J and H fixed, because differentiating through them gives worse results. The
     approximation is exact for a Gaussian prior and a concave quadratic reward with any matrices. On
     mixtures it beats any scalar damping. Convex directions of the reward are treated as flat (H is
@@ -29,8 +35,8 @@ class Laplace(Guidance):
     Directions in which a learned Jacobian makes P negative are treated as known exactly
     (`_linalg.square_root`).
 
-    One evaluation costs one denoiser call and d pullbacks for states of size d, so this guidance is
-    for low-dimensional states.
+    One evaluation costs one denoiser call and d pullbacks for states of size d, and the Hessian and
+    twenty more gradients of the reward, so this guidance is for low-dimensional states.
 
     **Arguments:** `model`; `reward`, twice differentiable; `scale >= 0`.
     """
@@ -64,7 +70,14 @@ class Laplace(Guidance):
         system = jnp.eye(size, dtype=x.dtype) + self.scale * factor @ factor.T
         solved, half_logdet = _linalg.solve(system, (root.T @ cov_gradient)[:, None])
         damped = self.scale * (gradient - self.scale * root @ solved[:, 0])
-        log_h = self.scale * value - half_logdet + self.scale * damped @ cov_gradient / 2
+        # The mode of the quadratic model is `mean + move`; the mode of the reward may be nearer.
+        move = root_cov @ (root_cov.T @ damped)
+        along = lambda s: self.scale * reward(mean + s * move) - s**2 * damped @ move / 2
+        step = _maximizer(along, value.dtype)
+        quadratic = self.scale * value + self.scale * damped @ cov_gradient / 2
+        reached = along(step)
+        log_h = jnp.where(reached < quadratic, reached, quadratic) - half_logdet
+        damped = step * damped
         # The shift is tweedie * J^T damped, with the Jacobian that is not symmetrized.
         return Estimate(
             (mean + tweedie * jacobian.T @ damped).reshape(shape), mean.reshape(shape), log_h
@@ -72,3 +85,32 @@ class Laplace(Guidance):
 
     def log_tilt(self, x1: Array) -> Array:
         return self.scale * self.reward(x1)
+
+
+_STEPS = 16  # of the search for a mode
+
+
+def _maximizer(fn: Callable[[Array], Array], dtype: Any) -> Array:
+    """The place in (0, 1] of the maximum of a concave `fn`, by false position (Illinois), which is
+    exact where the derivative is linear; 1 if `fn` still rises there.
+    """
+    slope = jax.grad(fn)
+    ends = jnp.zeros((), dtype), jnp.ones((), dtype)
+    slopes = jax.vmap(slope)(jnp.stack(ends))
+
+    def crossing(left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+        (a, rise), (b, fall) = left, right
+        return a + (b - a) * rise / jnp.where(rise > fall, rise - fall, jnp.inf)
+
+    def narrow(bracket: tuple, _: None) -> tuple[tuple, None]:
+        (a, rise), (b, fall) = bracket
+        place = crossing(*bracket)
+        found = slope(place)
+        # The slope of an end that stays is halved, so that it does not stay for long.
+        above, below = ((place, found), (b, fall / 2)), ((a, rise / 2), (place, found))
+        return jax.tree.map(lambda new, old: jnp.where(found > 0, new, old), above, below), None
+
+    start = tuple(zip(ends, slopes, strict=True))
+    bracket, _ = jax.lax.scan(narrow, start, None, length=_STEPS)
+    falls = (slopes[0] > 0) & (slopes[1] < 0)
+    return jnp.where(falls, crossing(*bracket), ends[1])

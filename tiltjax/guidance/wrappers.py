@@ -53,6 +53,10 @@ class Wrapper(Guidance):
     def guides_start(self) -> bool:
         return self.guidance.guides_start
 
+    @property
+    def score_at_noise(self) -> Array | None:
+        return self.guidance.score_at_noise
+
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)
 
@@ -106,6 +110,11 @@ class Clipped(Rescaled):
         self.guidance = guidance
         self.limit = _checks.positive(limit, "limit")
 
+    @property
+    def score_at_noise(self) -> Array | None:
+        length = self.guidance.score_at_noise
+        return None if length is None else jnp.minimum(length, self.limit)
+
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return jnp.minimum(self.to_length(t, estimate, self.limit), 1.0)
 
@@ -114,7 +123,10 @@ class Normalized(Rescaled):
     """`guidance` with its score scaled to the length `length`. A deviation from the mathematics.
 
     Published pipelines do this to remove the effect of the reward's scale: only the direction of
-    the estimate of `∇ log h` is used. A zero score stays zero.
+    the estimate of `∇ log h` is used. A zero score stays zero. Near t = 0, where `∇ log h` is
+    small, a score of length 1 moves the denoiser by `sigma_t^2 / alpha_t`, which is 1,000 at
+    t = .001. The proposals of `smc` then leave the law of the model, and its estimate of Z is near
+    zero in every run: wrap the guidance in `GainCapped` there.
 
     **Arguments:** `guidance`, which must return the unguided denoiser; `length > 0`.
     """
@@ -129,6 +141,10 @@ class Normalized(Rescaled):
     @property
     def guides_start(self) -> bool:
         return False
+
+    @property
+    def score_at_noise(self) -> Array | None:
+        return self.length
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return self.to_length(t, estimate, self.length)
@@ -149,6 +165,10 @@ class Unscaled(Rescaled):
     @property
     def guides_start(self) -> bool:
         return False
+
+    @property
+    def score_at_noise(self) -> Array | None:
+        return None
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return 2 / self.model.interpolant.diffusion(t)
@@ -184,6 +204,11 @@ class Window(Wrapper):
                 f"start must be below stop, got [{float(self.start):g}, {float(self.stop):g})"
             )
 
+    @property
+    def score_at_noise(self) -> Array | None:
+        starts = not _checks.concrete(self.start) or np.asarray(self.start) == 0
+        return self.guidance.score_at_noise if starts else None
+
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
         shape, _ = jax.eval_shape(self.guidance, key, t, x, state)
 
@@ -210,6 +235,10 @@ class GainCapped(Rescaled):
     def __init__(self, guidance: Guidance, limit: float | Array):
         self.guidance = guidance
         self.limit = _checks.positive(limit, "limit")
+
+    @property
+    def score_at_noise(self) -> Array | None:
+        return None
 
     def factor(self, t: Array, estimate: Estimate) -> Array:
         return jnp.minimum(2 * self.limit / self.model.interpolant.diffusion(t), 1.0)
@@ -293,6 +322,10 @@ class Averaged(Guidance):
     @property
     def guides_start(self) -> bool:
         return self.guidance.guides_start
+
+    @property
+    def score_at_noise(self) -> Array | None:
+        return self.guidance.score_at_noise
 
     def log_tilt(self, x1: Array) -> Array:
         return self.guidance.log_tilt(x1)

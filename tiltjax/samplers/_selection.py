@@ -22,7 +22,7 @@ from tiltjax.particles import Particles, unweighted
 
 
 def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
-    """The particle of largest reward in each consecutive group of `n`.
+    """The particle of largest reward in each consecutive group of `n`; of equal rewards, the first.
 
     **Raises:** `ValueError` if n does not divide the number of particles, or if the particles are
     weighted (`resample` weighted particles first); `FloatingPointError` for a reward that is NaN.

@@ -10,8 +10,11 @@ keeps Q close to P:
 
 The maximum is `log Z / scale`, reached only by `dP exp(scale r) / Z`. At eta = 1 the end of a
 trajectory does not depend on the noise at its start, and the ends have the law
-`rho exp(scale r) / Z`. The objective is below its maximum by `KL(Q | tilt) / scale`, so that the
-loss gives the distance to the tilt where log Z is known.
+`rho exp(scale r) / Z`, where rho is the law of the ends of the base chain with its N steps, and Z
+its normalizing constant Z_N. The maximum of the continuous flow is another: in one example 1.3125,
+and 1.155 at 30 steps. Compare a loss with `log_norm` of `smc` on the same times, or for a Gaussian
+with `theory.path_law(...).log_norm`. The objective is below its maximum by
+`KL(Q | tilt) / scale`, so that the loss gives the distance to the tilt where log Z_N is known.
 
 `smc` takes a reward of -inf, but `finetune` raises an error. The tilt has no mass where the reward
 is -inf, but the Gaussian steps of any network reach every state, and `E_Q[r]` is -inf for every

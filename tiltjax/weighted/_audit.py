@@ -176,7 +176,7 @@ def audit(
         model, guidance, num=num, steps=steps, times=times, solver=solver, ess_threshold=0.0,
         chunk_size=chunk_size, sharding=sharding,
     )  # fmt: skip
-    particles = simulate(_checks.key(key), run, progress)
+    particles, _ = simulate(_checks.key(key), run, progress)
     if not _checks.concrete(particles):
         raise ValueError("an audit is a report of numbers: call it outside of jit, vmap and grad")
     rewards = _sharding.gathered(_rewards(cast, particles.x, chunk_size or num)).astype(np.float64)

@@ -1,4 +1,4 @@
-r"""`smc`: the guided sampler with weights, asymptotically exact for any guidance.
+r"""`smc`: the guided sampler with weights, exact for any guidance as particles are added.
 
     propose    x_u from the shifted kernel q, and log p/q
     look       D, D~ - D and the twist V_u at x_u
@@ -12,10 +12,17 @@ and N the number of steps,
     E[exp(log_norm)] = Z_N
         for any number of particles, guidance, twist, potential, tempering and resampling,
 
-and weighted means tend to those of the chain's tilt as the number of particles grows. The effective
-sample size (`ess`) thus measures the quality of a guidance. The parts of a run are in
-`tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`, `tiltjax.weighted.tempering` and
-`tiltjax.resampling`.
+and weighted means tend to those of the chain's tilt as the number of particles grows. Exact is not
+useful: how many particles are enough depends on the guidance. A score of length 1 from t = .001 on
+(`Normalized`) moves each particle by 21 standard deviations of the first step's noise. `log_norm`
+is then -176 in a run of 500 particles where -3.8 is right, because its mean comes from runs that
+never happen. Without resampling (`ess_threshold=0`), the effective sample size (`ess`) at the end
+measures the quality of a guidance. After resampling, all particles may share an error that `ess`
+does not show. A derivative of a run holds the ancestors constant, so it is the derivative of
+`log_norm` only without resampling.
+
+The parts of a run are in `tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`,
+`tiltjax.weighted.tempering` and `tiltjax.resampling`.
 
 The loop can be written by hand, to record, to stop early, or to add a move:
 
@@ -66,6 +73,8 @@ from tiltjax.weighted.proposals import Guided, Proposal
 from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 
 _FEW = 0.05  # the fraction of the particles below which an effective sample size is worth a warning
+_FAR = 3.0  # standard deviations of a step's noise, beyond which a move leaves few even weights
+_UNDONE = 10.0  # the change of log Z in the last step that is worth a warning
 
 
 class Particle(NamedTuple):
@@ -198,6 +207,8 @@ class SMC(_repr.Report):
         self.factors = jnp.ones(self.steps)
         if tempering is not None and not isinstance(tempering, AdaptiveTempering):
             self.factors = tempering.factors(self.steps)
+        if self.proposal.guided:
+            _check_first_move(self)
 
     @property
     def steps(self) -> int:
@@ -308,7 +319,9 @@ def smc(
     **Raises:** `ValueError` for a deterministic solver, a guidance without `log_h` and no twist,
     and for thresholds, windows and temperings that do not match; `FloatingPointError` that names
     the first step with a NaN, or a step at which all weights are zero. Warns if the effective
-    sample size at the end is below 5% of `num`, because estimates then depend on few particles.
+    sample size at the end is below 5% of `num`, because estimates then depend on few particles; if
+    the reward of the last step takes back what the twists promised, because particles were then
+    resampled by wrong weights; and for a guidance that moves particles far at the first step.
     """
     key = _checks.key(key)
     run = SMC(
@@ -316,20 +329,22 @@ def smc(
         potential=potential, tempering=tempering, resample=resample, schedule=schedule,
         ess_threshold=ess_threshold, solver=solver, chunk_size=chunk_size, sharding=sharding,
     )  # fmt: skip
-    particles = simulate(key, run, progress)
+    particles, change = simulate(key, run, progress)
     if _checks.concrete(particles):
-        _warn(particles)
+        _warn(particles, change)
     return particles
 
 
-def simulate(key: Array, run: SMC, progress: bool) -> Particles:
-    """The particles of a run. It raises the run's failure, and does not judge the weights."""
+def simulate(key: Array, run: SMC, progress: bool) -> tuple[Particles, Array]:
+    """The particles of a run, and the change of log Z in its last step. It raises the run's failure,
+    and does not judge the weights.
+    """
     with _progress.bar("weighing", run.steps, enabled=progress) as bar:
-        particles = _smc(key, run, bar)
+        particles, change = _smc(key, run, bar)
         if _checks.concrete(particles):
             assert particles.trace is not None
             particles.trace.check()
-    return particles
+    return particles, change
 
 
 @_callbacks.compiled
@@ -362,7 +377,7 @@ def finish(keys: Array, run: SMC, state: State) -> Particles:
     denoiser, because a jump has no noise to weigh, and completes the potentials. An early `finish`
     ends a run on the times until then and 1.
     """
-    particles, info = _finish(keys[0], run._ready(), state)
+    particles, info, _ = _finish(keys[0], run._ready(), state)
     info = jax.tree.map(lambda leaf: leaf[None], info)
     times = jnp.stack([run.times[state.number], run.times[-1]])
     return _traced(particles, times, info, state.particles.root)
@@ -374,7 +389,7 @@ def _another(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
 
 
 @_callbacks.compiled
-def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
+def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> tuple[Particles, Array]:
     run = run._ready()
     keys = run.keys(key)
 
@@ -387,13 +402,14 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> Particles:
     still = -run.first  # steps
     keys = jnp.concatenate([keys[:1]] * (still - 1) + [keys])
     state, infos = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
-    particles, last = _finish(keys[-1, 0], run, state)
+    particles, last, change = _finish(keys[-1, 0], run, state)
     infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
     failed = infos.failed
     for _ in range(still):
         failed = started(failed)
     infos = jax.tree.map(lambda leaves: leaves[still:], infos)
-    return _traced(particles, run.times, infos._replace(failed=failed), state.particles.root)
+    infos = infos._replace(failed=failed)
+    return _traced(particles, run.times, infos, state.particles.root), change
 
 
 def _start(keys: Array, run: SMC) -> State:
@@ -633,7 +649,8 @@ def inherit(particles: Particle, ancestors: Array) -> Particle:
     return jax.tree.map(lambda leaf: leaf[ancestors], particles)
 
 
-def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info]:
+def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info, Array]:
+    """The particles at t = 1, the diagnostics of the last step, and its change of log Z."""
     particles = state.particles
 
     def end(i: Array, particle: Particle) -> tuple[Array, Array]:
@@ -644,12 +661,14 @@ def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info]:
     x, log_potential = map_particles(end, run.chunk_size)(jnp.arange(run.num), particles)
     log_weights = state.log_weights + increment(log_potential, particles.applied)
     all_log_weights = replicate(log_weights, run.sharding)
-    log_norm = state.log_norm + jax.nn.logsumexp(all_log_weights) - math.log(run.num)
+    total = jax.nn.logsumexp(all_log_weights)
+    log_norm = state.log_norm + total - math.log(run.num)
+    change = total - jax.nn.logsumexp(replicate(state.log_weights, run.sharding))
     ess = effective(all_log_weights)
     wrong = jnp.any(jnp.isnan(log_potential) | (log_potential == jnp.inf))
     failed = Failures.of(log_h=wrong, weights=~jnp.isfinite(ess))
     info = Info(failed, ess, jnp.ones((), run.log_dtype), jnp.zeros((), bool))
-    return Particles(x, log_weights, log_norm), info
+    return Particles(x, log_weights, log_norm), info, change
 
 
 def _traced(particles: Particles, times: Array, infos: Info, roots: Array) -> Particles:
@@ -713,7 +732,30 @@ def increment(new: Array, old: Array) -> Array:
     return jnp.where(excluded, -jnp.inf, new - jnp.where(excluded, 0.0, old))
 
 
-def _warn(particles: Particles) -> None:
+def _check_first_move(run: SMC) -> None:
+    """Warn if a score of fixed length moves particles by many standard deviations of the noise."""
+    length = run.guidance.score_at_noise
+    if length is None or not _checks.concrete((length, run.times, run.model.corruption)):
+        return
+    kernel = run.solver.kernel(run.model.corruption, run.times[0], run.times[1])
+    move = float(length * kernel.gain * kernel.tweedie / kernel.std)
+    if move > _FAR:
+        _checks.warn(
+            f"the first step moves every particle by {move:.3g} standard deviations of its noise, "
+            "because the score has a fixed length, so log Z will be far too low: wrap the guidance "
+            "in GainCapped, or start later"
+        )
+
+
+def _warn(particles: Particles, change: Array) -> None:
+    assert particles.trace is not None
+    resampled = bool(np.any(np.asarray(particles.trace.resampled)))
+    if resampled and float(change) < -_UNDONE:
+        _checks.warn(
+            f"the last step changes log Z by {float(change):.3g}: the twists promised rewards that "
+            "the particles do not reach, so particles were resampled by wrong weights. Weigh only "
+            "at the end, with ess_threshold=0, or use another twist."
+        )
     fraction = float(particles.ess) / len(particles)
     if fraction < _FEW:
         _checks.warn(
