@@ -336,8 +336,8 @@ def smc(
 
 
 def simulate(key: Array, run: SMC, progress: bool) -> tuple[Particles, Array]:
-    """The particles of a run, and the change of log Z in its last step. It raises the run's failure,
-    and does not judge the weights.
+    """The particles of a run, and the change of log Z in its last step. Raises the run's failure; it
+    does not judge the weights.
     """
     with _progress.bar("weighing", run.steps, enabled=progress) as bar:
         particles, change = _smc(key, run, bar)
@@ -737,8 +737,13 @@ def _check_first_move(run: SMC) -> None:
     length = run.guidance.score_at_noise
     if length is None or not _checks.concrete((length, run.times, run.model.corruption)):
         return
-    kernel = run.solver.kernel(run.model.corruption, run.times[0], run.times[1])
-    move = float(length * kernel.gain * kernel.tweedie / kernel.std)
+    with jax.ensure_compile_time_eval():
+        times = run.times[:2].astype(run.model.dtype)
+        solver, corruption, length = _pytree.cast(
+            (run.solver, run.model.corruption, length), run.model.dtype
+        )
+        kernel = solver.kernel(corruption, *times)
+        move = float(length * kernel.gain * kernel.tweedie / kernel.std)
     if move > _FAR:
         _checks.warn(
             f"the first step moves every particle by {move:.3g} standard deviations of its noise, "
