@@ -336,8 +336,8 @@ def smc(
 
 
 def simulate(key: Array, run: SMC, progress: bool) -> tuple[Particles, Array]:
-    """The particles of a run, and the change of log Z in its last step. Raises the run's failure; it
-    does not judge the weights.
+    """The particles of a run, without a judgment of their weights, and the change of log Z in the
+    last step. **Raises:** the run's failure.
     """
     with _progress.bar("weighing", run.steps, enabled=progress) as bar:
         particles, change = _smc(key, run, bar)
