@@ -15,8 +15,8 @@ and N the number of steps,
 and weighted means tend to those of the chain's tilt as the number of particles grows. Exact is not
 useful: how many particles are enough depends on the guidance. A score of length 1 from t = .001 on
 (`Normalized`) moves each particle by 21 standard deviations of the first step's noise. `log_norm`
-is then -176 in a run of 500 particles where -3.8 is right, because its mean comes from runs that
-never happen. Without resampling (`ess_threshold=0`), the effective sample size (`ess`) at the end
+is then -176 in a run of 500 particles where -3.8 is right, because the mean of Z comes from very
+rare runs. Without resampling (`ess_threshold=0`), the effective sample size (`ess`) at the end
 measures the quality of a guidance. After resampling, all particles may share an error that `ess`
 does not show. A derivative of a run holds the ancestors constant, so it is the derivative of
 `log_norm` only without resampling.
