@@ -281,6 +281,7 @@ def test_tweedie_is_the_denoiser_and_draws_nothing():
     chex.assert_trees_all_equal(draws[0], draws[1], MODEL.denoise(t, X))
 
 
+@pytest.mark.slow
 def test_renoising_by_nothing_is_the_flow_map_and_by_much_forgets_the_state():
     t, model = (
         jnp.asarray(0.5),

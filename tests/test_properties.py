@@ -261,6 +261,7 @@ def test_without_a_scale_verbs_leave_the_base(seed):
     close(constant.log_norm, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 @fewer
 @given(seeds, st.floats(0.1, 3.0))
 def test_compiled_by_the_caller_or_not(seed, scale):

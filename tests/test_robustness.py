@@ -253,6 +253,7 @@ def test_other_keys_keep_the_first_particles_for_any_number_and_batch(impl):
     assert len(np.unique(np.asarray(few))) == few.size
 
 
+@pytest.mark.slow
 def test_two_threads_find_what_one_does():
     names = ["sample, laplace", "smc", "tokens", "flow"]
     run = lambda name: VERBS[name](KEY, jnp.float64, 1.0)
@@ -268,6 +269,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("model", [analytic, network, flax_network])
 def test_copies_of_models_guidances_and_particles_are_as_good(model, how):

@@ -102,6 +102,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "solver", "interpolant"), ROWS)
 def test_a_guided_sampler_has_its_discrete_law(method, solver, interpolant):
     prior, reward = general()

@@ -134,6 +134,7 @@ NO_GRADIENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NO_GRADIENT)
 def test_a_reward_without_a_gradient_says_which_methods_need_none(name):
     model = tj.from_denoiser(

@@ -482,3 +482,23 @@ def test_a_guided_step_at_the_denoiser_calls_the_network_once():
     step = lambda x: guidance(jax.random.key(0), jnp.asarray(0.3), x, guidance.init(x))
     program = str(jax.make_jaxpr(step)(jnp.ones(3)))
     assert (program.count("= sin "), program.count("= cos ")) == (1, 1)
+
+
+def test_the_step_of_laplace_that_the_mode_of_the_reward_shortens_has_its_derivative():
+    """Against finite differences, in the scale and the state, where a classifier saturates."""
+    model = tj.Analytic(contracts.planar())
+    reward = lambda x: jax.nn.log_sigmoid(4 * (x[0] + x[1] - 1))
+
+    @jax.jit
+    def found(scale, x):
+        estimate, _ = tj.Laplace(model, reward, scale)(KEY, jnp.asarray(0.4), x, ())
+        return jnp.sum(estimate.tilted) + estimate.log_h
+
+    scale, x, step = jnp.asarray(2.0), jnp.asarray([-0.4, 0.1]), 1e-6
+    slopes = jax.grad(found, argnums=(0, 1))(scale, x)
+    by_scale = (found(scale + step, x) - found(scale - step, x)) / (2 * step)
+    by_state = [(found(scale, x + e) - found(scale, x - e)) / (2 * step) for e in step * jnp.eye(2)]
+    np.testing.assert_allclose(slopes[0], by_scale, rtol=1e-6)
+    np.testing.assert_allclose(slopes[1], by_state, rtol=1e-6)
+    forward = jax.jvp(lambda scale: found(scale, x), (scale,), (jnp.ones(()),))[1]
+    np.testing.assert_allclose(forward, slopes[0], rtol=1e-9)

@@ -447,6 +447,7 @@ def test_a_model_tuned_to_the_tilt_has_even_weights_and_the_audit_says_how_far_o
         tj.audit(KEY, base, tj.Tuned(*TWO), num=100)
 
 
+@pytest.mark.slow
 def test_networks_in_single_precision_by_batches():
     def constant(shift):
         def net(t, x):

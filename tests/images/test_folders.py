@@ -36,6 +36,7 @@ def test_a_model_of_a_folder_is_its_parts(folder):
     np.testing.assert_allclose(1 - grid[1], np.exp(mu) / (np.exp(mu) + 1 / 0.75 - 1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_file_reach_the_transformer_and_the_text_encoders(folder, tmp_path):
     options = {"height": 16, "width": 8, "dtype": jax.numpy.float32}
     names = {

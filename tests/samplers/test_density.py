@@ -33,6 +33,7 @@ def test_an_affine_flow_makes_a_gaussian(solver):
     np.testing.assert_allclose(got.log_prob, jax.vmap(law.log_prob)(got.x), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "guided", "tilted"])
 def test_importance_weights_have_mean_one(name):
     model = tj.Tilted(MODEL, REWARD, 2.0) if name == "tilted" else MODEL
@@ -47,6 +48,7 @@ def test_importance_weights_have_mean_one(name):
     assert np.mean(np.log(ratio)) < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_the_samples_are_those_of_sample(chunk_size):
     settings = {"num": 8, "steps": 6, "solver": tj.Euler(), "chunk_size": chunk_size}

@@ -14,6 +14,7 @@ import tiltjax as tj
 KEY = jax.random.key(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weight", "scale"),
     [([4.0, 1.0], 0.5), ([[1.0, 0.4], [0.4, 0.6]], 1.0), ([2.0, 0.0], 1.0)],
@@ -37,6 +38,7 @@ def test_moments_are_those_of_the_exact_tilt(weight, scale):
     assert np.all(np.abs(values.mean(axis=0) - expected) < 4 * values.std(axis=0) / np.sqrt(num))
 
 
+@pytest.mark.slow
 def test_stronger_anisotropy_asks_for_more_sweeps():
     model = tj.Analytic(contracts.planar())
     run = lambda weight: (

@@ -63,6 +63,7 @@ def test_a_tilt_a_hundred_deviations_away_is_sampled(method):
     assert_gaussian(x, 2 * SCALE * TARGET / PRECISION, PRECISION**-0.5)
 
 
+@pytest.mark.slow
 def test_weighted_runs_start_at_the_mean_of_the_data():
     """The estimate of the normalizing constant is that of the base chain, which starts there."""
     prior, reward = model(50, 1), tj.rewards.Quadratic([51.0])
@@ -100,6 +101,7 @@ def test_an_interpolant_that_never_reaches_noise_is_refused_with_the_remedy():
         tj.sample(KEY, data, num=2, times=jnp.linspace(0, 1, 11))
 
 
+@pytest.mark.slow
 def test_guidances_that_are_no_mean_start_unguided():
     """Their score would move the start: that of `Normalized` by its whole length."""
     prior, reward = model(0, 1), tj.rewards.Quadratic([3.0])

@@ -47,6 +47,7 @@ def test_every_round_asks_once_and_all_is_kept():
     np.testing.assert_array_equal(again.x, found.x)
 
 
+@pytest.mark.slow
 def test_it_beats_draws_of_the_model_at_equal_queries():
     gains = []
     for seed in range(6):

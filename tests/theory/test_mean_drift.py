@@ -113,6 +113,7 @@ def test_doobs_drift_samples_the_tilt():
     np.testing.assert_allclose(law.wasserstein(moved), 0.7, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_gaussian_is_the_closed_form_for_any_damping():
     prior, reward = tj.GaussianMixture([1.0], [[0.3]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
     for scale in (tj.Damped(3.0, 0.4), tj.Damped(1.0, 1.5)):

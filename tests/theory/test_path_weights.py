@@ -130,6 +130,7 @@ def test_a_grid_that_ends_before_the_data_weighs_its_own_end():
     )
 
 
+@pytest.mark.slow
 def test_recorded_numbers():
     field = theory.dps_field(line(0.5), tj.rewards.Quadratic([2.5]), 3.0)
     law = theory.path_law(field, times=jnp.linspace(0, 1, 201))
@@ -148,6 +149,7 @@ def test_recorded_numbers():
     assert np.isclose(memoryless.floor, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("scale", [0.7, 3.0])
 def test_small_steps_tend_to_the_closed_form(fresh, scale):

@@ -256,6 +256,7 @@ def test_bad_input_says_what_to_use():
         theory.matching_k(problem.prior, problem.reward, tj.scales.Constant(1.0))
 
 
+@pytest.mark.slow
 def test_a_flow_whose_steps_overflow_has_an_infinite_error():
     prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
     plan = theory.recommend(prior, tj.rewards.Quadratic([1.0]), 3e4, 1100, inner_steps=1)

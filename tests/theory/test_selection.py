@@ -162,6 +162,7 @@ def test_softmax_of_two_by_brute_force(scale):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reward", [tj.rewards.LinearReward([1.0]), tj.rewards.Quadratic([1.2]), tj.rewards.Bump([1.0])]
 )

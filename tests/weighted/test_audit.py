@@ -88,7 +88,7 @@ def test_verdicts():
     )
     assert fair.verdict.startswith(f"Nearly: {fair.ess_fraction:.0%} of the samples count")
     assert bad.verdict.startswith(f"Not tilting: {bad.ess_fraction:.1%} of the samples count")
-    assert "Use a damped scale" in bad.verdict
+    assert "use a damped scale" in bad.verdict
     text = str(good)
     for part in (
         "Laplace on Ancestral, 50 steps, 1000 particles",

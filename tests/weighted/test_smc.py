@@ -387,6 +387,7 @@ def test_single_precision_in_a_double_world_one_step_and_one_particle():
     assert int(alone.num_roots) == 1
 
 
+@pytest.mark.slow
 def test_states_of_any_shape():
     model = tj.from_denoiser(lambda t, x: t * x / (t**2 + (1 - t) ** 2), shape=(2, 3, 1))
     guidance = tj.dps(model, lambda x: -jnp.sum((x - 1) ** 2), 0.2)
@@ -444,6 +445,7 @@ def test_factors_rise_to_one_to_the_last_bit(rule, steps):
     assert factors[0] == (1 if steps == 1 else 0)
 
 
+@pytest.mark.slow
 def test_rewards_without_a_gradient_steer():
     """A jump has no gradient, and neither method asks for one."""
     jump = tj.external.External(lambda x: np.where(x[:, 0] > 0, 0.0, -2.0))
@@ -453,7 +455,9 @@ def test_rewards_without_a_gradient_steer():
         assert abs(mass - 1 / (1 + math.exp(-2))) < 5 * 0.5 / 400**0.5
 
 
-@pytest.mark.parametrize("row", [0, 3, 4, 21])  # one evaluation, children, tempering, a twist
+@pytest.mark.parametrize(  # one evaluation, children, tempering, a twist
+    "row", [0, *(pytest.param(row, marks=pytest.mark.slow) for row in (3, 4, 21))]
+)
 def test_the_loop_can_be_written_by_hand(row):
     guidance, proposal, potential, resample, threshold, temper, over = ROWS[row]
     settings = {

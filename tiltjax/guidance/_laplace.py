@@ -91,10 +91,28 @@ _STEPS = 16  # of the search for a mode
 
 
 def _maximizer(fn: Callable[[Array], Array], dtype: Any) -> Array:
-    """The place in (0, 1] of the maximum of a concave `fn`, by false position (Illinois), which is
-    exact where the derivative is linear; 1 if `fn` still rises there.
+    """The place in (0, 1] of the maximum of a concave `fn`; 1 if `fn` still rises there. Its
+    derivative is that of the solution of `fn' = 0`, not of the search.
     """
-    slope = jax.grad(fn)
+    slope, one = jax.grad(fn), jnp.ones((), dtype)
+
+    def newton(place: Array, _: None) -> tuple[Array, None]:
+        rise, curvature = jax.jvp(slope, (place,), (one,))
+        move = rise / jnp.where(curvature < 0, curvature, -jnp.inf)
+        return jnp.clip(place - move, 0, 1), None
+
+    place, inside = _search(slope, dtype)
+    place, _ = jax.lax.scan(newton, place, None, length=2)
+    place, inside = jax.lax.stop_gradient((place, inside))
+    rise, curvature = jax.lax.stop_gradient(jax.jvp(slope, (place,), (one,)))
+    inside &= curvature < 0
+    return jnp.where(inside, place + (rise - slope(place)) / jnp.where(inside, curvature, 1.0), one)
+
+
+def _search(slope: Callable[[Array], Array], dtype: Any) -> tuple[Array, Array]:
+    """The zero of a decreasing `slope` in (0, 1), by false position (Illinois), and whether there
+    is one. It is exact for a line.
+    """
     ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     slopes = jax.vmap(slope)(jnp.stack(ends))
 
@@ -112,5 +130,4 @@ def _maximizer(fn: Callable[[Array], Array], dtype: Any) -> Array:
 
     start = tuple(zip(ends, slopes, strict=True))
     bracket, _ = jax.lax.scan(narrow, start, None, length=_STEPS)
-    falls = (slopes[0] > 0) & (slopes[1] < 0)
-    return jnp.where(falls, crossing(*bracket), ends[1])
+    return crossing(*bracket), (slopes[0] > 0) & (slopes[1] < 0)
