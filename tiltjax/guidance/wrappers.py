@@ -269,7 +269,7 @@ class NormDamped(Rescaled):
         )
 
 
-class Averaged(Guidance):
+class Averaged(Wrapper):
     """The weighted mean of k independent draws of a random guidance:
     `log h = log mean exp(log h_i)`, `s = sum_i softmax(log h)_i s_i`.
 
@@ -291,10 +291,6 @@ class Averaged(Guidance):
         _check_memoryless(guidance, "Averaged")
         self.guidance = guidance
         self.k = _checks.count(k, "k")
-
-    @property
-    def model(self) -> Any:
-        return self.guidance.model
 
     def init(self, x: Array) -> Any:
         return jax.tree.map(
@@ -319,19 +315,8 @@ class Averaged(Guidance):
         log_h = jax.nn.logsumexp(log_hs) - jnp.log(np.asarray(self.k, log_hs.dtype))
         return Estimate(denoised + shift, denoised, log_h), state
 
-    @property
-    def guides_start(self) -> bool:
-        return self.guidance.guides_start
-
-    @property
-    def score_at_noise(self) -> Array | None:
-        return self.guidance.score_at_noise
-
-    def log_tilt(self, x1: Array) -> Array:
+    def final_log_potential(self, x1: Array, state: Any) -> Array:
         return self.guidance.log_tilt(x1)
-
-    def check_run(self, times: Array, weighted_solver: Solver | None = None) -> None:
-        self.guidance.check_run(times, weighted_solver)
 
 
 def _check_memoryless(guidance: Guidance, name: str) -> None:
