@@ -484,8 +484,10 @@ def _resolved(selected: Selected) -> Selected:
     if not _checks.concrete(log_probs):
         return selected
     log_probs = np.asarray(log_probs, np.float64)
-    total = np.logaddexp.reduce(log_probs, axis=None)
-    cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_probs, axis=0)))
+    # Of two values of -inf, NumPy may warn, though the result is right; NaN is refused below.
+    with np.errstate(invalid="ignore"):
+        total = np.logaddexp.reduce(log_probs, axis=None)
+        cells = np.exp(-np.logaddexp.reduce(2 * np.logaddexp.reduce(log_probs, axis=0)))
     if not abs(total) < 1e-3 or (isinstance(selected.law, GridReward) and cells < 100):
         raise ValueError(
             f"quadrature does not resolve the selected draw for n = {float(selected.n):g}: its "
