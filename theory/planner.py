@@ -345,15 +345,18 @@ def _is_isotropic(prior: GaussianMixture) -> bool:
     return bool(np.allclose(covs, covs[:, :1, :1] * np.eye(prior.dim), rtol=1e-6, atol=0))
 
 
+def _grid(field: AffineField, steps: int) -> Array:
+    """The default times of a run."""
+    dtype = field.prior.means.dtype
+    return grids.of_width(field.interpolant, field.prior.width, steps, dtype).astype(dtype)
+
+
 def _run(field: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
     """The law of each component, separately, after `steps` steps of Heun's method."""
     # Steps of zero length come first, so that one program serves any number of steps and, at a
     # constant scale, any guidance.
-    grid = np.asarray(
-        grids.of_width(field.interpolant, field.prior.width, steps, field.prior.means.dtype)
-    )
-    times = np.concatenate([np.full(_MAX_STEPS - steps, grid[0]), grid])
-    times = jnp.asarray(times, field.prior.means.dtype)
+    grid = np.asarray(_grid(field, steps))
+    times = jnp.asarray(np.concatenate([np.full(_MAX_STEPS - steps, grid[0]), grid]))
     shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
     index = np.asarray(shifts.index(field.shift), np.int32)
     return _run_components(
@@ -450,10 +453,7 @@ def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
     n = int(task.budget / cost)
     if n < 1:
         return
-    prior = task.prior
-    dtype = prior.means.dtype
-    times = grids.of_width(damped.interpolant, prior.width, _PATH_STEPS, dtype).astype(dtype)
-    ess = float(path_weights.path_law(damped, times=times).ess)
+    ess = float(path_weights.path_law(damped, times=_grid(damped, _PATH_STEPS)).ess)
     if ess > 0:
         widest = float(np.linalg.eigvalsh(np.asarray(task.tilt.covs[0], np.float64))[-1])
         error = float(np.sqrt(2 * widest * np.log1p((1 / ess - 1) / n)))

@@ -191,6 +191,7 @@ class GaussianMixture(_repr.Printable):
         """
         if not _checks.concrete(self):
             return None
+        # By NumPy, because every run asks for it, and JAX would compile it.
         parts = self.log_weights, self.means, self.covs
         log_weights, means, covs = (np.asarray(part, np.float64) for part in parts)
         weights = np.exp(log_weights - np.max(log_weights))

@@ -123,13 +123,13 @@ def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
     model, guidance, solver, times = decomposed(
         _pytree.cast((model, guidance, solver, times), model.dtype)
     )
-    walk_ = Walk(model, guidance, solver, times, None, model.starts_denoised(times[0]))
+    setup = Walk(model, guidance, solver, times, None, model.starts_denoised(times[0]))
     noises = initial_noise(noise_key(key), model, times[0], num, chunk_size)
 
     def one(noise: Array) -> tuple[Array, Array]:
         def run(flat: Array) -> tuple[Array, Array]:
             # The run is deterministic, so any key is good.
-            x = walk(key, walk_, flat.reshape(1, *model.shape), _progress.Ticker(None), False)[0][0]
+            x = walk(key, setup, flat.reshape(1, *model.shape), _progress.Ticker(None), False)[0][0]
             return x.reshape(-1), x
 
         slope, x = jax.jacfwd(run, has_aux=True)(noise.reshape(-1))
