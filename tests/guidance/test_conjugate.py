@@ -501,7 +501,7 @@ def test_batches_and_single_precision():
             "variance must be positive, got 0",
         ),
         (lambda: tj.calibrate(KEY, MODEL, levels=1), "levels must be at least 2"),
-        (lambda: tj.calibrate(KEY, MODEL, budget=46), "budget must be at least 47, got 46"),
+        (lambda: tj.calibrate(KEY, MODEL, budget=46), "budget must be at least 49, got 46"),
         (
             lambda: tj.calibrate(KEY, MODEL, data=jnp.zeros((4, 2)), chunk_size=-3),
             "chunk_size must be at least 1",

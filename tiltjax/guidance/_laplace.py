@@ -99,9 +99,10 @@ def _maximizer(fn: Callable[[Array], Array], dtype: Any) -> Array:
     def newton(place: Array, _: None) -> tuple[Array, None]:
         rise, curvature = jax.jvp(slope, (place,), (one,))
         move = rise / jnp.where(curvature < 0, curvature, -jnp.inf)
-        return jnp.clip(place - move, 0, 1), None
+        # At a kink Newton's step leads out of the bracket.
+        return jnp.clip(place - move, low, high), None
 
-    place, inside = _search(slope, dtype)
+    (low, high), place, inside = _search(slope, dtype)
     place, _ = jax.lax.scan(newton, place, None, length=2)
     place, inside = jax.lax.stop_gradient((place, inside))
     rise, curvature = jax.lax.stop_gradient(jax.jvp(slope, (place,), (one,)))
@@ -109,9 +110,9 @@ def _maximizer(fn: Callable[[Array], Array], dtype: Any) -> Array:
     return jnp.where(inside, place + (rise - slope(place)) / jnp.where(inside, curvature, 1.0), one)
 
 
-def _search(slope: Callable[[Array], Array], dtype: Any) -> tuple[Array, Array]:
-    """The zero of a decreasing `slope` in (0, 1), by false position (Illinois), and whether there
-    is one. It is exact for a line.
+def _search(slope: Callable[[Array], Array], dtype: Any) -> tuple[tuple, Array, Array]:
+    """The zero of a decreasing `slope` in (0, 1), by false position (Illinois): the bracket, the
+    zero, and whether there is one. The zero is exact for a line.
     """
     ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     slopes = jax.vmap(slope)(jnp.stack(ends))
@@ -130,4 +131,5 @@ def _search(slope: Callable[[Array], Array], dtype: Any) -> tuple[Array, Array]:
 
     start = tuple(zip(ends, slopes, strict=True))
     bracket, _ = jax.lax.scan(narrow, start, None, length=_STEPS)
-    return crossing(*bracket), (slopes[0] > 0) & (slopes[1] < 0)
+    (low, _), (high, _) = bracket
+    return (low, high), crossing(*bracket), (slopes[0] > 0) & (slopes[1] < 0)
