@@ -3,18 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks docs docs-serve clean
+.PHONY: help demo test test-slow test-nightly test-notebooks test-parity test-oldest test-newest smoke soak nightly lint format bench notebooks docs docs-serve clean
 
 help:
 	@echo "make demo       sample a tilt with every method, print the table, draw the figure (tilt.png)"
 	@echo "make test       run the tests, but for the slow ones and the notebooks"
 	@echo "make test-slow  run the slow tests"
+	@echo "make test-nightly  run the slowest tests"
 	@echo "make test-notebooks  run every notebook in a reduced size"
 	@echo "make test-parity  compare the port of FLUX.1 with diffusers and transformers, in an environment of its own"
 	@echo "make test-oldest, make test-newest  a part of the suite on the oldest dependencies allowed, and on the newest there are"
 	@echo "make smoke      build the wheel, install it elsewhere and use it there"
 	@echo "make soak       the suite twenty times, each in another random order"
-	@echo "make nightly    all that takes long: soak, test-oldest, test-newest, smoke"
+	@echo "make nightly    all that takes long: test-nightly, soak, test-oldest, test-newest, smoke"
 	@echo "make lint       check format, lint, layers and types"
 	@echo "make format     format the sources"
 	@echo "make bench      run the benchmarks, write their tables (ARGS=--quick: on a small scale)"
@@ -37,7 +38,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not nightly" $(ARGS)
+
+test-nightly: $(READY)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m nightly $(ARGS)
 
 test-notebooks: $(READY)
 	$(BIN)/python -m pytest tests/notebooks -n auto --dist worksteal $(ARGS)
@@ -91,7 +95,7 @@ smoke: $(READY)
 	$(BIN)/python -m pip --python build/smoke/venv/bin/python install --quiet --no-deps --no-index build/smoke/*.whl
 	cd build/smoke && venv/bin/python -I -W error ../../tests/smoke.py && venv/bin/tiltjax --version
 
-nightly: soak test-oldest test-newest smoke
+nightly: test-nightly soak test-oldest test-newest smoke
 
 PARITY := .venv-parity/bin
 $(PARITY)/.ready: pyproject.toml

@@ -33,7 +33,11 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("nightly") is not None:
+            item.add_marker("slow")
     seed = config.getoption("--shuffle")
     if seed is not None:
         rank = lambda name: random.Random(f"{seed} {name}").random()

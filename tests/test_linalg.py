@@ -44,6 +44,7 @@ def test_entries_are_an_array(shape):
     chex.assert_trees_all_close(_linalg.array(mapped), np.exp(a), rtol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 3])
 @pytest.mark.parametrize("taken_apart", [_linalg.unrolled, lambda array: array])
 def test_softmax_and_its_derivatives(num, taken_apart):

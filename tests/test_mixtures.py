@@ -163,9 +163,9 @@ def ours(log_weights, means, covs, alpha, sigma, x):
     ("case", "covs"),
     [
         ((1, 3), "isotropic"),
-        ((2, 2), "singular"),
+        pytest.param((2, 2), "singular", marks=pytest.mark.nightly),
         ((3, 4), "distinct"),
-        ((6, 6), "distinct"),
+        pytest.param((6, 6), "distinct", marks=pytest.mark.nightly),
         ((6, 6), "isotropic"),
     ],
     ids=str,
@@ -298,6 +298,7 @@ def test_derivatives_of_two_components_far_apart_in_single_precision():
             np.testing.assert_allclose(value, truth, rtol=1e-3, atol=1e-30)
 
 
+@pytest.mark.slow
 def test_derivatives_where_two_components_tie():
     """`D = x/2 + tanh(x/2)/2` of N(-1, 1) and N(1, 1) at alpha = sigma = 1; at 0 a comparison
     decides which of two forms is differentiated.
@@ -369,6 +370,7 @@ def test_a_component_without_weight_takes_no_part():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [2, 5])
 def test_single_precision_loses_only_what_the_map_itself_magnifies(d):
     single = contracts.random_mixture(3, d, seed=d, dtype=jnp.float32)
@@ -485,6 +487,7 @@ def test_weights_are_proportional_and_integers_are_numbers():
     assert mixture.means.dtype == jnp.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [1, 2])
 @pytest.mark.parametrize("narrow", [0.0, 1e-4])
 def test_narrow_directions_off_the_axes_in_single_precision(components, narrow):

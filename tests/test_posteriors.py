@@ -88,6 +88,7 @@ def test_several_draws_are_as_many_independent_ones(name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [tj.Glass, tj.Exact, tj.Tweedie, tj.FlowMap])
 def test_a_draw_of_ones_own_is_what_several_are_made_of(base):
     class Clamped(base):

@@ -56,6 +56,7 @@ GUIDANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_an_estimate_is_rounded_as_the_network_and_not_more(name, batched):
@@ -81,6 +82,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_states_stay_in_single_precision_around_a_network_in_half(name):
     m, guidance, solver = RUNS[name]()

@@ -204,6 +204,7 @@ def compiled(name):
     return jax.jit(one), jax.jit(jax.vmap(one, (None, 0, None, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDANCES)
 @few
 @given(seed=seeds, scale=scales, t=times)

@@ -9,6 +9,7 @@ import tiltjax as tj
 from tiltjax import _random
 
 
+@pytest.mark.slow
 def test_the_tail_of_a_gumbel_variable_is_not_a_grid():
     """The largest of 2^24 variables are those of uniform numbers above `1 - 2^-12`. There, a grid
     of 2^-23 has 2,048 points.
@@ -62,7 +63,7 @@ def test_tokens_and_components_are_drawn_with_the_tail():
     assert np.array_equal(mixture.sample(key, num)[:, 0], points[component, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.optimized
 def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     """Of 8,000 tokens 12 are rare; draws from 2^-23 uniform numbers would find one."""

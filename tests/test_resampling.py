@@ -60,6 +60,7 @@ def test_equal_weights_of_single_precision_are_whole(n):
     assert np.array_equal(np.sort(ancestors), np.arange(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_adversarial_weights(name, dtype):

@@ -221,7 +221,7 @@ WHOLE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", VERBS | WHOLE)
 def test_no_nan_on_the_way_in_either_precision(name, dtype):
     with jax.debug_nans(True):
@@ -232,7 +232,7 @@ def test_no_nan_on_the_way_in_either_precision(name, dtype):
         assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype in (dtype, np.float64)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", VERBS)
 def test_mapped_over_keys_and_scales_it_is_the_loop(name):
     keys, scales = jax.random.split(KEY, 2), jnp.asarray([0.5, 2.0])
@@ -242,6 +242,7 @@ def test_mapped_over_keys_and_scales_it_is_the_loop(name):
     chex.assert_trees_all_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *looped), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_keys_keep_the_first_particles_for_any_number_and_batch(impl):
     key, model = jax.random.key(0, impl=impl), analytic()
@@ -253,7 +254,7 @@ def test_other_keys_keep_the_first_particles_for_any_number_and_batch(impl):
     assert len(np.unique(np.asarray(few))) == few.size
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_threads_find_what_one_does():
     names = ["sample, laplace", "smc", "tokens", "flow"]
     run = lambda name: VERBS[name](KEY, jnp.float64, 1.0)

@@ -127,6 +127,7 @@ def test_training_on_a_mesh_of_one_device(one_device):
     np.testing.assert_allclose(spread.curve.loss, alone.curve.loss, rtol=1e-6)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_hosts_compute_what_one_does(tmp_path):
     """One of them, in turn, also runs the same by itself, on one of its devices, and compares."""

@@ -209,6 +209,7 @@ def distribution(path, t, x):
     return laws.cdf(x[:, None]) @ weights, laws.pdf(x[:, None]) @ weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_adaptive_follows_the_flow_of_a_mixture_to_its_tolerance(path):
     """One program for all tolerances; through an inner time and up to t = 1, where the floor's own

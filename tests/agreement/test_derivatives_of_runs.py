@@ -36,7 +36,7 @@ GUIDANCES = contracts.all_guidances() | {
 }
 # At full gain, eight steps with a flow map leave the data, and no finite difference is accurate.
 del GUIDANCES["plug-in, flow map"]
-QUICK = ("self-damped, exact", "self-damped, dps")
+FIRST = ("plug-in, glass, k=2", "dps", "laplace", "self-damped, exact", "conjugate", "tuned")
 
 
 def problem(s):
@@ -60,7 +60,10 @@ def assert_derivative(fn, step=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in GUIDANCES],
+    [
+        name if name in FIRST else pytest.param(name, marks=pytest.mark.nightly)
+        for name in GUIDANCES
+    ],
 )
 def test_a_guided_run(name):
     def value(s):

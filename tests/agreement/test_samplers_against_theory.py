@@ -284,6 +284,7 @@ def test_best_of_n_chooses_the_mode_that_plug_in_cannot():
             assert abs(np.mean(chosen) - expected) < SIGMAS * error + 0.5 / groups
 
 
+@pytest.mark.slow
 def test_softmax_of_n_tends_to_the_tilt():
     problem, n, groups = tj.problems.bump(), 64, 4000
     particles = tj.sample(jax.random.key(8), tj.Analytic(problem.prior), num=n * groups, steps=20)

@@ -91,6 +91,7 @@ def _simple(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "best-of-n", "conjugate", "weighted"])
 def test_every_other_method_makes_images(folder, tmp_path, method, monkeypatch):
     _simple(monkeypatch)
@@ -213,6 +214,7 @@ def test_options_without_their_effect_get_a_warning(
     assert capsys.readouterr().err == "tiltjax: stop\n"
 
 
+@pytest.mark.slow
 def test_guided_and_unguided_images_are_compared(folder, tmp_path, capsys, monkeypatch):
     _simple(monkeypatch)
     options = ("--method", "best-of-n", "--particles", 2, "--images", 2)
@@ -237,6 +239,7 @@ def test_guided_and_unguided_images_are_compared(folder, tmp_path, capsys, monke
     assert Image.open(tmp_path / "sheet.png") == sheet
 
 
+@pytest.mark.slow
 def test_weighted_runs_tell_their_effective_sample_size(folder, tmp_path, capsys, monkeypatch):
     _simple(monkeypatch)
     assert run(folder, tmp_path, "--method", "weighted", "--particles", 3) == 0

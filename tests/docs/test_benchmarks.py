@@ -194,6 +194,7 @@ def test_exact_samples_of_every_problem_are_of_its_tilt():
     assert abs(float(rewards.mean()) - 0.9139) < 5 * float(rewards.std()) / 800**0.5
 
 
+@pytest.mark.slow
 def test_the_bare_loop_evaluates_what_it_says(monkeypatch):
     """Against the same recursions without a loop."""
     monkeypatch.setattr(limits, "LOOP", 4)

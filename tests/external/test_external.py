@@ -163,6 +163,7 @@ GUIDANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), [("plug-in", None), ("conjugate", None), ("dps", 3)])
 def test_a_run_is_that_of_the_same_reward_in_jax(model, with_gradient, name, batch):
     run = lambda reward: (

@@ -144,6 +144,7 @@ def test_log_h_is_exact_for_conjugate_rewards_on_a_mixture():
     assert convex(KEY, T, X, convex.init(X))[0].log_h.dtype == jnp.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anisotropic", [False, True])
 def test_stiff_rewards_do_not_blow_up(anisotropic):
     """Ten times stiffer along one axis than along the other, and hidden from the exact route:
@@ -293,6 +294,7 @@ def test_calibration_evaluates_the_network_as_often_as_its_budget_allows(given):
     assert 4000 < len(model.calls) <= 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["quadratic", "nine dimensions"])
 def test_the_default_calibration_is_as_accurate_as_it_says(problem):
     """The mean over levels of the relative error, root mean square over keys."""
@@ -431,6 +433,7 @@ def test_a_multiple_of_a_sum_is_split_too():
     np.testing.assert_allclose(one.remainder(X), 6 * other(X), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_kink_at_a_large_scale_is_found_and_kept():
     """The draws of a fit that has jumped over the kink see no curvature: forgetting at once, it
     would leave for good.

@@ -188,6 +188,7 @@ def test_laplace_of_an_image_is_laplace_of_its_pixels():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [1e-3, 0.2, 0.9])
 def test_laplace_takes_convex_directions_as_flat(t):
     """Finite where `I + P H` would be singular, and in the convex direction what a linear reward
@@ -226,6 +227,7 @@ def test_doob_takes_a_function_and_differentiates_it():
 # Plug-ins.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_the_plug_in_is_the_log_mean_of_the_draws_it_says(name):
     """k draws, equal weights in the mean: with one reward value per draw, `log h` says which draws

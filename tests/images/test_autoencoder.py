@@ -75,6 +75,7 @@ def test_moments_and_their_gradient_are_the_published_ones(dtype):
         parts.close(array, EXPECTED[name], tolerance(network.encoder, EXPECTED[name], dtype))
 
 
+@pytest.mark.slow
 def test_a_latent_is_the_scaled_mean_or_a_draw_about_it(network):
     key, x = jax.random.key(0), IMAGES[:1]
     got, draw = jax.jit(lambda network, x, key: (network.encode(x), network.encode(x, key)))(

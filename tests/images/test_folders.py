@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return small.folder(tmp_path_factory.mktemp("flux") / "model")
 
 
+@pytest.mark.slow
 def test_a_model_of_a_folder_is_its_parts(folder):
     options = {"height": 16, "width": 8, "dtype": jax.numpy.float32}
     model = flux.load_model(folder, PROMPT, **options)

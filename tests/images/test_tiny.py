@@ -44,6 +44,7 @@ def drawn(n, seed):
     return shapes.all_named(scenes), images
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_shapes_and_colors():
     scenes, images = drawn(200, 20)
     coder = loading.load("autoencoder", FOLDER)
@@ -154,7 +155,7 @@ def test_guided_from_the_command_line(method, tmp_path, capsys):
     assert image.std() > 5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.optimized
 @pytest.mark.parametrize("method", ["weighted", "plug-in"])
 def test_the_defaults_raise_the_reward_and_keep_the_prompt(method, tmp_path):

@@ -50,6 +50,7 @@ def block(stack, i):
     return jax.tree.map(lambda leaf: leaf[i], stack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_output_and_gradient_are_the_published_ones(name):
     expected = stored(f"transformer_{name}")

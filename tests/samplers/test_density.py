@@ -18,6 +18,7 @@ MODEL = tj.Analytic(MIXTURE)
 REWARD = tj.rewards.Quadratic([0.5, 1.0], weight=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [tj.Heun(), tj.Euler()], ids=["heun", "euler"])
 def test_an_affine_flow_makes_a_gaussian(solver):
     # The map of a coordinate of the noise is x -> a x + b: two points tell it, and with it the law
@@ -86,6 +87,7 @@ def test_what_has_no_density_is_refused():
         tj.sample_with_log_prob(KEY, constant, num=3, steps=4)
 
 
+@pytest.mark.slow
 def test_the_strength_of_a_guidance_may_be_traced():
     run = lambda scale: (
         tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, REWARD, scale), num=2, steps=3).log_prob
@@ -130,6 +132,7 @@ def test_an_error_of_the_reward_stays_what_it_is():
         jax.jit(lambda s: tj.sample_with_log_prob(KEY, MODEL, vector(s), num=2, steps=3).x)(1.0)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_start_of_its_own_says_its_density_or_is_refused():
     class Shifted(tj.models.Analytic):
         def initial(self, key, t):

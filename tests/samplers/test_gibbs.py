@@ -49,6 +49,7 @@ def test_stronger_anisotropy_asks_for_more_sweeps():
     assert run(60.0).sweeps > run(1.0).sweeps
 
 
+@pytest.mark.slow
 def test_chains_that_do_not_mix_are_reported():
     reward = tj.rewards.Quadratic([0.3, 1.0], [5000.0, 0.5])
     with pytest.raises(RuntimeError, match="still correlated"):
@@ -137,6 +138,7 @@ def test_it_says_that_it_cannot_be_traced():
             traced(KEY, 1.0)
 
 
+@pytest.mark.slow
 def test_a_tilt_without_finite_mass_is_reported():
     model = tj.Analytic(contracts.planar(jnp.float32), tj.Linear(jnp.float32(1)))
     with pytest.raises(FloatingPointError, match="no finite mass"):

@@ -425,6 +425,7 @@ SCALED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALED)
 def test_vmap_and_grad_over_the_scale(name):
     """Laws are held constant under differentiation in x; their parameters are the user's to

@@ -50,6 +50,7 @@ FAR = tj.rewards.Quadratic([TARGET])
 PRECISION = 1 + 2 * SCALE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tilted", "laplace", "doob"])
 def test_a_tilt_a_hundred_deviations_away_is_sampled(method):
     prior = model(0, 1)

@@ -114,6 +114,7 @@ def test_bad_answers_are_refused(answer, message):
         tj.optimize(jax.random.key(0), MODEL, answer, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_failed():
     calls = []
 

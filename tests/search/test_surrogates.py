@@ -21,6 +21,7 @@ def fit(surrogate, x=X, y=Y, known=None, seed=0):
     return surrogate.fit(jax.random.key(seed), jnp.asarray(x), jnp.asarray(y), jnp.asarray(known))
 
 
+@pytest.mark.slow
 def test_the_posterior_is_that_of_a_gaussian_process():
     learned = fit(tj.search.surrogates.GaussianProcess(0.0))
     kernel = lambda a, b: np.exp(
@@ -53,6 +54,7 @@ def test_the_chosen_length_and_noise_have_the_largest_likelihood():
     assert log_likelihood(float(learned.square), float(learned.noise)) >= max(others) - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "surrogate",
     [tj.search.surrogates.GaussianProcess(), tj.search.surrogates.Bootstrap(2, steps=20)],

@@ -26,6 +26,7 @@ def test_log_h_is_log_norm_at_noise_and_the_reward_at_data(name):
     assert np.isclose(log_h(jnp.ones(()), x), problem.scale * problem.reward(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["noniso", "step", "bump", "double_well"])
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])

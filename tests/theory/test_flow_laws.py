@@ -108,6 +108,7 @@ class Trigonometric(tj.interpolants.Interpolant):
         return jnp.arctan(jnp.sqrt(snr)) * 2 / jnp.pi
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolant", [tj.Linear(), tj.Linear(1.7), Trigonometric()])
 def test_fmrg_law_solves_the_flow(interpolant):
     prior, reward = (
@@ -139,6 +140,7 @@ def test_commuting_matrices_decouple_into_directions():
             )
 
 
+@pytest.mark.slow
 def test_fifty_dimensions_are_fifty_lines():
     rng = np.random.default_rng(0)
     s2, mean, target = rng.uniform(0.05, 2, 50), rng.normal(size=50), rng.normal(size=50)
@@ -165,6 +167,7 @@ def test_laws_of_a_linear_reward_are_the_tilt():
     np.testing.assert_allclose(law.covs, tilt.covs, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Heun(share_draw=True)])
 def test_discrete_mean_converges_to_the_law_at_the_solvers_order(solver):
     prior, reward, start = line(0.5, 0.3), tj.rewards.Quadratic([2.0]), 0.2
@@ -325,6 +328,7 @@ LAWS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [*LAWS, "log_h"])
 @pytest.mark.parametrize("cov", [0.5 * np.eye(2), np.array([[0.6, 0.2], [0.2, 0.5]])])
 def test_gradients_are_right_also_where_eigenvalues_coincide(name, cov):

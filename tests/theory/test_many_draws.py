@@ -73,6 +73,7 @@ def test_recorded_shrinkages():
     np.testing.assert_allclose(got, [1.0, 0.74852, 0.47912, 0.40005], atol=6e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 20, 50])
 def test_the_shrinkage_in_more_dimensions_is_an_expectation_over_pairs_of_draws(d):
     # k = 2: W_1 / (W_1 + W_2) = sigmoid(u_2 - u_1). One coordinate by a trapezoid, the rest
@@ -186,7 +187,7 @@ def test_density_transport_and_sampling_are_of_one_law():
     assert np.all(np.abs(np.mean(x, axis=0) - got.mean()) < error)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_law_compiles_maps_and_differentiates():
     def moments(scale, s2, y):
         prior = tj.GaussianMixture([1.0], [[0.1, 0.0]], s2 * jnp.eye(2)[None])
@@ -215,7 +216,7 @@ def test_the_law_compiles_maps_and_differentiates():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_log_density_differentiates():
     def log_prob(scale, x):
         prior = tj.GaussianMixture([1.0], [[0.1]], [[[0.5]]])

@@ -177,6 +177,7 @@ def test_refusals_say_why_and_what_to_use():
         theory.mean_drift_law(prior, reward, tj.SelfDamped(scale, tj.Analytic(prior)))
 
 
+@pytest.mark.slow
 def test_quantiles_are_of_laws_on_the_line():
     plane = tj.problems.quadratic()
     grid = theory.quadrature.tilt(plane.prior, plane.reward, 0.1, cells=50)

@@ -214,6 +214,7 @@ def test_runs_approach_the_laws():
         np.testing.assert_allclose(cov, limit.covs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "levels"])
 def test_runs_on_paths_that_begin_with_data_approach_the_law_of_flow_map_guidance(name):
     prior = contracts.gaussian([2.0, -1.0], COV)

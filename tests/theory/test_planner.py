@@ -151,7 +151,7 @@ def test_convex_rewards_leave_the_methods_that_need_no_concave_one():
     assert not any("Damped" in option.method for option in plan.options)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_methods_without_a_prediction_are_left_out():
     # k draws at a strength beyond that of the law of many draws.
     line = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
@@ -215,7 +215,7 @@ def test_what_was_measured_is_what_the_benchmarks_recorded():
     assert planner.MEASURED["Conjugate"] == pytest.approx(np.sqrt(np.mean(ratios)), abs=0.006)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_least_k_that_beats_one_damped_draw():
     prior, reward = tj.GaussianMixture([1.0], [[0.0]], [[[0.5]]]), tj.rewards.Quadratic([2.5])
     law = tj.Damped(3.0, 0.3)

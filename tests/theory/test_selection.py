@@ -286,6 +286,7 @@ def test_a_grid_differentiates_what_it_can_and_refuses_the_rest():
     assert by_weight(jnp.asarray(0.3)) > 0
 
 
+@pytest.mark.slow
 def test_refusals_say_why_and_what_to_use():
     cube = tj.GaussianMixture([1.0], jnp.zeros((1, 3)), jnp.eye(3)[None])
     with pytest.raises(ValueError, match=r"Bump.*not 3.*tiltjax\.best_of_n"):

@@ -126,6 +126,7 @@ def tuned(scale=SCALE, objective=None, steps=200):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [None, training.policy_gradient], ids=["reparametrized", "policy"]
 )
@@ -137,6 +138,7 @@ def test_a_tuned_chain_samples_the_tilt(objective):
         assert float(fit.average[name][0]) == pytest.approx(value, abs=0.1)
 
 
+@pytest.mark.slow
 def test_without_the_divergence_it_collapses_on_the_best_sample():
     half, longer = (tuned(math.inf, steps=steps).network for steps in (50, 200))
     assert longer["log_variance"][0] < half["log_variance"][0] < START["log_variance"][0]
@@ -186,6 +188,7 @@ def test_a_reward_of_values_only_is_enough_for_the_policy_gradient():
     assert fit.curve.loss[-10:].mean() < fit.curve.loss[:10].mean() - 0.1
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_up_again_and_another_one_is_refused(tmp_path):
     settings = {"model": gaussian, "steps": 6, "batch_size": 8, "times": BASE.grid(4), "ema": 0.5}
     run = lambda scale=SCALE, **more: tj.finetune(

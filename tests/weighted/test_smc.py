@@ -154,15 +154,16 @@ def truths():
     return {eta: chain_log_norm(eta) for eta in (1.0, 0.5)}
 
 
-# One row for each proposal stays with the fast tests.
-QUICK = [0, 2, 3, 4, 17]
+# One row stays with the fast tests, one for each proposal and half of the others with the slow ones.
+QUICK, SLOW = [17], [0, 2, 3, 4, *range(6, 25, 2)]
 
 
 def _row(number):
     row = ROWS[number]
     heavy = any(guidance is DRAWS4 for guidance in (row[0], row[-1].get("twist")))
     marks = [pytest.mark.optimized] if heavy else []
-    marks += [] if number in QUICK else [pytest.mark.slow]
+    if number not in QUICK:
+        marks += [pytest.mark.slow if number in SLOW else pytest.mark.nightly]
     return pytest.param(row, id="-".join(type(part).__name__ for part in row[:3]), marks=marks)
 
 
@@ -217,6 +218,7 @@ def test_a_twist_that_is_not_gathered_is_found(monkeypatch, truths):
     assert fails(log_norms(anew(), proposal=BASE, ess_threshold=1.0), truths[1.0])
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_dropped_is_found(truths):
     class Forgetful(Kernel):
         def propose(self, key, x, denoised, shift):

@@ -66,7 +66,7 @@ def demo(
         float | None,
         Option(help="Inverse temperature of the tilt.", show_default="the problem's"),
     ] = None,
-    num: Annotated[int, Option(min=10, help="Number of samples of each method.")] = 2000,
+    num: Annotated[int, Option(min=10, help="Number of samples of each method.")] = 1000,
     steps: Annotated[int, Option(min=1, help="Number of Heun steps of the flow.")] = 50,
     seed: _Seed = 0,
     output: Annotated[str, Option(help="File of the figure: .png, .pdf or .svg.")] = "tilt.png",
