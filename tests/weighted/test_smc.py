@@ -154,7 +154,7 @@ def truths():
     return {eta: chain_log_norm(eta) for eta in (1.0, 0.5)}
 
 
-# One row stays with the fast tests, one for each proposal and half of the others with the slow ones.
+# One row stays with the fast tests; one for each proposal and half of the rest are slow.
 QUICK, SLOW = [17], [0, 2, 3, 4, *range(6, 25, 2)]
 
 
