@@ -10,6 +10,7 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `token_tilt`: the tilt of a law of token sequences, by enumeration.
 - `w2_bounds`: bounds of the distance between two mixtures.
 - `thermodynamic_integral`, `thermodynamic_bracket`: `log Z` from computed or measured mean rewards.
+- `fit_mixture`: a Gaussian mixture for samples of a model without a closed form.
 - `recommend`: the method with the smallest predicted distance to the tilt within a budget.
 
 Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
@@ -26,6 +27,7 @@ from theory.finite_steps import (
     fmrg_field,
     plug_in_field,
 )
+from theory.fitting import fit_mixture
 from theory.flow_laws import fmrg_law, plug_in_law, sde_law
 from theory.many_draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
@@ -55,6 +57,8 @@ __all__ = [
     "expected_reward",
     "is_quadratic",
     "quadratic_form",
+    # A mixture for samples.
+    "fit_mixture",
     # log Z from mean rewards.
     "thermodynamic_integral",
     "thermodynamic_bracket",

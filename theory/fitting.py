@@ -1,0 +1,86 @@
+r"""A Gaussian mixture for samples: the way to `theory` without a closed form.
+
+`fit_mixture` maximizes `sum_i log sum_k w_k N(x_i; mu_k, S_k)`, by the expectation-maximization of
+scikit-learn. `recommend` and all laws of `theory` then apply to samples of a real model, as far as
+the mixture describes the model.
+"""
+
+import importlib
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tiltjax import _checks
+from tiltjax.mixtures import GaussianMixture
+from tiltjax.particles import Particles
+
+_FLOOR = 1e-6  # of a variance, relative to the mean variance of the samples
+_STARTS = 4
+
+
+def fit_mixture(samples: Any, components: int, *, seed: int = 0) -> GaussianMixture:
+    """The mixture of `components` Gaussians with full covariances that is most likely for
+    `samples`, the best of four starts.
+
+    Limits. The fit finds a local maximum, and it needs many more samples than the
+    `components (d + 1) (d + 2) / 2` numbers of the mixture: for images, fit a few coordinates that
+    the reward depends on. Predictions for the fit hold for a model as far as its law is this
+    mixture. A tilt weighs the tails of the law, where a fit knows least. So compare
+    `theory.tilt(fit, reward, scale)` with held-out samples that have large rewards.
+
+    **Arguments:**
+
+    - `samples`: `(n, d)`, or `Particles` with equal weights.
+    - `components`: their number, at least 1.
+    - `seed`: of the starts.
+
+    **Raises:** `ValueError` for weighted particles, and for samples that are not finite, all equal,
+    or fewer than `components (d + 1)`; `ImportError` without scikit-learn.
+
+    Source: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM
+    algorithm*.
+    """
+    components, seed = _checks.count(components, "components"), _checks.count(seed, "seed", 0)
+    x = _samples(samples)
+    n, d = x.shape
+    if n < components * (d + 1):
+        raise ValueError(
+            f"{components} components in {d} dimensions need at least {components * (d + 1)} "
+            f"samples, got {n}: draw more samples or use fewer components"
+        )
+    mixture = _sklearn("mixture")
+    center, unit = x.mean(0), np.sqrt(x.var(0).mean())
+    if unit == 0:
+        raise ValueError("all samples are equal, so a mixture has no width to fit")
+    fit = mixture.GaussianMixture(components, reg_covar=_FLOOR, n_init=_STARTS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", _sklearn("exceptions").ConvergenceWarning)  # told below
+        fit.fit((x - center) / unit)
+    if not fit.converged_:
+        _checks.warn(
+            f"expectation-maximization did not converge with {components} components: use fewer"
+        )
+    return GaussianMixture(fit.weights_, center + unit * fit.means_, unit**2 * fit.covariances_)
+
+
+def _samples(samples: Any) -> np.ndarray:
+    if isinstance(samples, Particles):
+        log_weights = np.asarray(samples.log_weights)
+        if np.any(log_weights != log_weights[0]):
+            raise ValueError(
+                "the particles have weights: fit_mixture(particles.resample(key), ...)"
+            )
+        samples = samples.x
+    x = np.asarray(_checks.finite(jnp.asarray(samples), "samples", 2), np.float64)
+    if x.size == 0:
+        raise ValueError(f"samples must not be empty, got shape {x.shape}")
+    return x
+
+
+def _sklearn(module: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError:
+        raise ImportError("fit_mixture needs scikit-learn: pip install tiltjax[fit]") from None
