@@ -9,12 +9,10 @@ import importlib
 import warnings
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from tiltjax import _checks
 from tiltjax.mixtures import GaussianMixture
-from tiltjax.particles import Particles
 
 _FLOOR = 1e-6  # of a variance, relative to the mean variance of the samples
 _STARTS = 4
@@ -32,18 +30,18 @@ def fit_mixture(samples: Any, components: int, *, seed: int = 0) -> GaussianMixt
 
     **Arguments:**
 
-    - `samples`: `(n, d)`, or `Particles` with equal weights.
+    - `samples`: `(n, d)`, without weights: `particles.x`, or `particles.resample(key)`.
     - `components`: their number, at least 1.
     - `seed`: of the starts.
 
-    **Raises:** `ValueError` for weighted particles, and for samples that are not finite, all equal,
-    or fewer than `components (d + 1)`; `ImportError` without scikit-learn.
+    **Raises:** `ValueError` for samples that are not finite, all equal, or fewer than
+    `components (d + 1)`; `ImportError` without scikit-learn.
 
     Source: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM
     algorithm*.
     """
     components, seed = _checks.count(components, "components"), _checks.count(seed, "seed", 0)
-    x = _samples(samples)
+    x = np.asarray(_checks.finite(samples, "samples", 2), np.float64)
     n, d = x.shape
     if n < components * (d + 1):
         raise ValueError(
@@ -63,20 +61,6 @@ def fit_mixture(samples: Any, components: int, *, seed: int = 0) -> GaussianMixt
             f"expectation-maximization did not converge with {components} components: use fewer"
         )
     return GaussianMixture(fit.weights_, center + unit * fit.means_, unit**2 * fit.covariances_)
-
-
-def _samples(samples: Any) -> np.ndarray:
-    if isinstance(samples, Particles):
-        log_weights = np.asarray(samples.log_weights)
-        if np.any(log_weights != log_weights[0]):
-            raise ValueError(
-                "the particles have weights: fit_mixture(particles.resample(key), ...)"
-            )
-        samples = samples.x
-    x = np.asarray(_checks.finite(jnp.asarray(samples), "samples", 2), np.float64)
-    if x.size == 0:
-        raise ValueError(f"samples must not be empty, got shape {x.shape}")
-    return x
 
 
 def _sklearn(module: str) -> Any:
