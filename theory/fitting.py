@@ -15,7 +15,7 @@ from tiltjax import _checks
 from tiltjax.mixtures import GaussianMixture
 
 _FLOOR = 1e-6  # of a variance, relative to the mean variance of the samples
-_STARTS = 4
+_STARTS, _ITERATIONS, _TOLERANCE = 4, 1000, 1e-5  # the tolerance is of the mean log-likelihood
 
 
 def fit_mixture(samples: Any, components: int, *, seed: int = 0) -> GaussianMixture:
@@ -52,7 +52,14 @@ def fit_mixture(samples: Any, components: int, *, seed: int = 0) -> GaussianMixt
     center, unit = x.mean(0), np.sqrt(x.var(0).mean())
     if unit == 0:
         raise ValueError("all samples are equal, so a mixture has no width to fit")
-    fit = mixture.GaussianMixture(components, reg_covar=_FLOOR, n_init=_STARTS, random_state=seed)
+    fit = mixture.GaussianMixture(
+        components,
+        tol=_TOLERANCE,
+        reg_covar=_FLOOR,
+        max_iter=_ITERATIONS,
+        n_init=_STARTS,
+        random_state=seed,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", _sklearn("exceptions").ConvergenceWarning)  # told below
         fit.fit((x - center) / unit)

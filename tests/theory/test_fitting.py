@@ -10,6 +10,7 @@ from helpers import contracts
 
 import theory
 import tiltjax as tj
+from theory import fitting
 
 KEY = jax.random.key(0)
 TRUTH = tj.GaussianMixture(
@@ -61,6 +62,12 @@ def test_what_cannot_be_fitted_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     with pytest.raises(ImportError, match="pip install tiltjax\\[fit\\]"):
         theory.fit_mixture(x, 1)
+
+
+def test_a_fit_that_has_not_converged_warns(monkeypatch):
+    monkeypatch.setattr(fitting, "_ITERATIONS", 1)
+    with pytest.warns(UserWarning, match="did not converge with 3 components"):
+        theory.fit_mixture(TRUTH.sample(KEY, 500), 3)
 
 
 def test_more_components_than_clusters_warn_or_fit():
