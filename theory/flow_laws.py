@@ -191,8 +191,10 @@ def fmrg_law(
     """The law of flow-map reward guidance, `dx/dt = b + scale ∇ r(X_{t,1}(x))`, with the exact flow
     map.
 
-    The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any other interpolant it is
-    computed by quadrature.
+    Let s be the standard deviation of the prior, h the curvature of the reward and y its maximizer,
+    measured from the prior's mean. The mean of the law is then `(1 - exp(-q)) y`, and the standard
+    deviation is `s exp(-q)`. The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any
+    other interpolant, q is computed by quadrature.
 
     The flow map is exact. With the 20 inner steps that `fmrg` takes by default, the standard
     deviation of samples is larger by 1.5% at q = .8 and by 6% at q = 2.6, for any number of outer

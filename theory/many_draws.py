@@ -62,14 +62,17 @@ class DrawsLaw(eqx.Module):
     small steps. It is not Gaussian for k > 1.
 
     The law is the push-forward of N(0, I) by `transport`. It has `mean`, `cov`, `sample` and
-    `log_prob` as a mixture has, and `quantile` on the line. `plug_in_law` builds it. It has no
-    closed form; `error` estimates the error of the quadrature. Derivatives are those of the
-    interpolant of phi, with errors of about 1e-6: first derivatives in either mode, second
-    derivatives and those of `log_prob` in reverse mode. At `y = mu` in more than one dimension, the
-    derivatives by y and mu are right only along the first axis.
+    `log_prob` as a mixture has, and `quantile` on the line. `plug_in_law` builds it. The
+    law has no closed form; `error` estimates the error of the quadrature.
 
-    **Fields:** `center` `(d,)`; `std` and `strength = scale h s^2`, scalars; `distance` of the
-    maximizer in units of s, along `axis` `(d,)`.
+    The prior is `N(mu, s^2 I)` and the reward is `-h |x - y|^2`. Derivatives come from an
+    interpolation of the shrinkage phi (`theory.many_draws`), with errors of about 1e-6. First
+    derivatives work in either mode, second derivatives and those of `log_prob` in reverse mode. At
+    `y = mu` in more than one dimension, the derivatives by y and mu are right only along the first
+    axis.
+
+    **Fields:** `center` `(d,)`, the prior's mean mu; the scalars `std`, which is s, and
+    `strength = scale h s^2`; `distance`, that of y from mu in units of s, along `axis` `(d,)`.
     """
 
     center: Array
@@ -144,8 +147,8 @@ class DrawsLaw(eqx.Module):
         return self.transport(jax.scipy.special.ndtri(jnp.asarray(level, self.std.dtype))[None])[0]
 
     def log_prob(self, x: Array) -> Array:
-        """The log-density at one point, from the flow traced back and the integral of its
-        divergence `-2 a w (d phi + p dphi/dp)`.
+        """The log-density at one point. The flow is traced back, and its divergence
+        `-2 a w (d phi + p dphi/dp)` is integrated (symbols as in `theory.many_draws`).
 
         For `scale h s^2` in the thousands the law is almost a point in double precision, and this
         method does not resolve its density.

@@ -41,10 +41,12 @@ _MAX_DRAWS = 1e12
 
 
 class Selected(eqx.Module):
-    """The law of the selected draw; built by `best_of_n` and `softmax_of_n`.
+    """The law of the draw that a selection among n draws chooses; built by `best_of_n` and
+    `softmax_of_n`. Its density is `p(x) g(r(x))`, with p the law of one draw.
 
-    **Fields:** `law`, the law of one draw's reward; `log_ratios`, `log g` at the nodes of `law`, of
-    the shape of `law.values`. All methods return scalars, except `masses` and `mixture`.
+    **Fields:** `law`, the law of one draw's reward; `log_ratios`, the values of `log g` at the
+    nodes of `law`, of the shape of `law.values`. All methods return scalars, except `masses` and
+    `mixture`.
     """
 
     prior: GaussianMixture

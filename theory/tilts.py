@@ -62,8 +62,8 @@ class QuadraticForm(NamedTuple):
 
 
 def quadratic_form(reward: rewards.Reward, dim: int) -> QuadraticForm:
-    """The coefficients of a quadratic reward on `R^dim`: a `Quadratic`, a `LinearReward`, or a sum
-    or multiple of these.
+    """The coefficients of a quadratic reward on `R^dim`, as a `QuadraticForm`. The reward is a
+    `Quadratic`, a `LinearReward`, or a sum or multiple of these.
 
     **Raises:** `ValueError` for any other reward, and for a reward on another dimension.
     """
@@ -148,7 +148,8 @@ def tilt(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -
 
 
 def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
-    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`.
+    """`E[r(X)]` for a quadratic reward: `sum_k w_k (r(mu_k) - tr(H S_k))`, with the weights w_k,
+    means mu_k and covariances S_k of the mixture, and the matrix H of the reward.
 
     **Raises:** `ValueError` for any other reward.
     """

@@ -540,10 +540,10 @@ def _warn_of_support(support: np.ndarray) -> None:
     lowest = np.min(support, initial=np.inf)
     if lowest < _FEW:
         _checks.warn(
-            f"the interval rests on a support of {lowest:.2g} initial particles. Below {_FEW} it "
-            "can miss the mean more often than its level says. Use more particles or a better "
-            "twist: Laplace(model, reward, scale) for a concave reward, Conjugate with "
-            "ess_threshold=0 for others"
+            f"the interval has a support of {lowest:.2g} initial particles: only so many determine "
+            f"its error. Below {_FEW}, an interval can miss the mean more often than its level "
+            "says. Use more particles or a better guidance: Laplace(model, reward, scale) for a "
+            "concave reward, Conjugate with ess_threshold=0 for others"
         )
 
 

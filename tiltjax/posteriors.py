@@ -93,11 +93,13 @@ class Exact(Posterior):
     model.
 
     For one Gaussian, the derivative in x is the derivative of the posterior mean. For several
-    components, a draw chooses a component, and the derivative holds this choice fixed. The law is
-    exact, but the derivative ignores how x changes the weights. `Glass` includes this change.
+    components, a draw chooses a component, and the derivative holds this choice fixed. The law of
+    the draws is exact, but the derivative ignores how x changes the weights of the components. The
+    derivative of `Glass` includes this change.
 
-    A draw uses Matheron's rule: a sample `(X_1', X_0')` of the prior, corrected by the gain times
-    the residual of x. No posterior covariance is factored.
+    A draw uses Matheron's rule. It draws data X_1' and noise X_0' from the prior and returns
+    `X_1' + K (x - alpha_t X_1' - sigma_t X_0')`, where K is the gain, the matrix of the regression
+    of X_1 on X_t. No posterior covariance is factored.
     """
 
     model: Analytic

@@ -167,3 +167,11 @@ def test_shapes_and_weights_that_make_no_reward_are_refused(call, message):
 def test_rewards_that_are_no_floating_number_are_refused(fn, message):
     with pytest.raises(TypeError, match=message):
         rewards.as_reward(fn)(jnp.ones(2))
+
+
+def test_an_error_of_a_reward_says_that_it_got_one_sample():
+    """A reward of a batch is the usual mistake."""
+    reward = rewards.as_reward(lambda batch: jnp.sum(batch**2, axis=1))
+    with pytest.raises(ValueError, match="axis 1") as raised:
+        rewards.value(reward, jnp.ones(2))
+    assert any("sample of shape (2,), not for a batch" in note for note in raised.value.__notes__)

@@ -86,8 +86,10 @@ def test_verdicts():
         tj.audit(jax.random.key(3), MODEL, tj.dps(MODEL, REWARD, s), num=4000, steps=50)
         for s in (0.8, 1.3)
     )
-    assert fair.verdict.startswith(f"Nearly: {fair.ess_fraction:.0%} of the samples count")
-    assert bad.verdict.startswith(f"Not tilting: {bad.ess_fraction:.1%} of the samples count")
+    assert fair.verdict.startswith(f"Nearly: the effective sample size is {fair.ess_fraction:.0%},")
+    assert bad.verdict.startswith(
+        f"Not tilting: the effective sample size is {bad.ess_fraction:.1%},"
+    )
     assert "use a damped scale" in bad.verdict
     text = str(good)
     for part in (

@@ -525,7 +525,13 @@ def test_a_last_step_that_undoes_the_twists_is_a_warning():
     with pytest.warns(UserWarning, match="effective sample size|log Z by -") as warned:
         tj.smc(jax.random.key(7), MODEL, DPS, num=200, steps=STEPS, twist=twist)
     assert str(warned[0].message).startswith("the last step changes log Z by -")
+    assert "The twist promises" in str(warned[0].message)
     assert warned[0].filename == __file__
+    # A constant reward is promised truly, but counted at several steps.
+    with pytest.warns(
+        UserWarning, match=r"log Z by -.*Max\(\) counts the twist once for each step"
+    ):
+        tj.fk_steering(jax.random.key(7), MODEL, lambda x: 10.0 + 0 * x[0], num=20, steps=STEPS)
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ class External(rewards.Reward):
     - `value_and_grad(x) -> (values, gradients)`: both, `(n,)` and `(n, *shape)`, needed if the
       reward is differentiated.
     - `chunk_size`: the largest number of samples in one call.
-    - `timeout`: the time limit of a call, in seconds. A call that exceeds it continues in its
-      thread.
+    - `timeout`: the time limit of a call, in seconds. After the limit the call counts as failed,
+      but the function continues to run in its thread.
     - `retries`: the number of repetitions of a failed call, after `backoff`, `2 * backoff`,
       `4 * backoff`, ... seconds.
     - `record`: a `Record`.
@@ -134,7 +134,7 @@ class External(rewards.Reward):
         """`(values,)` or `(values, gradients)` of a batch `(n, *shape)`, as a run computes them.
         Use it to test a reward before a run.
 
-        **Raises:** the errors of the class, each in its original form.
+        **Raises:** the errors that the class lists. An error of the function is raised unchanged.
         """
         fn = self.value_and_grad if gradient else self.fn
         if fn is None:

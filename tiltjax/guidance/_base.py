@@ -82,9 +82,10 @@ class Estimate(NamedTuple):
 class Guidance(_repr.Printable):
     """An estimator of the tilt's h-function.
 
-    Subclasses define `__call__`, `log_tilt` and `model`, the model that they guide. A guidance with
-    memory also defines `init`. If the memory is the history of a trajectory rather than a warm
-    start, the guidance also defines `needs_every_state`, `final_log_potential` and `check_run`.
+    Subclasses define `__call__`, `log_tilt` and the field `model`, the model that they guide. A
+    guidance with memory also defines `init`. If the memory is the history of a trajectory rather
+    than a warm start, the guidance also defines `needs_every_state`, `final_log_potential` and
+    `check_run`.
     """
 
     _always = ("k", "iterations", "draws")
@@ -143,7 +144,12 @@ class Guidance(_repr.Printable):
 
 def check(guidance: Guidance, model: Denoiser, name: str = "guidance") -> None:
     """Check that `guidance` is a guidance of this model. **Raises:** `TypeError`, `ValueError`."""
-    _checks.instance(guidance, Guidance, name, "use PlugIn, Conjugate, Laplace, Doob, dps or fmrg")
+    _checks.instance(
+        guidance,
+        Guidance,
+        name,
+        "use PlugIn, Conjugate, Laplace, Doob, dps or fmrg, or subclass tiltjax.guidance.Guidance",
+    )
     if not _pytree.same(guidance.model, model):
         raise ValueError(
             f"the {name} is built on another model ({type(guidance.model).__name__}) than the one "

@@ -33,13 +33,16 @@ class Tuned(Guidance):
     """A fine-tuned (or conditional) model as a guidance of its base model, with a twist that makes
     weighted particles exact.
 
-    The particles of `smc(key, base, Tuned(base, tuned, weight), num=n)` tend to `p^(1 - g) q^g` at
-    `g(1)` as the number of particles grows and the steps shrink, for any `weight`; `log_norm` tends
-    to the log of its integral. With a `reward` the target is the tilt `p exp(scale * reward)`,
-    which the tuned model approximates. The solver must be `Ancestral(1)`, because only its noise is
-    memoryless. Under `sample` the particles move as under `Annealed(base, tuned, weight)`, and
-    `log_h` has no meaning. `Tuned` is called at every state of a trajectory, also if a schedule
-    weighs nothing there, at two denoiser calls per state.
+    Let p be the law of `base`, q the law of `tuned`, and g the value of `weight` at t = 1. The
+    particles of `smc(key, base, Tuned(base, tuned, weight), num=n)` tend to the law `p^(1 - g) q^g`
+    (normalized) as the number of particles grows and the steps shrink. `log_norm` tends to the log
+    of the integral of `p^(1 - g) q^g`.
+
+    With a `reward` the target is the tilt `p exp(scale * reward)`, which the tuned model
+    approximates. The solver must be `Ancestral(1)`, because only its noise is memoryless. Under
+    `sample` the particles move as under `Annealed(base, tuned, weight)`, and `log_h` has no
+    meaning. `Tuned` is called at every state of a trajectory, even if the schedule does not weigh
+    particles there. A call costs two denoiser calls.
 
     **Arguments:** `base`, `tuned`: models with the same states and interpolant; `weight`: as in
     `Annealed` (a function of t as an Equinox module), 1 by default. Any finite number is allowed.
@@ -116,8 +119,8 @@ class Tuned(Guidance):
             )
 
     def init(self, x: Array) -> TunedState:
-        """The memory before the first call. Its time is 1, so that no first step counts as a step
-        forward.
+        """The memory before the first call. Its time is 1, so that the first call does not count as
+        a step forward in time.
         """
         zero = jnp.zeros((), x.dtype)
         return TunedState(

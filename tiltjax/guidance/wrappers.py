@@ -152,7 +152,7 @@ class Normalized(Rescaled):
 
 class Unscaled(Rescaled):
     """`guidance` whose `∇ log h` enters the flow's drift without the factor `g_t^2 / 2` that
-    tilting requires.
+    tilting requires. `g_t^2` is the diffusion coefficient of the interpolant.
 
     **Arguments:** `guidance`, which must return the unguided denoiser.
     """

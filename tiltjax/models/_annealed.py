@@ -106,8 +106,8 @@ def power(p: float | Array = 2.0) -> PowerWeight:
 
 
 def step(at: float | Array = 0.6) -> StepWeight:
-    """The weight of the base model before time `at`, and of the tuned model from then on. `at` is a
-    scalar.
+    """The weight `g(t)` that is 0 before the time `at` and 1 from then on: the base model first,
+    then the tuned model. `at` is a scalar in [0, 1].
     """
     return StepWeight(_checks.in_range(at, "at", 0, 1))
 

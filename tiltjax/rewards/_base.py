@@ -146,8 +146,14 @@ def as_reward(reward: Callable, name: str = "reward") -> Reward:
 
 
 def value(reward: Reward, x: Array) -> Array:
-    """`reward(x)`. **Raises:** `ValueError` if it is not one scalar."""
-    result = reward(x)
+    """`reward(x)`. **Raises:** `ValueError` if the value is not one scalar."""
+    try:
+        result = reward(x)
+    except Exception as error:
+        error.add_note(
+            f"Raised by the reward for one sample of shape {jnp.shape(x)}, not for a batch."
+        )
+        raise
     if result.shape != ():
         raise ValueError(
             f"a reward must return one scalar for one sample, got shape {result.shape} for a "

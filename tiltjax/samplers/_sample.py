@@ -59,13 +59,13 @@ def sample(
       makes the grid.
     - `start`: states at `times[0]`, `(num, *shape)`, from which the run continues. Without `start`,
       a run starts at `alpha_t D~_t(x) + sigma_t X_0` with `x = sigma_t X_0`, at a time at which the
-      state is almost pure noise. `D~` is the guided denoiser, or the unguided one for guidances
-      that are no estimate of the tilt's mean (`fmrg`, `Unscaled`, `Normalized`).
+      state is almost pure noise. `D~` is the guided denoiser. For guidances that do not
+      estimate the tilt's mean (`fmrg`, `Unscaled`, `Normalized`), it is the unguided denoiser.
     - `solver`: `Heun()` by default.
     - `chunk_size`: the number of particles that are evaluated at once, to save memory. The results
       agree to rounding.
-    - `sharding`: a `jax.sharding.Sharding` of the particle axis, on a mesh with `Auto` axes. It
-      must divide `num`.
+    - `sharding`: a `jax.sharding.Sharding` of the particle axis, on a mesh with `Auto` axes.
+      `num` must be a multiple of the number of shards.
     - `save_trajectory`: store the states at all times in `trace.trajectory`.
     - `progress`: show a progress bar.
 
@@ -73,7 +73,7 @@ def sample(
 
     **Raises:** `ValueError` for times at which the network was not trained; `FloatingPointError`
     that names the first step with a NaN and its cause, or says that the data is too wide for this
-    start (only outside of `jit`; inside, `particles.trace.failed` contains it).
+    start. Inside of `jit` no such error is raised: `particles.trace.failed` contains the failure.
     """
     key = _checks.key(key)
     save_trajectory = _checks.flag(save_trajectory, "save_trajectory")

@@ -109,16 +109,19 @@ class Audit(_repr.Report):
         # the measured fraction, then most samples have almost no weight.
         good = min(self.ess_fraction, math.exp(-2 * max(kl, 0.0)))
         if good > 0.9:
-            return f"Tilting: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats."
+            return (
+                f"Tilting: the effective sample size is {self.ess_fraction:.0%}, path KL {kl:.2g} "
+                "nats."
+            )
         if good > 0.2:
             return (
-                f"Nearly: {self.ess_fraction:.0%} of the samples count, path KL {kl:.2g} nats. "
-                "Their weights correct the rest, as in smc, where there are samples."
+                f"Nearly: the effective sample size is {self.ess_fraction:.0%}, path KL {kl:.2g} "
+                "nats. smc corrects the rest by weights, in regions that the samples reach."
             )
         return (
-            f"Not tilting: {self.ess_fraction:.1%} of the samples count, path KL {kl:.2g} nats (an "
-            "upper bound for that of the samples). Take more steps, use a damped scale, Tilted, "
-            "Conjugate, Laplace, or smc."
+            f"Not tilting: the effective sample size is {self.ess_fraction:.1%}, path KL {kl:.2g} "
+            "nats (an upper bound for the KL of the samples). Take more steps, use a damped scale, "
+            "Tilted, Conjugate, Laplace, or smc."
         )
 
     def _title(self) -> str:

@@ -1,4 +1,4 @@
-r"""`smc`: the guided sampler with weights, exact for any guidance as particles are added.
+r"""`smc`: the guided sampler with weights, exact for any guidance as the number of particles grows.
 
     propose    x_u from the shifted kernel q, and log p/q
     look       D, D~ - D and the twist V_u at x_u
@@ -12,14 +12,14 @@ and N the number of steps,
     E[exp(log_norm)] = Z_N
         for any number of particles, guidance, twist, potential, tempering and resampling,
 
-and weighted means tend to those of the chain's tilt as the number of particles grows. Exact is not
-useful: how many particles are enough depends on the guidance. A score of length 1 from t = .001 on
-(`Normalized`) moves each particle by 21 standard deviations of the first step's noise. `log_norm`
-is then -176 in a run of 500 particles where -3.8 is right, because the mean of Z comes from very
-rare runs. Without resampling (`ess_threshold=0`), the effective sample size (`ess`) at the end
-measures the quality of a guidance. After resampling, all particles may share an error that `ess`
-does not show. A derivative of a run holds the ancestors constant, so it is the derivative of
-`log_norm` only without resampling.
+and weighted means tend to those of the chain's tilt as the number of particles grows. Exactness
+alone is not useful: the number of particles that is enough depends on the guidance. A score of
+length 1 from t = .001 on (`Normalized`) moves each particle by 21 standard deviations of the first
+step's noise. `log_norm` is then -176 in a run of 500 particles where -3.8 is right, because the
+mean of Z comes from very rare runs. Without resampling (`ess_threshold=0`), the effective sample
+size (`ess`) at the end measures the quality of a guidance. After resampling, all particles may
+share an error that `ess` does not show. A derivative of a run holds the ancestors constant, so it
+is the derivative of `log_norm` only without resampling.
 
 The parts of a run are in `tiltjax.weighted.proposals`, `tiltjax.weighted.potentials`,
 `tiltjax.weighted.tempering` and `tiltjax.resampling`.
@@ -331,7 +331,7 @@ def smc(
     )  # fmt: skip
     particles, change = simulate(key, run, progress)
     if _checks.concrete(particles):
-        _warn(particles, change)
+        _warn(particles, change, run.potential)
     return particles
 
 
@@ -752,14 +752,27 @@ def _check_first_move(run: SMC) -> None:
         )
 
 
-def _warn(particles: Particles, change: Array) -> None:
+def _overstated(potential: Potential) -> str:
+    """Why weights before the last step were too large, and the remedy."""
+    if isinstance(potential, Difference):
+        return (
+            "The twist promises rewards that the particles do not reach: weigh only at the end, "
+            "with ess_threshold=0, or use another twist."
+        )
+    return (
+        f"{type(potential).__name__}() counts the twist once for each step that weighs, and the "
+        "last step removes the excess: use potential=Difference(), or weigh at fewer steps "
+        "(schedule=)."
+    )
+
+
+def _warn(particles: Particles, change: Array, potential: Potential) -> None:
     assert particles.trace is not None
     resampled = bool(np.any(np.asarray(particles.trace.resampled)))
     if resampled and float(change) < -_UNDONE:
         _checks.warn(
-            f"the last step changes log Z by {float(change):.3g}: the twists promised rewards that "
-            "the particles do not reach, so particles were resampled by wrong weights. Weigh only "
-            "at the end, with ess_threshold=0, or use another twist."
+            f"the last step changes log Z by {float(change):.3g}, so particles were resampled by "
+            "weights far from the final ones. " + _overstated(potential)
         )
     fraction = float(particles.ess) / len(particles)
     if fraction < _FEW:

@@ -216,11 +216,12 @@ class FluxModel(models.Model):
 
 
 class Lookahead(Posterior):
-    """The end of a flow map from x, in one call of the network, after noise has lowered the snr of
-    x: `tiltjax.posteriors.Renoise` with a learned map.
+    """Draws by a learned flow map, with one call of the network. A draw first adds noise to x,
+    which lowers the signal-to-noise ratio (snr), and then returns the end of the flow map.
+    `tiltjax.posteriors.Renoise` does the same without a learned map.
 
-    **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, by which
-    the snr falls; at 1 no noise is added.
+    **Arguments:** `model`, a `FluxModel` of a network with two times; `snr_factor >= 1`, the factor
+    by which the snr falls. With 1, no noise is added.
 
     **Raises:** `ValueError` for a network with one time, and a factor below 1.
     """
@@ -255,10 +256,10 @@ def times(
     steps: int, height: int, width: int, *, start: float = 1e-3, mu: float | None = None
 ) -> Array:
     """The grid of the published scheduler, for `sample(..., times=)`, `(steps + 1,)`, increasing to
-    1. Steps are denser near the noise, the more so for larger images.
+    1. Steps are denser near the noise. The larger the image, the stronger this effect.
 
-    `sigma = e^mu / (e^mu + 1 / u - 1)` for `steps` equal steps of u from 1, and 0; mu is linear in
-    the number of tokens.
+    A time is `1 - sigma` with `sigma = e^mu / (e^mu + 1 / u - 1)`, for `steps` equally spaced
+    values u from 1 to `1 / steps`. The last sigma is 0. mu is linear in the number of tokens.
 
     **Arguments:** `steps`; `height` and `width` of the image; `start`, the first time. The
     published first time is 0, where x has no information for a guidance and division by t gives
