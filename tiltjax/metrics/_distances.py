@@ -323,6 +323,7 @@ def _project(x: Array, direction: Array) -> Array:
 
 
 def squared_distances(points: Array, point: Array) -> Array:
+    """`|x - point|^2` of each row x of `points`."""
     # Differences, because inner products lose the digits of points that are near each other and far
     # from the origin, such as those of one of two distant modes.
     return jnp.sum((points - point[None]) ** 2, axis=1)
