@@ -36,6 +36,23 @@ def test_data_of_any_mean_and_width_is_sampled(mean, std):
     assert_gaussian(tj.sample(KEY, model(mean, std), num=NUM).x, mean, std)
 
 
+def test_narrow_data_is_sampled_on_an_interpolant_whose_flow_bends():
+    """Without steps before the data shows, the mean is off by the whole distance of one step."""
+    prior = contracts.gaussian([3.0], [[1e-6]])
+    vp = tj.Analytic(prior, tj.VP())
+    x = (np.asarray(tj.sample(KEY, vp, num=2000, steps=400).x) - 3.0) / 1e-3
+    assert abs(x.mean()) < 5 / np.sqrt(2000) + 0.02
+    assert x.std() == pytest.approx(1, abs=5 / np.sqrt(4000) + 0.04)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e3])
+def test_data_of_any_width_has_a_grid_of_one_step(std):
+    times = model(0, std).grid(1)
+    assert times.shape == (2,)
+    assert 0 < times[0] <= 1e-3
+    assert times[1] == 1
+
+
 def test_single_precision_samples_wide_data_and_refuses_what_its_times_cannot_resolve():
     single = jnp.float32
     for mean, std in ((127, 60), (0, 1e6)):
