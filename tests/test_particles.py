@@ -34,6 +34,29 @@ def test_weights_mean_and_ess(shift):
     assert len(particles) == 7
 
 
+def test_arrays_of_any_byte_order_and_whole_log_weights_are_read():
+    x, whole = np.asarray(X)[:3], np.asarray([0, 1, -1])
+    usual = Particles(jnp.asarray(x), jnp.asarray(whole, jnp.float64), log_prob=jnp.zeros(3))
+    foreign = Particles(x.astype(">f8"), whole.astype(">i8"), log_prob=np.zeros(3, ">f8"))
+    for found in (foreign, Particles(x, jnp.asarray(whole)), Particles(x, whole.astype(">f8"))):
+        chex.assert_trees_all_close(found.mean(), usual.mean(), rtol=1e-12)
+        chex.assert_trees_all_close(found.ess, usual.ess, rtol=1e-12)
+    counts = Particles(np.arange(3), whole)  # integers with integers for weights
+    chex.assert_trees_all_close(counts.mean(), usual.weights @ jnp.arange(3.0), rtol=1e-12)
+    chex.assert_trees_all_close(foreign.resample(jax.random.key(0)).shape, (3, 2))
+
+
+def test_several_runs_have_an_effective_sample_size_each_and_no_common_mean():
+    runs = jax.vmap(lambda shift: Particles(X + shift, shift * LOG_WEIGHTS, shift))(jnp.arange(3.0))
+    one = lambda i: jax.tree.map(lambda leaf: leaf[i], runs)
+    chex.assert_trees_all_close(runs.ess, jnp.stack([one(i).ess for i in range(3)]), rtol=1e-12)
+    for call in (runs.mean, runs.standard_error, runs.interval, runs.log_norm_interval):
+        with pytest.raises(ValueError, match=r"several runs: take one, jax\.tree\.map"):
+            call()
+    with pytest.raises(ValueError, match="several runs: take one"):
+        _ = runs.num_roots
+
+
 def test_an_unweighted_population():
     particles = unweighted(X)
     chex.assert_trees_all_close(particles.ess, 7.0, rtol=1e-12)

@@ -288,8 +288,7 @@ def test_copies_of_models_guidances_and_particles_are_as_good(model, how):
         assert jax.tree.structure(COPIES[how](half)) == jax.tree.structure(half)
 
 
-# A constant added to the reward. Potentials with a stored floor (`Max`, `Sum`) are excepted: their
-# floor is the potential of the prior, at which an offset is a difference.
+# A constant added to the reward.
 
 
 @pytest.mark.slow
@@ -326,3 +325,38 @@ def test_an_offset_of_the_reward_moves_log_norm_by_scale_times_it(name, offset, 
     np.testing.assert_allclose(
         shifted.log_norm - scale * offset, plain.log_norm, rtol=0, atol=rounding
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("potential", ["Max", "Sum", "Immediate"])
+def test_an_offset_of_the_reward_is_the_same_for_all_particles_under_every_potential(potential):
+    model, offset = analytic(), -1e3  # at a positive one, the last step takes much back, and warns
+    parts = {"potential": getattr(weighted.potentials, potential)(), "ess_threshold": 1.0}
+
+    def run(offset):
+        guidance = GUIDANCES["dps"](model, 1.0, lambda x: logistic(x) + offset)
+        return tj.smc(KEY, model, guidance, num=16, steps=4, **parts)
+
+    plain, shifted = run(0.0), run(offset)
+    np.testing.assert_allclose(shifted.x, plain.x, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(shifted.weights, plain.weights, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(shifted.log_norm - offset, plain.log_norm, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [1e3, 1e5])
+@pytest.mark.parametrize("name", ["dps", "laplace", "plug-in", "damped"])
+def test_an_offset_in_single_precision_changes_a_run_by_the_rounding_of_the_reward(name, offset):
+    """Without resampling: rounding may choose another ancestor."""
+    model, scale = analytic(jnp.float32), 1.5
+
+    def run(offset):
+        guidance = GUIDANCES[name](model, scale, lambda x: logistic(x) + offset)
+        return tj.smc(KEY, model, guidance, num=16, steps=4, ess_threshold=0.0)
+
+    rounding = 4 * scale * offset * 2.0**-24  # of the few values that enter a weight
+    plain, shifted = run(0.0), run(offset)
+    np.testing.assert_allclose(shifted.x, plain.x, rtol=0, atol=rounding)
+    np.testing.assert_allclose(shifted.weights, plain.weights, rtol=0, atol=rounding)
+    found = float(shifted.log_norm) - scale * offset
+    np.testing.assert_allclose(found, float(plain.log_norm), rtol=0, atol=rounding)

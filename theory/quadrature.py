@@ -119,8 +119,10 @@ def _grid_tilt(
     middles = jnp.arange(cells, dtype=low.dtype) + 0.5
     axes = [low[i] + cell[i] * middles for i in range(prior.dim)]
     centers = jnp.stack([grid.reshape(-1) for grid in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
-    log_masses = jax.vmap(lambda x: prior.log_prob(x) + scale * r(x))(centers) + jnp.sum(
-        jnp.log(cell)
+    log_masses = (
+        jax.vmap(prior.log_prob)(centers)
+        + scale * rewards.values(r, centers)
+        + jnp.sum(jnp.log(cell))
     )
     log_norm, log_masses = jax.nn.logsumexp(log_masses), jax.nn.log_softmax(log_masses)
     return GridTilt(prior, r, scale, centers, log_masses, cell, log_norm)
@@ -143,12 +145,12 @@ def log_norm(
     **Raises:** `ValueError` for more than two dimensions.
     """
     check_mixture(mixture, "mixture")
-    _checks.function(reward, "reward")
+    r = _pytree.cast(rewards.as_reward(reward), mixture.means.dtype)
     reach = _checks.number(reach, "reach", 0, np.inf, closed="neither")
     d, scale = mixture.dim, _checks.finite(scale, "scale", 0).astype(mixture.means.dtype)
     if d > 2:
         raise ValueError(f"quadrature covers one or two dimensions, got {d}")
-    nodes = (401, 41)[d - 1] if nodes is None else _checks.count(nodes, "nodes")
+    nodes = (401, 41)[d - 1] if nodes is None else _checks.count(nodes, "nodes", 2)
     axis = np.linspace(-reach, reach, nodes)
     points = np.stack(
         [grid.reshape(-1) for grid in np.meshgrid(*[axis] * d, indexing="ij")], axis=-1
@@ -160,7 +162,7 @@ def log_norm(
 
     def component(mean: Array, cov: Array) -> Array:
         states = mean[None] + points @ _linalg.square_root(cov).T
-        return jax.nn.logsumexp(weights + scale * jax.vmap(reward)(states))
+        return jax.nn.logsumexp(weights + scale * rewards.values(r, states))
 
     return jax.nn.logsumexp(mixture.log_weights + jax.vmap(component)(mixture.means, mixture.covs))
 

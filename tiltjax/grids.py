@@ -1,5 +1,6 @@
 """Time grids: the increasing times of a run, from noise (0) to data (1)."""
 
+import math
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> A
     """The default times of a run for data of standard deviation `width`: those of data of unit
     width, `time_grid(None, steps)`, unless the width is known and not between 0.1 and 10 times
     that of the noise. Then the grid is that of data in this range, in terms of snr times variance,
-    and starts at 1e-3 or earlier.
+    and starts at 1e-3 or earlier. For narrow data, up to a quarter of the steps are before it.
 
     **Raises:** `ValueError` if the times are not distinct in `dtype`.
     """
@@ -61,10 +62,16 @@ def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> A
         factor = beyond(width, float(interpolant.sigma(jnp.zeros((), times.dtype))))
         if factor == 1:
             return times
-        inner = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))(times[:-1])
-        inner = np.array(inner.astype(dtype))
-        inner[0] = min(inner[0], float(times[0]))
-        if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] < inner[-1] < 1:
+        scaled = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))
+        inner = np.array(scaled(times[:-1]).astype(dtype))
+        early, late = float(times[0]), float(inner[0])
+        # Narrow data does not show before `late`, but the flow bends until then.
+        ahead = min(math.ceil((late - early) * steps), steps // 4)
+        if ahead > 0:
+            inner = np.array(scaled(time_grid(None, steps - ahead)[:-1]).astype(dtype))
+            inner = np.append(np.linspace(early, late, ahead, endpoint=False, dtype=dtype), inner)
+        inner[0] = min(inner[0], early)
+        if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] <= inner[-1] < 1:
             raise ValueError(
                 f"data of standard deviation {width:.3g} has no grid in {inner.dtype}: multiply "
                 "the data by a constant, so that its standard deviation is about one"

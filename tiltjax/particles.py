@@ -195,6 +195,13 @@ class Mixing(NamedTuple):
     correlation: float
 
 
+def _log_weights(value: Any) -> Any:
+    """Log-weights as floating numbers: weights in the dtype of integers would all be 0."""
+    value = _checks.native(value)
+    whole = jnp.issubdtype(getattr(value, "dtype", float), jnp.integer)
+    return value.astype(jnp.result_type(float)) if whole else value
+
+
 class Particles(_repr.Report):
     """Weighted samples.
 
@@ -207,11 +214,11 @@ class Particles(_repr.Report):
     - `mixing`: how well the chains of `gibbs` mixed, or `None`.
     """
 
-    x: Array
-    log_weights: Array
-    log_norm: Array | None = None
+    x: Array = eqx.field(converter=_checks.native)
+    log_weights: Array = eqx.field(converter=_log_weights)
+    log_norm: Array | None = eqx.field(default=None, converter=_checks.native)
     trace: Trace | None = None
-    log_prob: Array | None = None
+    log_prob: Array | None = eqx.field(default=None, converter=_checks.native)
     mixing: Mixing | None = None
 
     def __len__(self) -> int:
@@ -254,8 +261,17 @@ class Particles(_repr.Report):
 
     @property
     def ess(self) -> Array:
-        """The effective sample size `(sum w)^2 / sum w^2`, between 1 and `num`."""
+        """The effective sample size `(sum w)^2 / sum w^2`, between 1 and `num`. Several runs have
+        one each.
+        """
         return effective(self.log_weights)
+
+    def _check_one_run(self) -> None:
+        if self.log_weights.ndim > 1:
+            raise ValueError(
+                "these are the particles of several runs: take one, "
+                "jax.tree.map(lambda a: a[i], particles), or call this inside of the vmap"
+            )
 
     def standard_error(self, fn=None) -> Array:
         """The standard error of `mean(fn)`, estimated from one run.
@@ -344,6 +360,7 @@ class Particles(_repr.Report):
         level = _checks.number(level, "level", 0, 1, closed="neither")
         if self.log_norm is None:
             raise ValueError("unweighted samples do not estimate a normalizing constant: use smc")
+        self._check_one_run()
         _check_concrete(self)
         parts = self.log_norm, *self._error(self._by_root(self.weights) - 1 / len(self))
         log_norm, error, support = (_double(part) for part in parts)
@@ -385,6 +402,7 @@ class Particles(_repr.Report):
         """`fn` of all samples, in the precision of the weights at least: the mean of a boolean is a
         probability. A particle of weight zero contributes zero, also if its value is infinite.
         """
+        self._check_one_run()
         values = self.x if fn is None else _callbacks.run(jax.vmap(fn), self.x)
         wide = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits >= 32
         values = values if wide else values.astype(self.log_weights.dtype)
@@ -396,6 +414,7 @@ class Particles(_repr.Report):
         """The number of initial particles that have descendants. How many of them determine an
         estimate says `support`.
         """
+        self._check_one_run()
         if self.trace is None or self.trace.roots is None:
             return jnp.asarray(len(self))
         return jnp.sum(jnp.zeros(len(self), bool).at[self.trace.roots].set(True))
@@ -479,11 +498,12 @@ class Particles(_repr.Report):
 
 @functools.partial(jax.jit, inline=True)
 def effective(log_weights: Array) -> Array:
-    """The effective sample size `(sum w)^2 / sum w^2` of log-weights."""
+    """The effective sample size `(sum w)^2 / sum w^2` of log-weights, along the last axis."""
     # Relative to the largest one: the difference below loses the digits of a common offset.
-    largest = jnp.max(log_weights)
+    largest = jnp.max(log_weights, axis=-1, keepdims=True)
     log_weights = log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0)
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+    total = lambda values: jax.nn.logsumexp(values, axis=-1)
+    return jnp.exp(2 * total(log_weights) - total(2 * log_weights))
 
 
 def effective_numpy(log_weights: np.ndarray) -> np.ndarray:

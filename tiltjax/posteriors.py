@@ -13,7 +13,8 @@ its denoiser is the model's denoiser at another time and state (`Interpolant.obs
 `tiltjax.models`). The flow of this denoiser from noise draws from the posterior: Holderrieth et al.
 (arXiv 2602.05993, GLASS flows). The noise of this inner flow is a free choice. It has the width of
 the posterior of data of standard deviation `base_scale`, `1 / sqrt(snr_t + base^-2)`, so that the
-same steps resolve the flow at every time.
+same steps resolve the flow at every time. If the width of the data is known and more than 10 times
+that of the noise, the inner noise is wider by the same factor.
 
 Both inner flows use the exponential form of the probability flow,
 `d(x / sigma) = D d(alpha / sigma)`. This form is exact for a constant denoiser and has no
@@ -153,12 +154,14 @@ class Glass(Posterior):
     """
 
     model: Model
+    widening: Array
     inner_steps: int = eqx.field(static=True)
     order: int = eqx.field(static=True)
 
     def __init__(self, model: Model, inner_steps: int = 20, order: int = 1):
         _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
+        self.widening = _checks.floating(max(model.stretch, 1.0), "widening")
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
         self.order = _checks.count(order, "order")
         _checks.number(order, "order", 1, 2)
@@ -180,7 +183,8 @@ class Glass(Posterior):
         model, interpolant = decomposed(self.model), self.model.interpolant
         precision = interpolant.snr(t)
         natural = _linalg.entries(interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x)
-        width = 1 / jnp.sqrt(precision + interpolant.sigma(jnp.zeros_like(t)) ** -2)
+        base = interpolant.sigma(jnp.zeros_like(t)) * self.widening.astype(x.dtype)
+        width = 1 / jnp.sqrt(precision + base**-2)
         remaining, steps = _glass_steps(model, precision, width, self.inner_steps, x.dtype)
         rows, from_row = _linalg.rows(steps)
 
@@ -243,18 +247,21 @@ class FlowMap(Posterior):
 
     Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times its value for the
     noise, then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where this
-    logarithm is finite.
+    logarithm is finite. If the width of the data is known and less than 0.1 times that of the
+    noise, the jump is later by the same factor.
 
     **Raises:** `ValueError` for a `floor` outside (0, 1).
     """
 
     model: Model
+    narrowing: Array
     inner_steps: int = eqx.field(static=True)
     floor: float = eqx.field(static=True)
 
     def __init__(self, model: Model, inner_steps: int = 20, floor: float = 1e-3):
         _checks.instance(model, Model, "model", _MODEL_HINT)
         self.model = model
+        self.narrowing = _checks.floating(min(model.stretch, 1.0), "narrowing")
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
         self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
 
@@ -281,7 +288,8 @@ class FlowMap(Posterior):
         `sigma / alpha`.
         """
         interpolant = self.model.interpolant
-        last = interpolant.time((1 / (self.floor * interpolant.sigma(jnp.zeros_like(t)))) ** 2)
+        base = interpolant.sigma(jnp.zeros_like(t)) * self.narrowing.astype(dtype)
+        last = interpolant.time((1 / (self.floor * base)) ** 2)
         noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
         ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)
         exponent = jnp.arange(1, self.inner_steps + 1, dtype=dtype) / self.inner_steps

@@ -166,6 +166,16 @@ def test_mmd_is_the_double_sum():
     )
 
 
+@pytest.mark.parametrize(("apart", "bandwidth"), [(0.0, None), (300.0, 1.5)])
+def test_mmd_of_points_far_from_zero_or_in_distant_modes_keeps_its_digits(apart, bandwidth):
+    """In single precision, inner products of these points have errors of 1 to 10."""
+    modes = 1e4 + apart * (np.arange(60) % 2)[:, None]
+    x, y = (np.round(8 * np.asarray(normal(i, 60, 2))) / 8 + modes for i in range(2))
+    narrow = metrics.mmd(x.astype(np.float32), y.astype(np.float32), bandwidth)
+    assert narrow.dtype == np.float32
+    assert narrow == pytest.approx(float(metrics.mmd(x, y, bandwidth)), abs=1e-5)
+
+
 def test_mmd_of_normals_has_its_closed_form_and_of_one_law_is_zero():
     """E k for N(0, I) against N(s, I) with unit bandwidth in the plane: exp(-|s|^2 / 6) / 3."""
     x, y = normal(7, 2, 40, 300, 2)

@@ -107,6 +107,8 @@ def test_softmax_never_chooses_what_is_forbidden():
         )
     with pytest.raises(FloatingPointError, match="every candidate has the reward -inf"):
         tj.softmax_of_n(jax.random.key(1), particles, lambda x: -jnp.inf * jnp.ones(()), 8, 1.0)
+    with pytest.raises(FloatingPointError, match=r"a candidate has the reward \+inf"):
+        tj.softmax_of_n(jax.random.key(1), particles, lambda x: jnp.inf * (x[0] + 9), 8, 1.0)
 
 
 def test_softmax_at_overwhelming_scales_is_the_best():

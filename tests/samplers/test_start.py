@@ -36,6 +36,23 @@ def test_data_of_any_mean_and_width_is_sampled(mean, std):
     assert_gaussian(tj.sample(KEY, model(mean, std), num=NUM).x, mean, std)
 
 
+def test_narrow_data_is_sampled_on_an_interpolant_whose_flow_bends():
+    """Without steps before the data shows, the mean is off by the whole distance of one step."""
+    prior = contracts.gaussian([3.0], [[1e-6]])
+    vp = tj.Analytic(prior, tj.VP())
+    x = (np.asarray(tj.sample(KEY, vp, num=2000, steps=400).x) - 3.0) / 1e-3
+    assert abs(x.mean()) < 5 / np.sqrt(2000) + 0.02
+    assert x.std() == pytest.approx(1, abs=5 / np.sqrt(4000) + 0.04)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e3])
+def test_data_of_any_width_has_a_grid_of_one_step(std):
+    times = model(0, std).grid(1)
+    assert times.shape == (2,)
+    assert 0 < times[0] <= 1e-3
+    assert times[1] == 1
+
+
 def test_single_precision_samples_wide_data_and_refuses_what_its_times_cannot_resolve():
     single = jnp.float32
     for mean, std in ((127, 60), (0, 1e6)):
@@ -88,6 +105,60 @@ def test_a_network_on_data_that_is_too_wide_is_refused():
     laplace = tj.Laplace(network, tj.rewards.Quadratic([0.0]), 0.1)
     with pytest.raises(FloatingPointError, match="divide the data by its standard deviation"):
         tj.smc(KEY, network, laplace, num=100)
+
+
+@pytest.mark.parametrize("guide", [tj.dps, tj.Conjugate])
+def test_a_guided_run_of_a_network_on_data_that_is_too_wide_is_refused(guide):
+    wide = model(0, 1e3)
+    network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
+    given = {"variance": 1e6} if guide is tj.Conjugate else {}
+    bump = tj.rewards.Bump([1e3], 1e3)
+    guidance = guide(network, bump, 1.0, **given)
+    with pytest.raises(FloatingPointError, match=r"step 0 .* the data is so wide"):
+        tj.sample(KEY, network, guidance, num=100, steps=2)
+
+
+def test_the_density_of_a_network_on_data_that_is_too_wide_is_refused():
+    wide = model(0, 1e3)
+    network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
+    with pytest.raises(FloatingPointError, match="at the start: the data is so wide"):
+        tj.sample_with_log_prob(KEY, network, num=100, steps=2)
+
+
+NARROWING = tj.rewards.Quadratic([0.0], weight=[0.5e-6])  # for data of width 1,000
+
+
+def test_gibbs_refuses_a_network_on_data_that_is_too_wide():
+    wide = model(0, 1e3)
+    network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
+    with pytest.raises(FloatingPointError, match="times as wide as the noise, too wide for 10"):
+        tj.gibbs(KEY, network, NARROWING, 1.0, num=256, steps=10)
+
+
+@pytest.mark.slow
+def test_gibbs_knows_the_width_of_a_mixture():
+    x = np.asarray(tj.gibbs(KEY, model(0, 1e3), NARROWING, 1.0, num=2000).x) / np.sqrt(0.5e6)
+    assert abs(x.std() - 1) < 5 / np.sqrt(2 * 2000) + 0.02
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e3])
+def test_the_inner_flow_of_a_posterior_has_the_width_of_the_data(std):
+    """The flow map of a Gaussian stretches states to the data; a draw has the posterior's width."""
+    known, t = model(0, std), jnp.asarray(1 / (1 + std))  # where the noise is as wide as the data
+    x = jnp.full(1, t * std * np.sqrt(2))
+    assert tj.FlowMap(known).draw(KEY, t, x)[0] / std == pytest.approx(1, abs=0.05)
+    draws = tj.Glass(known, 50, order=2).draws(KEY, t, x, 4000)
+    width = known.posterior(t, x).covs[0, 0, 0] ** 0.5
+    assert draws.std() / width == pytest.approx(1, abs=0.07)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e3])
+def test_the_variance_table_of_a_mixture_covers_the_grid_of_its_width(std):
+    known, levels = model(0, std), tj.calibrate(KEY, model(0, std), data=std * np.ones((9, 1)))
+    snr = jax.vmap(known.interpolant.snr)(known.grid(100)[:-1])
+    assert np.all(np.isfinite(jax.vmap(levels)(snr)))
+    table = tj.Conjugate(known, tj.rewards.Bump([0.0], std), 1.0).variance
+    np.testing.assert_allclose(jax.vmap(table)(snr), std**2 / (1 + snr * std**2), rtol=0.05)
 
 
 def test_given_times_that_start_in_the_data_are_refused_with_the_latest_start():

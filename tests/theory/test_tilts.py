@@ -31,6 +31,20 @@ def test_quadrature_reproduces_the_recorded_normalizing_constants(name):
     assert np.isclose(grid.log_norm, problem.log_norm, rtol=0, atol=6e-5)
 
 
+@pytest.mark.parametrize("method", [theory.quadrature.tilt, theory.quadrature.log_norm])
+def test_quadrature_refuses_a_reward_that_is_no_number(method):
+    """A reward of shape (1,) would broadcast against the weights of the nodes."""
+    prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    with pytest.raises(ValueError, match=r"one scalar for one sample, got shape \(1,\)"):
+        method(prior, lambda x: x, 1.0)
+
+
+def test_quadrature_of_one_node_is_refused():
+    prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+    with pytest.raises(ValueError, match="nodes must be at least 2"):
+        theory.quadrature.log_norm(prior, lambda x: x[0], 1.0, nodes=1)
+
+
 def test_double_well_and_bump_have_the_recorded_moments():
     problem = tj.problems.double_well()
     grid = theory.quadrature.tilt(problem.prior, problem.reward, problem.scale)

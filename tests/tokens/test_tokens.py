@@ -540,3 +540,11 @@ def test_counts_and_python_functions_are_rewards_of_tokens():
     ]
     np.testing.assert_array_equal(runs[0].x, runs[1].x)
     np.testing.assert_allclose(runs[0].log_norm, runs[1].log_norm, rtol=1e-12)
+
+
+def test_probabilities_of_two_dtypes_make_a_chain_of_the_wider_one():
+    parts = [0.6, 0.4], [[0.9, 0.1], [0.3, 0.7]]
+    mixed = tj.tokens.MarkovChain(np.float32(parts[0]), np.float64(parts[1]), 3)
+    usual = tj.tokens.MarkovChain(*parts, 3)
+    assert mixed.dtype == jnp.float64
+    np.testing.assert_allclose(mixed.predict(mixed.prompt), usual.predict(usual.prompt), atol=1e-7)

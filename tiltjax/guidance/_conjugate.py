@@ -88,12 +88,14 @@ class Variance(_repr.Printable):
         )
 
 
-def log_snr_levels(model: Model, levels: int) -> Array:
+def log_snr_levels(model: Model, levels: int, stretch: float | Array = 1.0) -> Array:
     """The `log snr` of the entries of a table, `(levels,)`: evenly spaced, on the range on which
-    the model's network was trained.
+    the model's network was trained. `stretch` is that of the model.
     """
     base = model.interpolant.sigma(jnp.zeros((), model.dtype))
-    widest = jnp.asarray(_SNR_RANGE, model.dtype) / base**2
+    # The grid of narrow data ends later than usual, but starts as usual.
+    ends = jnp.stack([jnp.maximum(stretch, 1), jnp.minimum(stretch, 1)]).astype(model.dtype)
+    widest = jnp.asarray(_SNR_RANGE, model.dtype) / (base * ends) ** 2
     # The network is called at the model's snr plus `ahead`, so its range is shifted by `ahead`.
     network, ahead = model.network_query()
     lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
@@ -102,10 +104,10 @@ def log_snr_levels(model: Model, levels: int) -> Array:
 
 
 @eqx.filter_jit
-def _variance_of(model: Analytic) -> Variance:
+def _variance_of(model: Analytic, stretch: Array) -> Variance:
     """The table of a mixture, in closed form."""
-    model = decomposed(_pytree.cast(model, model.dtype))
-    log_snr = log_snr_levels(model, _LEVELS)
+    model, stretch = decomposed(_pytree.cast((model, stretch), model.dtype))
+    log_snr = log_snr_levels(model, _LEVELS, stretch)
     return Variance(
         log_snr, jnp.log(jax.lax.map(lambda q: model.posterior_variance(jnp.exp(q)), log_snr))
     )
@@ -494,7 +496,7 @@ def _unit(x: Array, otherwise: Array) -> Array:
 def _variance(value: Any, model: Model) -> Any:
     """`v(snr)` of `variance=`, as a module."""
     if value is None and isinstance(model, Analytic):
-        return _variance_of(model)
+        return _variance_of(model, _checks.floating(model.stretch, "stretch"))
     choices = (
         "a function of the snr; a number, the variance of the data; calibrate(key, model), which "
         "measures it once; or Probe(), which estimates it at each state from a derivative"

@@ -84,7 +84,7 @@ class Laplace(Guidance):
         ), state
 
     def log_tilt(self, x1: Array) -> Array:
-        return self.scale * self.reward(x1)
+        return self.scale * rewards.value(self.reward, x1)
 
 
 _STEPS = 16  # of the search for a mode

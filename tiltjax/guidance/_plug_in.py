@@ -76,7 +76,7 @@ class PlugIn(Guidance):
         return Estimate.from_score(interpolant, t, denoised, value, score), state
 
     def log_tilt(self, x1: Array) -> Array:
-        return self.scale.final * self.reward(x1)
+        return self.scale.final * rewards.value(self.reward, x1)
 
 
 def dps(model: Model, reward: Callable, scale: float | Array | scales.Scale = 1.0) -> PlugIn:

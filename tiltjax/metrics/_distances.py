@@ -193,21 +193,17 @@ def _median_distance(x: Array, y: Array) -> Array:
     points = jnp.concatenate([x, y])
     num = min(len(points), _MEDIAN_POINTS)
     points = points[np.arange(num) * len(points) // num]
-    squared = jax.vmap(functools.partial(_squared_distances, points))(points)
-    return jnp.sqrt(jnp.maximum(jnp.median(squared[np.triu_indices(num, 1)]), 0))
+    squared = in_blocks(functools.partial(squared_distances, points), points, points)
+    return jnp.sqrt(jnp.median(squared[np.triu_indices(num, 1)]))
 
 
 @jax.jit
 def _mmd(x, y, weights_x, weights_y, bandwidth) -> Array:
-    # Distances come from inner products, which lose digits for a cloud far from the origin.
-    center = jnp.mean(jnp.concatenate([x, y]), axis=0, keepdims=True)
-    x, y = x - center, y - center
-
     def total(a: Array, b: Array, weights_a: Array, weights_b: Array) -> Array:
         row = lambda point: _linalg.weighted_sum(
-            weights_b, jnp.exp(-_squared_distances(b, point) / (2 * bandwidth**2))
+            weights_b, jnp.exp(-squared_distances(b, point) / (2 * bandwidth**2))
         )
-        return _linalg.weighted_sum(weights_a, jax.lax.map(row, a, batch_size=min(_ROWS, len(a))))
+        return _linalg.weighted_sum(weights_a, in_blocks(row, a, b))
 
     def within(a: Array, weights: Array) -> Array:
         collision = jnp.sum(weights**2)
@@ -326,12 +322,17 @@ def _project(x: Array, direction: Array) -> Array:
     return jnp.matmul(x, direction, precision="highest")
 
 
-def _squared_distances(points: Array, point: Array) -> Array:
-    return (
-        jnp.sum(points**2, axis=1)
-        + jnp.sum(point**2)
-        - 2 * jnp.matmul(points, point, precision="highest")
-    )
+def squared_distances(points: Array, point: Array) -> Array:
+    """`|x - point|^2` of each row x of `points`."""
+    # Differences, because inner products lose the digits of points that are near each other and far
+    # from the origin, such as those of one of two distant modes.
+    return jnp.sum((points - point[None]) ** 2, axis=1)
+
+
+def in_blocks(fn: Callable, x: Array, others: Array) -> Array:
+    """`fn` of each row of x, in blocks whose differences from `others` fit into memory."""
+    block = max(1, min(len(x), _ROWS, _NUMBERS // others.size))
+    return jax.lax.map(fn, x, batch_size=block)
 
 
 def _cumulative(mass, xp):

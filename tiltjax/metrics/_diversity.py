@@ -37,10 +37,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from tiltjax import _checks, _linalg
+from tiltjax.metrics._distances import in_blocks, squared_distances
 from tiltjax.metrics._populations import at_least_two, or_equal, pair, states
 from tiltjax.particles import Particles
-
-_NUMBERS = 2**22  # floats in memory at once
 
 
 def pairwise_diversity(x: ArrayLike | Particles) -> Array:
@@ -56,13 +55,8 @@ def pairwise_diversity(x: ArrayLike | Particles) -> Array:
 
 @jax.jit
 def _pairwise(x: Array, weights: Array) -> Array:
-    # Differences instead of inner products, because the root would turn a rounding error of 1e-16
-    # into 1e-8.
-    row = lambda point: _linalg.weighted_sum(
-        weights, _linalg.root(jnp.sum((x - point[None]) ** 2, axis=1))
-    )
-    rows = jax.lax.map(row, x, batch_size=max(1, min(len(x), _NUMBERS // x.size)))
-    return _linalg.weighted_sum(weights, rows) / (1 - jnp.sum(weights**2))
+    row = lambda point: _linalg.weighted_sum(weights, _linalg.root(squared_distances(x, point)))
+    return _linalg.weighted_sum(weights, in_blocks(row, x, x)) / (1 - jnp.sum(weights**2))
 
 
 def spectral_diversity(x: ArrayLike | Particles) -> Array:
@@ -223,31 +217,24 @@ def _neighbors(
     return x, base, k
 
 
-def _squares(points: Array, point: Array) -> Array:
-    return jnp.sum((points - point[None]) ** 2, axis=1)
-
-
-def _rows(fn, x: Array, others: Array) -> Array:
-    """`fn` of each row of x, in blocks whose differences from `others` fit into memory."""
-    return jax.lax.map(fn, x, batch_size=max(1, min(len(x), _NUMBERS // others.size)))
-
-
 def _balls(x: Array, k: int) -> Array:
     """Squared distances to the k-th nearest other point. Each point is its own nearest neighbor, at
     exactly 0.
     """
-    return _rows(lambda point: -jax.lax.top_k(-_squares(x, point), k + 1)[0][k], x, x)
+    return in_blocks(lambda point: -jax.lax.top_k(-squared_distances(x, point), k + 1)[0][k], x, x)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _recall(x: Array, base: Array, k: int) -> Array:
     balls = _balls(x, k)
     return jnp.mean(
-        _rows(lambda point: jnp.any(_squares(x, point) <= balls), base, x).astype(x.dtype)
+        in_blocks(lambda point: jnp.any(squared_distances(x, point) <= balls), base, x).astype(
+            x.dtype
+        )
     )
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _coverage(x: Array, base: Array, k: int) -> Array:
-    nearest = _rows(lambda point: jnp.min(_squares(x, point)), base, x)
+    nearest = in_blocks(lambda point: jnp.min(squared_distances(x, point)), base, x)
     return jnp.mean((nearest <= _balls(base, k)).astype(x.dtype))

@@ -160,6 +160,15 @@ class Model(Denoiser):
         """`E[X_0 | X_t = x]`."""
         return self.interpolant.noise(t, x, self.denoise(t, x))
 
+    @property
+    def stretch(self) -> float:
+        """The factor by which the `width` of the data is outside of 0.1 to 10 times that of the
+        noise; 1 inside, and if the width is not known.
+        """
+        if self.width is None or not _checks.concrete(self.interpolant):
+            return 1.0
+        return grids.beyond(self.width, start_of(self.interpolant, np.zeros(()), self.dtype)[2])
+
     def prepare(self, t: Array) -> Any:
         """The part of `D_t(x)` that does not depend on x, a tree of arrays. A loop over times
         computes it for all times before it starts.

@@ -55,7 +55,8 @@ def calibrate(
     - `budget`: the total number of evaluations of the network.
     - `levels`: the number of snr values, evenly spaced in the logarithm from 1e-7 to 1e7 divided by
       the variance of the noise, and inside the range on which the network was trained
-      (`Interpolant.snr_range`).
+      (`Interpolant.snr_range`). If the width of the data is known and is not between 0.1 and 10
+      times the noise, they start earlier or end later by the square of that factor.
     - `data`: clean samples, `(n, *shape)`, of which the first `budget // levels` are used.
     - `chunk_size`: as in `sample`.
     - `progress`: show a progress bar.
@@ -80,16 +81,23 @@ def calibrate(
         raise ValueError(
             f"data must hold states of shape {model.shape}, got an array of shape {data.shape}"
         )
+    stretch = _checks.floating(model.stretch, "stretch")
     with _progress.bar("calibrating", levels, enabled=progress) as bar:
-        return _calibrate(model, key_noise, data, levels, chunk_size or len(data), bar)
+        return _calibrate(model, stretch, key_noise, data, levels, chunk_size or len(data), bar)
 
 
 @eqx.filter_jit
 def _calibrate(
-    model: Model, key: Array, data: Array, levels: int, chunk_size: int, bar: _progress.Ticker
+    model: Model,
+    stretch: Array,
+    key: Array,
+    data: Array,
+    levels: int,
+    chunk_size: int,
+    bar: _progress.Ticker,
 ) -> Variance:
-    model = decomposed(_pytree.cast(model, model.dtype))
-    log_snr = log_snr_levels(model, levels)
+    model, stretch = decomposed(_pytree.cast((model, stretch), model.dtype))
+    log_snr = log_snr_levels(model, levels, stretch)
     noise = balanced(jax.random.normal(key, data.shape, data.dtype), data)
 
     def level(numbered: tuple[Array, Array]) -> Array:

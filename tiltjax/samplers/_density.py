@@ -28,8 +28,17 @@ from tiltjax import _callbacks, _checks, _progress, _pytree
 from tiltjax.guidance import Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Model
-from tiltjax.particles import Particles, unweighted
-from tiltjax.samplers._sample import Walk, check_run, initial_noise, noise_key, walk
+from tiltjax.particles import CAUSES, Failures, Particles, unweighted
+from tiltjax.samplers._sample import (
+    Walk,
+    check_noise,
+    check_run,
+    first_time,
+    initial_noise,
+    map_particles,
+    noise_key,
+    walk,
+)
 from tiltjax.solvers import Adaptive, Heun, Solver
 
 
@@ -51,7 +60,8 @@ def sample_with_log_prob(
     **Raises:** `ValueError` as in `sample`, for stochastic solvers (their samples are no function
     of the start), for `Adaptive` and networks with batched=True (both lack forward-mode
     derivatives), for guidances that draw at random, and for models that do not start from Gaussian
-    noise; `FloatingPointError` for a density that is not finite.
+    noise; `FloatingPointError` for a density that is not finite, and for data that is too wide for
+    this start.
     """
     key = _checks.key(key)
     _checks.instance(
@@ -71,8 +81,10 @@ def sample_with_log_prob(
             f"{type(guidance).__name__} draws at random, so one trajectory does not determine the "
             "density of its flow: use audit, or a guidance without draws"
         )
+    from_noise = model.starts_denoised(first_time(run.times))
+    checks = from_noise and model.width is None
     try:
-        particles = _density(key, model, guidance, *run)
+        particles, wide = _density(key, model, guidance, *run, from_noise, checks)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -80,6 +92,8 @@ def sample_with_log_prob(
             "this run has no forward-mode derivatives, which the density needs: build the network "
             "with batched=False"
         ) from error
+    if _checks.concrete(wide) and np.asarray(wide.start):
+        raise FloatingPointError(f"sampling failed at the start: {CAUSES['start']}")
     if _checks.concrete(particles) and np.any(
         failed := ~np.isfinite(np.asarray(particles.log_prob))
     ):
@@ -119,12 +133,16 @@ def _estimate(model: Model, guidance: Guidance, key: Array, times: Array) -> Arr
 
 
 @_callbacks.compiled
-def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
+def _density(
+    key, model, guidance, solver, times, num, chunk_size, from_noise, checks
+) -> tuple[Particles, Failures]:
     model, guidance, solver, times = decomposed(
         _pytree.cast((model, guidance, solver, times), model.dtype)
     )
-    setup = Walk(model, guidance, solver, times, None, model.starts_denoised(times[0]))
+    setup = Walk(model, guidance, solver, times, None, from_noise)
     noises = initial_noise(noise_key(key), model, times[0], num, chunk_size)
+    unguided = lambda noise: model.start(times[0], noise, model.denoise(times[0], noise))
+    starts = map_particles(unguided, chunk_size)(noises) if checks else noises
 
     def one(noise: Array) -> tuple[Array, Array]:
         def run(flat: Array) -> tuple[Array, Array]:
@@ -136,9 +154,10 @@ def _density(key, model, guidance, solver, times, num, chunk_size) -> Particles:
         return x, model.initial_log_prob(times[0], noise) - jnp.linalg.slogdet(slope)[1]
 
     x, log_prob = jax.lax.map(one, noises, batch_size=chunk_size or num)
-    return eqx.tree_at(
+    particles = eqx.tree_at(
         lambda particles: particles.log_prob,
         unweighted(x),
         log_prob,
         is_leaf=lambda leaf: leaf is None,
     )
+    return particles, check_noise(jnp.asarray(checks), noises, starts)

@@ -84,7 +84,7 @@ def sample(
     _sharding.check_divides(sharding, (run.num, *model.shape), "num")
     start = None if start is None else _check_start(start, model, run.num, times)
     from_noise = start is None and model.starts_denoised(first_time(run.times))
-    checks = from_noise and guidance is None and model.width is None
+    checks = from_noise and model.width is None
     with _progress.bar("sampling", len(run.times) - 1, enabled=progress) as bar:
         particles = _sample(
             key, model, guidance, run.solver, run.times, start, bar, run.num, run.chunk_size,
@@ -121,10 +121,19 @@ class State(NamedTuple):
     memory: Any
 
 
+class Last(NamedTuple):
+    """The denoisers of the last evaluation of a run: the one from which the run starts, and the
+    `unguided` one, or the guided one if the guidance does not compute the other.
+    """
+
+    start: Array
+    unguided: Array
+
+
 class Walk(NamedTuple):
     """A run inside of a compiled program. `from_noise`: whether it begins at noise, which a step
-    before all others turns into the first states. `checks_noise`: whether this step checks that the
-    states are still noise.
+    before all others turns into the first states. `checks_noise`: whether this step checks that
+    these states, without guidance, are still noise.
     """
 
     model: Denoiser
@@ -138,6 +147,13 @@ class Walk(NamedTuple):
     def init(self, x: Array) -> Any:
         """The memory of a trajectory that starts at `x`."""
         return () if self.guidance is None else self.guidance.init(x)
+
+    def unknown(self) -> Last | None:
+        """The denoisers before the first evaluation; `None` if the run does not start from them."""
+        if not self.from_noise:
+            return None
+        zero = jnp.zeros(self.model.denoised_shape, self.model.dtype)
+        return Last(zero, zero)
 
 
 def walk(
@@ -167,41 +183,46 @@ def _step(keys: Streams, run: Walk, number: Array, state: State) -> tuple[State,
     t, u = run.times[jnp.maximum(number, 0)], run.times[number + 1]
     field = functools.partial(_field, run)
 
-    def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures]:
+    def move(i: Array, x: Array, memory: Any) -> tuple[Array, Any, Failures, Array | None]:
         streams = Streams(*(jax.random.fold_in(stream, i) for stream in keys))
-        last = jnp.zeros(run.model.denoised_shape, run.model.dtype) if run.from_noise else None
         moved, (memory, failed, last) = run.solver.step(
-            streams, run.model.corruption, field, t, u, x, (memory, Failures.none(), last)
+            streams, run.model.corruption, field, t, u, x, (memory, Failures.none(), run.unknown())
         )
-        if run.from_noise:
+        unguided = None
+        if last is not None:
             # A step of length zero only evaluates the field.
-            first = run.model.start(t, x, last)
+            first = run.model.start(t, x, last.start)
+            unguided = run.model.start(t, x, last.unguided) if run.checks_noise else None
             moved, memory = jax.tree.map(
                 lambda first, moved: jnp.where(number < 0, first, moved),
                 (first, run.init(first)),
                 (moved, memory),
             )
-        return moved, memory, failed.then(Failures.of(state=~jnp.all(jnp.isfinite(moved))))
+        failed = failed.then(Failures.of(state=~jnp.all(jnp.isfinite(moved))))
+        return moved, memory, failed, unguided
 
     indices = jnp.arange(len(state.x))
-    x, memory, failed = map_particles(move, run.chunk_size)(indices, state.x, state.memory)
+    x, memory, failed, unguided = map_particles(move, run.chunk_size)(
+        indices, state.x, state.memory
+    )
     failed = failed.first()
-    if run.checks_noise:
-        failed = failed.then(check_noise(number < 0, state.x, x))
+    if unguided is not None:
+        failed = failed.then(check_noise(number < 0, state.x, unguided))
     return State(x, memory), failed
 
 
 def _field(
-    run: Walk, key: Array, t: Array, x: Array, state: tuple[Any, Failures, Array | None]
-) -> tuple[Array, tuple[Any, Failures, Array | None]]:
+    run: Walk, key: Array, t: Array, x: Array, state: tuple[Any, Failures, Last | None]
+) -> tuple[Array, tuple[Any, Failures, Last | None]]:
     """The denoiser of a run: guided if there is a guidance, else the denoiser of the model. The
-    state also holds the last denoiser from which a run can start.
+    state also holds the last denoisers, for the start of a run.
     """
     memory, failed, last = state
     estimate, memory = evaluate(run.model, run.guidance, key, t, x, memory)
     if last is not None:
+        unguided = estimate.tilted if estimate.denoised is None else estimate.denoised
         guided = run.guidance is None or run.guidance.guides_start
-        last = estimate.tilted if guided else estimate.denoised
+        last = Last(estimate.tilted if guided else unguided, unguided)
     return estimate.tilted, (memory, failed.then(failures(x, estimate)), last)
 
 

@@ -36,7 +36,8 @@ def softmax_of_n(
     """One particle of each consecutive group of `n`, with probability proportional to
     `exp(scale * r)`.
 
-    **Raises:** as `best_of_n`; `FloatingPointError` if a group has only rewards of -inf.
+    **Raises:** as `best_of_n`; `FloatingPointError` if a group has only rewards of -inf, or one of
+    +inf.
     """
     key, scale = _checks.key(key), _checks.nonnegative(scale, "scale")
 
@@ -46,6 +47,11 @@ def softmax_of_n(
             raise FloatingPointError(
                 f"in {excluded} groups every candidate has the reward -inf, so there is no winner: "
                 "use larger groups, or a reward that is finite more often"
+            )
+        if _checks.concrete(best) and (infinite := int(np.sum(np.asarray(best) == np.inf))):
+            raise FloatingPointError(
+                f"in {infinite} groups a candidate has the reward +inf, which has no softmax: "
+                "bound the reward"
             )
         # Relative to the best of the group, to avoid 0 * inf at scale 0 and overflow at large
         # scales.

@@ -149,6 +149,8 @@ class MarkovChain(Masked):
     ):
         initial = _checks.finite(initial, "initial", 1)
         transition = _checks.finite(transition, "transition", 2)
+        dtype = np.promote_types(initial.dtype, transition.dtype)
+        initial, transition = initial.astype(dtype), transition.astype(dtype)
         n = len(initial)
         if not n:
             raise ValueError("initial must hold the probability of at least one token, got none")
