@@ -485,6 +485,23 @@ def test_the_loop_can_be_written_by_hand(row):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"proposal": proposals.Children(2)}])
+def test_a_constant_of_the_reward_changes_no_weight_of_a_constrained_run(settings):
+    def run(offset):
+        reward = lambda x: jnp.where(x[0] > 0, jax.nn.log_sigmoid(x[1]) + offset, -jnp.inf)
+        outside = tj.dps(MODEL, tj.rewards.ValueOnly(reward), 1.0)
+        return tj.smc(
+            jax.random.key(7), MODEL, outside, num=500, steps=STEPS, **{"proposal": BASE} | settings
+        )
+
+    plain = run(0.0)
+    for offset in (-30.0, 30.0):
+        shifted = run(offset)
+        np.testing.assert_array_equal(shifted.trace.roots, plain.trace.roots)
+        np.testing.assert_allclose(shifted.log_norm - offset, plain.log_norm, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_constraints_and_failures_are_told():
     outside = tj.dps(MODEL, lambda x: jnp.where(x[0] > 0, 0.0, -jnp.inf), 1.0)
     # What the twist excludes too early is not excluded: half of the mass is allowed in the end,

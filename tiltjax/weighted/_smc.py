@@ -477,6 +477,7 @@ def propagate(
         return child(key)
     key_choice, *keys = jax.random.split(key, num + 1)
     children, log_ratio, failed = jax.vmap(child)(jnp.stack(keys))
+    children = children._replace(log_h=counted(children.log_h))
     apply = lambda child: apply_potential(run.potential, step.weighs, child, step.tempering)[0]
     gain = log_ratio + jax.vmap(lambda child: increment(apply(child), child.applied))(children)
     chosen = _random.categorical(key_choice, gain)
@@ -562,6 +563,8 @@ def estimate(
 def weigh(run: SMC, step: _Step, state: State, log_ratio: Array) -> State:
     """The state after `log w += log p/q + A_u - A_t`, with the tempering of this step."""
     log_weights, particles = state.log_weights + log_ratio, state.particles
+    if any(run.weighs[:-1]):
+        particles = particles._replace(log_h=counted(particles.log_h))
     tempering = step.tempering
     if isinstance(run.tempering, AdaptiveTempering):
         chosen = choose_tempering(run, run.tempering, step, particles, log_weights)
@@ -593,12 +596,22 @@ def choose_tempering(
     return tempering.choose(weights, run.num, run.log_dtype)
 
 
+def counted(log_h: Array) -> Array:
+    """The twists of several particles, with the lowest finite one in place of -inf, because a twist
+    may exclude a state whose end is allowed. Any finite twist is unbiased. With the lowest one, a
+    constant that is added to the reward does not change the weights. If all twists are -inf, they
+    stay, and none counts.
+    """
+    finite = log_h > -jnp.inf
+    lowest = jnp.min(jnp.where(finite, log_h, jnp.inf))
+    return jnp.where(finite | (lowest == jnp.inf), log_h, lowest)
+
+
 def apply_potential(
     potential: Potential, weighs: Array, particle: Particle, tempering: Array
 ) -> tuple[Array, Any]:
     """The sum of the log-potentials of a particle after a step, and the potential's memory."""
-    # A twist of -inf does not count before the end, because it may exclude a state whose end is
-    # allowed. Any twist is unbiased.
+    # Where even `counted` leaves -inf, the twist does not count before the end.
     counts = weighs & (particle.log_h > -jnp.inf)
     value = jnp.where(counts, tempering * jnp.where(counts, particle.log_h, 0.0), 0.0)
     applied, history = potential(particle.applied, particle.history, value)
