@@ -60,7 +60,7 @@ _SCRAMBLINGS = 8
 # On the way back the flow is frozen beyond this value, in units of s: guidance that contracts
 # strongly would otherwise carry points outside of the law to infinity.
 _FAR = 1e4
-_REACH, _NODES = 6.0, 25  # standard deviations and nodes of a quadrature, in each dimension
+_REACH = 8  # standard deviations of a quadrature
 _BLUR = 1e-3  # the noise at which the mode of a point is determined, in units of s
 _FINE, _COARSE = 1.0, 1e3  # factors of the tolerance, for single points and for the set of points
 _SWEEPS = 15  # iterations of a fixed point, which leave 1e-5
@@ -68,14 +68,17 @@ _SWEEPS = 15  # iterations of a fixed point, which leave 1e-5
 GuidedDenoiser = Callable[[GaussianMixture, rewards.Reward, Array], Array]
 
 
-def plug_in_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
+def plug_in_denoiser(
+    posterior: GaussianMixture, reward: rewards.Reward, scale: Array, *, nodes: int = 2
+) -> Array:
     """`D + scale Cov(X_1, r(X_1) | x)`, the mean of plug-in guidance with one fresh draw, `(d,)`.
 
-    The covariance is closed for quadratic rewards, and a quadrature in one or two dimensions for
-    any other reward. **Raises:** `ValueError` for other rewards in more dimensions.
+    The covariance is closed for quadratic rewards. For any other reward it is a quadrature, with
+    `nodes` nodes in each standard deviation of each component. **Raises:** `ValueError` for other
+    rewards in more than two dimensions.
     """
     if not is_quadratic(reward):
-        x, mass = _nodes(posterior)
+        x, mass = _quadrature(posterior, nodes)
         r = jax.vmap(reward)(x)
         return (mass * (1 + scale * (r - mass @ r))) @ x
     form = quadratic_form(reward, posterior.dim)
@@ -137,13 +140,15 @@ def conjugate_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale
     return tilted(natural).mean()
 
 
-def doob_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
+def doob_denoiser(
+    posterior: GaussianMixture, reward: rewards.Reward, scale: Array, *, nodes: int = 2
+) -> Array:
     """The mean of the tilted posterior, `(d,)`. The law of this denoiser is the tilt.
 
-    **Raises:** `ValueError` for a reward that is not quadratic in more than two dimensions.
+    Quadrature and **Raises:** as `plug_in_denoiser`.
     """
     if not is_quadratic(reward):
-        x, mass = _nodes(posterior)
+        x, mass = _quadrature(posterior, nodes)
         return jax.nn.softmax(jnp.log(mass) + scale * jax.vmap(reward)(x)) @ x
     return _tilted(posterior, reward, scale).mean()
 
@@ -176,23 +181,23 @@ def _is_conjugate(reward: rewards.Reward) -> bool:
     return True
 
 
-def _nodes(posterior: GaussianMixture) -> tuple[Array, Array]:
-    """Nodes `(n, d)` and masses `(n,)` of the trapezoidal rule in all components of a posterior in
+def _quadrature(posterior: GaussianMixture, nodes: int) -> tuple[Array, Array]:
+    """Points `(n, d)` and masses `(n,)` of the trapezoidal rule in all components of a posterior in
     one or two dimensions.
     """
-    if posterior.dim > 2:
+    dim, dtype = posterior.dim, posterior.means.dtype
+    if dim > 2:
         raise ValueError(
             "the mean of a reward that is not quadratic is computed in one or two dimensions, got "
-            f"{posterior.dim}: use a quadratic reward, or simulate"
+            f"{dim}: use a quadratic reward, or simulate"
         )
-    axis = np.linspace(-_REACH, _REACH, _NODES)
-    grid = np.stack(np.meshgrid(*[axis] * posterior.dim, indexing="ij"), -1)
-    grid = grid.reshape(-1, posterior.dim)
-    mass = np.exp(-np.sum(grid**2, axis=1) / 2)
-    z, mass = (jnp.asarray(part, posterior.means.dtype) for part in (grid, mass / mass.sum()))
+    axis = np.linspace(-_REACH, _REACH, 2 * _REACH * nodes + 1)
+    z = np.stack(np.meshgrid(*[axis] * dim, indexing="ij"), axis=-1).reshape(-1, dim)
+    mass = np.exp(-np.sum(z**2, axis=1) / 2)
+    z, mass = jnp.asarray(z, dtype), jnp.asarray(mass / mass.sum(), dtype)
     place = lambda mean, cov: mean[None] + z @ _linalg.square_root(cov).T
     x = jax.vmap(place)(posterior.means, posterior.covs)
-    return x.reshape(-1, posterior.dim), jnp.outer(posterior.weights, mass).reshape(-1)
+    return x.reshape(-1, dim), jnp.outer(posterior.weights, mass).reshape(-1)
 
 
 class Measured(NamedTuple):
@@ -306,15 +311,15 @@ class FlowLaw(eqx.Module):
         **Raises:** `ValueError` for laws of different dimensions, `TypeError` for any other law.
         """
         theirs = _points_of(other, self.points.shape[1])
+        num = min(self.points.shape[1], theirs.shape[1])
         if theirs.shape[2] != self.dim:
             raise ValueError(
                 f"laws need the same dimension for a distance, got {self.dim} and {theirs.shape[2]}"
             )
         dtype = self.points.dtype
         shape = jax.ShapeDtypeStruct((), dtype)
-        found = jax.pure_callback(
-            _distance, (shape, shape), self.points, theirs, vmap_method="sequential"
-        )
+        sets = self.points[:, :num], theirs[:, :num]
+        found = jax.pure_callback(_distance, (shape, shape), *sets, vmap_method="sequential")
         return Measured(*found)
 
 
@@ -373,12 +378,30 @@ def _check_reward(
     if denoiser in (laplace_denoiser, conjugate_denoiser):
         if not is_quadratic(reward):
             raise ValueError(
-                f"{getattr(denoiser, '__name__', '')} takes quadratic rewards, got "
+                f"{denoiser.__name__} takes quadratic rewards, got "
                 f"{type(reward).__name__}: use another denoiser, or simulate"
             )
         check_domain(prior, quadratic_form(reward, prior.dim), law.final)
     if denoiser is doob_denoiser and is_quadratic(reward):
         check_mass(prior, quadratic_form(reward, prior.dim), law.final)
+    by_quadrature = denoiser in (plug_in_denoiser, doob_denoiser) and not is_quadratic(reward)
+    if by_quadrature and _checks.concrete((prior, reward, law)):
+        # The prior is the widest posterior: nodes that resolve it resolve the posterior.
+        usual, fine = (_denoised(denoiser, prior, reward, law.final, n) for n in (2, 4))
+        _, width = _center_and_width(prior)
+        if not np.max(np.abs(usual - fine)) < 1e-3 * width:
+            raise ValueError(
+                "quadrature does not resolve this reward: pass "
+                f"denoiser=functools.partial(theory.{denoiser.__name__}, nodes=8), or lower the "
+                "scale"
+            )
+
+
+@eqx.filter_jit
+def _denoised(
+    denoiser: Any, prior: GaussianMixture, reward: rewards.Reward, scale: Array, nodes: int
+) -> Array:
+    return denoiser(prior, reward, scale, nodes=nodes)
 
 
 def _center_and_width(prior: GaussianMixture) -> tuple[Array, Array]:

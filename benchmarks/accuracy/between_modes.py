@@ -201,7 +201,7 @@ def main() -> None:
                     flush=True,
                 )
     if not args.quick:
-        common.write("between_modes", {"named": table, "num": num, "runs": runs})
+        common.write("between_modes", {"named": table, "num": num, "steps": steps, "runs": runs})
 
 
 if __name__ == "__main__":

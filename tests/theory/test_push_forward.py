@@ -223,6 +223,8 @@ def test_refusals_say_why_and_what_to_use():
         theory.flow_law(tj.GaussianMixture([1.0], [[0.0]], [[[0.0]]]), p.reward, 1.0)
     with pytest.raises(ValueError, match="must be a number or Damped, got SelfDamped"):
         theory.flow_law(p.prior, p.reward, tj.SelfDamped(1.0, tj.Analytic(p.prior)))
+    with pytest.raises(ValueError, match=r"does not resolve.*theory\.plug_in_denoiser, nodes=8"):
+        theory.flow_law(p.prior, tj.rewards.Bump([2.5, 0.0], 0.1), 10.0)
     space = CASES["space"].prior
     with pytest.raises(ValueError, match="in one or two dimensions, got 3"):
         theory.flow_law(space, lambda x: -jnp.sum(x**4), 1.0)
