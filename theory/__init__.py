@@ -4,6 +4,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `plug_in_law`, `sde_law`, `fmrg_law`, `mean_drift_law`: the laws that guided flows and diffusions
   produce in the limit of small steps. `mean_drift_law` also covers transport between modes, on the
   line.
+- `flow_law`: the same on mixtures in any dimension, as points with an error, also for DPS and
+  Laplace.
 - `discrete_law`: the law of a guided sampler at any number of steps.
 - `best_of_n`, `softmax_of_n`: the laws that selection produces.
 - `path_law`: the variance of the importance weights of a guided diffusion.
@@ -14,7 +16,7 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `recommend`: the method with the smallest predicted distance to the tilt within a budget.
 
 Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
-more than one draw (`DrawsLaw`) and for a mean drift (`MeanDriftLaw`).
+more than one draw (`DrawsLaw`), for a mean drift (`MeanDriftLaw`) and between modes (`FlowLaw`).
 """
 
 from theory import quadrature, tokens
@@ -33,6 +35,15 @@ from theory.many_draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
 from theory.path_weights import PathLaw, path_law, path_limit
 from theory.planner import Option, Plan, matching_k, recommend
+from theory.push_forward import (
+    FlowLaw,
+    Measured,
+    doob_denoiser,
+    dps_denoiser,
+    flow_law,
+    laplace_denoiser,
+    plug_in_denoiser,
+)
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import (
     LogNorm,
@@ -73,6 +84,14 @@ __all__ = [
     "plug_in_drift",
     "dps_drift",
     "doob_drift",
+    # The same on mixtures in any dimension.
+    "flow_law",
+    "FlowLaw",
+    "Measured",
+    "plug_in_denoiser",
+    "dps_denoiser",
+    "laplace_denoiser",
+    "doob_denoiser",
     # Guided samplers at any number of steps.
     "discrete_law",
     "AffineField",
