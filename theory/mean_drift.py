@@ -295,7 +295,7 @@ def mean_drift_law(
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
-    if _has_step(reward):
+    if has_step(reward):
         raise ValueError(
             "StepReward has gradient zero almost everywhere. With fresh draws, plug-in and DPS do "
             "not change the prior, and the gradient of E[r(X_1) | x] is not the mean of either. "
@@ -460,7 +460,7 @@ def _solve(
         lag = cos * (means + sin * x * (ratio**2 - 1)) / width
         mean = unit * (cos**2 * means + sin * x * ratio**2) / width
         posterior = PointPosterior(weights, mean, unit * cos, lag, ratio / jnp.sqrt(width), nodes)
-        return law.drift(posterior, law.reward, _strength(law.scale, cos, sin / unit))
+        return law.drift(posterior, law.reward, strength_at(law.scale, cos, sin / unit))
 
     def field(theta: Any, y: tuple[Array, Array], args: None) -> tuple[Array, Array]:
         return jax.jvp(lambda x: rate(theta, x), (y[0],), (jnp.ones_like(y[0]),))
@@ -481,7 +481,7 @@ def _solve(
     return jax.vmap(one)(start)
 
 
-def _strength(law: scales.Scale, cos: Array, sin: Array) -> Array:
+def strength_at(law: scales.Scale, cos: Array, sin: Array) -> Array:
     """The scale law at `snr = (sin / cos)^2`, in a form that is finite at the end."""
     if not isinstance(law, scales.Damped):
         return law.final
@@ -497,10 +497,10 @@ def _scalar_reward(
     return r, jax.grad(r)
 
 
-def _has_step(reward: rewards.Reward) -> bool:
+def has_step(reward: rewards.Reward) -> bool:
     match reward:
         case rewards.Sum():
-            return any(_has_step(term) for term in reward.terms)
+            return any(has_step(term) for term in reward.terms)
         case rewards.Scaled():
-            return _has_step(reward.reward)
+            return has_step(reward.reward)
     return isinstance(reward, rewards.StepReward)
