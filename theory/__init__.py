@@ -5,6 +5,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
   produce in the limit of small steps. `mean_drift_law` also covers transport between modes, on the
   line.
 - `discrete_law`: the law of a guided sampler at any number of steps.
+- `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
+  selection among them.
 - `best_of_n`, `softmax_of_n`: the laws that selection produces.
 - `path_law`: the variance of the importance weights of a guided diffusion.
 - `token_tilt`: the tilt of a law of token sequences, by enumeration.
@@ -33,6 +35,15 @@ from theory.many_draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
 from theory.path_weights import PathLaw, path_law, path_limit
 from theory.planner import Option, Plan, matching_k, recommend
+from theory.runs import (
+    ConjugateFit,
+    Deterministic,
+    FlowMapEnd,
+    PlugInDraws,
+    Unguided,
+    run_law,
+    selected_law,
+)
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import (
     LogNorm,
@@ -80,6 +91,14 @@ __all__ = [
     "dps_field",
     "doob_field",
     "fmrg_field",
+    # The same on mixtures, as points.
+    "run_law",
+    "PlugInDraws",
+    "FlowMapEnd",
+    "ConjugateFit",
+    "Deterministic",
+    "Unguided",
+    "selected_law",
     # Selection.
     "best_of_n",
     "softmax_of_n",

@@ -206,52 +206,20 @@ class Measured(NamedTuple):
     error: Array
 
 
-class FlowLaw(eqx.Module):
-    """The law of the samples of a guided flow; built by `flow_law`.
+class PointLaw(eqx.Module):
+    """A law as `points` `(8, n, d)`, eight independent sets of points of it; `prior` has the modes.
 
-    `transport`, `sample` and `log_prob` solve the flow for their points. All other methods use
-    `points` `(8, n, d)`, eight independent sets of points of the law. Everything compiles and
-    vectorizes; everything but `wasserstein` has reverse-mode derivatives, those of the points.
+    Everything but `wasserstein` compiles, vectorizes and has reverse-mode derivatives, those of
+    the points.
     """
 
     prior: GaussianMixture
-    reward: rewards.Reward
-    scale: scales.Scale
     points: Array
-    denoiser: GuidedDenoiser = eqx.field(static=True)
 
     @property
     def dim(self) -> int:
         """The dimension d."""
         return self.prior.dim
-
-    def transport(self, z: Array) -> Array:
-        """The point of this law, `(d,)`, to which the guided flow carries the point z of
-        N(0, I).
-        """
-        start = jnp.asarray(z, self.points.dtype)
-        check_state(start, self.dim)
-        return _ends(self, start[None], _FINE)[0]
-
-    def sample(self, key: Array, num: int) -> Array:
-        """`num` independent draws, `(num, d)`."""
-        shape = _checks.count(num, "num"), self.dim
-        start = jax.random.normal(_checks.key(key), shape, self.points.dtype)
-        return _ends(self, start, _COARSE)
-
-    def log_prob(self, x: Array) -> Array:
-        """The log-density at one point `(d,)`, from the flow traced back and the integral of its
-        divergence.
-
-        **Raises:** `ValueError` for a prior without a density.
-        """
-        x = jnp.asarray(x, self.points.dtype)
-        check_state(x, self.dim)
-        if _checks.concrete(self.prior.covs):
-            covs = np.asarray(self.prior.covs, np.float64)
-            if np.any(np.linalg.matrix_rank(covs, hermitian=True) < self.dim):
-                raise ValueError("a law of singular components has no density")
-        return _traced_back(self, x)
 
     def estimate(self, statistic: Callable[[Array], Array]) -> Measured:
         """A statistic of a set of points `(n, d)`, its mean over the eight sets and the standard
@@ -292,7 +260,7 @@ class FlowLaw(eqx.Module):
         _checks.function(modes, "modes")
         return self.estimate(lambda x: jnp.mean(jax.vmap(modes)(x), axis=0))
 
-    def wasserstein(self, other: "FlowLaw | GaussianMixture | Tilt") -> Measured:
+    def wasserstein(self, other: "PointLaw | GaussianMixture | Tilt") -> Measured:
         """W2 to another law, by exact transport between sets of points of both laws.
 
         With the same number of points in each set, W2^2 between sets of the same law is not zero.
@@ -313,6 +281,47 @@ class FlowLaw(eqx.Module):
             _distance, (shape, shape), self.points, theirs, vmap_method="sequential"
         )
         return Measured(*found)
+
+
+class FlowLaw(PointLaw):
+    """The law of the samples of a guided flow; built by `flow_law`.
+
+    `transport`, `sample` and `log_prob` solve the flow for their points. All other methods use
+    `points`, as those of a `PointLaw`. Everything compiles and vectorizes; everything but
+    `wasserstein` has reverse-mode derivatives.
+    """
+
+    reward: rewards.Reward
+    scale: scales.Scale
+    denoiser: GuidedDenoiser = eqx.field(static=True)
+
+    def transport(self, z: Array) -> Array:
+        """The point of this law, `(d,)`, to which the guided flow carries the point z of
+        N(0, I).
+        """
+        start = jnp.asarray(z, self.points.dtype)
+        check_state(start, self.dim)
+        return _ends(self, start[None], _FINE)[0]
+
+    def sample(self, key: Array, num: int) -> Array:
+        """`num` independent draws, `(num, d)`."""
+        shape = _checks.count(num, "num"), self.dim
+        start = jax.random.normal(_checks.key(key), shape, self.points.dtype)
+        return _ends(self, start, _COARSE)
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density at one point `(d,)`, from the flow traced back and the integral of its
+        divergence.
+
+        **Raises:** `ValueError` for a prior without a density.
+        """
+        x = jnp.asarray(x, self.points.dtype)
+        check_state(x, self.dim)
+        if _checks.concrete(self.prior.covs):
+            covs = np.asarray(self.prior.covs, np.float64)
+            if np.any(np.linalg.matrix_rank(covs, hermitian=True) < self.dim):
+                raise ValueError("a law of singular components has no density")
+        return _traced_back(self, x)
 
 
 def flow_law(
@@ -356,10 +365,10 @@ def flow_law(
             "StepReward has gradient zero almost everywhere: guidance by fresh draws and DPS do "
             "not change the prior. Use theory.best_of_n for selection."
         )
-    start = jnp.asarray(_normal_points(num, prior.dim), prior.means.dtype)
-    unsolved = FlowLaw(prior, reward, law, start, denoiser)
+    start = jnp.asarray(normal_points(num, prior.dim), prior.means.dtype)
+    unsolved = FlowLaw(prior, start, reward, law, denoiser)
     ends = _ends(unsolved, start.reshape(-1, prior.dim), _COARSE)
-    return FlowLaw(prior, reward, law, ends.reshape(start.shape), denoiser)
+    return FlowLaw(prior, ends.reshape(start.shape), reward, law, denoiser)
 
 
 def _center_and_width(prior: GaussianMixture) -> tuple[Array, Array]:
@@ -450,7 +459,7 @@ def _traced_back(law: FlowLaw, x: Array) -> Array:
 
 
 @functools.cache
-def _uniform_points(num: int, dim: int) -> np.ndarray:
+def uniform_points(num: int, dim: int) -> np.ndarray:
     """Eight scramblings of a Sobol sequence, `(8, num, dim)`, inside the unit cube."""
     from scipy.stats import qmc  # a fifth of a second
 
@@ -460,24 +469,24 @@ def _uniform_points(num: int, dim: int) -> np.ndarray:
     return np.clip(np.stack(sets), 1e-12, 1 - 1e-12)
 
 
-def _normal_points(num: int, dim: int) -> np.ndarray:
+def normal_points(num: int, dim: int) -> np.ndarray:
     from scipy.special import ndtri
 
-    return ndtri(_uniform_points(num, dim))
+    return ndtri(uniform_points(num, dim))
 
 
 def _points_of(law: Any, num: int) -> Array:
-    """Points `(8, num, d)` of a law, independent of those of a `FlowLaw`."""
+    """Points `(8, num, d)` of a law, independent of those of a `PointLaw`."""
     law = law.mixture if isinstance(law, Tilt) else law
-    if isinstance(law, FlowLaw):
+    if isinstance(law, PointLaw):
         # Another pairing of the sets, so that no set meets the set of the same starts.
         return jnp.roll(law.points, 1, axis=0)
     check_mixture(law, "the other law")
-    return _mixture_points(law, _uniform_points(num, law.dim + 1))
+    return mixture_points(law, uniform_points(num, law.dim + 1))
 
 
 @eqx.filter_jit
-def _mixture_points(mixture: GaussianMixture, uniform: np.ndarray) -> Array:
+def mixture_points(mixture: GaussianMixture, uniform: np.ndarray) -> Array:
     level, z = uniform[..., 0], jax.scipy.special.ndtri(jnp.asarray(uniform[..., 1:]))
     edges = jnp.cumsum(mixture.weights)
     component = jnp.searchsorted(edges / edges[-1], jnp.asarray(level, edges.dtype))
