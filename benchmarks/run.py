@@ -96,6 +96,17 @@ def _predictions(r: dict) -> str:
     )
 
 
+def _between_modes(r: dict) -> str:
+    laws = [law for row in r["runs"].values() for law in row.values()]
+    worst = lambda part: max(law[str(r["steps"][-1])][part] for law in laws)
+    damped = r["named"]["quadratic"]["damped"]
+    return (
+        f"{len(laws)} laws on {len(r['runs'])} mixtures: means within {worst('mean'):.1f} errors, "
+        f"covariances within {worst('cov'):.1f}, masses within {worst('masses gap'):.3f}; damped "
+        f"plug-in on `quadratic` W2 {damped['w2']:.3f} ± {damped['error']:.3f}"
+    )
+
+
 def _weighted(r: dict) -> str:
     plane = {
         name: row["Laplace, Guided"] for name, row in r["planar"].items() if name != "double_well"
@@ -315,6 +326,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "any_reward": _any_reward,
     "learned": _learned,
     "predictions": _predictions,
+    "between_modes": _between_modes,
     "weighted": _weighted,
     "unbiased": _unbiased,
     "intervals": _intervals,

@@ -120,6 +120,23 @@ def predicted_plans(r: dict, budget: str = "1000") -> list[str]:
     )
 
 
+def between_modes_named(r: dict) -> list[str]:
+    cell = lambda c: value((c["w2"], c["error"]))
+    rows = ([name, cell(row["plain"]), cell(row["damped"])] for name, row in r["named"].items())
+    return markdown("problem | plain | damped", rows)
+
+
+def between_modes(r: dict) -> list[str]:
+    rows = []
+    for name, laws in r["runs"].items():
+        for method, law in laws.items():
+            gaps = law[str(r["steps"][-1])]
+            numbers = [f"{gaps[part]:.1f}" for part in ("mean", "cov", "masses")]
+            w2 = value((law["w2"], law["w2 error"]))
+            rows.append([name, method, w2, *numbers, f"{gaps['masses gap']:.4f}"])
+    return markdown("mixture | method | W2 | mean | covariance | masses | largest gap", rows)
+
+
 def two_modes(r: dict) -> list[str]:
     problems = r["problems"]
     header = ["n"] + [f"{p}: {column}" for p in problems for column in ("P(X >= 0)", "published")]
@@ -668,6 +685,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "predicted_draws": ("predictions", predicted_draws),
     "predicted_widths": ("predictions", predicted_widths),
     "predicted_plans": ("predictions", predicted_plans),
+    "between_modes_named": ("between_modes", between_modes_named),
+    "between_modes": ("between_modes", between_modes),
     "two_modes": ("two_modes", two_modes),
     "checkerboard": ("checkerboard", checkerboard),
     "checkerboard_network": ("checkerboard_network", checkerboard),

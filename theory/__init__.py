@@ -4,6 +4,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `plug_in_law`, `sde_law`, `fmrg_law`, `mean_drift_law`: the laws that guided flows and diffusions
   produce in the limit of small steps. `mean_drift_law` also covers transport between modes, on the
   line.
+- `flow_law`: the same on mixtures in any dimension, as points with an error, also for DPS, Laplace
+  and conjugate tilting.
 - `discrete_law`: the law of a guided sampler at any number of steps.
 - `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
   selection among them.
@@ -16,7 +18,7 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `recommend`: the method with the smallest predicted distance to the tilt within a budget.
 
 Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
-more than one draw (`DrawsLaw`) and for a mean drift (`MeanDriftLaw`).
+more than one draw (`DrawsLaw`), for a mean drift (`MeanDriftLaw`) and between modes (`FlowLaw`).
 """
 
 from theory import quadrature, tokens
@@ -35,6 +37,17 @@ from theory.many_draws import DrawsLaw
 from theory.mean_drift import MeanDriftLaw, doob_drift, dps_drift, mean_drift_law, plug_in_drift
 from theory.path_weights import PathLaw, path_law, path_limit
 from theory.planner import Option, Plan, matching_k, recommend
+from theory.push_forward import (
+    FlowLaw,
+    Measured,
+    PointLaw,
+    conjugate_denoiser,
+    doob_denoiser,
+    dps_denoiser,
+    flow_law,
+    laplace_denoiser,
+    plug_in_denoiser,
+)
 from theory.runs import (
     ConjugateFit,
     Deterministic,
@@ -84,6 +97,16 @@ __all__ = [
     "plug_in_drift",
     "dps_drift",
     "doob_drift",
+    # The same on mixtures in any dimension.
+    "flow_law",
+    "FlowLaw",
+    "PointLaw",
+    "Measured",
+    "plug_in_denoiser",
+    "dps_denoiser",
+    "laplace_denoiser",
+    "conjugate_denoiser",
+    "doob_denoiser",
     # Guided samplers at any number of steps.
     "discrete_law",
     "AffineField",

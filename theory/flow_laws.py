@@ -408,7 +408,7 @@ def _warn_of_overlap(prior: GaussianMixture) -> None:
         _checks.warn(
             "this law treats each component separately and keeps the prior's weights, but the "
             f"components overlap by {coefficient:.3f} (theory.overlap; at most {_MAX_OVERLAP:g} is "
-            "small). Use theory.mean_drift_law on the line, else simulate."
+            "small). Use theory.flow_law, or theory.mean_drift_law on the line."
         )
 
 

@@ -50,8 +50,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from theory.flow_laws import check_domain
 from theory.mean_drift import has_step, strength_at
-from theory.tilts import Tilt, is_quadratic, quadratic_form
+from theory.tilts import Tilt, check_mass, is_quadratic, quadratic_form
 from tiltjax import _checks, _linalg, _pytree, rewards, scales
 from tiltjax.mixtures import GaussianMixture, check_mixture, check_state
 
@@ -59,22 +60,25 @@ _SCRAMBLINGS = 8
 # On the way back the flow is frozen beyond this value, in units of s: guidance that contracts
 # strongly would otherwise carry points outside of the law to infinity.
 _FAR = 1e4
-_REACH, _NODES = 6.0, 25  # standard deviations and nodes of a quadrature, in each dimension
+_REACH = 8  # standard deviations of a quadrature
 _BLUR = 1e-3  # the noise at which the mode of a point is determined, in units of s
 _FINE, _COARSE = 1.0, 1e3  # factors of the tolerance, for single points and for the set of points
-_SWEEPS = 30  # iterations of a fixed point
+_SWEEPS = 15  # iterations of a fixed point, which leave 1e-5
 
 GuidedDenoiser = Callable[[GaussianMixture, rewards.Reward, Array], Array]
 
 
-def plug_in_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
+def plug_in_denoiser(
+    posterior: GaussianMixture, reward: rewards.Reward, scale: Array, *, nodes: int = 2
+) -> Array:
     """`D + scale Cov(X_1, r(X_1) | x)`, the mean of plug-in guidance with one fresh draw, `(d,)`.
 
-    The covariance is closed for quadratic rewards, and a quadrature in one or two dimensions for
-    any other reward. **Raises:** `ValueError` for other rewards in more dimensions.
+    The covariance is closed for quadratic rewards. For any other reward it is a quadrature, with
+    `nodes` nodes in each standard deviation of each component. **Raises:** `ValueError` for other
+    rewards in more than two dimensions.
     """
     if not is_quadratic(reward):
-        x, mass = _nodes(posterior)
+        x, mass = _quadrature(posterior, nodes)
         r = jax.vmap(reward)(x)
         return (mass * (1 + scale * (r - mass @ r))) @ x
     form = quadratic_form(reward, posterior.dim)
@@ -95,12 +99,10 @@ def dps_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Arra
 def laplace_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
     """`D + P (I + 2 scale H P)^-1 scale ∇ r(D)`, the denoiser of `Laplace` for a concave quadratic
     reward, `(d,)`: the mean under the tilt of one Gaussian with the posterior's moments.
-
-    **Raises:** `ValueError` for other rewards.
     """
     mean = posterior.mean()[None]
     gaussian = posterior.replace(jnp.zeros_like(mean[:, 0]), mean, posterior.cov()[None])
-    return doob_denoiser(gaussian, _concave(reward, posterior.dim), scale)
+    return _tilted(gaussian, reward, scale).mean()
 
 
 def conjugate_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
@@ -111,16 +113,18 @@ def conjugate_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale
     `c = 2 scale tr(H) / d` and `a = scale ∇r(z) + c z`, and moves by the mean z of the posterior
     under this tilt. For H a multiple of the identity z is the mean under the tilt by the reward.
     Otherwise this function solves for z by iteration from the unguided denoiser.
-
-    **Raises:** `ValueError` for other rewards.
     """
+    if _is_conjugate(reward):
+        return doob_denoiser(posterior, reward, scale)
     dim, one = posterior.dim, jnp.ones((), posterior.means.dtype)
-    bend = 2 * scale * quadratic_form(_concave(reward, dim), dim).matrix
+    bend = 2 * scale * quadratic_form(reward, dim).matrix
     c = jnp.trace(bend) / dim
     excess = jnp.max(_linalg.rotations(bend)[0]) - c
 
     def tilted(natural: Array) -> GaussianMixture:
-        conjugate = rewards.LinearReward(natural) + rewards.Quadratic(jnp.zeros(dim), c / 2)
+        conjugate = rewards.LinearReward(natural) + rewards.Quadratic(
+            jnp.zeros_like(natural), c / 2
+        )
         return _tilted(posterior, conjugate, one)
 
     def fitted(z: Array) -> Array:
@@ -136,13 +140,15 @@ def conjugate_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale
     return tilted(natural).mean()
 
 
-def doob_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
+def doob_denoiser(
+    posterior: GaussianMixture, reward: rewards.Reward, scale: Array, *, nodes: int = 2
+) -> Array:
     """The mean of the tilted posterior, `(d,)`. The law of this denoiser is the tilt.
 
-    **Raises:** `ValueError` for a reward that is not quadratic in more than two dimensions.
+    Quadrature and **Raises:** as `plug_in_denoiser`.
     """
     if not is_quadratic(reward):
-        x, mass = _nodes(posterior)
+        x, mass = _quadrature(posterior, nodes)
         return jax.nn.softmax(jnp.log(mass) + scale * jax.vmap(reward)(x)) @ x
     return _tilted(posterior, reward, scale).mean()
 
@@ -167,36 +173,31 @@ def _tilted(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) ->
     return posterior.replace(*jax.vmap(component)(*parts))
 
 
-def _concave(reward: rewards.Reward, dim: int) -> rewards.Reward:
-    """The reward, if it is quadratic and, where its matrix can be read, concave."""
-    matrix = quadratic_form(reward, dim).matrix
-    if _checks.concrete(matrix):
-        lowest = np.linalg.eigvalsh(np.asarray(matrix, np.float64)).min()
-        if lowest < -1e-6 * np.abs(matrix).max():
-            raise ValueError(
-                f"this denoiser needs a concave reward, but H has the eigenvalue {lowest:g}: use "
-                "another denoiser, or simulate"
-            )
-    return reward
+def _is_conjugate(reward: rewards.Reward) -> bool:
+    try:
+        reward.conjugate()
+    except ValueError:
+        return False
+    return True
 
 
-def _nodes(posterior: GaussianMixture) -> tuple[Array, Array]:
-    """Nodes `(n, d)` and masses `(n,)` of the trapezoidal rule in all components of a posterior in
+def _quadrature(posterior: GaussianMixture, nodes: int) -> tuple[Array, Array]:
+    """Points `(n, d)` and masses `(n,)` of the trapezoidal rule in all components of a posterior in
     one or two dimensions.
     """
-    if posterior.dim > 2:
+    dim, dtype = posterior.dim, posterior.means.dtype
+    if dim > 2:
         raise ValueError(
             "the mean of a reward that is not quadratic is computed in one or two dimensions, got "
-            f"{posterior.dim}: use a quadratic reward, or simulate"
+            f"{dim}: use a quadratic reward, or simulate"
         )
-    axis = np.linspace(-_REACH, _REACH, _NODES)
-    grid = np.stack(np.meshgrid(*[axis] * posterior.dim, indexing="ij"), -1)
-    grid = grid.reshape(-1, posterior.dim)
-    mass = np.exp(-np.sum(grid**2, axis=1) / 2)
-    z, mass = (jnp.asarray(part, posterior.means.dtype) for part in (grid, mass / mass.sum()))
+    axis = np.linspace(-_REACH, _REACH, 2 * _REACH * nodes + 1)
+    z = np.stack(np.meshgrid(*[axis] * dim, indexing="ij"), axis=-1).reshape(-1, dim)
+    mass = np.exp(-np.sum(z**2, axis=1) / 2)
+    z, mass = jnp.asarray(z, dtype), jnp.asarray(mass / mass.sum(), dtype)
     place = lambda mean, cov: mean[None] + z @ _linalg.square_root(cov).T
     x = jax.vmap(place)(posterior.means, posterior.covs)
-    return x.reshape(-1, posterior.dim), jnp.outer(posterior.weights, mass).reshape(-1)
+    return x.reshape(-1, dim), jnp.outer(posterior.weights, mass).reshape(-1)
 
 
 class Measured(NamedTuple):
@@ -254,11 +255,16 @@ class PointLaw(eqx.Module):
 
     def masses(self, modes: Callable[[Array], Array] | None = None) -> Measured:
         """The masses of modes: `E[modes(X)]`, for a function of one point that returns the
-        probability of each mode; by default the method `modes`.
+        probability of each mode; by default the method `modes`. The error includes the mass of one
+        point.
+
+        The modes are places, not origins: guidance may carry particles of one component to the
+        other side of another component.
         """
         modes = self.modes if modes is None else modes
         _checks.function(modes, "modes")
-        return self.estimate(lambda x: jnp.mean(jax.vmap(modes)(x), axis=0))
+        found = self.estimate(lambda x: jnp.mean(jax.vmap(modes)(x), axis=0))
+        return found._replace(error=found.error + 1 / (self.points.size // self.dim))
 
     def wasserstein(self, other: "PointLaw | GaussianMixture | Tilt") -> Measured:
         """W2 to another law, by exact transport between sets of points of both laws.
@@ -271,15 +277,15 @@ class PointLaw(eqx.Module):
         **Raises:** `ValueError` for laws of different dimensions, `TypeError` for any other law.
         """
         theirs = _points_of(other, self.points.shape[1])
+        num = min(self.points.shape[1], theirs.shape[1])
         if theirs.shape[2] != self.dim:
             raise ValueError(
                 f"laws need the same dimension for a distance, got {self.dim} and {theirs.shape[2]}"
             )
         dtype = self.points.dtype
         shape = jax.ShapeDtypeStruct((), dtype)
-        found = jax.pure_callback(
-            _distance, (shape, shape), self.points, theirs, vmap_method="sequential"
-        )
+        sets = self.points[:, :num], theirs[:, :num]
+        found = jax.pure_callback(_distance, (shape, shape), *sets, vmap_method="sequential")
         return Measured(*found)
 
 
@@ -287,8 +293,10 @@ class FlowLaw(PointLaw):
     """The law of the samples of a guided flow; built by `flow_law`.
 
     `transport`, `sample` and `log_prob` solve the flow for their points. All other methods use
-    `points`, as those of a `PointLaw`. Everything compiles and vectorizes; everything but
-    `wasserstein` has reverse-mode derivatives.
+    `points`, as those of a `PointLaw`. Everything compiles and vectorizes. Everything but
+    `wasserstein` has reverse-mode derivatives, those of the solver. What moves between modes is in
+    the derivatives of the few points near the parting of the flow, so derivatives of moments and
+    masses need many points.
     """
 
     reward: rewards.Reward
@@ -360,15 +368,49 @@ def flow_law(
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
+    _check_reward(denoiser, prior, reward, law)
+    start = jnp.asarray(normal_points(num, prior.dim), prior.means.dtype)
+    unsolved = FlowLaw(prior, start, reward, law, denoiser)
+    ends = _ends(unsolved, start.reshape(-1, prior.dim), _COARSE)
+    return FlowLaw(prior, ends.reshape(start.shape), reward, law, denoiser)
+
+
+def _check_reward(
+    denoiser: GuidedDenoiser, prior: GaussianMixture, reward: rewards.Reward, law: scales.Scale
+) -> None:
+    """Raise a `ValueError` for a reward that a denoiser does not take."""
     if has_step(reward):
         raise ValueError(
             "StepReward has gradient zero almost everywhere: guidance by fresh draws and DPS do "
             "not change the prior. Use theory.best_of_n for selection."
         )
-    start = jnp.asarray(normal_points(num, prior.dim), prior.means.dtype)
-    unsolved = FlowLaw(prior, start, reward, law, denoiser)
-    ends = _ends(unsolved, start.reshape(-1, prior.dim), _COARSE)
-    return FlowLaw(prior, ends.reshape(start.shape), reward, law, denoiser)
+    if denoiser in (laplace_denoiser, conjugate_denoiser):
+        if not is_quadratic(reward):
+            raise ValueError(
+                f"{denoiser.__name__} takes quadratic rewards, got "
+                f"{type(reward).__name__}: use another denoiser, or simulate"
+            )
+        check_domain(prior, quadratic_form(reward, prior.dim), law.final)
+    if denoiser is doob_denoiser and is_quadratic(reward):
+        check_mass(prior, quadratic_form(reward, prior.dim), law.final)
+    by_quadrature = denoiser in (plug_in_denoiser, doob_denoiser) and not is_quadratic(reward)
+    if by_quadrature and _checks.concrete((prior, reward, law)):
+        # The prior is the widest posterior: nodes that resolve it resolve the posterior.
+        usual, fine = (_denoised(denoiser, prior, reward, law.final, n) for n in (2, 4))
+        _, width = _center_and_width(prior)
+        if not np.max(np.abs(usual - fine)) < 1e-3 * width:
+            raise ValueError(
+                "quadrature does not resolve this reward: pass "
+                f"denoiser=functools.partial(theory.{denoiser.__name__}, nodes=8), or lower the "
+                "scale"
+            )
+
+
+@eqx.filter_jit
+def _denoised(
+    denoiser: Any, prior: GaussianMixture, reward: rewards.Reward, scale: Array, nodes: int
+) -> Array:
+    return denoiser(prior, reward, scale, nodes=nodes)
 
 
 def _center_and_width(prior: GaussianMixture) -> tuple[Array, Array]:
