@@ -72,12 +72,8 @@ from tiltjax import _checks, _pytree, _repr, grids, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
-_EXACT, _POINTS, _LIMIT = (
-    "law at these steps",
-    "points at these steps",
-    "law of small steps",
-)
-_FIXED, _BOUND = "fixed point at these steps", "leading order"
+_EXACT, _POINTS, _LIMIT = "law at these steps", "points at these steps", "law of small steps"
+_FIXED, _BOUND = "fixed point at these steps", "bound, to leading order"
 _MAX_STEPS = 200
 _SHIFTS = (
     finite_steps.shift_at_mean,
@@ -507,15 +503,18 @@ class _Points(NamedTuple):
             law = self.law(field, steps, damped=damped)
             yield self.measured(method, steps, (2 * steps - 1) * cost, law)
 
-    def coarse(self, law: PointLaw) -> float:
-        """W2 to the tilt on some of the points."""
-        ours, theirs = (x[:, :: runs.POINTS // _FEW] for x in (law.points, self.target))
+    def distance(self, law: PointLaw, num: int = runs.POINTS) -> tuple[float, float]:
+        """W2 to the tilt, on `num` points of each set, and its error."""
+        ours, theirs = (points[:, :: runs.POINTS // num] for points in (law.points, self.target))
+        # An explicit flow with too long steps overflows.
+        if not np.all(np.isfinite(ours)):
+            return math.inf, 0.0
         found = PointLaw(law.prior, ours).wasserstein(PointLaw(self.task.tilt, theirs))
-        return float(found.value)
+        return float(found.value), float(found.error)
 
     def measured(self, method: str, steps: int, calls: float, law: PointLaw) -> Option:
-        found = law.wasserstein(PointLaw(self.task.tilt, self.target))
-        return Option(method, steps, calls, float(found.value), _POINTS, law, float(found.error))
+        error, spread = self.distance(law)
+        return Option(method, steps, calls, error, _POINTS, law, spread)
 
 
 def _branches(field: Field, inner_steps: int) -> tuple[tuple[Field, ...], int]:
@@ -575,7 +574,7 @@ def _selected_points(points: _Points) -> Iterator[Option]:
         for name, scale in zip(_selection_names(task.scale), (None, task.scale), strict=True):
             law = runs.selected_law(base, task.reward, n, scale)
             option = Option(name.format(n), steps, n * (2 * steps - 1), math.nan, _POINTS, law)
-            found.setdefault(name, []).append((points.coarse(law), option))
+            found.setdefault(name, []).append((points.distance(law, _FEW)[0], option))
     for options in found.values():
         _, best = min(options, key=lambda option: option[0])
         yield points.measured(best.method, best.steps, best.cost, best.law)

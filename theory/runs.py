@@ -54,6 +54,7 @@ _FLOOR = 1e-3  # of a flow map: the ratio of noise to data, in units of the star
 _LEVELS, _SNR_RANGE = 48, (1e-7, 1e7)  # of the table of a denoiser's mean squared error
 # Of `Conjugate`: its draws, its smoothing, and the limits of one move of its fit.
 _DRAWS, _SMOOTHING, _LOST_PRECISION, _WIDTHS = 4, 0.3, 0.75, 2.0
+_SORTED = 2**19  # noisy rewards that are sorted for softmax-of-n
 POINTS = 256  # in each set
 
 
@@ -286,13 +287,16 @@ def run_law(
     guidance; `steps` or `times`, as in `tiltjax.sample`; `num`, a power of two, the number of
     points in each of the eight sets; `seed`, of the draws.
 
-    **Raises:** `ValueError` for a scale law that does not depend on time alone.
+    **Raises:** `ValueError` for a scale law that does not depend on time alone, and for a reward
+    that the field does not take.
     """
     check_mixture(prior, "prior")
     _checks.instance(field, Field, "field", "such as PlugInDraws(k=1)")
     law = scales.as_scale(scale)
     if not isinstance(law, scales.Constant | scales.Damped):
         raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
+    if isinstance(field, ConjugateFit) and not is_quadratic(rewards.as_reward(reward)):
+        raise ValueError("ConjugateFit takes a quadratic reward: use another field, or simulate")
     dtype, interpolant = prior.means.dtype, or_linear(interpolant)
     problem = problem_of(prior, reward, interpolant)
     if times is None:
@@ -426,11 +430,17 @@ def selected_law(
     n, num = _checks.count(n, "n"), _checks.count(num, "num")
     points = np.asarray(law.points)
     values = np.asarray(_values(rewards.as_reward(reward), law.points), np.float64)
-    rng = np.random.default_rng(seed)
-    if scale is not None:
-        values = float(_checks.nonnegative(scale, "scale")) * values + rng.gumbel(size=values.shape)
-    weights = _best_of(values.reshape(-1), n).reshape(values.shape)
-    chosen = [x[_systematic(w, num, rng.random())] for x, w in zip(points, weights, strict=True)]
+    rng, flat = np.random.default_rng(seed), values.reshape(-1)
+    if scale is None:
+        weights = _best_of(flat, n)
+    else:
+        tilts = float(_checks.nonnegative(scale, "scale")) * flat
+        repeats = max(1, _SORTED // len(flat))
+        weights = sum(_best_of(tilts + rng.gumbel(size=len(flat)), n) for _ in range(repeats))
+    chosen = [
+        x[_systematic(x, w, num, rng.random())]
+        for x, w in zip(points, np.reshape(weights, values.shape), strict=True)
+    ]
     return PointLaw(law.prior, jnp.asarray(np.stack(chosen)))
 
 
@@ -451,8 +461,14 @@ def _best_of(values: np.ndarray, n: int) -> np.ndarray:
     return weights
 
 
-def _systematic(weights: np.ndarray, num: int, offset: float) -> np.ndarray:
-    """`num` indices, each as often as its weight says, up to one."""
-    edges = np.cumsum(weights)
+def _systematic(x: np.ndarray, weights: np.ndarray, num: int, offset: float) -> np.ndarray:
+    """The indices of `num` points, each as often as its weight says, up to one. The same holds for
+    every cell of a tree of the points, so that the masses of modes are right, too.
+    """
+    from scipy.spatial import KDTree
+
+    order = KDTree(x).indices
+    edges = np.cumsum(weights[order])
     places = (np.arange(num) + offset) / num * edges[-1]
-    return np.minimum(np.searchsorted(edges, places), len(weights) - 1)
+    chosen = order[np.minimum(np.searchsorted(edges, places), len(order) - 1)]
+    return np.concatenate([chosen[::2], chosen[1::2]])  # each half is a selection, too
