@@ -4,8 +4,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `plug_in_law`, `sde_law`, `fmrg_law`, `mean_drift_law`: the laws that guided flows and diffusions
   produce in the limit of small steps. `mean_drift_law` also covers transport between modes, on the
   line.
-- `flow_law`: the same on mixtures in any dimension, as points with an error, also for DPS, Laplace
-  and conjugate tilting.
+- `flow_law`: the same on mixtures in any dimension, as points with an error, also for DPS and
+  Laplace.
 - `discrete_law`: the law of a guided sampler at any number of steps.
 - `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
   selection among them.
@@ -41,7 +41,6 @@ from theory.push_forward import (
     FlowLaw,
     Measured,
     PointLaw,
-    conjugate_denoiser,
     doob_denoiser,
     dps_denoiser,
     flow_law,
@@ -105,7 +104,6 @@ __all__ = [
     "plug_in_denoiser",
     "dps_denoiser",
     "laplace_denoiser",
-    "conjugate_denoiser",
     "doob_denoiser",
     # Guided samplers at any number of steps.
     "discrete_law",

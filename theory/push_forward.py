@@ -16,12 +16,14 @@ and covariances P_k. D and P are its mean and covariance, `H = -∇^2 r / 2`:
 | `plug_in_denoiser` | `D + scale Cov(X_1, r(X_1) \| x)` | `PlugIn` with fresh draws, k = 1 |
 | `dps_denoiser` | `D + scale P ∇ r(D)` | `dps` |
 | `laplace_denoiser` | `D + P (I + 2 scale H P)^-1 scale ∇ r(D)` | `Laplace` |
-| `conjugate_denoiser` | `z`, a fixed point | `Conjugate` with many draws |
 | `doob_denoiser` | `E[X_1 e^(scale r) \| x] / E[e^(scale r) \| x]` | the tilt |
 
 In the plug-in denoiser
 `Cov(X_1, r(X_1) | x) = sum_k p_k (P_k E_k[∇r] + (m_k - D) E_k[r])`, where a quadratic reward has
 `E_k[∇r] = ∇r(m_k)` and `E_k[r] = r(m_k) - tr(H P_k)`. The second term moves mass between modes.
+`Conjugate` has Doob's denoiser for conjugate rewards. For any other reward its law is no
+push-forward of the state alone: where its fit has several solutions, the fit follows one of them
+from the start of the run, and the noise of a few draws moves mass between modes.
 
 **Clock.** Let c be the prior's mean, s the root of the mean variance of its coordinates,
 `kappa s = sinh(tau)` and `y = (u - kappa c) / cosh(tau)`. Then y has about unit variance and moves
@@ -63,7 +65,6 @@ _FAR = 1e4
 _REACH = 8  # standard deviations of a quadrature
 _BLUR = 1e-3  # the noise at which the mode of a point is determined, in units of s
 _FINE, _COARSE = 1.0, 1e3  # factors of the tolerance, for single points and for the set of points
-_SWEEPS = 15  # iterations of a fixed point, which leave 1e-5
 
 GuidedDenoiser = Callable[[GaussianMixture, rewards.Reward, Array], Array]
 
@@ -102,42 +103,7 @@ def laplace_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: 
     """
     mean = posterior.mean()[None]
     gaussian = posterior.replace(jnp.zeros_like(mean[:, 0]), mean, posterior.cov()[None])
-    return _tilted(gaussian, reward, scale).mean()
-
-
-def conjugate_denoiser(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
-    """The denoiser of `Conjugate` with isotropic draws, in the limit of many draws, for a concave
-    quadratic reward, `(d,)`.
-
-    `Conjugate` replaces the reward by `<a, x> - c |x|^2 / 2` with the mean curvature
-    `c = 2 scale tr(H) / d` and `a = scale ∇r(z) + c z`, and moves by the mean z of the posterior
-    under this tilt. For H a multiple of the identity z is the mean under the tilt by the reward.
-    Otherwise this function solves for z by iteration from the unguided denoiser.
-    """
-    if _is_conjugate(reward):
-        return doob_denoiser(posterior, reward, scale)
-    dim, one = posterior.dim, jnp.ones((), posterior.means.dtype)
-    bend = 2 * scale * quadratic_form(reward, dim).matrix
-    c = jnp.trace(bend) / dim
-    excess = jnp.max(_linalg.rotations(bend)[0]) - c
-
-    def tilted(natural: Array) -> GaussianMixture:
-        conjugate = rewards.LinearReward(natural) + rewards.Quadratic(
-            jnp.zeros_like(natural), c / 2
-        )
-        return _tilted(posterior, conjugate, one)
-
-    def fitted(z: Array) -> Array:
-        return scale * jax.grad(reward)(z) + c * z
-
-    def refine(natural: Array, _: None) -> tuple[Array, None]:
-        law = tilted(natural)
-        # A full step would oscillate where the curvature exceeds c by more than the precision.
-        fraction = 1 / (1 + excess * jnp.trace(law.cov()) / dim)
-        return natural + fraction * (fitted(law.mean()) - natural), None
-
-    natural, _ = jax.lax.scan(refine, fitted(posterior.mean()), None, length=_SWEEPS)
-    return tilted(natural).mean()
+    return _tilted_mean(gaussian, reward, scale)
 
 
 def doob_denoiser(
@@ -150,12 +116,12 @@ def doob_denoiser(
     if not is_quadratic(reward):
         x, mass = _quadrature(posterior, nodes)
         return jax.nn.softmax(jnp.log(mass) + scale * jax.vmap(reward)(x)) @ x
-    return _tilted(posterior, reward, scale).mean()
+    return _tilted_mean(posterior, reward, scale)
 
 
-def _tilted(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> GaussianMixture:
-    """The tilt of a posterior by a quadratic reward, as `theory.tilt`, but elementwise, for use
-    inside the flow.
+def _tilted_mean(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) -> Array:
+    """The mean of the tilt of a posterior by a quadratic reward, as from `theory.tilt`, but
+    elementwise, for use inside the flow.
     """
     slope = scale * jax.vmap(jax.grad(reward))(posterior.means)
     bend = 2 * scale * quadratic_form(reward, posterior.dim).matrix
@@ -164,21 +130,14 @@ def _tilted(posterior: GaussianMixture, reward: rewards.Reward, scale: Array) ->
     def component(log_weight: Array, mean: Array, cov: Array, slope: Array) -> tuple:
         root = _linalg.square_root(cov)
         along = root.T @ slope
-        inverse, half_logdet = _linalg.solve(eye + root.T @ bend @ root, eye)
-        moved = inverse @ along
+        solved, half_logdet = _linalg.solve(eye + root.T @ bend @ root, along[:, None])
+        moved = solved[:, 0]
         log_weight = log_weight + scale * reward(mean) - half_logdet + along @ moved / 2
-        return log_weight, mean + root @ moved, root @ inverse @ root.T
+        return log_weight, mean + root @ moved
 
     parts = posterior.log_weights, posterior.means, posterior.covs, slope
-    return posterior.replace(*jax.vmap(component)(*parts))
-
-
-def _is_conjugate(reward: rewards.Reward) -> bool:
-    try:
-        reward.conjugate()
-    except ValueError:
-        return False
-    return True
+    log_weights, means = jax.vmap(component)(*parts)
+    return jax.nn.softmax(log_weights) @ means
 
 
 def _quadrature(posterior: GaussianMixture, nodes: int) -> tuple[Array, Array]:
@@ -384,11 +343,11 @@ def _check_reward(
             "StepReward has gradient zero almost everywhere: guidance by fresh draws and DPS do "
             "not change the prior. Use theory.best_of_n for selection."
         )
-    if denoiser in (laplace_denoiser, conjugate_denoiser):
+    if denoiser is laplace_denoiser:
         if not is_quadratic(reward):
             raise ValueError(
-                f"{denoiser.__name__} takes quadratic rewards, got "
-                f"{type(reward).__name__}: use another denoiser, or simulate"
+                f"laplace_denoiser takes quadratic rewards, got {type(reward).__name__}: use "
+                "another denoiser, or simulate"
             )
         check_domain(prior, quadratic_form(reward, prior.dim), law.final)
     if denoiser is doob_denoiser and is_quadratic(reward):

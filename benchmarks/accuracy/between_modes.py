@@ -11,6 +11,7 @@ difference of the masses of modes.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ class Case(NamedTuple):
     """A prior, a reward, a scale, and the width of the damping."""
 
     prior: tj.GaussianMixture
-    reward: tj.rewards.Reward
+    reward: tj.rewards.Quadratic
     scale: float
     sigma: float
 
@@ -93,29 +94,35 @@ def cases() -> dict[str, Case]:
     return found | {"space": Case(space, reward, 0.4, 0.6)}
 
 
-def methods(case: Case) -> dict[str, tuple[Any, Any, tj.guidance.Guidance]]:
-    """The denoiser, the scale and the guidance of each method. The guidance of the mean of damped
-    plug-in is the gradient of `E[r | x]`, without draws.
+class Method(NamedTuple):
+    """A denoiser with its reward and scale, and the guidance whose law it should give."""
+
+    denoiser: Callable
+    reward: tj.rewards.Reward
+    scale: Any
+    guidance: tj.guidance.Guidance
+
+
+def methods(case: Case) -> dict[str, Method]:
+    """The methods without draws. The guidance of the mean of damped plug-in is the gradient of
+    `E[r | x]`. `Conjugate` has no draws for the same reward with the weight 1.
     """
     model, damped = tj.Analytic(case.prior), tj.Damped(case.scale, case.sigma)
+    reward, scale = case.reward, case.scale
 
     def mean_reward(t: jax.Array, x: jax.Array) -> jax.Array:
         strength = damped(jax.random.key(0), model.interpolant.snr(t), t, x)
-        return strength * theory.expected_reward(model.posterior(t, x), case.reward)
+        return strength * theory.expected_reward(model.posterior(t, x), reward)
 
+    plain = tj.rewards.Quadratic(reward.target)
+    laplace, conjugate = tj.Laplace(model, reward, scale), tj.Conjugate(model, plain, scale)
     return {
-        "damped, mean": (theory.plug_in_denoiser, damped, tj.Doob(model, mean_reward)),
-        "DPS": (theory.dps_denoiser, case.scale, tj.dps(model, case.reward, case.scale)),
-        "Laplace": (
-            theory.laplace_denoiser,
-            case.scale,
-            tj.Laplace(model, case.reward, case.scale),
+        "damped, mean": Method(
+            theory.plug_in_denoiser, reward, damped, tj.Doob(model, mean_reward)
         ),
-        "Conjugate": (
-            theory.conjugate_denoiser,
-            case.scale,
-            tj.Conjugate(model, case.reward, case.scale),
-        ),
+        "DPS": Method(theory.dps_denoiser, reward, scale, tj.dps(model, reward, scale)),
+        "Laplace": Method(theory.laplace_denoiser, reward, scale, laplace),
+        "Conjugate": Method(theory.doob_denoiser, plain, scale, conjugate),
     }
 
 
@@ -155,9 +162,9 @@ def named(num: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def compared(case: Case, method: str, num: int, steps: tuple[int, ...]) -> dict[str, Any]:
     """The law of a method on a mixture against its samples after some numbers of steps."""
-    denoiser, scale, guidance = methods(case)[method]
-    law = theory.flow_law(case.prior, case.reward, scale, denoiser=denoiser)
-    far = law.wasserstein(theory.tilt(case.prior, case.reward, case.scale))
+    denoiser, reward, scale, guidance = methods(case)[method]
+    law = theory.flow_law(case.prior, reward, scale, denoiser=denoiser)
+    far = law.wasserstein(theory.tilt(case.prior, reward, case.scale))
     found: dict[str, Any] = {"w2": float(far.value), "w2 error": float(far.error)}
     for n in steps:
         particles = tj.sample(
@@ -179,7 +186,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples, one mixture")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    num, steps = (2000, (20,)) if args.quick else (100_000, (50, 100))
+    num, steps = (2000, (20,)) if args.quick else (100_000, (32, 64))
 
     table = named(64 if args.quick else 512)
     print("| problem | plain | damped |\n|---|---|---|")

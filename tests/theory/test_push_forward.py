@@ -15,7 +15,6 @@ DENOISERS = (
     theory.plug_in_denoiser,
     theory.dps_denoiser,
     theory.laplace_denoiser,
-    theory.conjugate_denoiser,
     theory.doob_denoiser,
 )
 CASES = between_modes.cases()
@@ -28,18 +27,14 @@ def close(measured, value, factor=5.0):
 
 @pytest.mark.parametrize("denoiser", DENOISERS)
 def test_a_denoiser_is_that_of_the_guidance(denoiser):
-    """At one state. The conjugate denoiser is compared where it is exact."""
     case = CASES["space"]
     model, x, t = tj.Analytic(case.prior), jnp.array([0.3, -0.2, 0.4]), jnp.asarray(0.45)
-    scalar = tj.rewards.Quadratic(case.reward.target)
-    reward = scalar if denoiser is theory.conjugate_denoiser else case.reward
-    scale = jnp.asarray(case.scale)
+    reward, scale = case.reward, jnp.asarray(case.scale)
     mean_reward = lambda t, x: scale * theory.expected_reward(model.posterior(t, x), reward)
     guidance = {
         theory.plug_in_denoiser: tj.Doob(model, mean_reward),
         theory.dps_denoiser: tj.dps(model, reward, scale),
         theory.laplace_denoiser: tj.Laplace(model, reward, scale),
-        theory.conjugate_denoiser: tj.Conjugate(model, reward, scale),
         theory.doob_denoiser: tj.Doob(model, theory.log_h(case.prior, reward, scale)),
     }[denoiser]
 
@@ -155,8 +150,8 @@ def test_distances_on_the_named_problems():
 def test_samples_have_the_law(name, method):
     """Fewer samples than in the benchmark, `between_modes`."""
     case = CASES[name]
-    denoiser, scale, guidance = between_modes.methods(case)[method]
-    law = theory.flow_law(case.prior, case.reward, scale, denoiser=denoiser)
+    denoiser, reward, scale, guidance = between_modes.methods(case)[method]
+    law = theory.flow_law(case.prior, reward, scale, denoiser=denoiser)
     x = tj.sample(jax.random.key(1), guidance.model, guidance, num=5000, steps=100).x
     found = between_modes.deviations(law, x)
     assert max(found[part] for part in ("mean", "cov", "masses")) < 5
@@ -214,9 +209,8 @@ def test_refusals_say_why_and_what_to_use():
         theory.flow_law(p.prior, convex, 1.0, denoiser=theory.laplace_denoiser)
     with pytest.raises(ValueError, match="the tilt has no finite mass"):
         theory.flow_law(p.prior, convex, 100.0, denoiser=theory.doob_denoiser)
-    bump = tj.rewards.Bump([0.0, 1.0])
-    with pytest.raises(ValueError, match="conjugate_denoiser takes quadratic rewards, got Bump"):
-        theory.flow_law(p.prior, bump, 1.0, denoiser=theory.conjugate_denoiser)
+    with pytest.raises(ValueError, match="laplace_denoiser takes quadratic rewards, got Bump"):
+        theory.flow_law(p.prior, tj.rewards.Bump([0.0, 1.0]), 1.0, denoiser=theory.laplace_denoiser)
     with pytest.raises(ValueError, match="StepReward has gradient zero"):
         theory.flow_law(p.prior, tj.rewards.StepReward(1.0, [1.0, 0.0]), 1.0)
     with pytest.raises(ValueError, match="the prior is one point"):
