@@ -466,9 +466,12 @@ def _systematic(x: np.ndarray, weights: np.ndarray, num: int, offset: float) -> 
     every cell of a tree of the points, so that the masses of modes are right, too.
     """
     from scipy.spatial import KDTree
+    from scipy.stats import qmc
 
     order = KDTree(x).indices
     edges = np.cumsum(weights[order])
     places = (np.arange(num) + offset) / num * edges[-1]
     chosen = order[np.minimum(np.searchsorted(edges, places), len(order) - 1)]
-    return np.concatenate([chosen[::2], chosen[1::2]])  # each half is a selection, too
+    # In an order in which the first points are a selection, too.
+    spread = qmc.Halton(1, scramble=False).random(num)[:, 0]
+    return chosen[np.argsort(np.argsort(spread))]
