@@ -88,7 +88,8 @@ _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _DRAWS = (1, 2, 8)  # of plug-in on a mixture
 _DENOISERS = (doob_denoiser, dps_denoiser, laplace_denoiser)
 _FEW = 64  # points in each set that choose the number of candidates
-_SELECTED_FROM = 128  # points for each point of a selection of n, over n
+# Points in each set from which n candidates are selected, over n: to choose n, and to measure W2.
+_POOLS = 64, 256
 
 
 class Option(NamedTuple):
@@ -566,18 +567,20 @@ def _options_of_points(task: _Task, conjugate: bool) -> Iterator[Option]:
 def _selected_points(points: _Points) -> Iterator[Option]:
     """The best number of candidates, for best-of-n and for softmax-of-n."""
     task = points.task
-    found: dict[str, list[tuple[float, Option]]] = {}
-    for n in _COUNTS:
-        if (steps := _affordable(task.budget / n, 1)) < 1:
-            break
-        base = points.law(Unguided(), steps, _SELECTED_FROM * n)
-        for name, scale in zip(_selection_names(task.scale), (None, task.scale), strict=True):
-            law = runs.selected_law(base, task.reward, n, scale)
-            option = Option(name.format(n), steps, n * (2 * steps - 1), math.nan, _POINTS, law)
-            found.setdefault(name, []).append((points.distance(law, _FEW)[0], option))
-    for options in found.values():
-        _, best = min(options, key=lambda option: option[0])
-        yield points.measured(best.method, best.steps, best.cost, best.law)
+    steps = {n: _affordable(task.budget / n, 1) for n in _COUNTS if task.budget >= n}
+
+    def base(n: int, pool: int) -> PointLaw:
+        return points.law(Unguided(), steps[n], max(pool * n, runs.POINTS))
+
+    few, many = _POOLS
+    bases = {n: base(n, few) for n in steps}
+    for name, scale in zip(_selection_names(task.scale), (None, task.scale), strict=True):
+        if steps:
+            select = functools.partial(runs.selected_law, reward=task.reward, scale=scale)
+            w2 = {n: points.distance(select(bases[n], n=n), _FEW)[0] for n in steps}
+            n = min(w2, key=w2.__getitem__)
+            law, calls = select(base(n, many), n=n), n * (2 * steps[n] - 1)
+            yield points.measured(name.format(n), steps[n], calls, law)
 
 
 def _draws_parameters(

@@ -54,7 +54,7 @@ _FLOOR = 1e-3  # of a flow map: the ratio of noise to data, in units of the star
 _LEVELS, _SNR_RANGE = 48, (1e-7, 1e7)  # of the table of a denoiser's mean squared error
 # Of `Conjugate`: its draws, its smoothing, and the limits of one move of its fit.
 _DRAWS, _SMOOTHING, _LOST_PRECISION, _WIDTHS = 4, 0.3, 0.75, 2.0
-_SORTED = 2**19  # noisy rewards that are sorted for softmax-of-n
+_SORTED = 2**17  # noisy rewards that are sorted for softmax-of-n
 POINTS = 256  # in each set
 
 

@@ -137,11 +137,11 @@ def distance(draw: Callable, exact: Callable, num: int, sets: int) -> Distance:
     keys = lambda seed: jax.random.split(jax.random.key(seed), sets)
     x, y = ([fn(key, num) for key in keys(seed)] for seed, fn in enumerate((draw, exact)))
     square = lambda a, b: tj.metrics.wasserstein(a, b) ** 2
-    within = lambda z: np.mean([square(a, b) for a, b in zip(z, z[1:] + z[:1], strict=True)])
-    floor = (within(x) + within(y)) / 2
-    squares = np.array([square(a, b) for a, b in zip(x, y, strict=True)]) - floor
-    w2 = float(np.sqrt(max(np.mean(squares), 0)))
-    error = float(np.std(squares, ddof=1) / np.sqrt(sets))
+    squares = lambda a, b: np.array([square(*pair) for pair in zip(a, b, strict=True)])
+    within = lambda z: squares(z, z[1:] + z[:1])
+    found = squares(x, y) - (within(x) + within(y)) / 2
+    w2 = float(np.sqrt(max(np.mean(found), 0)))
+    error = float(np.std(found, ddof=1) / np.sqrt(sets))
     return Distance(w2, float(np.sqrt(w2**2 + error)) - w2)
 
 
