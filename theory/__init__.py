@@ -17,8 +17,9 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `fit_mixture`: a Gaussian mixture for samples of a model without a closed form.
 - `recommend`: the method with the smallest predicted distance to the tilt within a budget.
 
-Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
-more than one draw (`DrawsLaw`), for a mean drift (`MeanDriftLaw`) and between modes (`FlowLaw`).
+Nothing here runs a sampler of `tiltjax`: `run_law` has its own steps, in closed forms. The law of a
+guided flow is a `tiltjax.GaussianMixture`, except for more than one draw (`DrawsLaw`), for a mean
+drift (`MeanDriftLaw`) and between modes (`FlowLaw`, `PointLaw`).
 """
 
 from theory import quadrature, tokens

@@ -168,7 +168,8 @@ def recommend(
     Each method takes as many steps as the budget allows, up to 200, with the best number of draws
     or candidates. A method that cannot afford one step is left out. The function cannot be traced.
     It takes about 20 CPU-seconds for compilation the first time, and 2 from then on for states of
-    the same size.
+    the same size. For mixtures with as many components in the plane, the later calls take 3
+    CPU-seconds at 100 denoiser calls, and 7 at 1,000.
 
     **Arguments:**
 
