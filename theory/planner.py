@@ -56,7 +56,6 @@ from theory.push_forward import (
     laplace_denoiser,
     mixture_points,
     normal_points,
-    uniform_points,
 )
 from theory.runs import (
     ConjugateFit,
@@ -469,8 +468,7 @@ class _Points(NamedTuple):
 
     @classmethod
     def of(cls, task: _Task) -> "_Points":
-        uniform = uniform_points(runs.POINTS, task.prior.dim + 1)
-        return cls(task, mixture_points(task.tilt, uniform))
+        return cls(task, mixture_points(task.tilt, runs.POINTS))
 
     def law(
         self, field: Field, steps: int, num: int = runs.POINTS, *, damped: bool = False

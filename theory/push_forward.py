@@ -455,7 +455,7 @@ def _traced_back(law: FlowLaw, x: Array) -> Array:
     start = (x - flow.center) / flow.width, jnp.zeros((), x.dtype)
     z, growth = flow.solve(field, times, start, jnp.asarray(tolerance, x.dtype))
     # `growth` is the integral of the divergence from the end to the start, minus log |dx/dz|.
-    normal = -z @ z / 2 - law.dim * np.log(2 * np.pi) / 2
+    normal = -z @ z / 2 - law.dim * float(np.log(2 * np.pi)) / 2
     return normal + growth - law.dim * jnp.log(flow.width)
 
 
@@ -483,17 +483,22 @@ def _points_of(law: Any, num: int) -> Array:
         # Another pairing of the sets, so that no set meets the set of the same starts.
         return jnp.roll(law.points, 1, axis=0)
     check_mixture(law, "the other law")
-    return mixture_points(law, uniform_points(num, law.dim + 1))
+    return mixture_points(law, num)
 
 
-@eqx.filter_jit
-def mixture_points(mixture: GaussianMixture, uniform: np.ndarray) -> Array:
-    level, z = uniform[..., 0], jax.scipy.special.ndtri(jnp.asarray(uniform[..., 1:]))
+def mixture_points(mixture: GaussianMixture, num: int) -> Array:
+    """Eight sets of quasi-random points of a mixture, `(8, num, d)`."""
+    dim, dtype = mixture.dim + 1, mixture.means.dtype
+    level, z = uniform_points(num, dim)[..., 0], normal_points(num, dim)[..., 1:]
+    return _mixture_points(mixture, jnp.asarray(level, dtype), jnp.asarray(z, dtype))
+
+
+@jax.jit
+def _mixture_points(mixture: GaussianMixture, level: Array, z: Array) -> Array:
     edges = jnp.cumsum(mixture.weights)
-    component = jnp.searchsorted(edges / edges[-1], jnp.asarray(level, edges.dtype))
+    component = jnp.searchsorted(edges / edges[-1], level)
     roots = jax.vmap(_linalg.square_root)(mixture.covs)
-    moved = jnp.einsum("snij,snj->sni", roots[component], z.astype(edges.dtype))
-    return mixture.means[component] + moved
+    return mixture.means[component] + jnp.einsum("snij,snj->sni", roots[component], z)
 
 
 def _over_sets(values: Array) -> Measured:

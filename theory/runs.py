@@ -43,7 +43,6 @@ from theory.push_forward import (
     PointLaw,
     mixture_points,
     normal_points,
-    uniform_points,
 )
 from theory.tilts import QuadraticForm, is_quadratic, quadratic_form
 from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales
@@ -314,17 +313,16 @@ def problem_of(prior: GaussianMixture, reward: Callable, interpolant: Interpolan
     reward = _pytree.cast(rewards.as_reward(reward), dtype)
     form = quadratic_form(reward, prior.dim) if is_quadratic(reward) else None
     parts = _pytree.cast((prior, reward, interpolant, form), dtype)
-    return _problem_of(*parts, jnp.asarray(uniform_points(32, 2 * prior.dim + 1), dtype))
+    noise = jnp.asarray(normal_points(32, 2 * prior.dim + 1)[..., prior.dim + 1 :], dtype)
+    return _problem_of(*parts, mixture_points(prior, 32), noise)
 
 
 @eqx.filter_jit
-def _problem_of(prior, reward, interpolant, form, uniform) -> Problem:
+def _problem_of(prior, reward, interpolant, form, data, noise) -> Problem:
     prior = prior.decomposed()
     top = jnp.zeros((), prior.means.dtype)
     top = top if form is None else jnp.max(_linalg.rotations(form.matrix)[0])
-    flat = lambda points: points.reshape(-1, prior.dim)
-    data = flat(mixture_points(prior, uniform[..., : prior.dim + 1]))
-    noise = flat(jax.scipy.special.ndtri(uniform[..., prior.dim + 1 :]))
+    data, noise = (points.reshape(-1, prior.dim) for points in (data, noise))
 
     def log_variance(log_snr: Array) -> Array:
         sigma = jnp.exp(-log_snr / 2)

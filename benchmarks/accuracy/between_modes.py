@@ -4,7 +4,7 @@ The first table has the predicted W2 to the tilt on four named problems, for plu
 one draw, plain and damped, in the limit of small steps. The second table compares the predicted
 mean, covariance and masses of modes with runs of `sample` on five other mixtures: three to five
 rotated, unequal modes, near and far targets, one component without variance in one direction.
-Deviations are in standard errors of the run and the prediction together; `mass` is the largest
+Deviations are in units of the sum of the standard errors of both; `mass` is the largest
 difference of the masses of modes.
 
     python -m benchmarks.accuracy.between_modes [--quick]

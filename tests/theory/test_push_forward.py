@@ -168,6 +168,11 @@ def test_weak_and_strong_tilts_are_finite(dtype):
             assert law.points.dtype == dtype
             assert np.all(np.isfinite(law.points))
         np.testing.assert_allclose(law.mean(), p.reward.target, atol=0.05)
+    unguided = theory.flow_law(prior, p.reward, 0.0, num=64)
+    x = jnp.asarray([0.4, -0.2], dtype)
+    np.testing.assert_allclose(unguided.log_prob(x), prior.log_prob(x), atol=1e-4)
+    far = unguided.wasserstein(prior)
+    assert far.value <= far.error
 
 
 @pytest.mark.slow

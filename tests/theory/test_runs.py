@@ -118,8 +118,8 @@ def test_systematic_indices_are_as_often_as_their_weights():
 @pytest.mark.parametrize("scale", [None, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_selection_is_that_of_quadrature(scale):
     prior = tj.GaussianMixture([0.3, 0.7], [[-1.0], [1.5]], [[[0.4]], [[0.2]]])
-    reward, start = tj.rewards.Quadratic([0.5]), runs.uniform_points(1024, 2)
-    law = theory.PointLaw(prior, runs.mixture_points(prior, start))
+    reward = tj.rewards.Quadratic([0.5])
+    law = theory.PointLaw(prior, runs.mixture_points(prior, 1024))
     found = theory.selected_law(law, reward, 6, scale)
     if scale is None:
         exact = theory.best_of_n(prior, reward, 6)
