@@ -30,7 +30,7 @@ of rank i among M points. With Gumbel noise G, softmax-of-n is best-of-n for the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -44,7 +44,7 @@ from theory.push_forward import (
     mixture_points,
     normal_points,
 )
-from theory.tilts import QuadraticForm, is_quadratic, quadratic_form
+from theory.tilts import is_quadratic, quadratic_form
 from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
@@ -58,14 +58,15 @@ POINTS = 256  # in each set
 
 
 class Problem(NamedTuple):
-    """The arguments that all fields share. `form` is the reward if it is quadratic, and
-    `log_variance` the logarithm of the mean squared error of the denoiser at `_LEVELS` levels.
+    """The arguments that all fields share. `form` is the `QuadraticForm` of the reward or `None`,
+    `stiffest` its largest eigenvalue, and `log_variance` the logarithm of the mean squared error of
+    the denoiser at `_LEVELS` levels.
     """
 
     prior: GaussianMixture
     reward: rewards.Reward
     interpolant: Interpolant
-    form: QuadraticForm | None
+    form: Any
     stiffest: Array
     log_variance: Array
 
@@ -335,7 +336,8 @@ def _problem_of(prior, reward, interpolant, form, data, noise) -> Problem:
 
 
 def _log_levels() -> np.ndarray:
-    return np.linspace(*np.log(_SNR_RANGE), _LEVELS)
+    low, high = np.log(_SNR_RANGE)
+    return np.linspace(low, high, _LEVELS)
 
 
 @eqx.filter_jit
@@ -370,7 +372,7 @@ def ends_of(
 def _step(
     problem: Problem,
     fields: tuple[Field, ...],
-    index: Array,
+    index: int | Array,
     x: Array,
     memory: Fit,
     is_start: Array,
@@ -414,7 +416,7 @@ def selected_law(
     law: PointLaw,
     reward: Callable,
     n: int,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     *,
     num: int = POINTS,
     seed: int = 0,
