@@ -514,8 +514,11 @@ def _distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndar
     coarse = _debiased(ours[:, :half], theirs[:, :half])
     error = np.std(squares, ddof=1) / np.sqrt(len(squares))
     error += abs(np.mean(squares) - np.mean(coarse))
-    square = max(np.mean(squares), 0.0)
-    return np.sqrt(square).astype(dtype), (np.sqrt(square + error) - np.sqrt(square)).astype(dtype)
+    # The larger of the two changes of the root.
+    low, value, high = (
+        np.sqrt(max(np.mean(squares) + change, 0.0)) for change in (-error, 0.0, error)
+    )
+    return value.astype(dtype), max(value - low, high - value).astype(dtype)
 
 
 def _debiased(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
