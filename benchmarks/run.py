@@ -107,6 +107,15 @@ def _between_modes(r: dict) -> str:
     )
 
 
+def _recommended(r: dict) -> str:
+    total = lambda key: sum(row[key] for row in r["table"].values())
+    methods = sum(len(row["rows"]) for row in r["table"].values())
+    return (
+        f"{total('wrong')} of {total('pairs')} pairs of methods on {len(r['table'])} mixtures in "
+        f"the wrong order; W2 of {total('off')} of {methods} methods not within 15%"
+    )
+
+
 def _weighted(r: dict) -> str:
     plane = {
         name: row["Laplace, Guided"] for name, row in r["planar"].items() if name != "double_well"
@@ -327,6 +336,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learned": _learned,
     "predictions": _predictions,
     "between_modes": _between_modes,
+    "recommended": _recommended,
     "weighted": _weighted,
     "unbiased": _unbiased,
     "intervals": _intervals,

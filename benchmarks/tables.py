@@ -137,6 +137,28 @@ def between_modes(r: dict) -> list[str]:
     return markdown("mixture | method | W2 | mean | covariance | masses | largest gap", rows)
 
 
+def recommended(r: dict) -> list[str]:
+    count = lambda row: [len(row["rows"]), row["pairs"], row["wrong"], row["off"]]
+    rows = ([name, *count(row), f"{row['seconds']:.0f}"] for name, row in r["table"].items())
+    head = "mixture | methods | pairs | in the wrong order | W2 off by more than 15% | seconds"
+    return markdown(head, rows)
+
+
+def recommended_methods(r: dict, mixture: str = "four modes, one singular") -> list[str]:
+    rows = r["table"][mixture]["rows"]
+    cells = lambda row: [f"`{row['method']}`", row["steps"]]
+    w2 = lambda row: [value(row["predicted"]), value(row["measured"])]
+    return markdown("method | steps | predicted W2 | measured W2", (cells(r) + w2(r) for r in rows))
+
+
+def recommended_damped(r: dict) -> list[str]:
+    rows = r["damped"].items()
+    return markdown(
+        "problem | predicted W2 | published W2, with the floor",
+        ([name, value(row["predicted"]), f"{row['published']:.3f}"] for name, row in rows),
+    )
+
+
 def two_modes(r: dict) -> list[str]:
     problems = r["problems"]
     header = ["n"] + [f"{p}: {column}" for p in problems for column in ("P(X >= 0)", "published")]
@@ -687,6 +709,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "predicted_plans": ("predictions", predicted_plans),
     "between_modes_named": ("between_modes", between_modes_named),
     "between_modes": ("between_modes", between_modes),
+    "recommended": ("recommended", recommended),
+    "recommended_methods": ("recommended", recommended_methods),
+    "recommended_damped": ("recommended", recommended_damped),
     "two_modes": ("two_modes", two_modes),
     "checkerboard": ("checkerboard", checkerboard),
     "checkerboard_network": ("checkerboard_network", checkerboard),

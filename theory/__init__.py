@@ -7,6 +7,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `flow_law`: the same on mixtures in any dimension, as points with an error, also for DPS and
   Laplace.
 - `discrete_law`: the law of a guided sampler at any number of steps.
+- `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
+  selection among them.
 - `best_of_n`, `softmax_of_n`: the laws that selection produces.
 - `path_law`: the variance of the importance weights of a guided diffusion.
 - `token_tilt`: the tilt of a law of token sequences, by enumeration.
@@ -15,8 +17,9 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `fit_mixture`: a Gaussian mixture for samples of a model without a closed form.
 - `recommend`: the method with the smallest predicted distance to the tilt within a budget.
 
-Nothing here runs a sampler. The law of a guided flow is a `tiltjax.GaussianMixture`, except for
-more than one draw (`DrawsLaw`), for a mean drift (`MeanDriftLaw`) and between modes (`FlowLaw`).
+Nothing here runs a sampler of `tiltjax`: `run_law` has its own steps, in closed forms. The law of a
+guided flow is a `tiltjax.GaussianMixture`, except for more than one draw (`DrawsLaw`), for a mean
+drift (`MeanDriftLaw`) and between modes (`FlowLaw`, `PointLaw`).
 """
 
 from theory import quadrature, tokens
@@ -38,11 +41,21 @@ from theory.planner import Option, Plan, matching_k, recommend
 from theory.push_forward import (
     FlowLaw,
     Measured,
+    PointLaw,
     doob_denoiser,
     dps_denoiser,
     flow_law,
     laplace_denoiser,
     plug_in_denoiser,
+)
+from theory.runs import (
+    ConjugateFit,
+    Deterministic,
+    FlowMapEnd,
+    PlugInDraws,
+    Unguided,
+    run_law,
+    selected_law,
 )
 from theory.selection import Selected, best_of_n, matching_n, softmax_of_n
 from theory.tilts import (
@@ -87,6 +100,7 @@ __all__ = [
     # The same on mixtures in any dimension.
     "flow_law",
     "FlowLaw",
+    "PointLaw",
     "Measured",
     "plug_in_denoiser",
     "dps_denoiser",
@@ -99,6 +113,14 @@ __all__ = [
     "dps_field",
     "doob_field",
     "fmrg_field",
+    # The same on mixtures, as points.
+    "run_law",
+    "PlugInDraws",
+    "FlowMapEnd",
+    "ConjugateFit",
+    "Deterministic",
+    "Unguided",
+    "selected_law",
     # Selection.
     "best_of_n",
     "softmax_of_n",

@@ -16,20 +16,23 @@ calls):
 | weighted trajectories of the damped diffusion | n of 25 steps, g each | as many | any reward |
 
 **Error.** The error is W2 between the tilt and the law that is predicted for a method *at this
-number of steps*. For one Gaussian and one draw the predicted law is `discrete_law`. For k > 1 draws
-it is the law of small steps, corrected by the step error of one draw. For selection it is
-`Selected.mixture` of unguided samples at this number of steps. For n weighted trajectories of
-effective fraction e, one of which is drawn, `KL <= log(1 + (1/e - 1)/n)`. Hence, for a Gaussian
-tilt of largest variance v and to leading order, `W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not
-Gaussian enter by mean and covariance.
+number of steps*.
 
-For a mixture, every mode is treated separately, guided flows keep the prior's weights (see
-`plug_in_law`), and W2 is replaced by the upper bound MW2 (`w2_bounds`). `Laplace`, and `Conjugate`
-for rewards that are not conjugate, have no law on mixtures. Their errors are measurements on
-mixtures in the plane, in units of the tilt's standard deviation, and only give an order of
-magnitude. The order of the table is therefore reliable for one Gaussian, but not for a mixture: on
-four rotated modes the errors .204 of `Laplace` and .260 and .482 of the two selections are
-predicted, and .770, .150 and .230 are measured.
+*One Gaussian.* With one draw the predicted law is `discrete_law`. For k > 1 draws it is the law of
+small steps, corrected by the step error of one draw. For selection it is `Selected.mixture` of
+unguided samples at this number of steps. For n weighted trajectories of effective fraction e, one
+of which is drawn, `KL <= log(1 + (1/e - 1)/n)`. Hence, for a Gaussian tilt of largest variance v
+and to leading order, `W2 <= sqrt(2 v KL)` (Talagrand). Laws that are not Gaussian enter by mean and
+covariance.
+
+*A mixture.* The steps of the method move points (`theory.runs`), with the method's own draws,
+inside of modes and between them. W2 is exact transport between these points and points of the tilt.
+It is a measurement of the law at these steps, not a law: `spread` is its error. The order of two
+methods whose W2 differ by less than this is not known. The 2,048 points do not contain what is
+rarer, such as a particle in ten thousand that long steps carry far away. Only plug-in with 1, 2 and
+8 draws and no weighted trajectories are among the options.
+
+The column `basis` says which of these a number is.
 """
 
 import functools
@@ -43,25 +46,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import finite_steps, flow_laws, path_weights, selection, tilts
+from theory import finite_steps, flow_laws, path_weights, runs, selection, tilts
 from theory.distances import bures, w2_bounds
 from theory.finite_steps import AffineField
 from theory.many_draws import draws_moments
+from theory.push_forward import (
+    PointLaw,
+    doob_denoiser,
+    dps_denoiser,
+    laplace_denoiser,
+    mixture_points,
+    normal_points,
+)
+from theory.runs import (
+    ConjugateFit,
+    Deterministic,
+    Field,
+    FlowMapEnd,
+    PlugInDraws,
+    Problem,
+    Unguided,
+)
 from theory.tilts import QuadraticForm
 from tiltjax import _checks, _pytree, _repr, grids, rewards, scales
 from tiltjax.interpolants import Linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
-# W2 above the sampling floor, over the tilt's standard deviation, root mean square over four
-# mixtures (benchmarks/accuracy/gaussian_tilt.py: quadratic, noniso, unequal, uncentered) and, for
-# anisotropic rewards, over two (benchmarks/rewards/any_reward.py: stiff between and across modes).
-MEASURED = {"Laplace": 0.21, "Conjugate": 0.72}
-_EXACT, _ALONE, _LIMIT = (
-    "law at these steps",
-    "each mode alone at these steps",
-    "law of small steps",
-)
-_FIXED, _BOUND, _MEASURED = "fixed point at these steps", "leading order", "measured elsewhere"
+_EXACT, _POINTS, _LIMIT = "law at these steps", "points at these steps", "law of small steps"
+_FIXED, _BOUND = "fixed point at these steps", "bound, to leading order"
 _MAX_STEPS = 200
 _SHIFTS = (
     finite_steps.shift_at_mean,
@@ -71,8 +83,13 @@ _SHIFTS = (
 )
 _PATH_STEPS = 25  # of a weighted trajectory
 _MAX_STRENGTH = 1e4  # largest `scale h s^2` for which the law of many draws is computed
-_HEAD = ("method", "steps", "calls", "W2", "basis")  # of the table of a plan
+_HEAD = ("method", "steps", "calls", "W2", "±", "basis")  # of the table of a plan
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_DRAWS = (1, 2, 8)  # of plug-in on a mixture
+_DENOISERS = (doob_denoiser, dps_denoiser, laplace_denoiser)
+_FEW = 64  # points in each set that choose the number of candidates
+# Points in each set from which n candidates are selected, over n: to choose n, and to measure W2.
+_POOLS = 64, 256
 
 
 class Option(NamedTuple):
@@ -83,7 +100,9 @@ class Option(NamedTuple):
     - `cost`: of one sample, in denoiser calls.
     - `error`: the predicted W2 to the tilt.
     - `basis`: the basis of the prediction.
-    - `law`: the predicted law, with the right second moments in each mode, or `None`.
+    - `law`: the predicted law: of one Gaussian a Gaussian with the right moments, of a mixture its
+      points. `None` for weighted trajectories.
+    - `spread`: the error of `error`, which is 0 unless `error` is measured on points.
     """
 
     method: str
@@ -91,7 +110,8 @@ class Option(NamedTuple):
     cost: float
     error: float
     basis: str
-    law: GaussianMixture | None = None
+    law: GaussianMixture | PointLaw | None = None
+    spread: float = 0.0
 
 
 class Plan(NamedTuple):
@@ -113,6 +133,7 @@ class Plan(NamedTuple):
                 f"{option.steps}",
                 f"{option.cost:.0f}",
                 f"{option.error:.4f}",
+                f"{option.spread:.4f}" if option.spread else "",
                 option.basis,
             )
             for option in self.options
@@ -122,8 +143,8 @@ class Plan(NamedTuple):
         rows = [_HEAD, *self._rows()]
         width = max(len(method) for method, *_ in rows)
         return "\n".join(
-            f"{method:{width}s} {steps:>6s} {calls:>8s} {error:>9s}   {basis}"
-            for method, steps, calls, error, basis in rows
+            f"{method:{width}s} {steps:>6s} {calls:>8s} {error:>9s} {spread:>7s}   {basis}"
+            for method, steps, calls, error, spread, basis in rows
         )
 
     def _repr_html_(self) -> str:
@@ -142,12 +163,13 @@ def recommend(
     pullback: float = 2.0,
 ) -> Plan:
     """The methods of tiltjax, sorted by predicted distance to the tilt, within `budget` denoiser
-    calls per sample. On a mixture the order is only a guide, as the module's docstring explains.
+    calls per sample.
 
     Each method takes as many steps as the budget allows, up to 200, with the best number of draws
     or candidates. A method that cannot afford one step is left out. The function cannot be traced.
     It takes about 20 CPU-seconds for compilation the first time, and 2 from then on for states of
-    the same size.
+    the same size. For mixtures with as many components in the plane, the later calls take 3
+    CPU-seconds at 100 denoiser calls, and 7 at 1,000.
 
     **Arguments:**
 
@@ -177,7 +199,8 @@ def recommend(
         )
     tilt = tilts.tilt(prior, reward, strength).mixture
     task = _Task(prior, reward, form, strength, tilt, budget, inner_steps, pullback)
-    return Plan(tuple(sorted(_options(task, conjugate), key=lambda o: o.error)), tilt, budget)
+    options = _options if task.one_mode else _options_of_points
+    return Plan(tuple(sorted(options(task, conjugate), key=lambda o: o.error)), tilt, budget)
 
 
 class _Task(NamedTuple):
@@ -214,11 +237,6 @@ class _Task(NamedTuple):
         """The mean eigenvalue of H."""
         return float(jnp.trace(self.form.matrix)) / self.prior.dim
 
-    @property
-    def basis(self) -> str:
-        """The basis of the prediction for a guided flow."""
-        return _EXACT if self.one_mode else _ALONE
-
     def call(self, method: str, settings: str = "") -> str:
         return f"{method}reward, {float(self.scale):g}{settings})"
 
@@ -228,6 +246,30 @@ class _Task(NamedTuple):
     def draws_cost(self, k: int) -> float:
         """The cost of one evaluation with k draws, which share their first call with the field."""
         return (1 + k * (self.inner_steps - 1)) * (1 + self.pullback)
+
+    @property
+    def laplace_cost(self) -> float:
+        return 1 + self.prior.dim * self.pullback
+
+    @property
+    def fmrg_call(self) -> str:
+        return self.call("fmrg(model, ", f", inner_steps={self.inner_steps}")
+
+    @property
+    def fmrg_cost(self) -> float:
+        return 2 * self.inner_steps + 2 + (2 * self.inner_steps + 1) * self.pullback
+
+    def damping(self) -> tuple[QuadraticForm, scales.Damped, str]:
+        """The reward and the scale of one damped draw, and how to write them. `Damped` is right for
+        the reward `-|x - y|^2`, so the reward's weight moves into the scale.
+        """
+        prior, form, curvature = self.prior, self.form, self.curvature
+        mean_square = prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix)
+        width = float(jnp.sqrt(mean_square / (prior.dim * curvature)))
+        law = scales.Damped(self.scale * curvature, width)
+        unit = "reward" if np.isclose(curvature, 1) else f"reward * {1 / curvature:.3g}"
+        label = f"{unit}, Damped({float(law.final):g}, {width:.3g})"
+        return _divided(form, curvature), law, label
 
     def guided(self, shift: Callable) -> AffineField:
         law = scales.Constant(self.scale)
@@ -240,29 +282,21 @@ class _Task(NamedTuple):
         return eqx.tree_at(lambda field: field.law.final, field, silent)
 
     def flow(
-        self, method: str, cost: float, field: AffineField, *, tilted: bool = False, basis: str = ""
+        self, method: str, cost: float, field: AffineField, basis: str = _EXACT
     ) -> Iterator[Option]:
-        """The option of a guided flow, with the weights of the prior or of the tilt."""
+        """The option of a guided flow."""
         if (steps := _affordable(self.budget, cost)) >= 1:
-            law = _run(field, (self.tilt if tilted else self.prior).log_weights, steps)
+            law = _run(field, steps)
             error, calls = _distance(law, self.tilt), (2 * steps - 1) * cost
-            yield Option(method, steps, calls, error, basis or self.basis, law)
-
-    def measured(self, method: str, cost: float, error: float) -> Iterator[Option]:
-        """The option of a guided flow without a law; `error` is in units of the tilt's
-        deviation.
-        """
-        if (steps := _affordable(self.budget, cost)) >= 1:
-            error *= float(_spread(self.tilt))
-            yield Option(method, steps, cost * (2 * steps - 1), error, _MEASURED)
+            yield Option(method, steps, calls, error, basis, law)
 
 
 def _options(task: _Task, conjugate: bool) -> Iterator[Option]:
-    """All methods that the reward admits, in the order of the module's table."""
+    """All methods that the reward admits, for one Gaussian."""
     yield from task.flow("no guidance", 1, task.unguided())
     if conjugate and task.isotropic and task.curvature >= 0:
         exact = task.guided(finite_steps.exact_shift)
-        yield from task.flow(task.call("Tilted(model, "), 1, exact, tilted=True)
+        yield from task.flow(task.call("Tilted(model, "), 1, exact)
     if task.concave:
         yield from _conjugate(task)
         yield from _laplace(task)
@@ -276,18 +310,13 @@ def _options(task: _Task, conjugate: bool) -> Iterator[Option]:
 
 
 def _conjugate(task: _Task) -> Iterator[Option]:
-    name = task.call("Conjugate(model, ")
-    if not (task.one_mode or task.isotropic):
-        return task.measured(name, 2, MEASURED["Conjugate"])
     exact = task.guided(finite_steps.exact_shift)  # its fixed point is the tilt
-    return task.flow(name, 2, exact, tilted=True, basis=_FIXED)
+    return task.flow(task.call("Conjugate(model, "), 2, exact, _FIXED)
 
 
 def _laplace(task: _Task) -> Iterator[Option]:
-    name, cost = task.call("Laplace(model, "), 1 + task.prior.dim * task.pullback
-    if not task.one_mode:
-        return task.measured(name, cost, MEASURED["Laplace"])
-    return task.flow(name, cost, task.guided(finite_steps.exact_shift))
+    exact = task.guided(finite_steps.exact_shift)
+    return task.flow(task.call("Laplace(model, "), task.laplace_cost, exact)
 
 
 def _one_draw(task: _Task) -> Iterator[Option]:
@@ -301,32 +330,15 @@ def _dps(task: _Task) -> Iterator[Option]:
 
 
 def _fmrg(task: _Task) -> Iterator[Option]:
-    g = task.inner_steps
-    name = task.call("fmrg(model, ", f", inner_steps={g}")
-    cost = 2 * g + 2 + (2 * g + 1) * task.pullback
-    return task.flow(name, cost, task.guided(finite_steps.shift_at_end))
+    return task.flow(task.fmrg_call, task.fmrg_cost, task.guided(finite_steps.shift_at_end))
 
 
 def _damped(task: _Task) -> Iterator[Option]:
-    """One damped draw, and weighted trajectories of it. `Damped` is right for the reward
-    `-|x - y|^2`, so the reward's weight moves into the scale.
-    """
-    prior, form, curvature = task.prior, task.form, task.curvature
-    mean_square = prior.weights @ jnp.einsum("kij,ji->k", prior.covs, form.matrix)
-    width = float(jnp.sqrt(mean_square / (prior.dim * curvature)))
-    law = scales.Damped(task.scale * curvature, width)
-    unit = "reward" if np.isclose(curvature, 1) else f"reward * {1 / curvature:.3g}"
-    label = f"{unit}, Damped({float(law.final):g}, {width:.3g})"
-    shift = finite_steps.shift_at_draw
-    field = AffineField(prior, _divided(form, curvature), law, Linear(), shift)
+    """One damped draw, and weighted trajectories of it."""
+    form, law, label = task.damping()
+    field = AffineField(task.prior, form, law, Linear(), finite_steps.shift_at_draw)
     yield from task.flow(task.plug_in(label), task.draws_cost(1), field)
-    if task.one_mode:
-        yield from _weighted(task, field, label)
-
-
-@eqx.filter_jit
-def _spread(law: GaussianMixture) -> Array:
-    return jnp.sqrt(jnp.trace(law.cov()))
+    yield from _weighted(task, field, label)
 
 
 def _affordable(budget: float, cost: float) -> int:
@@ -351,41 +363,28 @@ def _grid(field: AffineField, steps: int) -> Array:
     return grids.of_width(field.interpolant, field.prior.width, steps, dtype).astype(dtype)
 
 
-def _run(field: AffineField, log_weights: Array, steps: int) -> GaussianMixture:
-    """The law of each component, separately, after `steps` steps of Heun's method."""
+def _run(field: AffineField, steps: int) -> GaussianMixture:
+    """The law after `steps` steps of Heun's method."""
     # Steps of zero length come first, so that one program serves any number of steps and, at a
     # constant scale, any guidance.
     grid = np.asarray(_grid(field, steps))
     times = jnp.asarray(np.concatenate([np.full(_MAX_STEPS - steps, grid[0]), grid]))
     shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
     index = np.asarray(shifts.index(field.shift), np.int32)
-    return _run_components(
-        shifts,
-        index,
-        (field.prior, field.form, field.law, field.interpolant),
-        log_weights,
-        times,
-    )
+    return _run_shift(shifts, index, (field.prior, field.form, field.law, field.interpolant), times)
 
 
 @eqx.filter_jit
-def _run_components(
-    shifts: tuple[Callable, ...], index: np.ndarray, parts: tuple, log_weights: Array, times: Array
+def _run_shift(
+    shifts: tuple[Callable, ...], index: np.ndarray, parts: tuple, times: Array
 ) -> GaussianMixture:
-    prior, form, law, interpolant = parts
-
     def shift(interpolant: Any, *arguments: Any) -> tuple[Array, Array, Array]:
         branches = [functools.partial(branch, interpolant) for branch in shifts]
         return jax.lax.switch(index, branches, *arguments)
 
-    def component(mean: Array, cov: Array) -> tuple[Array, Array]:
-        one = prior.replace(jnp.zeros(1, mean.dtype), mean[None], cov[None])
-        field = AffineField(one, form, law, interpolant, shift)
-        end = finite_steps.discrete_law(field, times=times)
-        return end.means[0], end.covs[0]
-
-    means, covs = jax.vmap(component)(prior.means, prior.covs)
-    return prior.replace(log_weights, means, covs)
+    prior, form, law, interpolant = parts
+    field = AffineField(prior, form, law, interpolant, shift)
+    return finite_steps.discrete_law(field, times=times)
 
 
 def _distance(law: GaussianMixture, tilt: GaussianMixture) -> float:
@@ -399,7 +398,7 @@ def _many_draws(task: _Task) -> Iterator[Option]:
     the step error of one draw.
     """
     prior, scale = task.prior, task.scale
-    if not (task.one_mode and task.isotropic and _is_isotropic(prior) and float(scale) > 0):
+    if not (task.isotropic and _is_isotropic(prior) and float(scale) > 0):
         return
     if float(scale) * task.curvature * float(prior.covs[0, 0, 0]) > _MAX_STRENGTH:
         return
@@ -410,7 +409,7 @@ def _many_draws(task: _Task) -> Iterator[Option]:
         steps = _affordable(task.budget, cost)
         if steps < 4:  # the law of small steps is wrong for so few steps
             return
-        coarse = _run(task.guided(finite_steps.shift_at_draw), prior.log_weights, steps)
+        coarse = _run(task.guided(finite_steps.shift_at_draw), steps)
         mean, cov = draws_moments(*parameters, jnp.asarray(k, prior.means.dtype))
         # k fresh draws have 1/k of the variance of one draw.
         mean = mean + coarse.means[0] - one_law.means[0]
@@ -427,24 +426,25 @@ def _selected(task: _Task) -> Iterator[Option]:
     cells = {1: 10_000, 2: 300}.get(task.prior.dim)
     best = lambda base, n: selection.best_of_n(base, reward, n, cells=cells)
     softmax = lambda base, n: selection.softmax_of_n(base, reward, n, scale)
-    rules = {
-        "best_of_n(particles, reward, {})": best,
-        f"softmax_of_n(key, particles, reward, {{}}, {float(scale):g})": softmax,
-    }
-    for name, rule in rules.items():
+    for name, rule in zip(_selection_names(scale), (best, softmax), strict=True):
         options = []
         for n in _COUNTS:
             steps = _affordable(task.budget / n, 1)
             if steps < 1:
                 break
             try:
-                law = rule(_run(unguided, task.prior.log_weights, steps), n).mixture()
+                law = rule(_run(unguided, steps), n).mixture()
             except ValueError:  # without a closed form or quadrature there is no prediction
                 break
             error, calls = _distance(law, task.tilt), n * (2 * steps - 1)
-            options.append(Option(name.format(n), steps, calls, error, task.basis, law))
+            options.append(Option(name.format(n), steps, calls, error, _EXACT, law))
         if options:
             yield min(options, key=lambda option: option.error)
+
+
+def _selection_names(scale: Array) -> tuple[str, str]:
+    softmax = f"softmax_of_n(key, particles, reward, {{}}, {float(scale):g})"
+    return "best_of_n(particles, reward, {})", softmax
 
 
 def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
@@ -459,6 +459,130 @@ def _weighted(task: _Task, damped: AffineField, label: str) -> Iterator[Option]:
         error = float(np.sqrt(2 * widest * np.log1p((1 / ess - 1) / n)))
         name = f"one of {n} weighted paths, {label}"
         yield Option(name, _PATH_STEPS, n * cost, error, _BOUND)
+
+
+class _Points(NamedTuple):
+    """The laws of a task on a mixture, as points. All fields are branches of one program, whose
+    arguments are the scale, the reward, and the numbers of steps and draws.
+    """
+
+    task: _Task
+    target: Array
+
+    @classmethod
+    def of(cls, task: _Task) -> "_Points":
+        return cls(task, mixture_points(task.tilt, runs.POINTS))
+
+    def law(
+        self, field: Field, steps: int, num: int = runs.POINTS, *, damped: bool = False
+    ) -> PointLaw:
+        """The law of a method after `steps` steps, with `num` points in each set."""
+        task, dtype = self.task, self.task.prior.means.dtype
+        form, scale, _ = task.damping() if damped else (task.form, _undamped(task.scale), "")
+        fields, index = _branches(field, task.inner_steps)
+        times = np.ones(_MAX_STEPS + 1)
+        times[: steps + 1] = grids.of_width(Linear(), task.prior.width, steps, dtype)
+        arguments = (
+            _problem(task.prior, form),
+            fields,
+            jnp.asarray(index, jnp.int32),
+            _pytree.cast(scale, dtype),
+            jnp.asarray(times, dtype),
+            jnp.asarray(steps, jnp.int32),
+        )
+        # In parts, so that one program serves any number of points.
+        parts = np.split(normal_points(num, task.prior.dim), num // runs.POINTS, 1)
+        ends = [
+            np.asarray(runs.ends_of(*arguments, jnp.asarray(part, dtype), jax.random.key(i)))
+            for i, part in enumerate(parts)
+        ]
+        return PointLaw(task.prior, jnp.asarray(np.concatenate(ends, axis=1)))
+
+    def option(
+        self, method: str, cost: float, field: Field, *, damped: bool = False
+    ) -> Iterator[Option]:
+        """The option of a guided flow."""
+        if (steps := _affordable(self.task.budget, cost)) >= 1:
+            law = self.law(field, steps, damped=damped)
+            yield self.measured(method, steps, (2 * steps - 1) * cost, law)
+
+    def distance(self, law: PointLaw, num: int = runs.POINTS) -> tuple[float, float]:
+        """W2 to the tilt, on the first `num` points of each set, and its error."""
+        ours, theirs = (points[:, :num] for points in (law.points, self.target))
+        # An explicit flow with too long steps overflows.
+        if not np.all(np.isfinite(ours)):
+            return math.inf, 0.0
+        found = PointLaw(law.prior, ours).wasserstein(PointLaw(self.task.tilt, theirs))
+        return float(found.value), float(found.error)
+
+    def measured(self, method: str, steps: int, calls: float, law: PointLaw) -> Option:
+        error, spread = self.distance(law)
+        return Option(method, steps, calls, error, _POINTS, law, spread)
+
+
+def _branches(field: Field, inner_steps: int) -> tuple[tuple[Field, ...], int]:
+    """The branches of the program, and which of them is this field."""
+    draws = PlugInDraws(jnp.asarray(getattr(field, "k", 1), jnp.int32), inner_steps)
+    exact = [Deterministic(denoiser) for denoiser in _DENOISERS]
+    fields = (Unguided(), ConjugateFit(), FlowMapEnd(inner_steps), *exact, draws)
+    same = lambda branch: branch == field or isinstance(branch, PlugInDraws)
+    return fields, next(index for index, branch in enumerate(fields) if same(branch))
+
+
+def _undamped(scale: Array) -> scales.Damped:
+    # Of width zero, so that one program serves damped and other draws.
+    return scales.Damped(scale, jnp.zeros_like(scale))
+
+
+def _problem(prior: GaussianMixture, form: QuadraticForm) -> Problem:
+    # One structure for all rewards of one program; their constants do not matter.
+    reward = rewards.Quadratic(form.center, form.matrix) + rewards.LinearReward(form.gradient)
+    return runs.problem_of(prior, reward, Linear())
+
+
+def _options_of_points(task: _Task, conjugate: bool) -> Iterator[Option]:
+    """All methods that the reward admits, for a mixture."""
+    points, exact = _Points.of(task), Deterministic(doob_denoiser)
+    yield from points.option("no guidance", 1, Unguided())
+    if task.isotropic and task.curvature >= 0:
+        if conjugate:
+            yield from points.option(task.call("Tilted(model, "), 1, exact)
+        yield from points.option(task.call("Conjugate(model, "), 2, exact)
+    elif task.concave:
+        yield from points.option(task.call("Conjugate(model, "), 2, ConjugateFit())
+    if task.concave:
+        laplace = Deterministic(laplace_denoiser)
+        yield from points.option(task.call("Laplace(model, "), task.laplace_cost, laplace)
+    dps = Deterministic(dps_denoiser)
+    yield from points.option(task.call("dps(model, "), 1 + task.pullback, dps)
+    yield from points.option(task.fmrg_call, task.fmrg_cost, FlowMapEnd(task.inner_steps))
+    for k in _DRAWS:
+        label = f"reward, {float(task.scale):g}" + (f", k={k}" if k > 1 else "")
+        draws = PlugInDraws(k, task.inner_steps)
+        yield from points.option(task.plug_in(label), task.draws_cost(k), draws)
+    if task.concave and task.curvature > 0:
+        label, draw = task.damping()[2], PlugInDraws(1, task.inner_steps)
+        yield from points.option(task.plug_in(label), task.draws_cost(1), draw, damped=True)
+    yield from _selected_points(points)
+
+
+def _selected_points(points: _Points) -> Iterator[Option]:
+    """The best number of candidates, for best-of-n and for softmax-of-n."""
+    task = points.task
+    steps = {n: _affordable(task.budget / n, 1) for n in _COUNTS if task.budget >= n}
+
+    def base(n: int, pool: int) -> PointLaw:
+        return points.law(Unguided(), steps[n], max(pool * n, runs.POINTS))
+
+    few, many = _POOLS
+    bases = {n: base(n, few) for n in steps}
+    for name, scale in zip(_selection_names(task.scale), (None, task.scale), strict=True):
+        if steps:
+            select = functools.partial(runs.selected_law, reward=task.reward, scale=scale)
+            w2 = {n: points.distance(select(bases[n], n=n), _FEW)[0] for n in steps}
+            n = min(w2, key=w2.__getitem__)
+            law, calls = select(base(n, many), n=n), n * (2 * steps[n] - 1)
+            yield points.measured(name.format(n), steps[n], calls, law)
 
 
 def _draws_parameters(

@@ -166,54 +166,20 @@ class Measured(NamedTuple):
     error: Array
 
 
-class FlowLaw(eqx.Module):
-    """The law of the samples of a guided flow; built by `flow_law`.
+class PointLaw(eqx.Module):
+    """A law as `points` `(8, n, d)`, eight independent sets of points of it; `prior` has the modes.
 
-    `transport`, `sample` and `log_prob` solve the flow for their points. All other methods use
-    `points` `(8, n, d)`, eight independent sets of points of the law. Everything compiles and
-    vectorizes. Everything but `wasserstein` has reverse-mode derivatives, those of the solver. What
-    moves between modes is in the derivatives of the few points near the parting of the flow, so
-    derivatives of moments and masses need many points.
+    Everything but `wasserstein` compiles, vectorizes and has reverse-mode derivatives, those of
+    the points.
     """
 
     prior: GaussianMixture
-    reward: rewards.Reward
-    scale: scales.Scale
     points: Array
-    denoiser: GuidedDenoiser = eqx.field(static=True)
 
     @property
     def dim(self) -> int:
         """The dimension d."""
         return self.prior.dim
-
-    def transport(self, z: Array) -> Array:
-        """The point of this law, `(d,)`, to which the guided flow carries the point z of
-        N(0, I).
-        """
-        start = jnp.asarray(z, self.points.dtype)
-        check_state(start, self.dim)
-        return _ends(self, start[None], _FINE)[0]
-
-    def sample(self, key: Array, num: int) -> Array:
-        """`num` independent draws, `(num, d)`."""
-        shape = _checks.count(num, "num"), self.dim
-        start = jax.random.normal(_checks.key(key), shape, self.points.dtype)
-        return _ends(self, start, _COARSE)
-
-    def log_prob(self, x: Array) -> Array:
-        """The log-density at one point `(d,)`, from the flow traced back and the integral of its
-        divergence.
-
-        **Raises:** `ValueError` for a prior without a density.
-        """
-        x = jnp.asarray(x, self.points.dtype)
-        check_state(x, self.dim)
-        if _checks.concrete(self.prior.covs):
-            covs = np.asarray(self.prior.covs, np.float64)
-            if np.any(np.linalg.matrix_rank(covs, hermitian=True) < self.dim):
-                raise ValueError("a law of singular components has no density")
-        return _traced_back(self, x)
 
     def estimate(self, statistic: Callable[[Array], Array]) -> Measured:
         """A statistic of a set of points `(n, d)`, its mean over the eight sets and the standard
@@ -259,7 +225,7 @@ class FlowLaw(eqx.Module):
         found = self.estimate(lambda x: jnp.mean(jax.vmap(modes)(x), axis=0))
         return found._replace(error=found.error + 1 / (self.points.size // self.dim))
 
-    def wasserstein(self, other: "FlowLaw | GaussianMixture | Tilt") -> Measured:
+    def wasserstein(self, other: "PointLaw | GaussianMixture | Tilt") -> Measured:
         """W2 to another law, by exact transport between sets of points of both laws.
 
         With the same number of points in each set, W2^2 between sets of the same law is not zero.
@@ -280,6 +246,49 @@ class FlowLaw(eqx.Module):
         sets = self.points[:, :num], theirs[:, :num]
         found = jax.pure_callback(_distance, (shape, shape), *sets, vmap_method="sequential")
         return Measured(*found)
+
+
+class FlowLaw(PointLaw):
+    """The law of the samples of a guided flow; built by `flow_law`.
+
+    `transport`, `sample` and `log_prob` solve the flow for their points. All other methods use
+    `points`, as those of a `PointLaw`. Everything compiles and vectorizes. Everything but
+    `wasserstein` has reverse-mode derivatives, those of the solver. What moves between modes is in
+    the derivatives of the few points near the parting of the flow, so derivatives of moments and
+    masses need many points.
+    """
+
+    reward: rewards.Reward
+    scale: scales.Scale
+    denoiser: GuidedDenoiser = eqx.field(static=True)
+
+    def transport(self, z: Array) -> Array:
+        """The point of this law, `(d,)`, to which the guided flow carries the point z of
+        N(0, I).
+        """
+        start = jnp.asarray(z, self.points.dtype)
+        check_state(start, self.dim)
+        return _ends(self, start[None], _FINE)[0]
+
+    def sample(self, key: Array, num: int) -> Array:
+        """`num` independent draws, `(num, d)`."""
+        shape = _checks.count(num, "num"), self.dim
+        start = jax.random.normal(_checks.key(key), shape, self.points.dtype)
+        return _ends(self, start, _COARSE)
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density at one point `(d,)`, from the flow traced back and the integral of its
+        divergence.
+
+        **Raises:** `ValueError` for a prior without a density.
+        """
+        x = jnp.asarray(x, self.points.dtype)
+        check_state(x, self.dim)
+        if _checks.concrete(self.prior.covs):
+            covs = np.asarray(self.prior.covs, np.float64)
+            if np.any(np.linalg.matrix_rank(covs, hermitian=True) < self.dim):
+                raise ValueError("a law of singular components has no density")
+        return _traced_back(self, x)
 
 
 def flow_law(
@@ -319,10 +328,10 @@ def flow_law(
         raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
     reward = _pytree.cast(rewards.as_reward(reward), prior.means.dtype)
     _check_reward(denoiser, prior, reward, law)
-    start = jnp.asarray(_normal_points(num, prior.dim), prior.means.dtype)
-    unsolved = FlowLaw(prior, reward, law, start, denoiser)
+    start = jnp.asarray(normal_points(num, prior.dim), prior.means.dtype)
+    unsolved = FlowLaw(prior, start, reward, law, denoiser)
     ends = _ends(unsolved, start.reshape(-1, prior.dim), _COARSE)
-    return FlowLaw(prior, reward, law, ends.reshape(start.shape), denoiser)
+    return FlowLaw(prior, ends.reshape(start.shape), reward, law, denoiser)
 
 
 def _check_reward(
@@ -451,7 +460,7 @@ def _traced_back(law: FlowLaw, x: Array) -> Array:
 
 
 @functools.cache
-def _uniform_points(num: int, dim: int) -> np.ndarray:
+def uniform_points(num: int, dim: int) -> np.ndarray:
     """Eight scramblings of a Sobol sequence, `(8, num, dim)`, inside the unit cube."""
     from scipy.stats import qmc  # a fifth of a second
 
@@ -461,22 +470,27 @@ def _uniform_points(num: int, dim: int) -> np.ndarray:
     return np.clip(np.stack(sets), 1e-12, 1 - 1e-12)
 
 
-def _normal_points(num: int, dim: int) -> np.ndarray:
+def normal_points(num: int, dim: int) -> np.ndarray:
     from scipy.special import ndtri
 
-    return ndtri(_uniform_points(num, dim))
+    return ndtri(uniform_points(num, dim))
 
 
 def _points_of(law: Any, num: int) -> Array:
-    """Points `(8, num, d)` of a law, independent of those of a `FlowLaw`."""
+    """Points `(8, num, d)` of a law, independent of those of a `PointLaw`."""
     law = law.mixture if isinstance(law, Tilt) else law
-    if isinstance(law, FlowLaw):
+    if isinstance(law, PointLaw):
         # Another pairing of the sets, so that no set meets the set of the same starts.
         return jnp.roll(law.points, 1, axis=0)
     check_mixture(law, "the other law")
-    level, z = _uniform_points(num, law.dim + 1)[..., 0], _normal_points(num, law.dim + 1)[..., 1:]
-    dtype = law.means.dtype
-    return _mixture_points(law, jnp.asarray(level, dtype), jnp.asarray(z, dtype))
+    return mixture_points(law, num)
+
+
+def mixture_points(mixture: GaussianMixture, num: int) -> Array:
+    """Eight sets of quasi-random points of a mixture, `(8, num, d)`."""
+    dim, dtype = mixture.dim + 1, mixture.means.dtype
+    level, z = uniform_points(num, dim)[..., 0], normal_points(num, dim)[..., 1:]
+    return _mixture_points(mixture, jnp.asarray(level, dtype), jnp.asarray(z, dtype))
 
 
 @jax.jit
