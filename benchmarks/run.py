@@ -112,7 +112,8 @@ def _recommended(r: dict) -> str:
     methods = sum(len(row["rows"]) for row in r["table"].values())
     return (
         f"{total('wrong')} of {total('pairs')} pairs of methods on {len(r['table'])} mixtures in "
-        f"the wrong order; W2 of {total('off')} of {methods} methods not within 15%"
+        f"the wrong order, beyond the errors; W2 of {total('off')} of {methods} methods not within "
+        "15% and the errors"
     )
 
 
