@@ -498,6 +498,7 @@ def _scalar_reward(
 
 
 def has_step(reward: rewards.Reward) -> bool:
+    """Whether a reward is, or contains, a `StepReward`."""
     match reward:
         case rewards.Sum():
             return any(has_step(term) for term in reward.terms)

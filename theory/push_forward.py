@@ -471,6 +471,7 @@ def uniform_points(num: int, dim: int) -> np.ndarray:
 
 
 def normal_points(num: int, dim: int) -> np.ndarray:
+    """Eight sets of points of N(0, I), `(8, num, dim)`."""
     from scipy.special import ndtri
 
     return ndtri(uniform_points(num, dim))

@@ -46,17 +46,18 @@ class Entries:
         return Entries(_objects(self.items[index]))
 
     def sum(self, axis: int = -1) -> Any:
-        return _scalar_or_entries(np.add.reduce(self.items, axis=axis))
+        with np.errstate(all="ignore"):  # as in `_elementwise`
+            return _scalar_or_entries(np.add.reduce(self.items, axis=axis))
 
     def max(self) -> Array:
         return functools.reduce(jnp.maximum, self.items.flat)
 
     def map(self, fn: Callable[[Array], Array]) -> "Entries":
-        return Entries(_objects(np.frompyfunc(fn, 1, 1)(self.items)))
+        return _elementwise(fn, self.items)
 
     def _with(self, operation: Callable, other: Any, reverse: bool = False) -> "Entries":
         pair = self.items, other.items if isinstance(other, Entries) else _objects(other)
-        return Entries(_objects(np.frompyfunc(operation, 2, 1)(*(pair[::-1] if reverse else pair))))
+        return _elementwise(operation, *(pair[::-1] if reverse else pair))
 
     def __add__(self, other: Any) -> "Entries":
         return self._with(operator.add, other)
@@ -74,6 +75,12 @@ class Entries:
         return self._with(operator.truediv, other)
 
     __radd__, __rmul__ = __add__, __mul__
+
+
+def _elementwise(fn: Callable, *items: np.ndarray) -> Entries:
+    # After a loop NumPy reads the floating-point flags of the thread. Here they are those of JAX.
+    with np.errstate(all="ignore"):
+        return Entries(_objects(np.frompyfunc(fn, len(items), 1)(*items)))
 
 
 def _objects(value: Any) -> Any:
