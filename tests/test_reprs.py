@@ -141,6 +141,38 @@ Trace: 4 steps from t = 0 to 1
 failures    step 2 of 4, from t = 0.5: {CAUSES["shift"]}
 trajectory  saved, (5, 3, 2)""",
     ),
+    "tilt": (
+        theory.Tilt(planar(), jnp.asarray(-6.5)),
+        """
+Tilt: GaussianMixture of 2 in R^2
+log Z        -6.5
+log-weights  [-1.204, -0.3567]""",
+    ),
+    "log h": (
+        theory.log_h(planar(), REWARD, 3.0),
+        "LogH(GaussianMixture of 2 in R^2, Quadratic([0, 2.5]), scale=3, interpolant=Linear())",
+    ),
+    "tilt on a grid": (
+        theory.quadrature.GridTilt(
+            *(planar(), REWARD, jnp.asarray(3.0), jnp.zeros((2500, 2)), jnp.zeros(2500)),
+            *(jnp.ones(2), jnp.asarray(-6.5)),
+        ),
+        """
+GridTilt: 2500 cells in R^2
+log Z  -6.5""",
+    ),
+    "law of points": (
+        theory.push_forward.PointLaw(planar(), jnp.zeros((8, 16, 2))),
+        "PointLaw: 8 sets of 16 points in R^2",
+    ),
+    "law of tokens": (
+        theory.tokens.TokenLaw(jnp.zeros((4, 2), int), jnp.ones(4) / 4, jnp.asarray(-0.5)),
+        "TokenLaw: 4 sequences of length 2, log Z = -0.5",
+    ),
+    "training": (
+        tj.training.Fit(None, None, tj.training.Curve(np.array([2.0, 0.5]), np.ones(2))),
+        "Fit: NoneType, 2 steps, loss 2 to 0.5",
+    ),
     "number": (tj.weighted._audit.Estimated(-1.25, 0.011), "-1.25 ± 0.011"),
 }
 

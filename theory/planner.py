@@ -83,7 +83,7 @@ _SHIFTS = (
 )
 _PATH_STEPS = 25  # of a weighted trajectory
 _MAX_STRENGTH = 1e4  # largest `scale h s^2` for which the law of many draws is computed
-_HEAD = ("method", "steps", "calls", "W2", "±", "basis")  # of the table of a plan
+_HEAD = ("method", "steps", "calls", "W2", "basis")  # of the table of a plan
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _DRAWS = (1, 2, 8)  # of plug-in on a mixture
 _DENOISERS = (doob_denoiser, dps_denoiser, laplace_denoiser)
@@ -132,8 +132,7 @@ class Plan(NamedTuple):
                 option.method,
                 f"{option.steps}",
                 f"{option.cost:.0f}",
-                f"{option.error:.4f}",
-                f"{option.spread:.4f}" if option.spread else "",
+                f"{option.error:.4f}" + (f" ± {option.spread:.4f}" if option.spread else ""),
                 option.basis,
             )
             for option in self.options
@@ -142,9 +141,10 @@ class Plan(NamedTuple):
     def __repr__(self) -> str:
         rows = [_HEAD, *self._rows()]
         width = max(len(method) for method, *_ in rows)
+        column = max(9, *(len(error) for _, _, _, error, _ in rows))
         return "\n".join(
-            f"{method:{width}s} {steps:>6s} {calls:>8s} {error:>9s} {spread:>7s}   {basis}"
-            for method, steps, calls, error, spread, basis in rows
+            f"{method:{width}s} {steps:>6s} {calls:>8s} {error:>{column}s}   {basis}"
+            for method, steps, calls, error, basis in rows
         )
 
     def _repr_html_(self) -> str:

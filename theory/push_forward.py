@@ -55,7 +55,7 @@ from jaxtyping import Array
 from theory.flow_laws import check_domain
 from theory.mean_drift import has_step, strength_at
 from theory.tilts import Tilt, check_mass, is_quadratic, quadratic_form
-from tiltjax import _checks, _linalg, _pytree, rewards, scales
+from tiltjax import _checks, _linalg, _pytree, _repr, rewards, scales
 from tiltjax.mixtures import GaussianMixture, check_mixture, check_state
 
 _SCRAMBLINGS = 8
@@ -166,7 +166,7 @@ class Measured(NamedTuple):
     error: Array
 
 
-class PointLaw(eqx.Module):
+class PointLaw(_repr.Report):
     """A law as `points` `(8, n, d)`, eight independent sets of points of it; `prior` has the modes.
 
     Everything but `wasserstein` compiles, vectorizes and has reverse-mode derivatives, those of
@@ -175,6 +175,13 @@ class PointLaw(eqx.Module):
 
     prior: GaussianMixture
     points: Array
+
+    def _title(self) -> str:
+        sets, num, dim = self.points.shape
+        return f"{type(self).__name__}: {sets} sets of {num} points in R^{dim}"
+
+    def _rows(self) -> dict[str, str]:
+        return {}
 
     @property
     def dim(self) -> int:

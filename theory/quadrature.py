@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax import _checks, _linalg, _pytree, _repr, rewards
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 
-class GridTilt(eqx.Module):
+class GridTilt(_repr.Report):
     """A tilted law on a grid of cells: `centers` `(m, d)`, `log_masses` `(m,)`, `cell` `(d,)`,
     `log_norm`.
     """
@@ -37,6 +37,12 @@ class GridTilt(eqx.Module):
     log_masses: Array
     cell: Array
     log_norm: Array
+
+    def _title(self) -> str:
+        return f"GridTilt: {self.centers.shape[0]} cells in R^{self.centers.shape[1]}"
+
+    def _rows(self) -> dict[str, str]:
+        return {"log Z": _repr.form(self.log_norm)}
 
     def expect(self, fn: Callable[[Array], Array]) -> Array:
         """`E[fn(X)]` under the tilt, for `fn` of one point."""

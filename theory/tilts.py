@@ -45,7 +45,7 @@ import numpy as np
 from jaxtyping import Array
 
 from theory import quadrature
-from tiltjax import _checks, _linalg, _pytree, rewards
+from tiltjax import _checks, _linalg, _pytree, _repr, rewards
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture, decomposed
 
@@ -114,7 +114,7 @@ def _matrix_and_centers(reward: rewards.Reward, dim: int) -> tuple[Array, list[A
     )
 
 
-class Tilt(eqx.Module):
+class Tilt(_repr.Report):
     """A tilted mixture.
 
     **Fields:** `mixture`, the normalized law; `log_norm`, `log E[exp(scale * r(X))]` under the
@@ -123,6 +123,13 @@ class Tilt(eqx.Module):
 
     mixture: GaussianMixture
     log_norm: Array
+
+    def _title(self) -> str:
+        return f"Tilt: {_repr.form(self.mixture)}"
+
+    def _rows(self) -> dict[str, str]:
+        parts = {"log Z": self.log_norm, "log-weights": self.mixture.log_weights}
+        return {name: _repr.form(part) for name, part in parts.items()}
 
     def sample(self, key: Array, num: int) -> Array:
         """`num` independent draws, `(num, d)`."""
@@ -209,7 +216,7 @@ def check_mass(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Non
         )
 
 
-class LogH(eqx.Module):
+class LogH(_repr.Printable):
     """`log h` as a function of `(t, x)`; built by `log_h`."""
 
     prior: GaussianMixture

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, rewards
+from tiltjax import _checks, _linalg, _repr, rewards
 
 MAX_STATES = 2_000_000
 
@@ -51,6 +51,10 @@ class TokenLaw(NamedTuple):
     states: Array
     probs: Array
     log_norm: Array
+
+    def __repr__(self) -> str:
+        num, length = self.states.shape
+        return f"TokenLaw: {num} sequences of length {length}, log Z = {_repr.form(self.log_norm)}"
 
     def expect(self, fn: Callable) -> Array:
         """`E[fn(X)]` for a function of one sequence."""

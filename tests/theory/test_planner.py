@@ -177,7 +177,7 @@ def test_mixtures_and_anisotropic_rewards():
         assert option.spread > 0
     methods = [option.method for option in plan.options]
     assert sum("PlugIn" in method for method in methods) == 3  # k = 1, damped or not, and k = 2
-    assert "±" in str(plan).splitlines()[0]
+    assert "±" in str(plan).splitlines()[1]
     one_call = theory.recommend(problem.prior, reward, 1.0, 1, inner_steps=5)
     assert [option.method for option in one_call.options] == ["no guidance"]
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _callbacks, _checks, _progress, _pytree, _sharding
+from tiltjax import _callbacks, _checks, _progress, _pytree, _repr, _sharding
 from tiltjax.training._checkpoints import callable_name, digest, read_checkpoint, write_checkpoint
 from tiltjax.training._parameters import Template, split_parameters
 
@@ -118,6 +118,12 @@ class Fit(NamedTuple):
     network: Any
     average: Any
     curve: Curve
+
+    def __repr__(self) -> str:
+        losses = np.asarray(self.curve.loss)
+        ends = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
+        name = _repr.network(type(self.network).__name__, self.network)
+        return f"Fit: {name}, {len(losses)} steps{ends}"
 
 
 class _State(eqx.Module):
