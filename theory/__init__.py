@@ -10,7 +10,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
   selection among them.
 - `best_of_n`, `softmax_of_n`: the laws that selection produces.
-- `path_law`: the variance of the importance weights of a guided diffusion.
+- `prior_ess`, `path_law`: the effective sample size of weighted samples, without guidance and of a
+  guided diffusion.
 - `token_tilt`: the tilt of a law of token sequences, by enumeration.
 - `w2_bounds`: bounds of the distance between two mixtures.
 - `thermodynamic_integral`, `thermodynamic_bracket`: `log Z` from computed or measured mean rewards.
@@ -65,6 +66,7 @@ from theory.tilts import (
     is_quadratic,
     log_h,
     marginal,
+    prior_ess,
     quadratic_form,
     thermodynamic_bracket,
     thermodynamic_integral,
@@ -126,7 +128,8 @@ __all__ = [
     "softmax_of_n",
     "matching_n",
     "Selected",
-    # Importance weights of a guided diffusion.
+    # Importance weights of unguided samples, and of a guided diffusion.
+    "prior_ess",
     "path_law",
     "path_limit",
     "PathLaw",

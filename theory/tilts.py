@@ -167,6 +167,24 @@ def expected_reward(mixture: GaussianMixture, reward: rewards.Reward) -> Array:
     )
 
 
+def prior_ess(prior: GaussianMixture, reward: rewards.Reward, scale: float | Array) -> Array:
+    """The effective sample size of unguided samples with the weights `exp(scale r)`, as a fraction
+    of their number n, for large n: `E[w]^2 / E[w^2] = Z(scale)^2 / Z(2 scale)`.
+
+    With this fraction f, the estimate of log Z by n samples has the standard deviation
+    `sqrt((1 / f - 1) / n)`, and a weighted mean needs about `1 / f` times as many samples as
+    independent draws of the tilt.
+
+    **Arguments:** as in `tilt`. **Raises:** `ValueError` as in `tilt`, and where the weights have
+    no finite variance, because Z(2 scale) is infinite.
+
+    Source: Kong 1992, *A note on importance sampling using standardized weights*.
+    """
+    scale = _checks.nonnegative(scale, "scale")
+    once, twice = (tilt(prior, reward, factor * scale).log_norm for factor in (1, 2))
+    return jnp.exp(2 * once - twice)
+
+
 def tilt_by_form(prior: GaussianMixture, form: QuadraticForm, scale: Array) -> Tilt:
     """`tilt` for a reward given by its coefficients."""
     check_mass(prior, form, scale)

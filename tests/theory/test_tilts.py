@@ -177,3 +177,32 @@ def test_bures_is_the_wasserstein_distance_of_gaussians():
     # singular values coincide.
     slope = jax.grad(lambda t: theory.bures(m, t * jnp.eye(2), m, jnp.eye(2)))(4.0)
     np.testing.assert_allclose(slope, 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["quadratic", "noniso", "uncentered"])
+def test_the_effective_sample_size_of_unguided_samples(name):
+    problem, scale, runs, num = tj.problems.get(name), 0.1, 500, 400
+    fraction = theory.prior_ess(problem.prior, problem.reward, scale)
+    x = problem.prior.sample(jax.random.key(0), runs * num)
+    log_weights = scale * jax.vmap(problem.reward)(x)
+    # E[w]^2 / E[w^2] by a ratio of means, whose error follows by the delta method.
+    weights = np.exp(np.asarray(log_weights))
+    ratio = weights.mean() ** 2 / np.mean(weights**2)
+    influence = 2 * weights / weights.mean() - weights**2 / np.mean(weights**2)
+    assert abs(ratio - fraction) < 5 * ratio * influence.std() / len(weights) ** 0.5
+    # The spread of log Z over runs, to leading order in 1 / num.
+    log_norms = jax.nn.logsumexp(log_weights.reshape(runs, num), axis=1) - np.log(num)
+    predicted = np.sqrt((1 / fraction - 1) / num)
+    assert abs(np.std(log_norms) / predicted - 1) < 5 / np.sqrt(2 * runs) + 1 / num**0.5
+
+
+def test_the_effective_sample_size_sweeps_and_differentiates():
+    problem = tj.problems.noniso()
+    ess = lambda scale: theory.prior_ess(problem.prior, problem.reward, scale)
+    fractions = jax.vmap(ess)(jnp.asarray([0.0, 1e-3, 1.0, 1e3]))
+    assert np.isclose(fractions[0], 1)
+    assert np.all(np.diff(fractions) < 0)
+    assert np.isfinite(jax.grad(ess)(0.3))
+    theory.tilt(problem.prior, -1 * problem.reward, 0.4)  # has a finite mass
+    with pytest.raises(ValueError, match="no finite mass"):
+        theory.prior_ess(problem.prior, -1 * problem.reward, 0.4)
