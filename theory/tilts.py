@@ -110,7 +110,7 @@ def _matrix_and_centers(reward: rewards.Reward, dim: int) -> tuple[Array, list[A
     raise ValueError(
         f"the tilt by the reward {type(reward).__name__} has no closed form. Use Quadratic, "
         "LinearReward, their sums or their multiples; in one or two dimensions, "
-        "theory.quadrature.tilt takes any reward."
+        "theory.quadrature.tilt takes any reward. tiltjax.audit judges a method for any reward."
     )
 
 
