@@ -31,8 +31,8 @@ CAUSES = {
     "Adaptive's tolerance and max_steps",
     "weights": "no particle has a weight above zero: the twist is -inf for all of them, or it is "
     "not finite",
-    "start": "the data is so wide that the state is not noise there: divide the data by its "
-    "standard deviation, or start earlier, with times=",
+    "start": "the data is too wide for these times: divide the data by its standard deviation, or "
+    "start earlier, with times= whose first steps are short",
 }
 # If several things failed, the largest number is the cause and the others are its consequences. A
 # state that was not finite before the step is the cause of all other failures.

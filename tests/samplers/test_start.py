@@ -97,14 +97,22 @@ def test_weighted_runs_start_at_the_mean_of_the_data():
     assert abs(float(truth) - float(theory.tilt(prior.mixture, reward, 0.5).log_norm)) < 0.05
 
 
-def test_a_network_on_data_that_is_too_wide_is_refused():
-    wide = model(0, 1e3)
+@pytest.mark.parametrize(("mean", "width"), [(0, 1e3), (127, 60)])
+def test_a_network_on_data_that_is_too_wide_is_refused(mean, width):
+    wide = model(mean, width)
     network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
     with pytest.raises(FloatingPointError, match="divide the data by its standard deviation"):
         tj.sample(KEY, network, num=100)
     laplace = tj.Laplace(network, tj.rewards.Quadratic([0.0]), 0.1)
     with pytest.raises(FloatingPointError, match="divide the data by its standard deviation"):
         tj.smc(KEY, network, laplace, num=100)
+
+
+def test_times_that_start_earlier_sample_wide_data_of_a_network():
+    wide = model(127, 60)
+    network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
+    x = tj.sample(KEY, network, num=NUM, times=wide.grid(100)).x
+    assert_gaussian(x, 127, 60)
 
 
 @pytest.mark.parametrize("guide", [tj.dps, tj.Conjugate])
@@ -114,14 +122,14 @@ def test_a_guided_run_of_a_network_on_data_that_is_too_wide_is_refused(guide):
     given = {"variance": 1e6} if guide is tj.Conjugate else {}
     bump = tj.rewards.Bump([1e3], 1e3)
     guidance = guide(network, bump, 1.0, **given)
-    with pytest.raises(FloatingPointError, match=r"step 0 .* the data is so wide"):
+    with pytest.raises(FloatingPointError, match=r"step 0 .* the data is too wide"):
         tj.sample(KEY, network, guidance, num=100, steps=2)
 
 
 def test_the_density_of_a_network_on_data_that_is_too_wide_is_refused():
     wide = model(0, 1e3)
     network = tj.from_denoiser(lambda t, x: wide.denoise(t, x), shape=(1,))
-    with pytest.raises(FloatingPointError, match="at the start: the data is so wide"):
+    with pytest.raises(FloatingPointError, match="at the start: the data is too wide"):
         tj.sample_with_log_prob(KEY, network, num=100, steps=2)
 
 

@@ -160,4 +160,4 @@ def _density(
         log_prob,
         is_leaf=lambda leaf: leaf is None,
     )
-    return particles, check_noise(jnp.asarray(checks), noises, starts)
+    return particles, check_noise(jnp.asarray(checks), model.corruption, times[0], noises, starts)

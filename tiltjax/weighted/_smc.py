@@ -441,7 +441,11 @@ def _advance(keys: Array, run: SMC, state: State) -> tuple[State, Info]:
     )
     failed = failed.first()
     if run.checks_noise:
-        failed = failed.then(check_noise(step.number == -1, state.particles.x, particles.x))
+        failed = failed.then(
+            check_noise(
+                step.number == -1, run.model.corruption, step.t, state.particles.x, particles.x
+            )
+        )
     state = weigh(run, step, state._replace(particles=particles), log_ratio)
     state, ess, resampled = resample(key_resample, run, step, state)
     failed = failed.then(Failures.of(weights=~jnp.isfinite(ess)))
