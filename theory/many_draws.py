@@ -39,7 +39,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -47,6 +46,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array
 
+from theory._solve import end_of
 from tiltjax import _checks
 
 _REACH = 9.5  # standard deviations of a normal vector's length, on either side of its typical value
@@ -321,11 +321,7 @@ def _row(table: Array, strength: Array, w: Array) -> Array:
 def _solve(drift: Any, start: Any, begin: float, end: float) -> Any:
     like = jax.tree.leaves(start)[0].dtype
     tolerance = 1e-9 if like == jnp.float64 else 1e-5
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(drift), diffrax.Tsit5(), begin, end, None, start, max_steps=1 << 15,
-        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance / 10),
-    )  # fmt: skip
-    return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+    return end_of(drift, start, begin, end, tolerance, tolerance / 10)
 
 
 def _chebyshev(count: int, x: Array) -> Array:

@@ -42,7 +42,6 @@ Reference, for one Gaussian: Dandapanthula and Boffi (arXiv 2606.02884).
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,6 +49,7 @@ import numpy as np
 from jax.scipy.special import log_ndtr, ndtr, ndtri
 from jaxtyping import Array
 
+from theory._solve import end_of
 from theory.quadrature import GridTilt
 from theory.tilts import Tilt, is_quadratic
 from tiltjax import _checks, _pytree, rewards, scales
@@ -466,17 +466,8 @@ def _solve(
         return jax.jvp(lambda x: rate(theta, x), (y[0],), (jnp.ones_like(y[0]),))
 
     def one(start: Array) -> tuple[Array, Array]:
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            diffrax.Tsit5(),
-            times[0],
-            times[1],
-            None,
-            (start, jnp.zeros_like(start)),
-            max_steps=1 << 15,
-            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance / 10),
-        )
-        return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+        state = start, jnp.zeros_like(start)
+        return end_of(field, state, times[0], times[1], tolerance, tolerance / 10)
 
     return jax.vmap(one)(start)
 

@@ -468,22 +468,27 @@ class _Points(NamedTuple):
 
     task: _Task
     target: Array
+    problem: Problem
 
     @classmethod
     def of(cls, task: _Task) -> "_Points":
-        return cls(task, mixture_points(task.tilt, runs.POINTS))
+        target = mixture_points(task.tilt, runs.POINTS)
+        return cls(task, target, _problem(task.prior, task.form))
 
     def law(
         self, field: Field, steps: int, num: int = runs.POINTS, *, damped: bool = False
     ) -> PointLaw:
         """The law of a method after `steps` steps, with `num` points in each set."""
         task, dtype = self.task, self.task.prior.means.dtype
-        form, scale, _ = task.damping() if damped else (task.form, _undamped(task.scale), "")
+        problem, scale = self.problem, _undamped(task.scale)
+        if damped:
+            form, scale, _ = task.damping()
+            problem = _problem(task.prior, form)
         fields, index = _branches(field, task.inner_steps)
         times = np.ones(_MAX_STEPS + 1)
         times[: steps + 1] = grids.of_width(Linear(), task.prior.width, steps, dtype)
         arguments = (
-            _problem(task.prior, form),
+            problem,
             fields,
             jnp.asarray(index, jnp.int32),
             _pytree.cast(scale, dtype),

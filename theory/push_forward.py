@@ -45,13 +45,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from theory._solve import end_of
 from theory.flow_laws import check_domain
 from theory.mean_drift import has_step, strength_at
 from theory.tilts import Tilt, check_mass, is_quadratic, quadratic_form
@@ -409,19 +409,6 @@ class _Flow(eqx.Module):
     def velocity(self, tau: Array, y: Array) -> Array:
         return self.denoise(tau, y) - jnp.tanh(tau) * y
 
-    def solve(self, field: Callable, times: tuple, start: Any, tolerance: Array) -> Any:
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            diffrax.Tsit5(),
-            times[0],
-            times[1],
-            None,
-            start,
-            max_steps=1 << 15,
-            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        )
-        return jax.tree.map(lambda leaf: leaf[0], solution.ys)
-
 
 def _precision(dtype: Any) -> tuple[float, float]:
     """The tolerance of the solver, and the end of the flow."""
@@ -443,7 +430,7 @@ def _solved_ends(law: FlowLaw, start: Array, tolerance: Array) -> Array:
     field = lambda tau, y, args: flow.velocity(tau, y)
 
     def one(start: Array) -> Array:
-        y = flow.solve(field, times, start, tolerance)
+        y = end_of(field, start, *times, tolerance, tolerance)
         return flow.center + flow.width * flow.denoise(times[1], y)
 
     return jax.vmap(one)(start)
@@ -460,7 +447,8 @@ def _traced_back(law: FlowLaw, x: Array) -> Array:
         return velocity(y), jnp.trace(jax.jacfwd(velocity)(y))
 
     start = (x - flow.center) / flow.width, jnp.zeros((), x.dtype)
-    z, growth = flow.solve(field, times, start, jnp.asarray(tolerance, x.dtype))
+    tolerance = jnp.asarray(tolerance, x.dtype)
+    z, growth = end_of(field, start, *times, tolerance, tolerance)
     # `growth` is the integral of the divergence from the end to the start, minus log |dx/dz|.
     normal = -z @ z / 2 - law.dim * float(np.log(2 * np.pi)) / 2
     return normal + growth - law.dim * jnp.log(flow.width)

@@ -24,6 +24,7 @@ import numpy as np
 import theory
 import tiltjax as tj
 from benchmarks import common
+from benchmarks.accuracy.between_modes import rotated
 
 NAMED = {"quadratic": 0.256, "noniso": 0.282, "unequal": 0.295, "uncentered": 0.958}
 BUDGET = 1000
@@ -42,13 +43,6 @@ class Distance(NamedTuple):
 
     w2: float
     error: float
-
-
-def rotated(angle: float, long: float, short: float) -> np.ndarray:
-    """A covariance in the plane, by its standard deviations along axes turned by an angle."""
-    c, s = np.cos(angle), np.sin(angle)
-    axes = np.array([[c, -s], [s, c]])
-    return axes @ np.diag([long**2, short**2]) @ axes.T
 
 
 def cases() -> dict[str, Case]:
