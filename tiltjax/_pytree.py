@@ -45,8 +45,8 @@ class Function(KeepsDtype):
         if is_torch(getattr(fn, "__self__", fn)):
             raise TypeError(
                 f"{name}: JAX cannot trace a PyTorch module, got "
-                f"{type(getattr(fn, '__self__', fn)).__name__}: wrap a reward by "
-                "tiltjax.external.from_torch(module); write a network in JAX"
+                f"{type(getattr(fn, '__self__', fn)).__name__}: wrap it, "
+                "tiltjax.external.from_torch(module.eval()), with batched=True for a network"
             )
         # The object of a method is a part, so that the arrays of a module are also leaves of
         # module.method.

@@ -51,12 +51,12 @@ def rewards() -> dict[str, tuple[tj.rewards.Reward, Callable | None, Callable | 
     rows: dict = {
         "JAX": (tj.rewards.as_reward(in_jax), None, None),
         "NumPy": (
-            tj.external.External(in_numpy, value_and_grad=both_in_numpy),
+            tj.external.from_numpy(in_numpy, value_and_grad=both_in_numpy),
             in_numpy,
             both_in_numpy,
         ),
         "NumPy, with a timeout": (
-            tj.external.External(in_numpy, value_and_grad=both_in_numpy, timeout=60),
+            tj.external.from_numpy(in_numpy, value_and_grad=both_in_numpy, timeout=60),
             in_numpy,
             both_in_numpy,
         ),

@@ -63,7 +63,7 @@ def model():
 
 @pytest.fixture
 def with_gradient():
-    return tj.external.External(values, value_and_grad=values_and_gradients)
+    return tj.external.from_numpy(values, value_and_grad=values_and_gradients)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def with_gradient():
 )
 def test_a_batch_arrives_whole(transform, shapes):
     fn, seen = watched(values)
-    answered = transform(tj.external.External(fn))(jnp.asarray(POINTS))
+    answered = transform(tj.external.from_numpy(fn))(jnp.asarray(POINTS))
     np.testing.assert_allclose(answered, values(POINTS), atol=1e-12)
     assert seen == shapes
 
@@ -91,19 +91,19 @@ def test_a_batch_arrives_whole(transform, shapes):
 def test_chunks_and_single_samples():
     fn, seen = watched(values)
     np.testing.assert_allclose(
-        jax.vmap(tj.external.External(fn, chunk_size=4))(jnp.asarray(POINTS)),
+        jax.vmap(tj.external.from_numpy(fn, chunk_size=4))(jnp.asarray(POINTS)),
         values(POINTS),
         atol=1e-12,
     )
     assert seen == [(4, 2), (2, 2)]
     one, seen = watched(lambda x: -np.sum((x - TARGET) ** 2))
     np.testing.assert_allclose(
-        jax.vmap(tj.external.External(one, batched=False))(jnp.asarray(POINTS)),
+        jax.vmap(tj.external.from_numpy(one, batched=False))(jnp.asarray(POINTS)),
         values(POINTS),
         atol=1e-12,
     )
     assert seen == [(2,)] * 6
-    single = tj.external.External(
+    single = tj.external.from_numpy(
         one, value_and_grad=lambda x: (one(x), -2 * (x - TARGET)), batched=False
     )
     np.testing.assert_allclose(
@@ -115,7 +115,7 @@ def test_chunks_and_single_samples():
 def test_the_state_keeps_its_dtype(dtype):
     given = []
     fn = lambda x: (given.append(x.dtype), values(x))[1]
-    reward = tj.external.External(fn, value_and_grad=values_and_gradients)
+    reward = tj.external.from_numpy(fn, value_and_grad=values_and_gradients)
     x = jnp.asarray(POINTS[0], dtype)
     value, gradient = jax.value_and_grad(reward)(x)
     assert reward(x).dtype == value.dtype == gradient.dtype == dtype
@@ -128,7 +128,7 @@ def test_the_state_keeps_its_dtype(dtype):
 def test_value_and_gradient_are_one_call(with_gradient):
     fn, seen = watched(values)
     both, seen_both = watched(values_and_gradients)
-    reward = tj.external.External(fn, value_and_grad=both)
+    reward = tj.external.from_numpy(fn, value_and_grad=both)
     value, gradient = jax.jit(jax.vmap(jax.value_and_grad(reward)))(jnp.asarray(POINTS))
     np.testing.assert_allclose(value, values(POINTS), atol=1e-12)
     np.testing.assert_allclose(gradient, -2 * (POINTS - TARGET), atol=1e-12)
@@ -142,7 +142,7 @@ def test_value_and_gradient_are_one_call(with_gradient):
 
 
 def test_what_is_not_there_is_refused_while_tracing(model, with_gradient):
-    plain = tj.external.External(values)
+    plain = tj.external.from_numpy(values)
     with pytest.raises(
         ValueError,
         match=r"'values' has no gradient: give value_and_grad=.*best_of_n.*ValueOnly.*Base",
@@ -181,7 +181,7 @@ def test_weights_need_values_alone(model):
         "ess_threshold": 1.0,
     }
     steered = tj.smc(
-        KEY, model, tj.dps(model, tj.rewards.ValueOnly(tj.external.External(fn)), 0.5), **settings
+        KEY, model, tj.dps(model, tj.rewards.ValueOnly(tj.external.from_numpy(fn)), 0.5), **settings
     )
     assert seen == [(8, 2)] * 4  # three twists, and the reward itself
     expected = tj.smc(KEY, model, tj.dps(model, INSIDE, 0.5), **settings)
@@ -196,7 +196,7 @@ def test_audits_and_selection(model, with_gradient):
     )
     assert 0 < report.ess_fraction < 1
     particles = tj.sample(KEY, model, num=8, steps=2)
-    reward = tj.external.External(values)
+    reward = tj.external.from_numpy(values)
     np.testing.assert_array_equal(
         tj.best_of_n(particles, reward, 4).x, tj.best_of_n(particles, INSIDE, 4).x
     )
@@ -215,7 +215,7 @@ def test_an_equal_reward_compiles_once():
     fn, traces = contracts.traced(lambda reward, x: jax.vmap(reward)(x))
     run = eqx.filter_jit(fn)
     for _ in range(3):
-        run(tj.external.External(values, timeout=5.0), jnp.asarray(POINTS))
+        run(tj.external.from_numpy(values, timeout=5.0), jnp.asarray(POINTS))
     assert len(traces) == 1
 
 
@@ -227,7 +227,9 @@ def test_sharded_over_one_device(model, with_gradient):
 
 
 def test_the_way_of_other_devices():
-    callback = tj.external._callback.Callback(tj.external.External(values), False, 1)
+    callback = tj.external._callback.Callback(
+        tj.external.from_numpy(values), "values", (1,), (((), jnp.dtype(float)),)
+    )
     call = lambda x: jax.pure_callback(
         callback.of_arrays, (jax.ShapeDtypeStruct((), x.dtype),), x, vmap_method="expand_dims"
     )
@@ -243,7 +245,7 @@ def test_one_core_does_not_wait_for_itself():
 import os
 if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp, tiltjax as tj
-reward = tj.external.External(lambda x: x.sum(1))
+reward = tj.external.from_numpy(lambda x: x.sum(1))
 @jax.jit
 def run(x):
     def step(c, _):
@@ -285,7 +287,7 @@ class Unavailable(Exception):
 @pytest.mark.parametrize("within", ["sample", "best_of_n", "own jit"])
 def test_an_error_comes_out_as_itself(model, error, within):
     fn = failing(1, error)
-    reward = tj.external.External(fn, value_and_grad=lambda x: (fn(x), 0 * x), name="judge")
+    reward = tj.external.from_numpy(fn, value_and_grad=lambda x: (fn(x), 0 * x), name="judge")
     runs = {
         "sample": lambda: tj.sample(KEY, model, tj.dps(model, reward), num=4, steps=3),
         "best_of_n": lambda: [
@@ -302,7 +304,7 @@ def test_an_error_comes_out_as_itself(model, error, within):
 
 
 def test_without_failures_the_message_is_there(model):
-    reward = tj.external.External(failing(0, Unavailable("503: no more")))
+    reward = tj.external.from_numpy(failing(0, Unavailable("503: no more")))
     with pytest.raises(
         (jax.errors.JaxRuntimeError, ValueError), match=r"Unavailable: 503: no more"
     ):
@@ -347,9 +349,9 @@ WRONG = {
 def test_wrong_answers_are_refused(name):
     fn, error, message = WRONG[name]
     with pytest.raises(error, match=message):
-        tj.external.External(fn).evaluate(POINTS)
+        tj.external.from_numpy(fn).evaluate(POINTS)
     with pytest.raises(error, match=message), tj.external.failures():
-        jax.jit(jax.vmap(tj.external.External(fn)))(jnp.asarray(POINTS)).block_until_ready()
+        jax.jit(jax.vmap(tj.external.from_numpy(fn)))(jnp.asarray(POINTS)).block_until_ready()
 
 
 @pytest.mark.parametrize(
@@ -366,15 +368,15 @@ def test_wrong_answers_are_refused(name):
 )
 def test_wrong_gradients_are_refused(both, error, message):
     with pytest.raises(error, match=message):
-        tj.external.External(values, value_and_grad=both).evaluate(POINTS, gradient=True)
+        tj.external.from_numpy(values, value_and_grad=both).evaluate(POINTS, gradient=True)
 
 
 def test_what_an_answer_may_be():
-    excluded = tj.external.External(lambda x: np.full(len(x), -np.inf))
+    excluded = tj.external.from_numpy(lambda x: np.full(len(x), -np.inf))
     assert excluded.evaluate(POINTS)[0][0] == -np.inf
-    assert tj.external.External(lambda x: [1] * len(x)).evaluate(POINTS)[0].dtype == np.float64
+    assert tj.external.from_numpy(lambda x: [1] * len(x)).evaluate(POINTS)[0].dtype == np.float64
     lost = np.where([[True], [False]], np.nan, POINTS[:2])  # a model's NaN is not the reward's
-    assert np.isnan(tj.external.External(values).evaluate(lost)[0]).tolist() == [True, False]
+    assert np.isnan(tj.external.from_numpy(values).evaluate(lost)[0]).tolist() == [True, False]
 
 
 def test_a_function_may_write_into_its_argument():
@@ -385,7 +387,7 @@ def test_a_function_may_write_into_its_argument():
         return values(batch)
 
     record = tj.external.Record()
-    jax.vmap(tj.external.External(careless, record=record))(x)
+    jax.vmap(tj.external.from_numpy(careless, record=record))(x)
     np.testing.assert_array_equal(x, POINTS)
     np.testing.assert_array_equal(record.x, POINTS)
 
@@ -401,12 +403,12 @@ def test_retries_wait_longer_each_time(monkeypatch):
             raise ConnectionError("try again")
         return values(x)
 
-    answered = jax.vmap(tj.external.External(flaky, retries=3, backoff=0.5))(jnp.asarray(POINTS))
+    answered = jax.vmap(tj.external.from_numpy(flaky, retries=3, backoff=0.5))(jnp.asarray(POINTS))
     np.testing.assert_allclose(answered, values(POINTS), atol=1e-12)
     assert waited == [0.5, 1.0, 2.0]
     calls.clear()
     with pytest.raises(ConnectionError, match="try again"), tj.external.failures():
-        jax.vmap(tj.external.External(flaky, retries=2))(jnp.asarray(POINTS)).block_until_ready()
+        jax.vmap(tj.external.from_numpy(flaky, retries=2))(jnp.asarray(POINTS)).block_until_ready()
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_retries_wait_longer_each_time(monkeypatch):
 )
 def test_settings_that_make_no_sense(settings, error, message):
     with pytest.raises(error, match=message):
-        tj.external.External(values, **settings)
+        tj.external.from_numpy(values, **settings)
 
 
 def test_without_pytorch_it_says_so(monkeypatch):
@@ -474,14 +476,14 @@ def test_a_service_judges_and_then_hangs(model, service, tmp_path):
             return np.zeros(len(x))  # a call that was left behind, when the service ends
 
     record = tj.external.Record(tmp_path / "queries.npz")
-    reward = tj.external.External(judge, timeout=5.0, chunk_size=4, record=record)
+    reward = tj.external.from_numpy(judge, timeout=5.0, chunk_size=4, record=record)
     particles = tj.sample(KEY, model, num=8, steps=2)
     best = tj.best_of_n(particles, reward, 4)
     np.testing.assert_array_equal(best.x, tj.best_of_n(particles, INSIDE, 4).x)
     assert (record.calls, len(record)) == (2, 8)
 
     hang.set()
-    hanging = tj.external.External(
+    hanging = tj.external.from_numpy(
         judge, timeout=0.2, chunk_size=4, retries=1, backoff=0.0, record=record
     )
     start = time.monotonic()
@@ -501,7 +503,7 @@ def test_a_service_judges_and_then_hangs(model, service, tmp_path):
 def test_finished_particles_are_saved_when_a_reward_dies(model, tmp_path):
     record = tj.external.Record(tmp_path / "new" / "queries.npz")
     particles = tj.sample(KEY, model, num=12, steps=2)
-    reward = tj.external.External(
+    reward = tj.external.from_numpy(
         failing(2, Unavailable("the budget is spent")), chunk_size=4, record=record
     )
     with pytest.raises(Unavailable, match="the budget is spent"), tj.external.failures():
@@ -514,7 +516,7 @@ def test_finished_particles_are_saved_when_a_reward_dies(model, tmp_path):
 def test_finished_runs_are_saved_when_a_reward_dies(model, tmp_path):
     path, finished = tmp_path / "queries.npz", []
     fn = failing(7, Unavailable("the budget is spent"))
-    reward = tj.rewards.ValueOnly(tj.external.External(fn, record=tj.external.Record(path)))
+    reward = tj.rewards.ValueOnly(tj.external.from_numpy(fn, record=tj.external.Record(path)))
 
     def run(seed):
         settings = {"num": 4, "steps": 3, "proposal": tj.weighted.proposals.Base()}
@@ -536,7 +538,7 @@ def test_finished_runs_are_saved_when_a_reward_dies(model, tmp_path):
 
 def test_a_record_saves_while_it_goes(tmp_path):
     record = tj.external.Record(tmp_path / "queries.npz", every=0.0)
-    reward = tj.external.External(values, record=record)
+    reward = tj.external.from_numpy(values, record=record)
     assert (len(record), record.x.shape, record.values.shape) == (0, (0,), (0,))
     for n in (2, 3):
         jax.vmap(reward)(jnp.asarray(POINTS[:n])).block_until_ready()
@@ -561,10 +563,10 @@ def test_any_error_is_raised_as_itself(error, timeout):
 
     particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
     with pytest.raises(type(error)) as caught:
-        tj.best_of_n(particles, tj.external.External(broken, timeout=timeout), 2)
+        tj.best_of_n(particles, tj.external.from_numpy(broken, timeout=timeout), 2)
     assert caught.value is error
     with pytest.raises(type(error)) as caught:
-        particles.mean(tj.external.External(broken, timeout=timeout))
+        particles.mean(tj.external.from_numpy(broken, timeout=timeout))
     assert caught.value is error
 
 
@@ -577,7 +579,7 @@ def test_an_error_of_something_else_stays_what_it_is():
 
     particles = tj.Particles(jnp.zeros((4, 2)), jnp.zeros(4))
     with pytest.raises(jax.errors.JaxRuntimeError):
-        jax.block_until_ready(jax.jit(tj.external.External(empty))(jnp.zeros(2)))
+        jax.block_until_ready(jax.jit(tj.external.from_numpy(empty))(jnp.zeros(2)))
     out = jax.ShapeDtypeStruct((), jnp.float64)
     reward = lambda x: jax.pure_callback(other, out, x, vmap_method="sequential")
     with pytest.raises(jax.errors.JaxRuntimeError, match="KeyError"):
@@ -608,7 +610,7 @@ def test_threads_get_their_own_errors():
         def broken(x):
             raise Own("the same text")
 
-        reward, found = tj.external.External(broken), []
+        reward, found = tj.external.from_numpy(broken), []
         for _ in range(20):
             try:
                 tj.best_of_n(particles, reward, 2)

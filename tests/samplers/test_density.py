@@ -156,6 +156,6 @@ def test_an_external_failure_comes_out_as_what_it_was():
     def broken(x):
         raise OSError("no route to the host")
 
-    reward = tj.external.External(broken, value_and_grad=broken)
+    reward = tj.external.from_numpy(broken, value_and_grad=broken)
     with pytest.raises(OSError, match="no route"):
         tj.sample_with_log_prob(KEY, MODEL, tj.dps(MODEL, reward), num=2, steps=3)

@@ -529,7 +529,7 @@ def test_bad_input_says_what_to_do():
 
 @pytest.mark.slow
 def test_counts_and_python_functions_are_rewards_of_tokens():
-    outside = tj.external.External(lambda x: 0.5 * (x == 1).sum(axis=1))
+    outside = tj.external.from_numpy(lambda x: 0.5 * (x == 1).sum(axis=1))
     drawn = tj.sample(jax.random.key(1), MODEL, num=40)
     chosen = tj.best_of_n(drawn, lambda x: jnp.sum(x == 1), 4)
     np.testing.assert_array_equal(chosen.x, tj.best_of_n(drawn, outside, 4).x)

@@ -173,7 +173,7 @@ def test_networks_adapters_and_batches_are_trained():
 
 
 def test_a_reward_of_values_only_is_enough_for_the_policy_gradient():
-    values = tj.external.External(lambda x: np.where(x[:, 0] > 1, 1.0, 0.0))
+    values = tj.external.from_numpy(lambda x: np.where(x[:, 0] > 1, 1.0, 0.0))
     settings = {"steps": 60, "batch_size": 128, "learning_rate": 0.02, "times": BASE.grid(10)}
     fit = tj.finetune(
         KEY,

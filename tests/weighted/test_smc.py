@@ -450,7 +450,7 @@ def test_factors_rise_to_one_to_the_last_bit(rule, steps):
 @pytest.mark.slow
 def test_rewards_without_a_gradient_steer():
     """A jump has no gradient, and neither method asks for one."""
-    jump = tj.external.External(lambda x: np.where(x[:, 0] > 0, 0.0, -2.0))
+    jump = tj.external.from_numpy(lambda x: np.where(x[:, 0] > 0, 0.0, -2.0))
     for method in (tj.fk_steering, functools.partial(tj.svdd, children=3)):
         particles = method(jax.random.key(1), MODEL, jump, num=400, steps=STEPS)
         mass = particles.mean(lambda x: x[0] > 0)

@@ -12,52 +12,64 @@ from tiltjax import _callbacks
 
 
 class Callback(NamedTuple):
-    """`reward.evaluate(x, gradient)`, a function of NumPy arrays `(n, *shape)`, as a function of
-    JAX arrays, whose leading axes become the batch.
+    """A method of an `External`, from NumPy arrays `(n, *shape)` to a tuple of them, as a function
+    of JAX arrays, whose leading axes become the batch.
 
-    `rank` is the number of axes of one sample. Callbacks are compared by value, so that equal ones
-    compile once.
+    `ranks` has the number of axes of one sample for each argument, `out` the shapes and dtypes of
+    the results for one sample. Callbacks are compared by value, so that equal ones compile once.
     """
 
-    reward: Any
-    gradient: bool
-    rank: int
+    function: Any
+    method: str
+    ranks: tuple[int, ...]
+    out: tuple[tuple[tuple[int, ...], Any], ...]
 
-    def __call__(self, x: Array) -> tuple[Array, ...]:
-        return _compiled(self, x)
+    def __call__(self, *args: Array) -> tuple[Array, ...]:
+        return _compiled(self, *args)
 
-    def of_numpy(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The result for any number of leading axes."""
-        leading, shape = x.shape[: x.ndim - self.rank], x.shape[x.ndim - self.rank :]
+    def of_numpy(self, *args: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The results for any number of leading axes."""
+        cuts = [arg.ndim - rank for arg, rank in zip(args, self.ranks, strict=True)]
+        shapes = [(arg.shape[:cut], arg.shape[cut:]) for arg, cut in zip(args, cuts, strict=True)]
+        leading = np.broadcast_shapes(*(before for before, _ in shapes))
+        rows = [
+            np.broadcast_to(arg, leading + shape).reshape(-1, *shape)
+            for arg, (_, shape) in zip(args, shapes, strict=True)
+        ]
         try:
-            parts = self.reward.evaluate(x.reshape(-1, *shape), self.gradient)
+            parts = getattr(self.function, self.method)(*rows)
         except BaseException as error:
             raise _callbacks.outside(error) from error
         return tuple(part.reshape(leading + part.shape[1:]) for part in parts)
 
-    def into_buffers(self, _context: Any, out: tuple[Any, ...], x: Any) -> None:
+    def into_buffers(self, _context: Any, out: tuple[Any, ...], *args: Any) -> None:
         """Run on a CPU: read from and write to the memory of the program."""
-        for buffer, part in zip(out, self.of_numpy(np.asarray(x).copy()), strict=True):
+        for buffer, part in zip(out, self.of_numpy(*map(np.asarray, args)), strict=True):
             np.asarray(buffer)[...] = part
 
-    def of_arrays(self, x: Any) -> tuple[np.ndarray, ...]:
-        """The result on other devices, for arrays that JAX has copied to the CPU."""
-        return self.of_numpy(np.array(x))
+    def of_arrays(self, *args: Any) -> tuple[np.ndarray, ...]:
+        """The results on other devices, for arrays that JAX has copied to the CPU."""
+        return self.of_numpy(*map(np.asarray, args))
 
 
-def _program(callback: Callback, x: Array) -> tuple[Array, ...]:
-    # NumPy lacks JAX's half precision. Rewards of tokens use JAX's default precision.
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    wide = x.astype(jnp.float32) if floating and jnp.finfo(x.dtype).bits < 32 else x
-    dtype = wide.dtype if floating else jnp.dtype(jnp.result_type(float))
-    value, gradient = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct(x.shape, dtype)
-    out = (value, gradient) if callback.gradient else (value,)
+def host_dtype(dtype: Any) -> Any:
+    """The dtype on the host of an array of this dtype: NumPy lacks JAX's half precision."""
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if half else dtype
+
+
+def _program(callback: Callback, *args: Array) -> tuple[Array, ...]:
+    wide = [arg.astype(host_dtype(arg.dtype)) for arg in args]
+    out = tuple(jax.ShapeDtypeStruct(shape, host_dtype(dtype)) for shape, dtype in callback.out)
     results = jax.lax.platform_dependent(
-        wide,
+        *wide,
         cpu=buffer_callback(callback.into_buffers, out, vmap_method="expand_dims"),
-        default=lambda x: jax.pure_callback(callback.of_arrays, out, x, vmap_method="expand_dims"),
+        default=lambda *x: jax.pure_callback(
+            callback.of_arrays, out, *x, vmap_method="expand_dims"
+        ),
     )
-    return tuple(result.astype(x.dtype) if floating else result for result in results)
+    dtypes = (dtype for _, dtype in callback.out)
+    return tuple(result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True))
 
 
 _compiled = jax.jit(_program, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Rewards in PyTorch, with gradients by `torch.autograd`."""
+"""Functions in PyTorch, with derivatives by `torch.autograd`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,25 @@ from tiltjax.external._external import External, refuse_training_mode, without_g
 
 
 def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
-    """A PyTorch function or module, from a batch `(n, *shape)` to `(n,)`, as a reward with its
-    gradient by `torch.autograd`.
+    """A PyTorch function or module of a batch, as a reward `f(x)`, from `(n, *shape)` to `(n,)`, or
+    as a network `f(t, x, ...)`, from times `(n,)` and states `(n, *shape)` to the shape of the
+    states, with its derivatives by `torch.autograd`.
+
+    ```
+    unet = tj.external.from_torch(module.eval())            # module(level, x)
+    path = tj.DiscreteVP(alphas_cumprod)
+    model = tj.from_noise(
+        lambda t, x: unet(path.index(t), x), shape=(4, 64, 64), interpolant=path, batched=True
+    )
+    ```
 
     Samples of a batch must not depend on each other: put modules in evaluation mode. A module gets
-    its batch in the dtype of its parameters. On the CPU the samples share the memory of the tensor.
+    its arguments in the dtype of its parameters. A function adapts other signatures:
+    `from_torch(lambda t, x: unet(x, t).sample)`. A derivative of a network calls it again.
 
     **Arguments:** `fn`; `device`, the device of the batch, where the module must already be;
-    `settings` of `External`: `chunk_size`, `timeout`, `retries`, `backoff`, `record`, `name`.
+    `settings` of `from_numpy`: `output_shape`, `chunk_size`, `timeout`, `retries`, `backoff`,
+    `record`, `name`.
 
     **Raises:** `ImportError` without PyTorch; `ValueError` for a module in training mode, also for
     one that `fn` uses from outside, or another device; in a run, as `External`, and `ValueError` if
@@ -41,29 +52,50 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
 
     settings = {"name": getattr(fn, "__name__", type(fn).__name__)} | settings
 
-    def forward(leaf: Any) -> Any:
+    def forward(leaves: list) -> Any:
         # Tokens stay integers, as an embedding needs them, and their rewards stay real.
-        floating = leaf.is_floating_point()
-        values = fn(leaf.to(device=device, dtype=dtype if floating else None))
-        if not isinstance(values, torch.Tensor):
-            raise TypeError(f"a PyTorch reward must return a tensor, got {type(values).__name__}")
-        return values.to("cpu", leaf.dtype if floating else torch.float64)
+        moved = [leaf.to(device, dtype if leaf.is_floating_point() else None) for leaf in leaves]
+        output = fn(*moved)
+        if not isinstance(output, torch.Tensor):
+            kind = "reward" if len(leaves) == 1 else "network"
+            raise TypeError(f"a PyTorch {kind} must return a tensor, got {type(output).__name__}")
+        state = leaves[min(1, len(leaves) - 1)]
+        return output.to("cpu", state.dtype if state.is_floating_point() else torch.float64)
 
-    def value(x: np.ndarray) -> np.ndarray:
+    def value(*args: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return forward(torch.from_numpy(x)).numpy()
+            return forward([torch.from_numpy(arg) for arg in args]).numpy()
+
+    def differentiate(args: tuple, cotangent: np.ndarray | None) -> tuple[np.ndarray, list]:
+        """The output, and the gradients with respect to the arguments."""
+        with torch.enable_grad():
+            leaves = [torch.from_numpy(arg) for arg in args]
+            floating = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
+            output, found = forward(leaves), {}
+            if output.requires_grad:
+                weights = (
+                    torch.ones_like(output) if cotangent is None else torch.from_numpy(cotangent)
+                )
+                gradients = torch.autograd.grad(output, floating, weights, allow_unused=True)
+                found = dict(zip(map(id, floating), gradients, strict=True))
+        gradients = [found.get(id(leaf)) for leaf in leaves]
+        if gradients[min(1, len(args) - 1)] is None:
+            kind, how = ("reward", without_gradient()) if len(args) == 1 else ("network", _METHODS)
+            raise ValueError(
+                f"the PyTorch {kind} {settings['name']!r} has no gradient, as a step has none, or "
+                f"a {kind} under torch.no_grad() or .detach(): {how}"
+            )
+        zero = lambda arg, gradient: np.zeros_like(arg) if gradient is None else gradient.numpy()
+        return output.detach().numpy(), [*map(zero, args, gradients)]
 
     def value_and_grad(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with torch.enable_grad():
-            leaf = torch.from_numpy(x).requires_grad_()
-            values, gradient = forward(leaf), None
-            if values.requires_grad:
-                (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
-            if gradient is None:
-                raise ValueError(
-                    f"the PyTorch reward {settings['name']!r} has no gradient, as a step has none, "
-                    "or a reward under torch.no_grad() or .detach(): " + without_gradient()
-                )
-        return values.detach().numpy(), gradient.numpy()
+        values, gradients = differentiate((x,), None)
+        return values, gradients[0]
 
-    return External(value, value_and_grad=value_and_grad, **settings)
+    def vjp(*args: np.ndarray) -> list[np.ndarray]:
+        return differentiate(args[:-1], args[-1])[1]
+
+    return External(value, value_and_grad=value_and_grad, vjp=vjp, **settings)
+
+
+_METHODS = "use a method that does not differentiate the network, such as Conjugate or best_of_n"

@@ -94,7 +94,7 @@ def _checked(
         if _pytree.is_untraceable(error):
             raise TypeError(
                 f"JAX cannot trace the network ({type(error).__name__}): write it in jax.numpy; "
-                "NumPy and PyTorch run inside of rewards only (tiltjax.external)"
+                "NumPy, PyTorch and ONNX run through tiltjax.external, such as from_torch(module)"
             ) from error
         raise
     got = getattr(output, "shape", None)

@@ -119,7 +119,7 @@ class Custom(Reward):
             raise TypeError(
                 f"JAX cannot trace the reward ({type(error).__name__}): write it in jax.numpy, "
                 "without float(), int() and if of its values, or wrap it, "
-                "tiltjax.external.External(fn) for NumPy, tiltjax.external.from_torch(fn) for "
+                "tiltjax.external.from_numpy(fn) for NumPy, tiltjax.external.from_torch(fn) for "
                 "PyTorch, where fn gets a batch"
             ) from error
         if not isinstance(result, jax.Array | np.ndarray | float):

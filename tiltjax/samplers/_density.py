@@ -90,7 +90,7 @@ def sample_with_log_prob(
             raise
         raise ValueError(
             "this run has no forward-mode derivatives, which the density needs: build the network "
-            "with batched=False"
+            "in JAX, with batched=False"
         ) from error
     if _checks.concrete(wide) and np.asarray(wide.start):
         raise FloatingPointError(f"sampling failed at the start: {CAUSES['start']}")
