@@ -68,7 +68,7 @@ class Tuned(Guidance):
         reward: Callable | None = None,
         scale: float | Array = 1.0,
     ):
-        check_pair(base, tuned, "Tuned")
+        check_pair(base, tuned, "Tuned(base, tuned, weight)")
         self.base, self.tuned = base, tuned
         weight = 1.0 if weight is None else weight
         if callable(weight) and not isinstance(weight, eqx.Module):

@@ -7,6 +7,7 @@ r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]
 | `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
+| `cfg`, `geometric_mean`, `product`, `difference` | sums of the scores of several models |
 
 `Model` is the base class of models with real-valued states. `Denoiser` is the base class of all
 models, also of models of tokens.
@@ -25,6 +26,7 @@ from tiltjax.models._annealed import (
 )
 from tiltjax.models._base import Denoiser, Model
 from tiltjax.models._checkerboard import SCALE, Checkerboard
+from tiltjax.models._composed import Composed, cfg, difference, geometric_mean, product
 from tiltjax.models._network import (
     Net,
     Network,
@@ -51,4 +53,9 @@ __all__ = [
     "Annealed",
     "power",
     "step",
+    "Composed",
+    "cfg",
+    "geometric_mean",
+    "product",
+    "difference",
 ]

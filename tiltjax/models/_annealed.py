@@ -133,7 +133,7 @@ class Annealed(Model):
     weight: Any
 
     def __init__(self, base: Model, tuned: Model, weight: Weight = None):
-        check_pair(base, tuned, "Annealed")
+        check_pair(base, tuned, "Annealed(base, tuned, weight)")
         self.base, self.tuned = base, tuned
         weight = PowerWeight(jnp.ones(())) if weight is None else weight
         if callable(weight):
@@ -171,19 +171,23 @@ class Annealed(Model):
         )
 
 
-def check_pair(base: Model, tuned: Model, name: str) -> None:
-    """Raise a `ValueError` for `name` if two models have different states or interpolants."""
-    _checks.instance(base, Model, "base", f"{name}(base, tuned, weight)")
-    _checks.instance(tuned, Model, "tuned", f"{name}(base, tuned, weight)")
+def check_pair(
+    base: Model, tuned: Model, how: str, first: str = "base", second: str = "tuned"
+) -> None:
+    """Raise a `ValueError` if two models, `first` and `second`, have different states or
+    interpolants, and a `TypeError` for other objects; `how` is the call that needs them.
+    """
+    _checks.instance(base, Model, first, how)
+    _checks.instance(tuned, Model, second, how)
     if base.shape != tuned.shape or base.dtype != tuned.dtype:
         raise ValueError(
-            f"base and tuned must have the same states, got {base.shape} of {base.dtype} and "
+            f"{first} and {second} must have the same states, got {base.shape} of {base.dtype} and "
             f"{tuned.shape} of {tuned.dtype}"
         )
     if not _pytree.same(base.interpolant, tuned.interpolant):
         raise ValueError(
-            f"base and tuned must have the same interpolant, got {base.interpolant} and "
-            f"{tuned.interpolant}: use Rescheduled(tuned, base.interpolant)"
+            f"{first} and {second} must have the same interpolant, got {base.interpolant} and "
+            f"{tuned.interpolant}: use Rescheduled({second}, {first}.interpolant)"
         )
 
 

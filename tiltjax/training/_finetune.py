@@ -373,7 +373,7 @@ def _check_models(base: Model, model: Callable, network: Any) -> _pytree.Functio
     tuned = build(network)
     how = "model= must be a function from the network to a model, such as from_velocity"
     _checks.instance(tuned, Model, "model(network)", how)
-    check_pair(base, tuned, "finetune")
+    check_pair(base, tuned, "finetune(key, base, tuned, reward)")
     return build
 
 
