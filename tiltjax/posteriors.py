@@ -7,6 +7,7 @@ r"""Posterior samplers: draws of `X_1 | X_t = x`, differentiable in x.
 | `FlowMap(model, inner_steps)` | the end of the probability flow from x | a point, not a law |
 | `Renoise(model, snr_factor, inner_steps)` | the flow from a noisier state | in between |
 | `Tweedie(model)` | the denoiser | a point: the mean |
+| `Distilled(model, fn)` | `fn(key, t, x)`, one call of a trained network | that of `fn` |
 
 **Glass.** The posterior of `X_1` given `X_t = x` is the prior tilted by one Gaussian likelihood, so
 its denoiser is the model's denoiser at another time and state (`Interpolant.observe`, and
@@ -21,6 +22,7 @@ Both inner flows use the exponential form of the probability flow,
 singularity at t = 1, for any interpolant.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -29,10 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _checks, _linalg, _random, _repr
+from tiltjax import _checks, _linalg, _pytree, _random, _repr
 from tiltjax.interpolants import Interpolant
 from tiltjax.mixtures import check_state, decomposed
-from tiltjax.models import Analytic, Model
+from tiltjax.models import Analytic, Model, check_mean
 
 _MODEL_HINT = (
     "use Analytic(mixture) for a mixture; guide tokens, which have no posterior of numbers, by "
@@ -159,7 +161,7 @@ class Glass(Posterior):
     order: int = eqx.field(static=True)
 
     def __init__(self, model: Model, inner_steps: int = 20, order: int = 1):
-        _checks.instance(model, Model, "model", _MODEL_HINT)
+        check_mean(model, _MODEL_HINT)
         self.model = model
         self.widening = _checks.floating(max(model.stretch, 1.0), "widening")
         self.inner_steps = _checks.count(inner_steps, "inner_steps")
@@ -205,6 +207,37 @@ class Glass(Posterior):
         return _linalg.array(end)
 
 
+class Distilled(Posterior):
+    """Draws of a network that was trained to draw from the posterior in one call, such as a diamond
+    map (Holderrieth et al., arXiv 2602.05993), or that jumps to the end of the flow, such as the
+    distilled student of `model`.
+
+    **Arguments:** `model`; `fn(key, t, x)`, or `fn(params, key, t, x)` if `params` is given: one
+    draw, of the shape of x, reparametrized: differentiable in x at a fixed key. The law of the
+    draws is that of `fn`, whatever it is.
+
+    **Raises:** `TypeError` for a `fn` that is not callable.
+    """
+
+    model: Model
+    fn: _pytree.Function
+    params: Any
+
+    def __init__(self, model: Model, fn: Callable, params: Any = None):
+        _checks.instance(model, Model, "model", _MODEL_HINT)
+        self.model, self.fn, self.params = model, _pytree.Function(fn), _pytree.opened(params)
+
+    def draw(self, key: Array, t: Array, x: Array) -> Array:
+        leading = () if self.params is None else (self.params,)
+        drawn = self.fn(*leading, key, t, x)
+        if getattr(drawn, "shape", None) != x.shape:
+            raise ValueError(
+                f"fn of Distilled must return one draw of shape {x.shape}, got "
+                f"{getattr(drawn, 'shape', type(drawn).__name__)}"
+            )
+        return drawn.astype(x.dtype)
+
+
 class _GlassStep(NamedTuple):
     """A step of the inner flow from s, along `Z_s = s X_1 + (1 - s) width noise`.
 
@@ -248,7 +281,8 @@ class FlowMap(Posterior):
     Heun steps, uniform in the logarithm of `sigma / alpha` down to `floor` times its value for the
     noise, then one jump to the denoiser: 2 `inner_steps` + 1 denoiser calls. For t > 0, where this
     logarithm is finite. If the width of the data is known and less than 0.1 times that of the
-    noise, the jump is later by the same factor.
+    noise, the jump is later by the same factor. A model of `from_flow_map` or `from_consistency`
+    returns the end in one call.
 
     **Raises:** `ValueError` for a `floor` outside (0, 1).
     """
@@ -266,6 +300,10 @@ class FlowMap(Posterior):
         self.floor = _checks.number(floor, "floor", 0, 1, closed="neither")
 
     def draw(self, key: Array, t: Array, x: Array) -> Array:
+        end = self.model.endpoint(t, x)
+        return self._flow(t, x) if end is None else end
+
+    def _flow(self, t: Array, x: Array) -> Array:
         model, times = decomposed(self.model), self._times(t, x.dtype)
         # A correction and the next prediction are at the same time.
         which = (np.arange(2 * self.inner_steps + 1) + 1) // 2

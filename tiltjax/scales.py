@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _repr
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 
 
 class Scale(_repr.Printable):
@@ -103,7 +103,7 @@ class SelfDamped(Scale):
     model: Model
 
     def __init__(self, scale: float | Array, model: Model):
-        _checks.instance(model, Model, "model", "SelfDamped(scale, model)")
+        check_mean(model, "SelfDamped(scale, model)")
         self.final = _checks.nonnegative(scale, "scale")
         self.model = model
 

@@ -9,6 +9,7 @@ drift `b + (g_t^2 / 2) ∇ log h`.
 | `Euler()` | `x + (u - t) b~_t(x)` | 1 |
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
+| `Consistency()` | `alpha_u f + sigma_u xi`, f a consistency function instead of `D~` | exact |
 | `Adaptive(rtol, atol)` | as many Runge-Kutta steps as the tolerance needs | 5 |
 | `tokens.Unmask(even)` | tokens: some of the masked tokens are drawn from `D~` | 1 |
 
@@ -18,7 +19,8 @@ kernel of the reversed process; with eta = 0 it is DDIM. A step to t = 1 is a ju
 `Adaptive` jumps only at the end of such a step, from a noise-to-data ratio of `floor`.
 
 References: Song et al. (arXiv 2011.13456), the probability flow; Ho, Jain and Abbeel
-(arXiv 2006.11239, DDPM); Song, Meng and Ermon (arXiv 2010.02502, DDIM).
+(arXiv 2006.11239, DDPM); Song, Meng and Ermon (arXiv 2010.02502, DDIM); Song, Dhariwal, Chen and
+Sutskever (arXiv 2303.01469, consistency models).
 """
 
 from collections.abc import Callable
@@ -44,8 +46,8 @@ class Streams(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One step of `Ancestral`, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is
-    `sigma_t^2 / alpha_t`.
+    """One Gaussian step, `N(keep x + gain D, std^2 I)`; scalars. `tweedie` is
+    `sigma_t^2 / alpha_t`. A guided proposal moves the mean by `response` times `D~ - D`.
     """
 
     keep: Array
@@ -53,6 +55,7 @@ class Kernel(NamedTuple):
     std: Array
     tweedie: Array
     eta: Array
+    response: Array
 
     def propose(
         self, key: Array, x: Array, denoised: Array, shift: Array | None
@@ -188,16 +191,33 @@ class Ancestral(Stochastic):
         # would be only rounding.
         keep = sigma_u * jnp.sqrt(1 - self.eta**2 + (self.eta * rho) ** 2) / sigma_t
         std = self.eta * sigma_u * jnp.sqrt(1 - rho**2)
-        return Kernel(
-            keep,
-            interpolant.alpha(u) - keep * interpolant.alpha(t),
-            std,
-            interpolant.tweedie(t),
-            self.eta,
-        )
+        gain = interpolant.alpha(u) - keep * interpolant.alpha(t)
+        return Kernel(keep, gain, std, interpolant.tweedie(t), self.eta, response=gain)
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
         """The state after the last step: the denoiser, without noise."""
+        return denoised
+
+
+class Consistency(Stochastic):
+    """The kernel `N(alpha_u f(x), sigma_u^2 I)`: to the end of the trajectory, and back by fresh
+    noise. It is the step of multistep consistency sampling (Song et al., arXiv 2303.01469,
+    algorithm 1) and of latent consistency models (arXiv 2310.04378), for models of
+    `from_consistency`.
+
+    For the exact consistency function, each step keeps the law of `X_t`.
+    """
+
+    def kernel(self, interpolant: Interpolant, t: Array, u: Array) -> Kernel:
+        """The kernel of the step from t to u."""
+        one, std, tweedie = jnp.ones_like(t), interpolant.sigma(u), interpolant.tweedie(t)
+        # f does not change by tweedie ∇ log h, as a denoiser does: the noise answers, as in a step
+        # from a tilted Gaussian, by its variance times ∇ log h.
+        response = std**2 / tweedie
+        return Kernel(0 * one, interpolant.alpha(u), std, tweedie, one, response)
+
+    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
+        """The state after the last step: the end of the trajectory, without noise."""
         return denoised
 
 

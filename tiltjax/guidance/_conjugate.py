@@ -59,7 +59,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _linalg, _pytree, _repr, rewards, scales
 from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
-from tiltjax.models import Analytic, Denoiser, Model
+from tiltjax.models import Analytic, Denoiser, Model, check_mean
 
 _SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; the snr range for sigma_0 = 1
 # The safeguards of one iteration of the fit; `keep_precision` and `trust_fraction` derive them.
@@ -287,7 +287,7 @@ class Conjugate(Guidance):
         variance: float | Array | Callable | Probe | None = None,
         anisotropic: bool = False,
     ):
-        _checks.instance(model, Model, "model", "Conjugate(model, reward, scale)")
+        check_mean(model, "Conjugate(model, reward, scale)")
         self.model = model
         self.reward = rewards.as_reward(reward)
         self.scale = _checks.nonnegative(scale, "scale")

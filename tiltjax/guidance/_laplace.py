@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, rewards
 from tiltjax.guidance._base import Estimate, Guidance
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 
 
 class Laplace(Guidance):
@@ -46,7 +46,7 @@ class Laplace(Guidance):
     scale: Array
 
     def __init__(self, model: Model, reward: Callable, scale: float | Array = 1.0):
-        _checks.instance(model, Model, "model", "Laplace(model, reward, scale)")
+        check_mean(model, "Laplace(model, reward, scale)")
         self.model = model
         self.reward = rewards.as_reward(reward)
         self.scale = _checks.nonnegative(scale, "scale")

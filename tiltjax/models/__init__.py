@@ -4,6 +4,7 @@ r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]
 |---|---|
 | `Analytic(mixture)`, `Checkerboard()` | in closed form |
 | `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | networks |
+| `from_consistency`, `from_flow_map` | networks that jump along the probability flow |
 | `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
@@ -24,14 +25,16 @@ from tiltjax.models._annealed import (
     weight_at,
     weight_schedule,
 )
-from tiltjax.models._base import Denoiser, Model
+from tiltjax.models._base import Denoiser, Model, check_mean
 from tiltjax.models._checkerboard import SCALE, Checkerboard
 from tiltjax.models._composed import Composed, cfg, difference, geometric_mean, product
 from tiltjax.models._network import (
     Net,
     Network,
     call_network,
+    from_consistency,
     from_denoiser,
+    from_flow_map,
     from_noise,
     from_v,
     from_velocity,
@@ -48,6 +51,8 @@ __all__ = [
     "from_noise",
     "from_v",
     "from_denoiser",
+    "from_consistency",
+    "from_flow_map",
     "Tilted",
     "Rescheduled",
     "Annealed",

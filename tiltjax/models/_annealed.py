@@ -71,7 +71,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _repr, rewards
 from tiltjax.interpolants import Interpolant
-from tiltjax.models._base import Model
+from tiltjax.models._base import Model, check_mean
 
 _CHECKED_TIMES = 1000  # at which a weight schedule is evaluated
 
@@ -177,8 +177,8 @@ def check_pair(
     """Raise a `ValueError` if two models, `first` and `second`, have different states or
     interpolants, and a `TypeError` for other objects; `how` is the call that needs them.
     """
-    _checks.instance(base, Model, first, how)
-    _checks.instance(tuned, Model, second, how)
+    check_mean(base, how, first)
+    check_mean(tuned, how, second)
     if base.shape != tuned.shape or base.dtype != tuned.dtype:
         raise ValueError(
             f"{first} and {second} must have the same states, got {base.shape} of {base.dtype} and "

@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _repr, _sharding, grids
 from tiltjax.interpolants import Interpolant, start_of
-from tiltjax.solvers import Solver
+from tiltjax.solvers import Consistency, Solver
 
 _ROUNDING = 1e-5  # the relative rounding of an snr
 _NOT_NOISE = 0.02  # the fraction of data from which on a state is not noise
@@ -100,6 +100,9 @@ class Denoiser(_repr.Printable):
         """The solver of a run without `solver`; `usual` is the default of the sampler."""
         return usual
 
+    def check_solver(self, solver: Solver) -> None:
+        """Raise a `ValueError` for a solver that does not fit the model."""
+
     def as_states(self, value: Any, name: str, leading: tuple[int, ...]) -> Array:
         """The states `(*leading, *shape)` that a user passed. **Raises:** `ValueError` for another
         shape or invalid values.
@@ -138,9 +141,25 @@ class Model(Denoiser):
 
     interpolant: eqx.AbstractVar[Interpolant]
 
+    # Whether `denoise` returns the posterior mean, as most methods assume.
+    is_mean: ClassVar[bool] = True
+
     @property
     def corruption(self) -> Interpolant:
         return self.interpolant
+
+    def check_solver(self, solver: Solver) -> None:
+        if isinstance(solver, Consistency):
+            raise ValueError(
+                f"Consistency is the solver of consistency functions, but {type(self).__name__} "
+                "has a denoiser: use Ancestral(), Euler() or Heun()"
+            )
+
+    def endpoint(self, t: Array, x: Array) -> Array | None:
+        """The end `X_{t,1}(x)` of the probability flow from x, if the model knows it in one call,
+        else `None`.
+        """
+        return None
 
     def velocity(self, t: Array, x: Array) -> Array:
         """The drift of the probability flow."""
@@ -374,3 +393,16 @@ def _own_times(model: Model, network_times: Array) -> tuple[Array, ...]:
     # Rounding may put a level that is the start slightly before the start.
     times = jnp.maximum(jax.vmap(own.time)(jnp.maximum(snr - added, start)), 0)
     return times, snr, start + added, interpolant.time(start + added)
+
+
+def check_mean(model: Any, how: str, name: str = "model") -> None:
+    """Raise a `TypeError` for an object that is not a model, and a `ValueError` for a model whose
+    output is not a posterior mean; `how` is a correct call.
+    """
+    _checks.instance(model, Model, name, how)
+    if not model.is_mean:
+        raise ValueError(
+            f"{type(model).__name__} returns the end of a trajectory, not the posterior mean that "
+            "this method needs: use sample, smc, fk_steering, dps, PlugIn(Tweedie(model), ...), "
+            "best_of_n or softmax_of_n, or a model with a denoiser"
+        )

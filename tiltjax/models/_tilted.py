@@ -43,7 +43,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, rewards
 from tiltjax.interpolants import Interpolant, or_linear
-from tiltjax.models._base import Model
+from tiltjax.models._base import Model, check_mean
 
 
 class Rescheduled(Model):
@@ -62,10 +62,8 @@ class Rescheduled(Model):
     interpolant: Interpolant
 
     def __init__(self, model: Model, interpolant: Interpolant | None = None):
-        _checks.instance(
+        check_mean(
             model,
-            Model,
-            "model",
             "Rescheduled(model, interpolant), with Analytic(mixture) for a mixture",
         )
         self.model = model
@@ -120,10 +118,8 @@ class Tilted(Model):
     precision: Array
 
     def __init__(self, model: Model, reward: rewards.Reward, scale: float | Array = 1.0):
-        _checks.instance(
+        check_mean(
             model,
-            Model,
-            "model",
             "Tilted(model, reward, scale), with Analytic(mixture) for a mixture",
         )
         scale = _checks.nonnegative(scale, "scale")

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from tiltjax import _checks, _progress, _pytree
 from tiltjax.guidance import Variance, log_snr_levels
 from tiltjax.mixtures import decomposed
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 from tiltjax.samplers._sample import sample
 from tiltjax.solvers import Heun
 
@@ -66,7 +66,7 @@ def calibrate(
     **Raises:** `ValueError` for data of another shape, fewer than two levels, or a budget below the
     cost of one sample.
     """
-    _checks.instance(model, Model, "model", "calibrate(key, model)")
+    check_mean(model, "calibrate(key, model)")
     key_data, key_noise = jax.random.split(_checks.key(key))
     levels = _checks.count(levels, "levels", 2)
     each = levels if data is not None else levels + 2 * _STEPS + 1

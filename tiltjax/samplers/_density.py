@@ -27,7 +27,7 @@ from jaxtyping import Array
 from tiltjax import _callbacks, _checks, _progress, _pytree
 from tiltjax.guidance import Guidance
 from tiltjax.mixtures import decomposed
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 from tiltjax.particles import CAUSES, Failures, Particles, unweighted
 from tiltjax.samplers._sample import (
     Walk,
@@ -64,9 +64,7 @@ def sample_with_log_prob(
     this start.
     """
     key = _checks.key(key)
-    _checks.instance(
-        model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
-    )
+    check_mean(model, "use Analytic, from_velocity, from_noise or from_denoiser")
     run = check_run(
         model, guidance, num=num, steps=steps, times=times, solver=solver, usual_solver=Heun(),
         chunk_size=chunk_size,

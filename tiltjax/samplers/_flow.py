@@ -23,7 +23,7 @@ from tiltjax import _checks, _pytree
 from tiltjax.guidance import Guidance, check
 from tiltjax.interpolants import Interpolant
 from tiltjax.mixtures import decomposed
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 from tiltjax.solvers import Adaptive, FlowSegment
 
 
@@ -83,9 +83,7 @@ def flow(
     **Raises:** `ValueError` for states, times or guidances that do not match; `FloatingPointError`
     if the solver fails (outside of `jit`; inside, the trajectory is NaN).
     """
-    _checks.instance(
-        model, Model, "model", "use Analytic, from_velocity, from_noise or from_denoiser"
-    )
+    check_mean(model, "use Analytic, from_velocity, from_noise or from_denoiser")
     solver = Adaptive() if solver is None else solver
     _checks.instance(solver, Adaptive, "solver", "other solvers have no continuous trajectory")
     x = _checks.finite(x, "x").astype(model.dtype)

@@ -33,7 +33,7 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _linalg, _pytree, rewards
 from tiltjax.mixtures import decomposed
-from tiltjax.models import Model
+from tiltjax.models import Model, check_mean
 from tiltjax.particles import Mixing, Particles, unweighted
 from tiltjax.posteriors import Glass
 
@@ -77,7 +77,7 @@ def gibbs(
     transformation of JAX.
     """
     key = _checks.key(key)
-    _checks.instance(model, Model, "model", "gibbs(key, model, reward, scale, num=1000)")
+    check_mean(model, "gibbs(key, model, reward, scale, num=1000)")
     num, max_sweeps = _checks.count(num, "num"), _checks.count(max_sweeps, "max_sweeps")
     reward, gradient, hessian = _fit(key, model, reward, scale)
     glass, natural, precision, root = _decompose(model, gradient, hessian, steps)

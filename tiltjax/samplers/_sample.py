@@ -362,6 +362,7 @@ def _resolve_solver(model: Denoiser, solver: Solver | None, usual: Solver) -> So
             f"{type(model).__name__} has {type(model.corruption).__name__}: use "
             f"{type(default).__name__}()"
         )
+    model.check_solver(solver)
     return solver
 
 

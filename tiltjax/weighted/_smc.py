@@ -760,7 +760,7 @@ def _check_first_move(run: SMC) -> None:
             (run.solver, run.model.corruption, length), run.model.dtype
         )
         kernel = solver.kernel(corruption, *times)
-        move = float(length * kernel.gain * kernel.tweedie / kernel.std)
+        move = float(length * kernel.response * kernel.tweedie / kernel.std)
     if move > _FAR:
         _checks.warn(
             f"the first step moves every particle by {move:.3g} standard deviations of its noise, "

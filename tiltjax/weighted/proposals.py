@@ -61,7 +61,7 @@ class Guided(Proposal):
     """The base kernel with its mean at the tilted denoiser and its noise unchanged."""
 
     def shift(self, kernel, guidance_shift):
-        return kernel.gain * guidance_shift
+        return kernel.response * guidance_shift
 
 
 class Shifted(Proposal):
