@@ -3,7 +3,7 @@ r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]
 | model | |
 |---|---|
 | `Analytic(mixture)`, `Checkerboard()` | in closed form |
-| `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | networks |
+| `from_velocity`, `from_noise`, `from_v`, `from_score`, `from_edm`, `from_denoiser` | networks |
 | `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
 | `Annealed(base, tuned, weight)` | between two models; `power` and `step` are weights |
@@ -30,7 +30,9 @@ from tiltjax.models._network import (
     Network,
     call_network,
     from_denoiser,
+    from_edm,
     from_noise,
+    from_score,
     from_v,
     from_velocity,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "from_velocity",
     "from_noise",
     "from_v",
+    "from_score",
+    "from_edm",
     "from_denoiser",
     "Tilted",
     "Rescheduled",

@@ -7,7 +7,7 @@ pass, so its kernels never get an additional axis.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
 from tiltjax import _checks, _pytree, _repr
-from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.interpolants import VE, Interpolant, or_linear
 from tiltjax.models._base import Model
 
 
@@ -208,32 +208,36 @@ _call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)
 
 
 class Network(Model):
-    """A network as a model; built by `from_velocity`, `from_noise`, `from_v`, `from_denoiser`."""
+    """A network as a model; built by `from_velocity`, `from_noise`, `from_v`, `from_score`,
+    `from_edm`, `from_denoiser`.
+    """
 
     net: Net
     interpolant: Interpolant
-    to_denoised: Callable = eqx.field(static=True)
+    kind: "Parameterization" = eqx.field(static=True)
     batched: bool = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
     def _call(self, **given: Any) -> str:
-        maker = _MAKERS[self.to_denoised]
-        return _repr.call(self, maker, **{"fn": self.net, "shape": None, "dtype": None} | given)
+        parts = {"fn": self.net, "shape": None, "dtype": None}
+        return _repr.call(self, self.kind.maker, **parts | given)
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
-        output = call_network(self.net, t, x, x.shape, self.batched)
-        return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
+        inputs = self.kind.inputs(self.interpolant, t, x)
+        output = call_network(self.net, *inputs, x.shape, self.batched)
+        return self.kind.denoised(self.interpolant, t, x, output.astype(x.dtype))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
         if not self.batched:
             return super().denoise_batch(t, x)
         t = jnp.asarray(t, x.dtype)
-        call = lambda: self.net(jnp.broadcast_to(t, len(x)), x)
+        first, states = self.kind.inputs(self.interpolant, t, x)
+        call = lambda: self.net(jnp.broadcast_to(first, len(x)), states)
         output = _checked(self.net, call, x.shape, x[0], True).astype(x.dtype)
-        to_denoised = lambda x, output: self.to_denoised(self.interpolant, t, x, output)
-        return jax.vmap(to_denoised)(x, output)
+        denoised = lambda x, output: self.kind.denoised(self.interpolant, t, x, output)
+        return jax.vmap(denoised)(x, output)
 
 
 def from_velocity(
@@ -270,7 +274,7 @@ def from_velocity(
     **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode;
     `TypeError` for a function with another signature.
     """
-    return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
+    return _network(fn, params, _VELOCITY, shape, batched, interpolant, dtype)
 
 
 def from_noise(
@@ -289,7 +293,7 @@ def from_noise(
     this error shows, start later. For a network that takes the index of a noise level instead of t,
     use `interpolants.DiscreteVP`.
     """
-    return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
+    return _network(fn, params, _NOISE, shape, batched, interpolant, dtype)
 
 
 def from_v(
@@ -312,7 +316,7 @@ def from_v(
     """
     how = "such as tiltjax.VP(), or the DiscreteVP of the network's noise levels"
     _checks.instance(interpolant, Interpolant, "interpolant", how)
-    return _network(fn, params, _from_v, shape, batched, interpolant, dtype)
+    return _network(fn, params, _V, shape, batched, interpolant, dtype)
 
 
 def from_denoiser(
@@ -326,11 +330,69 @@ def from_denoiser(
 ) -> Network:
     """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments and conditions as in
     `from_velocity`.
+
+    A denoiser that takes a noise level instead of t, as the wrapped networks of EDM and k-diffusion
+    and consistency models do, is `from_denoiser(lambda t, x: net(x, ve.sigma(t)), interpolant=ve,
+    shape=...)` with a `VE`.
     """
-    return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
+    return _network(fn, params, _DENOISER, shape, batched, interpolant, dtype)
 
 
-def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Network:
+def from_score(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: Interpolant,
+    dtype: Any = None,
+) -> Network:
+    """A model from a score network `s_t(x) = ∇ log p_t(x)`, where `p_t` is the density of `X_t`;
+    arguments and conditions as in `from_velocity`.
+
+    The denoiser is `(x + sigma^2 s) / alpha` (Tweedie's formula). It is singular where `alpha = 0`,
+    at t = 0 of `Linear`, and near there it magnifies the error of the network as `from_noise` does.
+    With `VE` and `VP` it is finite at all times. The `interpolant` must be given. Source: Song et
+    al. (arXiv 2011.13456).
+    """
+    how = "such as tiltjax.VE(sigma_min, sigma_max) or tiltjax.VP()"
+    _checks.instance(interpolant, Interpolant, "interpolant", how)
+    return _network(fn, params, _SCORE, shape, batched, interpolant, dtype)
+
+
+def from_edm(
+    fn: Callable,
+    params: PyTree = None,
+    *,
+    shape: tuple[int, ...],
+    batched: bool = False,
+    interpolant: VE | None = None,
+    dtype: Any = None,
+) -> Network:
+    """A model from a raw network F of EDM, called as `fn(c_noise, c_in x)`; arguments and
+    conditions as in `from_velocity`.
+
+    With the noise level s and the width of the data `d = interpolant.sigma_data`,
+
+        D = c_skip x + c_out F(c_noise, c_in x),    c_skip = d^2 / (s^2 + d^2),
+        c_out = s d / sqrt(s^2 + d^2),    c_in = 1 / sqrt(s^2 + d^2),    c_noise = log(s) / 4.
+
+    If the network does this itself and returns D, use `from_denoiser`. AlphaFold 3 has
+    `c_noise = log(s / d) / 4`: pass `lambda c_noise, x: net(c_noise - math.log(16) / 4, x)`.
+
+    **Arguments:** `interpolant`, a `VE`, by default `VE()`, whose values are those of the paper.
+    For another interpolant, reschedule the model: `models.Rescheduled(from_edm(...), interpolant)`.
+
+    **Raises:** `TypeError` for an interpolant that is not a `VE`. Source: Karras et al. (arXiv
+    2206.00364, table 1).
+    """
+    interpolant = VE() if interpolant is None else interpolant
+    how = "reschedule for another one, models.Rescheduled(from_edm(...), interpolant)"
+    _checks.instance(interpolant, VE, "interpolant", how)
+    return _network(fn, params, _EDM, shape, batched, interpolant, dtype)
+
+
+def _network(fn, params, kind, shape, batched, interpolant, dtype) -> Network:
     if not isinstance(shape, tuple | list):
         raise TypeError(
             f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}"
@@ -339,11 +401,37 @@ def _network(fn, params, to_denoised, shape, batched, interpolant, dtype) -> Net
     return Network(
         net=Net(fn, params),
         interpolant=or_linear(interpolant),
-        to_denoised=to_denoised,
+        kind=kind,
         batched=_checks.flag(batched, "batched"),
         shape=shape,
         dtype=_checks.state_dtype(dtype),
     )
+
+
+class Parameterization(NamedTuple):
+    """What a network takes and returns: its public builder `maker`; its `inputs`, a function
+    `(interpolant, t, x)`; and the denoiser, a function `(interpolant, t, x, output)`. The time is a
+    scalar, and `inputs` also takes a batch of states.
+    """
+
+    maker: Callable
+    inputs: Callable
+    denoised: Callable
+
+
+def _plain(interpolant: Interpolant, t: Array, x: Array) -> tuple[Array, Array]:
+    return t, x
+
+
+def _edm_inputs(interpolant: VE, t: Array, x: Array) -> tuple[Array, Array]:
+    s = interpolant.sigma(t)
+    return jnp.log(s) / 4, x * jax.lax.rsqrt(s**2 + interpolant.sigma_data**2)
+
+
+def _edm_denoised(interpolant: VE, t: Array, x: Array, output: Array) -> Array:
+    s, width = interpolant.sigma(t), interpolant.sigma_data
+    square = s**2 + width**2
+    return width**2 / square * x + s * width * jax.lax.rsqrt(square) * output
 
 
 def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
@@ -358,13 +446,17 @@ def _from_v(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Arra
     return interpolant.denoised_from_v(t, x, output)
 
 
+def _from_score(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_score(t, x, output)
+
+
 def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return output
 
 
-_MAKERS: dict[Callable, Callable] = {
-    _from_velocity: from_velocity,
-    _from_noise: from_noise,
-    _from_v: from_v,
-    _from_denoiser: from_denoiser,
-}
+_VELOCITY = Parameterization(from_velocity, _plain, _from_velocity)
+_NOISE = Parameterization(from_noise, _plain, _from_noise)
+_V = Parameterization(from_v, _plain, _from_v)
+_SCORE = Parameterization(from_score, _plain, _from_score)
+_DENOISER = Parameterization(from_denoiser, _plain, _from_denoiser)
+_EDM = Parameterization(from_edm, _edm_inputs, _edm_denoised)
