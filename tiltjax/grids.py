@@ -133,7 +133,8 @@ def _table_size(interpolant: DiscreteVP, steps: int) -> int:
 
 
 def _at_indices(interpolant: DiscreteVP, indices: np.ndarray) -> Array:
-    times = np.append(interpolant.clock(indices.astype(np.float64)), 1.0)
+    clock: Any = interpolant.clock  # of NumPy numbers, in double precision
+    times = np.append(clock(indices.astype(np.float64)), 1.0)
     return jax.device_put(times.astype(jnp.result_type(float)))
 
 

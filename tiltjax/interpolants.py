@@ -440,7 +440,7 @@ class VE(Interpolant):
         return self.sigma_max * (1 - t) ** self.rho
 
     def time(self, snr: Array) -> Array:
-        return 1 - (1 / (self.sigma_max * jnp.sqrt(snr))) ** (1 / self.rho)
+        return 1 - (self.sigma_max**2 * snr) ** (-0.5 / self.rho)
 
     def snr_range(self) -> tuple[Array, Array]:
         return self.sigma_max**-2, self.sigma_min**-2

@@ -225,8 +225,8 @@ class Network(Model):
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
-        inputs = self.kind.inputs(self.interpolant, t, x)
-        output = call_network(self.net, *inputs, x.shape, self.batched)
+        first, state = self.kind.inputs(self.interpolant, t, x)
+        output = call_network(self.net, first, state, x.shape, self.batched)
         return self.kind.denoised(self.interpolant, t, x, output.astype(x.dtype))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
