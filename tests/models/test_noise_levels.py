@@ -176,6 +176,10 @@ def test_the_default_times_are_the_published_levels():
         tj.Tilted(MODEL, REWARD, 1e4).grid(18)
     with pytest.raises(ValueError, match=r"end the grid at t = 0\.7799"):
         tj.sample(KEY, MODEL, num=2, times=jnp.linspace(0, 1, 20))
+    wide = lambda width: tj.Analytic(contracts.gaussian([0.0], [[width**2]]), EDM)
+    wide(11.0).check_start(np.zeros(()))
+    with pytest.raises(ValueError, match=r"a run of VE cannot start from noise"):
+        wide(12.0).check_start(np.zeros(()))
     traced = jax.jit(lambda path: tj.Analytic(LINE, path).grid(18))(EDM)
     np.testing.assert_allclose(traced, EDM.default_times(18), rtol=1e-12)
 

@@ -184,12 +184,15 @@ class Model(Denoiser):
 
         `start` is accurate if the noise dominates the data, that is if `snr_t` times the variance
         of the data is at most 2%. Here data has the width of `interpolant.data_scale()`, unless its
-        `width` is known and larger, or less than 0.1 times that.
+        `width` is known and not between 0.1 and 10 times that, or, for `VE`, larger.
         """
         if not _checks.concrete((t, self.interpolant)):
             return
         snr, base = start_of(self.interpolant, t, self.dtype)[1:]
-        variance = max(base * grids.beyond(self.width, base), self.width or 0.0) ** 2
+        width = base * grids.beyond(self.width, base)
+        if self.interpolant.default_times(1) is not None:  # whose start is the same for all widths
+            width = max(width, self.width or 0.0)
+        variance = width**2
         if snr * variance <= _NOT_NOISE:
             return
         share = f"a fraction of {snr * variance / (1 + snr * variance):.2g} of the variance is data"
