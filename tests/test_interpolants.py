@@ -38,6 +38,10 @@ def test_parametrizations_round_trip(path, t):
     chex.assert_trees_all_close(
         path.denoised_from_velocity(t, x, velocity), denoised, atol=1e-13 * size, rtol=0
     )
+    score = path.score(t, x, denoised)
+    chex.assert_trees_all_close(
+        path.denoised_from_score(t, x, score), denoised, atol=1e-13 * size, rtol=0
+    )
     v = path.alpha(t) * noise - path.sigma(t) * denoised
     chex.assert_trees_all_close(path.denoised_from_v(t, x, v), denoised, atol=1e-13 * size, rtol=0)
     chex.assert_trees_all_close(path.score(t, x, denoised) * path.sigma(t), -noise, rtol=1e-13)
@@ -88,15 +92,23 @@ SINGLE = {
         np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ),
     "two levels": tj.DiscreteVP([0.9, 0.1]),
+    "ve": tj.VE(),
+    "ve, AlphaFold": tj.VE(4e-4 * 16, 160 * 16, sigma_data=16),
 }
+LATEST = 0.99  # of VE, whose sigma is 1e-14 sigma_max there; the slope of its snr overflows later
+
+
+def single_times(name, t):
+    """The times in single precision at which the snr of the interpolant is finite, and 1."""
+    t = t.astype(jnp.float32)
+    return t[(t < LATEST) | (t == 1)] if name.startswith("ve") else t
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_time_inverts_snr_in_single_precision(name):
     path = tj._pytree.cast(SINGLE[name], jnp.float32)
-    t = jnp.concatenate([jnp.linspace(0.0, 1.0, 1001), 1 - jnp.logspace(-7, -1, 100)]).astype(
-        jnp.float32
-    )
+    t = jnp.concatenate([jnp.linspace(0.0, 1.0, 1001), 1 - jnp.logspace(-7, -1, 100)])
+    t = single_times(name, t)
     back = jax.jit(jax.vmap(lambda t: path.time(path.snr(t))))(t)
     assert back.dtype == jnp.float32
     # A handful of roundings of numbers below one: division, square, root, two reciprocals.
@@ -110,10 +122,9 @@ def test_time_inverts_snr_in_single_precision(name):
 @pytest.mark.parametrize("name", SINGLE)
 def test_nothing_is_nan_between_the_ends_in_single_precision(name):
     path = tj._pytree.cast(SINGLE[name], jnp.float32)
-    t = jnp.concatenate([jnp.linspace(0.01, 0.999, 100), 1 - jnp.logspace(-7, -1, 50)]).astype(
-        jnp.float32
-    )
-    t = jnp.append(t, jnp.float32(1) - jnp.finfo(jnp.float32).epsneg)
+    t = jnp.concatenate([jnp.linspace(0.01, 0.999, 100), 1 - jnp.logspace(-7, -1, 50)])
+    t = jnp.append(t.astype(jnp.float32), jnp.float32(1) - jnp.finfo(jnp.float32).epsneg)
+    t = single_times(name, t)
     x = jnp.ones((), jnp.float32)
 
     def everything(t):
@@ -163,7 +174,7 @@ def test_the_memoryless_diffusion_is_its_definition(path):
     if path.alpha(jnp.asarray(0.0)) == 0:
         assert (start, end) == (np.inf, 0.0)
     else:
-        assert 0 < end < start < np.inf
+        assert 0 <= end < start < np.inf
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -177,7 +188,10 @@ def test_score_and_tweedie_agree_with_the_density_of_a_mixture(path, t):
     )
     denoise = lambda x: mixture.denoise(alpha, sigma, x)
     chex.assert_trees_all_close(
-        path.score(t, x, denoise(x)), jax.grad(noisy.log_prob)(x), rtol=TOLERANCE, atol=1e-9
+        path.score(t, x, denoise(x)),
+        jax.grad(noisy.log_prob)(x),
+        rtol=TOLERANCE,
+        atol=1e-9 + 1e-15 / float(sigma) ** 2,  # the rounding of x - D
     )
     _, cov = contracts.np_moments(
         *contracts.np_condition(mixture, float(alpha), float(sigma), np.asarray(x))
@@ -296,6 +310,46 @@ def test_a_table_of_a_path_is_that_path_to_third_order():
     assert abs(contracts.slope([error(n) for n in (100, 200, 400)]) - 3) < 0.3
 
 
+# Variance-exploding paths.
+
+
+def published_levels(low, high, rho, n):
+    """Karras et al. (2022), eq. 5."""
+    i = np.arange(n)
+    return (high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+@pytest.mark.parametrize("given", [(0.002, 80.0, 7.0), (4e-4 * 16, 160 * 16, 7.0), (0.1, 5.0, 3.0)])
+def test_equal_steps_of_ve_are_the_published_noise_levels(given):
+    path = tj.VE(*given)
+    end = 1 - (given[0] / given[1]) ** (1 / given[2])
+    times = path.default_times(18)
+    assert (float(times[0]), float(times[-1])) == (0.0, 1.0)
+    np.testing.assert_allclose(times[:-1], np.linspace(0, end, 18), rtol=1e-14)
+    np.testing.assert_allclose(path.sigma(times[:-1]), published_levels(*given, 18), rtol=1e-12)
+    low, high = path.snr_range()
+    np.testing.assert_allclose((low, high), (given[1] ** -2, given[0] ** -2), rtol=1e-14)
+    np.testing.assert_allclose(path.snr(jnp.asarray(end)), high, rtol=1e-12)
+    np.testing.assert_allclose(path.time(jnp.stack([low, high])), [0, end], atol=1e-14)
+
+
+def test_ve_closed_forms():
+    path = tj.VE(0.002, 80.0, 3.0)
+    for t in map(jnp.asarray, TIMES):
+        sigma = 80 * (1 - t) ** 3
+        assert (float(path.alpha(t)), float(path.sigma(jnp.asarray(1.0)))) == (1.0, 0.0)
+        assert np.isclose(path.diffusion(t), 2 * sigma * 240 * (1 - t) ** 2, rtol=1e-12)
+        assert np.isclose(path.tweedie(t), sigma**2, rtol=1e-12)
+
+
+def test_the_width_that_defaults_assume_for_data_is_that_of_the_noise_except_for_ve():
+    for name, path in PATHS.items():
+        expected = 0.5 if name == "ve" else float(path.sigma(jnp.asarray(0.0)))
+        assert float(path.data_scale()) == expected
+    assert tj._pytree.cast(tj.VP(), jnp.float32).data_scale().dtype == jnp.float32
+    assert tj._pytree.cast(PATHS["discrete vp"], jnp.float32).data_scale().dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -308,6 +362,10 @@ def test_a_table_of_a_path_is_that_path_to_third_order():
         ),
         (lambda: tj.DiscreteVP([0.9, 0.5, 0.0]), "leave out a last level that is 0"),
         (lambda: tj.DiscreteVP([0.9, np.nan, 0.1]), "decrease strictly"),
+        (lambda: tj.VE(2.0, 1.0), "sigma_min.*must be below sigma_max.*got 2 >= 1"),
+        (lambda: tj.VE(0.0), "sigma_min must be positive"),
+        (lambda: tj.VE(rho=0.5), r"rho must lie in \[1, inf\), got 0\.5"),
+        (lambda: tj.VE(sigma_data=-1.0), "sigma_data must not be negative"),
     ],
 )
 def test_schedules_that_cannot_be(build, message):

@@ -19,6 +19,7 @@ PATHS = {
     "linear": tj.Linear(),
     "base 1.7": tj.Linear(1.7),
     "trigonometric": contracts.Trigonometric(),
+    "ve": tj.VE(),
 }
 
 

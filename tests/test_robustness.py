@@ -167,6 +167,8 @@ VERBS = {
     "adaptive": solved(tj.Adaptive()),
     "tilted": tilted(),
     "tilted, VP": tilted(tj.VP()),
+    "heun, VE": solved(tj.Heun(), tj.VE()),
+    "tilted, VE": tilted(tj.VE()),
     "tilted, network": tilted(model=network),
     "smc": weighted_run(),
     "smc, children": weighted_run(proposal=weighted.proposals.Children(2)),

@@ -309,21 +309,20 @@ def _step_of(solver: solvers.Solver, dtype: Any) -> Callable:
     )
 
 
-def velocity(interpolant: Interpolant, t: Array, denoiser: Affine) -> Affine:
-    """The velocity of the flow of an affine denoiser."""
+def euler(interpolant: Interpolant, s: Array, t: Array, u: Array, denoiser: Affine) -> Affine:
+    """`Interpolant.advance` of an affine denoiser at the time s."""
     matrix, constant, noise = denoiser
+    advance = functools.partial(interpolant.advance, s, t, u)
     return Affine(
-        interpolant.velocity(t, jnp.eye(len(matrix), dtype=matrix.dtype), matrix),
-        interpolant.velocity(t, jnp.zeros_like(constant), constant),
-        interpolant.velocity(t, jnp.zeros_like(noise), noise),
+        advance(jnp.eye(len(matrix), dtype=matrix.dtype), matrix),
+        advance(jnp.zeros_like(constant), constant),
+        advance(jnp.zeros_like(noise), noise),
     )
 
 
 def euler_step(interpolant: Interpolant, t: Array, u: Array, at_t: Affine, at_u: Affine) -> Affine:
     """The step of Euler, `x + (u - t) b_t(x)`."""
-    slope, constant, noise = velocity(interpolant, t, at_t)
-    eye = jnp.eye(len(slope), dtype=slope.dtype)
-    return Affine(eye + (u - t) * slope, (u - t) * constant, (u - t) * noise)
+    return euler(interpolant, t, t, u, at_t)
 
 
 def heun_step(
@@ -332,16 +331,15 @@ def heun_step(
     """The step of Heun, `x + (u - t) (b_t(x) + b_u(x')) / 2` with `x'` from Euler. The draws of
     both velocities stand side by side in the noise; a shared draw is the same in both.
     """
-    dt = u - t
-    first, constant, noise = velocity(interpolant, t, at_t)
-    second, constant_u, noise_u = velocity(interpolant, u, at_u)
-    eye = jnp.eye(len(first), dtype=first.dtype)
-    noise_t = noise + dt * second @ noise
+    # The mean of the state and of the end of two Euler steps.
+    first, constant, noise = euler(interpolant, t, t, u, at_t)
+    second, constant_u, noise_u = euler(interpolant, u, t, u, at_u)
+    eye, noise_t = jnp.eye(len(first), dtype=first.dtype), second @ noise
     draws = [noise_t + noise_u, jnp.zeros_like(noise)] if share_draw else [noise_t, noise_u]
     return Affine(
-        eye + dt / 2 * (first + second @ (eye + dt * first)),
-        dt / 2 * (constant + constant_u + dt * second @ constant),
-        dt / 2 * jnp.concatenate(draws, axis=1),
+        (eye + second @ first) / 2,
+        (second @ constant + constant_u) / 2,
+        jnp.concatenate(draws, axis=1) / 2,
     )
 
 

@@ -40,7 +40,7 @@ from theory.distances import overlap
 from theory.many_draws import DrawsLaw, check_strength, draws_law
 from theory.tilts import QuadraticForm, quadratic_form
 from tiltjax import _checks, _pytree, rewards, scales
-from tiltjax.interpolants import Interpolant, Linear, or_linear
+from tiltjax.interpolants import VE, Interpolant, Linear, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
 _W, _ONE_MINUS_W, _WEIGHTS = quadrature.unit_interval()
@@ -213,10 +213,17 @@ def fmrg_law(
 
     For mixtures, see `plug_in_law`.
 
-    **Raises:** as `plug_in_law`.
+    **Raises:** as `plug_in_law`; `ValueError` for `VE`, whose runs jump to t = 1 from an early
+    time, and so leave out a part of this guidance.
     """
     check_mixture(prior, "prior")
     interpolant = _pytree.cast(or_linear(interpolant), prior.means.dtype)
+    if isinstance(interpolant, VE):
+        raise ValueError(
+            "a run on VE jumps to t = 1 from the level sigma_min, which leaves out the end of "
+            "flow-map guidance, so fmrg_law does not hold for VE: use "
+            "theory.run_law(..., theory.FlowMapEnd(), interpolant=), the law after N steps"
+        )
     scale = _checks.nonnegative(scale, "scale").astype(prior.means.dtype)
 
     direction = Partial(_fmrg_direction, interpolant, scale)

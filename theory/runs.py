@@ -187,7 +187,7 @@ class PlugInDraws(Field):
     def draw(self, problem: Problem, xi: Array, t: Array, x: Array) -> Array:
         """The end of the inner flow from the noise xi, along `Z_s = s X_1 + (1 - s) width xi`."""
         precision, natural = problem.interpolant.snr(t), problem.natural(t, x)
-        width = 1 / jnp.sqrt(precision + problem.interpolant.sigma(jnp.zeros_like(t)) ** -2)
+        width = 1 / jnp.sqrt(precision + problem.interpolant.data_scale() ** -2)
         s = jnp.arange(self.inner_steps, dtype=x.dtype) / self.inner_steps
         fraction = 1 / (self.inner_steps * (1 - s))  # of the way to the denoiser, in one step
 
@@ -215,7 +215,7 @@ class FlowMapEnd(Field):
         """The end of the unguided flow from x, in `u = x / sigma` and `kappa = alpha / sigma`."""
         interpolant, one = problem.interpolant, jnp.ones_like(t)
         kappa = interpolant.alpha(t) / interpolant.sigma(t)
-        last = 1 / (_FLOOR * interpolant.sigma(jnp.zeros_like(t)))
+        last = 1 / (_FLOOR * interpolant.data_scale())
         j = jnp.arange(self.inner_steps + 1, dtype=x.dtype) / self.inner_steps
         kappas = kappa * jnp.maximum(last / kappa, 1) ** j
         denoise = lambda kappa, u: problem.prior.denoise(kappa, one, u)
@@ -390,7 +390,7 @@ def _step(
 
         def move(x: Array, memory: Fit, _: Array) -> tuple[Array, Fit, Array]:
             found = _evaluate(problem, fields, index, strength, key, s, x, memory)
-            moved = x + (u - t) * problem.interpolant.velocity(s, x, found.denoised)
+            moved = problem.interpolant.advance(s, t, u, x, found.denoised)
             return jnp.where(u < 1, moved, found.denoised), found.memory, found.start
 
         return jax.lax.cond(s < 1, move, lambda *carry: carry, *carry), None

@@ -36,7 +36,7 @@ from tiltjax import (
     weighted,
 )
 from tiltjax.guidance import Conjugate, Doob, Laplace, PlugIn, Tuned, dps, fmrg
-from tiltjax.interpolants import VP, DiscreteVP, Linear
+from tiltjax.interpolants import VE, VP, DiscreteVP, Linear
 from tiltjax.mixtures import GaussianMixture
 from tiltjax.models import (
     Analytic,
@@ -44,7 +44,9 @@ from tiltjax.models import (
     Model,
     Tilted,
     from_denoiser,
+    from_edm,
     from_noise,
+    from_score,
     from_v,
     from_velocity,
 )
@@ -77,12 +79,15 @@ __all__ = [
     "from_velocity",
     "from_noise",
     "from_v",
+    "from_score",
+    "from_edm",
     "from_denoiser",
     "Tilted",
     "Annealed",
     "Linear",
     "VP",
     "DiscreteVP",
+    "VE",
     # guidance: estimates of log h and of its gradient
     "PlugIn",
     "Laplace",

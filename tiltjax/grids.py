@@ -1,4 +1,21 @@
-"""Time grids: the increasing times of a run, from noise (0) to data (1)."""
+r"""Time grids: the increasing times of a run, from noise (0) to data (1).
+
+The public functions return `times` for `sample(..., times=)` from published schedules of noise
+levels. All end with the jump to the denoiser at t = 1.
+
+| grid | noise levels `sigma / alpha`, or indices of the table of a `DiscreteVP` |
+|---|---|
+| `karras(interpolant, steps, rho=7)` | evenly spaced in `level^(1 / rho)` |
+| `exponential(interpolant, steps)` | evenly spaced in `log level` |
+| `leading(interpolant, steps, offset)` | `i (N // steps) + offset` |
+| `trailing(interpolant, steps)` | `round(N - i N / steps) - 1` |
+| `linspace(interpolant, steps)` | rounded `linspace(0, N - 1, steps)` |
+
+The last three are `timestep_spacing` of the schedulers of diffusers.
+
+References: Karras et al. (arXiv 2206.00364, eq. 5); Lin et al. (arXiv 2305.08891), for the three
+spacings.
+"""
 
 import math
 from typing import Any
@@ -9,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tiltjax import _pytree
+from tiltjax import _checks, _pytree
 from tiltjax._checks import concrete, count, finite
+from tiltjax.interpolants import DiscreteVP, Interpolant
 
 
 def time_grid(times: Any, steps: int | None) -> Array:
@@ -21,6 +39,142 @@ def time_grid(times: Any, steps: int | None) -> Array:
         return _time_grid(times, steps)
     with jax.ensure_compile_time_eval():  # so that the times can be read inside a caller's jit
         return _time_grid(times, steps)
+
+
+def karras(
+    interpolant: Interpolant,
+    steps: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+) -> Array:
+    """The times at which `sigma / alpha` falls from `sigma_max` to `sigma_min` evenly in
+    `(sigma / alpha)^(1 / rho)`, and 1.
+
+    **Arguments:** `interpolant`, with values that are not traced. `steps`, the number of levels
+    before t = 1. `sigma_min`, `sigma_max`: by default the levels of the network's training
+    (`Interpolant.snr_range`). Where these have no end, `sigma_max` is the level at t = 1e-3 and
+    `sigma_min` is 0.004 times `interpolant.data_scale()`, as 0.002 is for EDM. `rho > 0`.
+
+    **Returns:** `(steps + 1,)`. With one step, the only level is `sigma_max`.
+
+    **Raises:** `ValueError` for levels in the wrong order, or outside of those of the interpolant.
+    Source: Karras et al. (arXiv 2206.00364, eq. 5).
+    """
+    power = 1 / _checks.number(rho, "rho", 0, closed="neither")
+    high, low = _ends(interpolant, sigma_min, sigma_max)
+    fractions = np.linspace(0, 1, count(steps, "steps"))
+    return _at_levels(interpolant, (high**power + fractions * (low**power - high**power)) ** rho)
+
+
+def exponential(
+    interpolant: Interpolant,
+    steps: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Array:
+    """The times at which `sigma / alpha` falls from `sigma_max` to `sigma_min` by a constant
+    factor, and 1; arguments and errors as in `karras`.
+    """
+    high, low = _ends(interpolant, sigma_min, sigma_max)
+    fractions = np.linspace(0, 1, count(steps, "steps"))
+    return _at_levels(interpolant, high * (low / high) ** fractions)
+
+
+def leading(interpolant: DiscreteVP, steps: int, *, offset: int = 1) -> Array:
+    """The times of the levels `i (N // steps) + offset` for i from `steps - 1` down to 0, and 1.
+
+    For 100 of 1000 levels these are 991, 981, ..., 1. Stable Diffusion samples so. The run starts
+    below the noisiest level.
+
+    **Arguments:** `interpolant`, a `DiscreteVP` of N levels; `steps`; `offset >= 0`, `steps_offset`
+    of diffusers. **Returns:** `(steps + 1,)`. **Raises:** `ValueError` for levels that are not in
+    the table.
+    """
+    levels = _table_size(interpolant, steps)
+    indices = np.arange(steps) * (levels // steps) + count(offset, "offset", 0)
+    if indices[-1] >= levels:
+        raise ValueError(
+            f"the noisiest index would be {indices[-1]}, but the table has {levels} levels, with "
+            f"indices up to {levels - 1}: lower offset = {offset} or steps = {steps}"
+        )
+    return _at_indices(interpolant, indices[::-1])
+
+
+def trailing(interpolant: DiscreteVP, steps: int) -> Array:
+    """The times of the levels `round(N - i N / steps) - 1` for i from 0 to `steps - 1`, and 1.
+
+    For 100 of 1000 levels these are 999, 989, ..., 9. The run starts at the noisiest level.
+
+    **Arguments:** as in `leading`.
+    """
+    levels = _table_size(interpolant, steps)
+    return _at_indices(interpolant, np.round(np.arange(levels, 0, -levels / steps))[:steps] - 1)
+
+
+def linspace(interpolant: DiscreteVP, steps: int) -> Array:
+    """The times of the levels `linspace(N - 1, 0, steps)`, rounded, and 1.
+
+    **Arguments:** as in `leading`; at least two steps.
+    """
+    levels = _table_size(interpolant, count(steps, "steps", 2))
+    return _at_indices(interpolant, np.round(np.linspace(0, levels - 1, steps))[::-1])
+
+
+def _table_size(interpolant: DiscreteVP, steps: int) -> int:
+    how = "such as DiscreteVP(alphas_cumprod); use karras or exponential for another interpolant"
+    _checks.instance(interpolant, DiscreteVP, "interpolant", how)
+    levels = len(interpolant.noise_level)
+    if count(steps, "steps") > levels:
+        raise ValueError(f"steps must be at most {levels}, the number of levels, got {steps}")
+    return levels
+
+
+def _at_indices(interpolant: DiscreteVP, indices: np.ndarray) -> Array:
+    clock: Any = interpolant.clock  # of NumPy numbers, in double precision
+    times = np.append(clock(indices.astype(np.float64)), 1.0)
+    return jax.device_put(times.astype(jnp.result_type(float)))
+
+
+def _ends(
+    interpolant: Interpolant, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
+    """The highest and the lowest level of a grid."""
+    _checks.instance(interpolant, Interpolant, "interpolant", "such as tiltjax.VE()")
+    if not concrete(interpolant):
+        raise TypeError("interpolant must have concrete values: make the grid outside of jit")
+    with jax.ensure_compile_time_eval():
+        interpolant = _pytree.cast(interpolant, jnp.result_type(float))
+        noisiest, cleanest = (
+            float(snr) ** -0.5 if snr > 0 else math.inf for snr in interpolant.snr_range()
+        )
+        usual = (
+            float(interpolant.snr(jnp.asarray(1e-3))) ** -0.5,
+            4e-3 * float(interpolant.data_scale()),
+        )
+    high = usual[0] if math.isinf(noisiest) else noisiest
+    low = cleanest or usual[1]
+    high = (
+        high
+        if sigma_max is None
+        else _checks.number(sigma_max, "sigma_max", 0, noisiest * (1 + 1e-6), closed="right")
+    )
+    low = low if sigma_min is None else _checks.number(sigma_min, "sigma_min", 0, closed="neither")
+    if not low < high:
+        raise ValueError(f"sigma_min must be below sigma_max, got {low:g} >= {high:g}")
+    return high, low
+
+
+def _at_levels(interpolant: Interpolant, levels: np.ndarray) -> Array:
+    """The times at which `sigma / alpha` has these values, and 1."""
+    with jax.ensure_compile_time_eval():
+        interpolant = _pytree.cast(interpolant, jnp.result_type(float))
+        snr = jnp.asarray(levels**-2.0, jnp.result_type(float))
+        # Rounding may put the noisiest level slightly before t = 0.
+        times = jnp.maximum(jax.vmap(interpolant.time)(snr), 0.0)
+        return jnp.append(times, jnp.ones((), times.dtype))
 
 
 def _time_grid(times: Any, steps: int | None) -> Array:
@@ -47,19 +201,23 @@ def _time_grid(times: Any, steps: int | None) -> Array:
 
 
 def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> Array:
-    """The default times of a run for data of standard deviation `width`: those of data of unit
-    width, `time_grid(None, steps)`, unless the width is known and not between 0.1 and 10 times
-    that of the noise. Then the grid is that of data in this range, in terms of snr times variance,
-    and starts at 1e-3 or earlier. For narrow data, up to a quarter of the steps are before it.
+    """The default times of a run for data of standard deviation `width`: those of the interpolant
+    (`default_times`), or else those of data of unit width, `time_grid(None, steps)`, unless the
+    width is known and not between 0.1 and 10 times `interpolant.data_scale()`. Then the grid is
+    that of data in this range, in terms of snr times variance, and starts at 1e-3 or earlier. For
+    narrow data, up to a quarter of the steps are before it.
 
-    **Raises:** `ValueError` if the times are not distinct in `dtype`.
+    **Raises:** `ValueError` if the times are not distinct in `dtype`, or the data is not wider than
+    the noise at the last of the interpolant's times.
     """
+    if (times := _own_times(interpolant, width, count(steps, "steps"))) is not None:
+        return times
     times = time_grid(None, steps)
     if not width or not concrete(interpolant):
         return times
     with jax.ensure_compile_time_eval():
         interpolant = _pytree.cast(interpolant, times.dtype)
-        factor = beyond(width, float(interpolant.sigma(jnp.zeros((), times.dtype))))
+        factor = beyond(width, float(interpolant.data_scale()))
         if factor == 1:
             return times
         scaled = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))
@@ -79,9 +237,29 @@ def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> A
         return jnp.append(inner, jnp.ones((), inner.dtype))
 
 
+def _own_times(interpolant: Any, width: float | None, steps: int) -> Array | None:
+    """`interpolant.default_times(steps)`, in JAX's default float."""
+    if not concrete(interpolant):
+        return interpolant.default_times(steps)
+    with jax.ensure_compile_time_eval():
+        interpolant = _pytree.cast(interpolant, jnp.result_type(float))
+        times = interpolant.default_times(steps)
+        if times is None or not width or steps == 1:
+            return times
+        last = float(interpolant.snr(times[-2])) ** -0.5
+    if width < 10 * last:
+        raise ValueError(
+            f"data of standard deviation {width:.3g} is not 10 times as wide as {last:.3g}, the "
+            f"last noise level of {interpolant}: lower that level, or multiply the data by a "
+            "constant"
+        )
+    return times
+
+
 def beyond(width: float | None, base: float) -> float:
-    """The factor by which the width of data is outside of 0.1 to 10 times `base`, the width of the
-    noise; 1 inside, and if the width is zero or not known.
+    """The factor by which the width of data is outside of 0.1 to 10 times `base`, the scale of
+    data of unknown width (`Interpolant.data_scale`); 1 inside, and if the width is zero or not
+    known.
     """
     relative = width / base if width else 1.0
     return relative / float(np.clip(relative, 0.1, 10.0))

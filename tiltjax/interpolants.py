@@ -9,6 +9,7 @@ Time runs from noise (t = 0) to data (t = 1) along
 | `Linear(base_scale)` | `t` | `(1 - t) base_scale` | flow matching, rectified flow |
 | `VP(beta_min, beta_max)` | `exp(-B_t / 2)` | `sqrt(1 - alpha^2)` | score matching |
 | `DiscreteVP(alphas_cumprod)` | through a table | `sqrt(1 - alpha^2)` | DDPM, Stable Diffusion |
+| `VE(sigma_min, sigma_max)` | `1` | `sigma_max (1 - t)^rho` | EDM, k-diffusion, AlphaFold 3 |
 
 A model is defined by its denoiser `D_t(x) = E[X_1 | X_t = x]`. Every other parametrization is
 affine in the denoiser:
@@ -26,7 +27,8 @@ and renoising all use this one function.
 References: Albergo, Boffi and Vanden-Eijnden, *Stochastic interpolants* (arXiv 2303.08797); Lipman
 et al. (arXiv 2210.02747). The memoryless diffusion `g^2 = 2 sigma (sigma alpha'/alpha - sigma')`
 comes from Domingo-Enrich et al. (arXiv 2409.08861). Variance preservation: Ho, Jain and Abbeel
-(arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456).
+(arXiv 2006.11239, DDPM); Song et al. (arXiv 2011.13456). Variance explosion: Karras et al. (arXiv
+2206.00364, EDM).
 """
 
 from typing import Any
@@ -73,6 +75,30 @@ class Interpolant(_repr.Printable):
         lowest = self.snr(jnp.asarray(0.0))
         return lowest, jnp.full_like(lowest, jnp.inf)
 
+    def call_range(self) -> tuple[Array, Array]:
+        """The lowest and the highest snr at which a network with this interpolant can be called: by
+        default those of its training.
+        """
+        return self.snr_range()
+
+    def data_scale(self) -> Array:
+        """The standard deviation that defaults assume for data of unknown width: by default that of
+        the noise, `sigma_0`.
+        """
+        return jnp.asarray(self.sigma(0.0))  # pyright: ignore[reportArgumentType]
+
+    def default_times(self, steps: int) -> Array | None:
+        """The times of a run of this interpolant, `(steps + 1,)`, or `None` for equal steps on
+        [1e-3, 1], scaled to the width of the data (`grids.of_width`).
+        """
+        return None
+
+    def advance(self, s: Array, t: Array, u: Array, x: Array, denoised: Array) -> Array:
+        """The state after Euler's step of the probability flow over the interval from t to u, with
+        the drift at x and time s, one end of the interval: `x + (u - t) b_s(x)`.
+        """
+        return x + (u - t) * self.velocity(s, x, denoised)
+
     def diffusion(self, t: Array) -> Array:
         """`g_t^2`, the memoryless squared diffusion coefficient; infinite where `alpha_t = 0`."""
         return 2 * self._wronskian(t) * self.sigma(t) / self.alpha(t)
@@ -94,6 +120,12 @@ class Interpolant(_repr.Printable):
     def denoised_from_noise(self, t: Array, x: Array, noise: Array) -> Array:
         """The denoiser from a noise prediction; singular where `alpha_t = 0`."""
         return (x - self.sigma(t) * noise) / self.alpha(t)
+
+    def denoised_from_score(self, t: Array, x: Array, score: Array) -> Array:
+        """The denoiser from a score, `(x + sigma^2 s) / alpha` (Tweedie's formula); singular where
+        `alpha_t = 0`.
+        """
+        return (x + self.sigma(t) ** 2 * score) / self.alpha(t)
 
     def denoised_from_velocity(self, t: Array, x: Array, velocity: Array) -> Array:
         """The denoiser from a velocity."""
@@ -348,6 +380,90 @@ class DiscreteVP(_VariancePreserving):
         return start, end - start, self.slope[k], self.slope[k + 1]
 
 
+class VE(Interpolant):
+    r"""The variance-exploding interpolant `X_t = X_1 + sigma_t X_0`,
+    `sigma_t = sigma_max (1 - t)^rho`, of networks that take a noise level sigma: EDM, k-diffusion,
+    AlphaFold 3, consistency models.
+
+    Equal steps in t are the noise levels of Karras et al. (arXiv 2206.00364, eq. 5),
+
+        sigma_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
+
+    because `sigma^(1/rho)` is linear in t. Level `sigma_min` is at
+    `t_end = 1 - (sigma_min / sigma_max)^(1/rho)`, 0.78 by default. The default times of a run are
+    `linspace(0, t_end, n)`, where the levels are those above, and 1 at the end, the jump to the
+    denoiser. `Euler` and `Heun` take steps in sigma, `x + (sigma_u - sigma_t) E_t(x)` with the
+    noise prediction E. So `Heun` on these times is the deterministic sampler of that paper
+    (algorithm 1), and `Euler` is DDIM.
+
+    `sigma(t)` takes arrays: a batched network of a noise level is called as `net(x, ve.sigma(t))`.
+    A run calls the network between `sigma_max` and `sigma_min` only. Posteriors and guidances that
+    add a precision to the snr (`Glass`, `FlowMap`, `Conjugate`), and the solver `Adaptive`, also
+    call it at lower levels, down to about `1e-3 sigma_data`.
+
+    **Arguments:** `sigma_min`, `sigma_max`: the noise levels of a run, `0 < sigma_min < sigma_max`,
+    between which the network was trained. `rho >= 1`: the larger, the more steps near the data.
+    `sigma_data`: the standard deviation of the data, for the preconditioning of EDM (`from_edm`)
+    and for all defaults for data of unknown width. AlphaFold 3 has
+    `VE(4e-4 * 16, 160 * 16, sigma_data=16)`.
+
+    **Raises:** `ValueError` for levels that are not positive or in the wrong order, and `rho < 1`.
+    """
+
+    sigma_min: Array
+    sigma_max: Array
+    rho: Array
+    sigma_data: Array
+
+    def __init__(
+        self,
+        sigma_min: float | Array = 0.002,
+        sigma_max: float | Array = 80.0,
+        rho: float | Array = 7.0,
+        sigma_data: float | Array = 0.5,
+    ):
+        self.sigma_min = _checks.positive(sigma_min, "sigma_min")
+        self.sigma_max = _checks.positive(sigma_max, "sigma_max")
+        self.rho = _checks.in_range(rho, "rho", 1)
+        self.sigma_data = _checks.positive(sigma_data, "sigma_data")
+        ends = self.sigma_min, self.sigma_max
+        if _checks.concrete(ends) and not np.asarray(ends[0]) < np.asarray(ends[1]):
+            raise ValueError(
+                "sigma_min, the noise level next to the data, must be below sigma_max, the noise "
+                f"level of the start, got {float(self.sigma_min):g} >= {float(self.sigma_max):g}"
+            )
+
+    def alpha(self, t: Array) -> Array:
+        return 1.0 + 0.0 * t
+
+    def sigma(self, t: Array) -> Array:
+        return self.sigma_max * (1 - t) ** self.rho
+
+    def time(self, snr: Array) -> Array:
+        return 1 - (self.sigma_max**2 * snr) ** (-0.5 / self.rho)
+
+    def snr_range(self) -> tuple[Array, Array]:
+        return self.sigma_max**-2, self.sigma_min**-2
+
+    def call_range(self) -> tuple[Array, Array]:
+        # A tenth of the least level of a run, for guidances that add a precision to the snr.
+        return self.sigma_max**-2, 100 * self.sigma_min**-2
+
+    def data_scale(self) -> Array:
+        return self.sigma_data
+
+    def default_times(self, steps: int) -> Array:
+        dtype = self.sigma_max.dtype
+        end = 1 - (self.sigma_min / self.sigma_max) ** (1 / self.rho)
+        inner = end * jnp.arange(steps, dtype=dtype) / max(steps - 1, 1)
+        return jnp.append(inner, jnp.ones((), dtype))
+
+    def advance(self, s: Array, t: Array, u: Array, x: Array, denoised: Array) -> Array:
+        # With alpha' = 0 the flow is dx = E dsigma. A step in sigma needs no slope of sigma, which
+        # changes by a factor of more than two over one of 20 steps.
+        return x + (self.sigma(u) - self.sigma(t)) * self.noise(s, x, denoised)
+
+
 def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Interpolant:
     """The interpolant, or `Linear(base_scale)` in place of `None`. **Raises:** `TypeError` for
     other values.
@@ -359,10 +475,10 @@ def or_linear(interpolant: Interpolant | None, base_scale: float = 1.0) -> Inter
 
 
 def start_of(interpolant: Interpolant, t: Any, dtype: Any) -> tuple[float, float, float]:
-    """`alpha_t`, `snr_t` and `sigma_0` as Python numbers, also inside a `jit`."""
+    """`alpha_t`, `snr_t` and `data_scale()` as Python numbers, also inside a `jit`."""
     # With NumPy numbers, an interpolant that consists of arithmetic compiles nothing.
     leaves = lambda leaf: np.asarray(leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf)
     interpolant, t = jax.tree.map(leaves, interpolant), np.asarray(t, dtype)
     with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
-        base_scale = interpolant.sigma(np.zeros_like(t))
-        return float(interpolant.alpha(t)), float(interpolant.snr(t)), float(base_scale)
+        scale = interpolant.data_scale()
+        return float(interpolant.alpha(t)), float(interpolant.snr(t)), float(scale)

@@ -185,7 +185,7 @@ class Glass(Posterior):
         model, interpolant = decomposed(self.model), self.model.interpolant
         precision = interpolant.snr(t)
         natural = _linalg.entries(interpolant.alpha(t) / interpolant.sigma(t) ** 2 * x)
-        base = interpolant.sigma(jnp.zeros_like(t)) * self.widening.astype(x.dtype)
+        base = interpolant.data_scale() * self.widening.astype(x.dtype)
         width = 1 / jnp.sqrt(precision + base**-2)
         remaining, steps = _glass_steps(model, precision, width, self.inner_steps, x.dtype)
         rows, from_row = _linalg.rows(steps)
@@ -326,7 +326,7 @@ class FlowMap(Posterior):
         `sigma / alpha`.
         """
         interpolant = self.model.interpolant
-        base = interpolant.sigma(jnp.zeros_like(t)) * self.narrowing.astype(dtype)
+        base = interpolant.data_scale() * self.narrowing.astype(dtype)
         last = interpolant.time((1 / (self.floor * base)) ** 2)
         noise_ratio = interpolant.sigma(t) / interpolant.alpha(t)
         ratio = jnp.minimum(interpolant.sigma(last) / interpolant.alpha(last) / noise_ratio, 1.0)

@@ -6,7 +6,7 @@ drift `b + (g_t^2 / 2) ∇ log h`.
 
 | solver | step | order |
 |---|---|---|
-| `Euler()` | `x + (u - t) b~_t(x)` | 1 |
+| `Euler()` | `x + (u - t) b~_t(x)` (`VE`: a step in sigma) | 1 |
 | `Heun(share_draw)` | trapezoid over two stages | 2 |
 | `Ancestral(eta)` | `alpha_u D~ + sigma_u sqrt(1 - eta^2 + eta^2 rho^2) E~ + sqrt(S2) xi` | 1 |
 | `Consistency()` | `alpha_u f + sigma_u xi`, f a consistency function instead of `D~` | exact |
@@ -111,7 +111,7 @@ class Euler(Solver):
 
     def step(self, keys, interpolant, field, t, u, x, state):
         denoised, state = field(keys.guidance, t, x, state)
-        moved = x + (u - t) * interpolant.velocity(t, x, denoised)
+        moved = interpolant.advance(t, t, u, x, denoised)
         return jnp.where(u < 1, moved, denoised), state
 
 
@@ -139,9 +139,8 @@ class Heun(Solver):
 
             def move(x, state):
                 denoised, state = field(key, s, x, state)
-                return jnp.where(
-                    u < 1, x + (u - t) * interpolant.velocity(s, x, denoised), denoised
-                ), state
+                moved = interpolant.advance(s, t, u, x, denoised)
+                return jnp.where(u < 1, moved, denoised), state
 
             # A branch, not a select: the field has no value at t = 1. All particles have the same
             # u, so vmap keeps the branch.
@@ -225,9 +224,9 @@ class Adaptive(Solver):
     """The probability flow to a tolerance, by Tsitouras' pair of orders 5 and 4 with step-size
     control (Diffrax).
 
-    The flow is solved on a circle, on which all interpolants are alike. With `c = sigma_0`,
-    `r = hypot(sigma, c alpha)` and the angle `phi = arctan(sigma / (c alpha))`, which falls from pi
-    / 2 (noise) to 0 (data),
+    The flow is solved on a circle, on which all interpolants are alike. With
+    `c = interpolant.data_scale()`, which is `sigma_0` except for `VE`, `r = hypot(sigma, c alpha)`
+    and the angle `phi = arctan(sigma / (c alpha))`, which falls from pi / 2 (noise) to 0 (data),
 
         y = x / r = sin(phi) X_0 + cos(phi) X_1 / c,      dy/dphi = cos(phi) E~ - sin(phi) D~ / c,
 
@@ -270,7 +269,7 @@ class Adaptive(Solver):
 
     def last(self, interpolant: Interpolant) -> Array:
         """The time from which a step to t = 1 jumps."""
-        return interpolant.time((self.floor * interpolant.sigma(jnp.zeros_like(self.floor))) ** -2)
+        return interpolant.time((self.floor * interpolant.data_scale()) ** -2)
 
     def solve(
         self,
@@ -287,7 +286,7 @@ class Adaptive(Solver):
         """
         import diffrax  # here, because it makes `import tiltjax` a third slower
 
-        circle = _Circle(interpolant, interpolant.sigma(jnp.zeros_like(t)))
+        circle = _Circle(interpolant, interpolant.data_scale())
 
         def dy_dphi(phi: Any, y: Any, args: Any) -> Array:
             s = circle.time(phi)

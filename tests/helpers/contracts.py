@@ -51,6 +51,7 @@ def paths():
         "linear, base 1.7": tj.Linear(1.7),
         "trigonometric, base 0.6": Trigonometric(0.6),
         "vp": tj.VP(),
+        "ve": tj.VE(),
         "discrete vp": tj.DiscreteVP(np.cumprod(1 - np.linspace(0.01, 0.6, 17))),
     }
 

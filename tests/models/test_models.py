@@ -42,6 +42,7 @@ def test_every_parametrization_is_the_same_model(name):
         tj.from_velocity(model.velocity, **options),
         tj.from_noise(model.noise, **options),
         tj.from_v(v, **options),
+        tj.from_score(model.score, **options),
         tj.from_denoiser(model.denoise, **options),
     )
 

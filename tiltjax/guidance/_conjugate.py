@@ -61,7 +61,7 @@ from tiltjax.guidance._base import Estimate, Guidance
 from tiltjax.mixtures import decomposed
 from tiltjax.models import Analytic, Denoiser, Model, check_mean
 
-_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; the snr range for sigma_0 = 1
+_SNR_RANGE, _LEVELS = (1e-7, 1e7), 48  # of a variance table; for a data_scale of 1
 # The safeguards of one iteration of the fit; `keep_precision` and `trust_fraction` derive them.
 _WIDENING = 2.0  # the largest factor by which the fitted posterior may widen
 _LOST_PRECISION = 1 - _WIDENING**-2  # the fraction of the precision that this widening costs
@@ -90,16 +90,17 @@ class Variance(_repr.Printable):
 
 def log_snr_levels(model: Model, levels: int, stretch: float | Array = 1.0) -> Array:
     """The `log snr` of the entries of a table, `(levels,)`: evenly spaced, on the range on which
-    the model's network was trained. `stretch` is that of the model.
+    the model's network can be called. `stretch` is that of the model.
     """
-    base = model.interpolant.sigma(jnp.zeros((), model.dtype))
+    base = model.interpolant.data_scale()
     # The grid of narrow data ends later than usual, but starts as usual.
     ends = jnp.stack([jnp.maximum(stretch, 1), jnp.minimum(stretch, 1)]).astype(model.dtype)
     widest = jnp.asarray(_SNR_RANGE, model.dtype) / (base * ends) ** 2
     # The network is called at the model's snr plus `ahead`, so its range is shifted by `ahead`.
     network, ahead = model.network_query()
-    lowest, highest = (end.astype(model.dtype) - ahead for end in network.snr_range())
-    first, last = jnp.log(jnp.maximum(widest[0], lowest)), jnp.log(jnp.minimum(widest[1], highest))
+    lowest, highest = (end.astype(model.dtype) - ahead for end in network.call_range())
+    first = jnp.log(jnp.maximum(widest[0], lowest))
+    last = jnp.log(jnp.where(jnp.isinf(highest), widest[1], highest))
     return jnp.linspace(first, last, levels)
 
 

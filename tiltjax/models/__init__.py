@@ -3,7 +3,7 @@ r"""Models of the base law, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]
 | model | |
 |---|---|
 | `Analytic(mixture)`, `Checkerboard()` | in closed form |
-| `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | networks |
+| `from_velocity`, `from_noise`, `from_v`, `from_score`, `from_edm`, `from_denoiser` | networks |
 | `from_consistency`, `from_flow_map` | networks that jump along the probability flow |
 | `Tilted(model, reward, scale)` | the exact tilt by a conjugate reward |
 | `Rescheduled(model, interpolant)` | the same law on another interpolant |
@@ -28,14 +28,20 @@ from tiltjax.models._annealed import (
 from tiltjax.models._base import Denoiser, Model, check_mean
 from tiltjax.models._checkerboard import SCALE, Checkerboard
 from tiltjax.models._composed import Composed, cfg, difference, geometric_mean, product
+from tiltjax.models._maps import (
+    ConsistencyNetwork,
+    FlowMapNetwork,
+    from_consistency,
+    from_flow_map,
+)
 from tiltjax.models._network import (
     Net,
     Network,
     call_network,
-    from_consistency,
     from_denoiser,
-    from_flow_map,
+    from_edm,
     from_noise,
+    from_score,
     from_v,
     from_velocity,
 )
@@ -50,6 +56,8 @@ __all__ = [
     "from_velocity",
     "from_noise",
     "from_v",
+    "from_score",
+    "from_edm",
     "from_denoiser",
     "from_consistency",
     "from_flow_map",

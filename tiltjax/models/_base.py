@@ -3,7 +3,7 @@ r"""Models, defined by their denoiser `D_t(x) = E[X_1 | X_t = x]`.
 | model | denoiser |
 |---|---|
 | `Analytic(mixture)` | closed form of a Gaussian mixture |
-| `from_velocity`, `from_noise`, `from_v`, `from_denoiser` | a network: a function or a module |
+| `from_velocity`, `from_noise`, `from_v`, `from_score`, `from_edm`, `from_denoiser` | a network |
 | `Tilted(model, reward, scale)`, `Rescheduled(model, interpolant)` | that of another model |
 
 All statements about models assume that the denoiser is a posterior mean. A network under
@@ -181,8 +181,8 @@ class Model(Denoiser):
 
     @property
     def stretch(self) -> float:
-        """The factor by which the `width` of the data is outside of 0.1 to 10 times that of the
-        noise; 1 inside, and if the width is not known.
+        """The factor by which the `width` of the data is outside of 0.1 to 10 times the
+        `data_scale` of the interpolant; 1 inside, and if the width is not known.
         """
         if self.width is None or not _checks.concrete(self.interpolant):
             return 1.0
@@ -202,13 +202,16 @@ class Model(Denoiser):
         """Raise a `ValueError` if the law of `X_t` is not close enough to the law of `start`.
 
         `start` is accurate if the noise dominates the data, that is if `snr_t` times the variance
-        of the data is at most 2%. Here data has the variance of the noise, unless its `width` is
-        known and is not between 0.1 and 10 times that of the noise.
+        of the data is at most 2%. Here data has the width of `interpolant.data_scale()`, unless its
+        `width` is known and not between 0.1 and 10 times that, or, for `VE`, larger.
         """
         if not _checks.concrete((t, self.interpolant)):
             return
         snr, base = start_of(self.interpolant, t, self.dtype)[1:]
-        variance = (base * grids.beyond(self.width, base)) ** 2
+        width = base * grids.beyond(self.width, base)
+        if self.interpolant.default_times(1) is not None:  # whose start is the same for all widths
+            width = max(width, self.width or 0.0)
+        variance = width**2
         if snr * variance <= _NOT_NOISE:
             return
         share = f"a fraction of {snr * variance / (1 + snr * variance):.2g} of the variance is data"
@@ -284,25 +287,27 @@ class Model(Denoiser):
         )
 
     def grid(self, steps: int) -> Array:
-        """The default grid, equal steps on [1e-3, 1]. If the network was trained on less, the grid
-        covers only the training range and ends with a jump to 1.
+        """The default grid, equal steps on [1e-3, 1], or the `default_times` of the interpolant
+        (`VE`). If the network was trained on less, the grid covers only the training range and ends
+        with a jump to 1.
 
-        If the `width` of the data is known and is not between 0.1 and 10 times the noise, the grid
-        is that of data in this range, in terms of snr times variance, and starts at 1e-3 or
-        earlier.
+        If the `width` of the data is known and is not between 0.1 and 10 times
+        `interpolant.data_scale()`, the grid is that of data in this range, in terms of snr times
+        variance, and starts at 1e-3 or earlier (not for `VE`).
         """
         times = grids.of_width(self.interpolant, self.width, steps, self.dtype)
         if not _checks.concrete(self) or self._trained_everywhere():
             return times
         with jax.ensure_compile_time_eval():
             snr, lowest, highest, start, end = map(np.asarray, _network_snr(self, times))
-            early, late = 0 <= snr[0] < lowest, snr[-2] > highest
-            start = max(np.ceil(1e6 * start) / 1e6, 1e-3) if early else 1e-3
-            end = (
-                min(np.floor(1e6 * end) / 1e6, 1 - (1 - start) / steps)
-                if late
-                else 1 - (1 - start) / steps
-            )
+            early = 0 <= snr[0] < (1 - _ROUNDING) * lowest
+            late = snr[-2] > (1 + _ROUNDING) * highest
+            first = min(float(times[0]), 1e-3)
+            start = max(np.ceil(1e6 * start) / 1e6, first) if early else first
+            usual = 1 - (1 - start) / steps
+            if self.interpolant.default_times(steps) is not None:
+                usual = float(times[-2])
+            end = min(np.floor(1e6 * end) / 1e6, usual) if late else usual
             # If no times are left, or the tilt is convex, the checks raise an error later.
             usable = (early or late) and (steps == 1 or start < end)
             return jnp.append(jnp.linspace(start, end, steps), 1.0) if usable else times

@@ -7,7 +7,7 @@ pass, so its kernels never get an additional axis.
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,9 +16,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
 from tiltjax import _checks, _pytree, _repr
-from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.interpolants import VE, Interpolant, or_linear
 from tiltjax.models._base import Model
-from tiltjax.solvers import Consistency, Solver
 
 
 class Net(_pytree.KeepsDtype):
@@ -95,7 +94,7 @@ def _checked(
         if _pytree.is_untraceable(error):
             raise TypeError(
                 f"JAX cannot trace the network ({type(error).__name__}): write it in jax.numpy; "
-                "NumPy, PyTorch and ONNX run through tiltjax.external, such as from_torch(module)"
+                "NumPy and PyTorch run inside of rewards only (tiltjax.external)"
             ) from error
         raise
     got = getattr(output, "shape", None)
@@ -209,32 +208,36 @@ _call_in_batches.defvjp(_call_forward, _call_backward, symbolic_zeros=True)
 
 
 class Network(Model):
-    """A network as a model; built by `from_velocity`, `from_noise`, `from_v`, `from_denoiser`."""
+    """A network as a model; built by `from_velocity`, `from_noise`, `from_v`, `from_score`,
+    `from_edm`, `from_denoiser`.
+    """
 
     net: Net
     interpolant: Interpolant
-    to_denoised: Callable = eqx.field(static=True)
+    kind: "Parameterization" = eqx.field(static=True)
     batched: bool = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
     def _call(self, **given: Any) -> str:
-        maker = _MAKERS[self.to_denoised]
-        return _repr.call(self, maker, **{"fn": self.net, "shape": None, "dtype": None} | given)
+        parts = {"fn": self.net, "shape": None, "dtype": None}
+        return _repr.call(self, self.kind.maker, **parts | given)
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
-        output = call_network(self.net, t, x, x.shape, self.batched)
-        return self.to_denoised(self.interpolant, t, x, output.astype(x.dtype))
+        first, state = self.kind.inputs(self.interpolant, t, x)
+        output = call_network(self.net, first, state, x.shape, self.batched)
+        return self.kind.denoised(self.interpolant, t, x, output.astype(x.dtype))
 
     def denoise_batch(self, t: Array, x: Array) -> Array:
         if not self.batched:
             return super().denoise_batch(t, x)
         t = jnp.asarray(t, x.dtype)
-        call = lambda: self.net(jnp.broadcast_to(t, len(x)), x)
+        first, states = self.kind.inputs(self.interpolant, t, x)
+        call = lambda: self.net(jnp.broadcast_to(first, len(x)), states)
         output = _checked(self.net, call, x.shape, x[0], True).astype(x.dtype)
-        to_denoised = lambda x, output: self.to_denoised(self.interpolant, t, x, output)
-        return jax.vmap(to_denoised)(x, output)
+        denoised = lambda x, output: self.kind.denoised(self.interpolant, t, x, output)
+        return jax.vmap(denoised)(x, output)
 
 
 def from_velocity(
@@ -271,7 +274,7 @@ def from_velocity(
     **Raises:** `ValueError` for an output of the wrong shape, or a module in training mode;
     `TypeError` for a function with another signature.
     """
-    return _network(fn, params, _from_velocity, shape, batched, interpolant, dtype)
+    return build(fn, params, VELOCITY, shape, batched, interpolant, dtype)
 
 
 def from_noise(
@@ -290,7 +293,7 @@ def from_noise(
     this error shows, start later. For a network that takes the index of a noise level instead of t,
     use `interpolants.DiscreteVP`.
     """
-    return _network(fn, params, _from_noise, shape, batched, interpolant, dtype)
+    return build(fn, params, _NOISE, shape, batched, interpolant, dtype)
 
 
 def from_v(
@@ -313,7 +316,7 @@ def from_v(
     """
     how = "such as tiltjax.VP(), or the DiscreteVP of the network's noise levels"
     _checks.instance(interpolant, Interpolant, "interpolant", how)
-    return _network(fn, params, _from_v, shape, batched, interpolant, dtype)
+    return build(fn, params, _V, shape, batched, interpolant, dtype)
 
 
 def from_denoiser(
@@ -327,122 +330,109 @@ def from_denoiser(
 ) -> Network:
     """A model from a denoising network `D_t(x) = E[X_1 | X_t = x]`; arguments and conditions as in
     `from_velocity`.
+
+    A denoiser that takes a noise level instead of t, as the wrapped networks of EDM and k-diffusion
+    and consistency models do, is `from_denoiser(lambda t, x: net(x, ve.sigma(t)), interpolant=ve,
+    shape=...)` with a `VE`.
     """
-    return _network(fn, params, _from_denoiser, shape, batched, interpolant, dtype)
+    return build(fn, params, DENOISER, shape, batched, interpolant, dtype)
 
 
-class ConsistencyNetwork(Network):
-    """A consistency function as a model; built by `from_consistency`. Its `denoise` is the end of a
-    trajectory, `f_t(x)`, which is not a posterior mean.
-    """
-
-    is_mean: ClassVar[bool] = False
-    steps: ClassVar[int | None] = 4
-
-    def _call(self, **given: Any) -> str:
-        return _repr.call(self, from_consistency, **{"fn": self.net, "shape": None} | given)
-
-    def default_solver(self, usual: Solver) -> Solver:
-        return Consistency()
-
-    def check_solver(self, solver: Solver) -> None:
-        if not isinstance(solver, Consistency):
-            raise ValueError(
-                f"a consistency function has no denoiser for {type(solver).__name__}: leave out "
-                "solver, for Consistency()"
-            )
-
-    def endpoint(self, t: Array, x: Array) -> Array:
-        return self.denoise(t, x)
-
-    def grid(self, steps: int) -> Array:
-        # The cleanest level of the usual grid would change nothing.
-        times = super().grid(steps + 1)
-        return jnp.concatenate([times[:-2], times[-1:]])
-
-
-class FlowMapNetwork(Network):
-    """A flow map as a model; built by `from_flow_map`."""
-
-    def _call(self, **given: Any) -> str:
-        return _repr.call(self, from_flow_map, **{"fn": self.net.fn, "shape": None} | given)
-
-    def denoise(self, t: Array, x: Array) -> Array:
-        t = jnp.asarray(t, x.dtype)
-        along = lambda u: self._map(t, u, x)
-        velocity = jax.jvp(along, (t,), (jnp.ones_like(t),))[1]
-        return self.interpolant.denoised_from_velocity(t, x, velocity)
-
-    def endpoint(self, t: Array, x: Array) -> Array:
-        return self._map(t, jnp.ones_like(t), x)
-
-    def _map(self, t: Array, u: Array, x: Array) -> Array:
-        return call_network(self.net, jnp.stack([t, u]), x, x.shape, False).astype(x.dtype)
-
-
-def from_consistency(
+def from_score(
     fn: Callable,
     params: PyTree = None,
     *,
     shape: tuple[int, ...],
     batched: bool = False,
-    interpolant: Interpolant | None = None,
+    interpolant: Interpolant,
     dtype: Any = None,
-) -> ConsistencyNetwork:
-    """A model from a consistency function `f_t(x)`, the end at t = 1 of the trajectory of the
-    probability flow through x at t; arguments and conditions as in `from_velocity`.
+) -> Network:
+    """A model from a score network `s_t(x) = ∇ log p_t(x)`, where `p_t` is the density of `X_t`;
+    arguments and conditions as in `from_velocity`.
 
-    Runs take the steps of `solvers.Consistency`, four by default. In weighted runs, the reward at
-    `f_t(x)` is the twist, as `fk_steering` has it. `f_t(x)` is not a posterior mean: methods that
-    need one (`Tilted`, `Glass`, `Laplace`, `Conjugate`, `flow`, densities) refuse the model.
-
-    Source: Song, Dhariwal, Chen and Sutskever (arXiv 2303.01469).
+    The denoiser is `(x + sigma^2 s) / alpha` (Tweedie's formula). It is singular where `alpha = 0`,
+    at t = 0 of `Linear`, and near there it magnifies the error of the network as `from_noise` does.
+    With `VE` and `VP` it is finite at all times. The `interpolant` must be given. Source: Song et
+    al. (arXiv 2011.13456).
     """
-    return _network(
-        fn, params, _from_denoiser, shape, batched, interpolant, dtype, ConsistencyNetwork
-    )
+    how = "such as tiltjax.VE(sigma_min, sigma_max) or tiltjax.VP()"
+    _checks.instance(interpolant, Interpolant, "interpolant", how)
+    return build(fn, params, _SCORE, shape, batched, interpolant, dtype)
 
 
-def from_flow_map(
+def from_edm(
     fn: Callable,
+    params: PyTree = None,
     *,
     shape: tuple[int, ...],
-    interpolant: Interpolant | None = None,
+    batched: bool = False,
+    interpolant: VE | None = None,
     dtype: Any = None,
-) -> FlowMapNetwork:
-    """A model from a flow map `fn(t, u, x) = X_{t,u}(x)`, the state at u of the trajectory of the
-    probability flow through x at t.
+) -> Network:
+    """A model from a raw network F of EDM, called as `fn(c_noise, c_in x)`; arguments and
+    conditions as in `from_velocity`.
 
-    The velocity is the derivative in u at u = t, by forward mode. `FlowMap(model)`, and so `fmrg`,
-    takes the end `X_{t,1}(x)` from one call.
+    With the noise level s and the width of the data `d = interpolant.sigma_data`,
 
-    **Arguments:** `fn(t, u, x)` of one sample, differentiable in u, with `fn(t, t, x) = x`: a
-    function, a Flax NNX or an Equinox module; the others as in `from_velocity`.
+        D = c_skip x + c_out F(c_noise, c_in x),    c_skip = d^2 / (s^2 + d^2),
+        c_out = s d / sqrt(s^2 + d^2),    c_in = 1 / sqrt(s^2 + d^2),    c_noise = log(s) / 4.
 
-    **Raises:** as `from_velocity`. Source: Boffi, Albergo and Vanden-Eijnden (arXiv 2406.07507).
+    If the network does this itself and returns D, use `from_denoiser`. AlphaFold 3 has
+    `c_noise = log(s / d) / 4`: pass `lambda c_noise, x: net(c_noise - math.log(16) / 4, x)`.
+
+    **Arguments:** `interpolant`, a `VE`, by default `VE()`, whose values are those of the paper.
+    For another interpolant, reschedule the model: `models.Rescheduled(from_edm(...), interpolant)`.
+
+    **Raises:** `TypeError` for an interpolant that is not a `VE`. Source: Karras et al. (arXiv
+    2206.00364, table 1).
     """
-    call = jax.tree_util.Partial(_of_pair, _pytree.Function(fn))
-    return _network(call, None, _from_velocity, shape, False, interpolant, dtype, FlowMapNetwork)
+    interpolant = VE() if interpolant is None else interpolant
+    how = "reschedule for another one, models.Rescheduled(from_edm(...), interpolant)"
+    _checks.instance(interpolant, VE, "interpolant", how)
+    return build(fn, params, _EDM, shape, batched, interpolant, dtype)
 
 
-def _of_pair(fn: Callable, times: Array, x: Array) -> Array:
-    return fn(times[0], times[1], x)
-
-
-def _network(fn, params, to_denoised, shape, batched, interpolant, dtype, kind=Network) -> Any:
+def build(fn, params, kind, shape, batched, interpolant, dtype, cls: type = Network) -> Any:
+    """The network as a model of the class `cls`, a subclass of `Network`."""
     if not isinstance(shape, tuple | list):
         raise TypeError(
             f"shape must be a tuple such as (2,), the shape of one state, got {shape!r}"
         )
     shape = tuple(_checks.count(n, "every entry of shape") for n in shape)
-    return kind(
+    return cls(
         net=Net(fn, params),
         interpolant=or_linear(interpolant),
-        to_denoised=to_denoised,
+        kind=kind,
         batched=_checks.flag(batched, "batched"),
         shape=shape,
         dtype=_checks.state_dtype(dtype),
     )
+
+
+class Parameterization(NamedTuple):
+    """What a network takes and returns: its public builder `maker`; its `inputs`, a function
+    `(interpolant, t, x)`; and the denoiser, a function `(interpolant, t, x, output)`. The time is a
+    scalar, and `inputs` also takes a batch of states.
+    """
+
+    maker: Callable
+    inputs: Callable
+    denoised: Callable
+
+
+def _plain(interpolant: Interpolant, t: Array, x: Array) -> tuple[Array, Array]:
+    return t, x
+
+
+def _edm_inputs(interpolant: VE, t: Array, x: Array) -> tuple[Array, Array]:
+    s = interpolant.sigma(t)
+    return jnp.log(s) / 4, x * jax.lax.rsqrt(s**2 + interpolant.sigma_data**2)
+
+
+def _edm_denoised(interpolant: VE, t: Array, x: Array, output: Array) -> Array:
+    s, width = interpolant.sigma(t), interpolant.sigma_data
+    square = s**2 + width**2
+    return width**2 / square * x + s * width * jax.lax.rsqrt(square) * output
 
 
 def _from_velocity(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
@@ -457,13 +447,17 @@ def _from_v(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Arra
     return interpolant.denoised_from_v(t, x, output)
 
 
+def _from_score(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
+    return interpolant.denoised_from_score(t, x, output)
+
+
 def _from_denoiser(interpolant: Interpolant, t: Array, x: Array, output: Array) -> Array:
     return output
 
 
-_MAKERS: dict[Callable, Callable] = {
-    _from_velocity: from_velocity,
-    _from_noise: from_noise,
-    _from_v: from_v,
-    _from_denoiser: from_denoiser,
-}
+VELOCITY = Parameterization(from_velocity, _plain, _from_velocity)
+_NOISE = Parameterization(from_noise, _plain, _from_noise)
+_V = Parameterization(from_v, _plain, _from_v)
+_SCORE = Parameterization(from_score, _plain, _from_score)
+DENOISER = Parameterization(from_denoiser, _plain, _from_denoiser)
+_EDM = Parameterization(from_edm, _edm_inputs, _edm_denoised)

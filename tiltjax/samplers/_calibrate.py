@@ -54,9 +54,9 @@ def calibrate(
     - `model`.
     - `budget`: the total number of evaluations of the network.
     - `levels`: the number of snr values, evenly spaced in the logarithm from 1e-7 to 1e7 divided by
-      the variance of the noise, and inside the range on which the network was trained
-      (`Interpolant.snr_range`). If the width of the data is known and is not between 0.1 and 10
-      times the noise, they start earlier or end later by the square of that factor.
+      the square of `interpolant.data_scale()`, and inside the range on which the network can be
+      called (`Interpolant.call_range`). If the width of the data is known and is not between 0.1
+      and 10 times that scale, they start earlier or end later by the square of that factor.
     - `data`: clean samples, `(n, *shape)`, of which the first `budget // levels` are used.
     - `chunk_size`: as in `sample`.
     - `progress`: show a progress bar.

@@ -213,7 +213,7 @@ def _check_width(glass: Glass, precision: Array, x: Array) -> None:
     passes by all noise. Its draws are then too narrow, of any number of sweeps.
     """
     interpolant = glass.model.interpolant
-    noise = interpolant.sigma(jnp.zeros((), x.dtype)) * glass.widening.astype(x.dtype)
+    noise = interpolant.data_scale() * glass.widening.astype(x.dtype)
     width = float(jnp.sqrt(jnp.mean(jnp.var(x, axis=0)) * (precision + noise**-2)))
     if width > _WIDEST * glass.inner_steps:
         raise FloatingPointError(

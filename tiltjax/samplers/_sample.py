@@ -233,7 +233,7 @@ def check_noise(begins: Array, interpolant: Any, t: Array, noise: Array, x: Arra
     """A failure of a step that `begins` a run at t, from `noise` to `x`, if the data is so wide
     that the state is not noise, or that equal steps are too long.
     """
-    ratio = interpolant.alpha(t) / interpolant.sigma(t) * interpolant.sigma(jnp.zeros_like(t))
+    ratio = interpolant.alpha(t) / interpolant.sigma(t) * interpolant.data_scale()
     widest = jnp.where(t < _USUAL_START, jnp.inf, _WIDEST)
     most = jnp.minimum(_MOST_DATA, (widest * ratio) ** 2)
 
