@@ -130,6 +130,11 @@ def network(name: str, tree: Any) -> str:
     """
     floating = lambda leaf: jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
     number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if floating(leaf))
+    return sized(name, number)
+
+
+def sized(name: str, number: int) -> str:
+    """`name` with a number of parameters, if there are any."""
     return f"{name} of {_count(number)} parameter{'s' * (number != 1)}" if number else name
 
 

@@ -17,7 +17,6 @@ References: Karras et al. (arXiv 2206.00364, eq. 5); Lin et al. (arXiv 2305.0889
 spacings.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -29,6 +28,8 @@ from jaxtyping import Array
 from tiltjax import _checks, _pytree
 from tiltjax._checks import concrete, count, finite
 from tiltjax.interpolants import DiscreteVP, Interpolant
+
+_TABLE = 4096  # the entries of the table from which the times of narrow data are interpolated
 
 
 def time_grid(times: Any, steps: int | None) -> Array:
@@ -203,9 +204,9 @@ def _time_grid(times: Any, steps: int | None) -> Array:
 def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> Array:
     """The default times of a run for data of standard deviation `width`: those of the interpolant
     (`default_times`), or else those of data of unit width, `time_grid(None, steps)`, unless the
-    width is known and not between 0.1 and 10 times `interpolant.data_scale()`. Then the grid is
-    that of data in this range, in terms of snr times variance, and starts at 1e-3 or earlier. For
-    narrow data, up to a quarter of the steps are before it.
+    width is known and not between 0.1 and 10 times `interpolant.data_scale()`. For wide data the
+    grid is that of data of 10 times this scale, in terms of snr times variance. For narrow data see
+    `_narrow`.
 
     **Raises:** `ValueError` if the times are not distinct in `dtype`, or the data is not wider than
     the noise at the last of the interpolant's times.
@@ -220,15 +221,12 @@ def of_width(interpolant: Any, width: float | None, steps: int, dtype: Any) -> A
         factor = beyond(width, float(interpolant.data_scale()))
         if factor == 1:
             return times
-        scaled = jax.vmap(lambda t: interpolant.time(interpolant.snr(t) / factor**2))
-        inner = np.array(scaled(times[:-1]).astype(dtype))
-        early, late = float(times[0]), float(inner[0])
-        # Narrow data does not show before `late`, but the flow bends until then.
-        ahead = min(math.ceil((late - early) * steps), steps // 4)
-        if ahead > 0:
-            inner = np.array(scaled(time_grid(None, steps - ahead)[:-1]).astype(dtype))
-            inner = np.append(np.linspace(early, late, ahead, endpoint=False, dtype=dtype), inner)
-        inner[0] = min(inner[0], early)
+        if factor < 1:
+            inner = _narrow(interpolant, width, times[0], steps).astype(dtype)
+        else:
+            scaled = lambda t: interpolant.time(interpolant.snr(t) / factor**2)
+            inner = np.array(jax.vmap(scaled)(times[:-1]).astype(dtype))
+        inner[0] = min(inner[0], float(times[0]))
         if not np.all(np.diff(inner) > 0) or not 0 <= inner[0] <= inner[-1] < 1:
             raise ValueError(
                 f"data of standard deviation {width:.3g} has no grid in {inner.dtype}: multiply "
@@ -254,6 +252,29 @@ def _own_times(interpolant: Any, width: float | None, steps: int) -> Array | Non
             "constant"
         )
     return times
+
+
+def _narrow(interpolant: Any, width: float, start: Array, steps: int) -> np.ndarray:
+    """The `steps` times, from `start` to the jump to t = 1, for data much narrower than the noise:
+    equal steps of
+
+        t / 4 - log(sigma_t) / 2 + 1 / (1 + nu_t) / 4,    nu_t = sigma_t / (alpha_t width),
+
+    where each of the three terms is scaled to [0, 1]. The first follows `alpha_t`. The second keeps
+    `sigma_u / sigma_t` of a step away from 0, as long as the state is a point and noise, where
+    `sigma_t` may bend (`VP`). The third resolves the data where it shows. The jump is at
+    `nu_t = 0.1`.
+    """
+    lowest, highest = interpolant.snr(start), (10 / width) ** 2
+    snr = jnp.geomspace(lowest, highest, _TABLE, dtype=start.dtype)
+    t = jax.vmap(interpolant.time)(snr)
+    parts = t, -jnp.log(jax.vmap(interpolant.sigma)(t)), 1 / (1 + jax.lax.rsqrt(snr) / width)
+    with np.errstate(invalid="ignore"):  # of times that cannot be told from 1 in this precision
+        progress = sum(
+            share * (part - part[0]) / (part[-1] - part[0])
+            for share, part in zip((0.25, 0.5, 0.25), np.asarray(parts, np.float64), strict=True)
+        )
+    return np.interp(np.linspace(0, 1, steps), progress, t)
 
 
 def beyond(width: float | None, base: float) -> float:

@@ -172,3 +172,10 @@ def test_weights_of_tokens_use_such_a_reward():
     guide = tj.tokens.Completions(chain, share, scale=1.0, k=2)
     log_norm = tj.smc(jax.random.key(0), chain, guide, num=2000, steps=4).log_norm
     assert abs(float(log_norm) - 4 * np.log((1 + np.exp(0.25)) / 2)) < 0.03
+
+
+def test_it_prints_as_its_call_with_the_number_of_parameters():
+    module = torch.nn.Sequential(torch.nn.Linear(784, 100), torch.nn.Linear(100, 1)).eval()
+    reward = tj.external.from_torch(module, chunk_size=4)
+    assert repr(reward) == "from_torch(Sequential of 78.6 k parameters, chunk_size=4)"
+    assert repr(2 * tj.external.from_torch(in_torch)) == "2 * from_torch(in_torch)"

@@ -504,3 +504,17 @@ def test_the_step_of_laplace_that_the_mode_of_the_reward_shortens_has_its_deriva
     np.testing.assert_allclose(slopes[1], by_state, rtol=1e-6)
     forward = jax.jvp(lambda scale: found(scale, x), (scale,), (jnp.ones(()),))[1]
     np.testing.assert_allclose(forward, slopes[0], rtol=1e-9)
+
+
+def test_an_own_class_without_a_model_or_a_call_says_what_is_missing():
+    class Nameless(tj.guidance.Guidance):
+        reward: rewards.Reward
+
+    class Silent(tj.guidance.Guidance):
+        model: tj.Model
+
+    with pytest.raises(TypeError, match="Nameless has no field model, the model"):
+        Nameless(quadratic())
+    model = tj.Analytic(contracts.planar())
+    with pytest.raises(NotImplementedError, match=r"define __call__\(self, key, t, x, state\)"):
+        tj.sample(KEY, model, Silent(model), num=2, steps=2)

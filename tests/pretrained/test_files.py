@@ -236,10 +236,9 @@ def test_wrong_adapters_are_errors_with_names():
     place = "transformer_blocks.0.attn.to_q"
     with pytest.raises(ValueError, match=r"lack the other half of their pair: .*lora_A"):
         adapters.merged(arrays, {f"{place}.lora_A.weight": a})
-    with pytest.raises(ValueError, match=r"1 keys are not adapters.*dora_scale"):
+    with pytest.raises(ValueError, match=r"1 keys are not adapters.*to_q.lora_C"):
         adapters.merged(
-            arrays,
-            {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, f"{place}.dora_scale": a},
+            arrays, {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, f"{place}.lora_C": a}
         )
     pair = lambda a, b: {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
     with pytest.raises(ValueError, match="different ranks, 2 and 1"):
@@ -251,6 +250,22 @@ def test_wrong_adapters_are_errors_with_names():
         adapters.merged(arrays, pair(a, b) | {f"{place}.alpha": np.ones(2)})
     with pytest.raises(ValueError, match=r"of a convolution, got \(2, 48\) and \(48, 2, 3, 3\)"):
         adapters.merged(arrays, pair(a, np.ones((48, 2, 3, 3))) | alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("lora_magnitude_vector.default.weight", "DoRA"),
+        ("lora_mid.weight", "LoCon with a middle factor"),
+    ],
+)
+def test_adapters_of_another_kind_are_named(name, kind):
+    place, (a, b) = "transformer_blocks.0.attn.to_q", factors(48, 48)
+    pair = {f"{place}.lora_down.weight": a, f"{place}.lora_up.weight": b}
+    with pytest.raises(ValueError, match=f"are {kind}, as .* shows, which is not supported: merge"):
+        adapters.merged(published(), pair | {f"{place}.{name}": np.ones(2)})
 
 
 MATRICES = {"a.to_q.weight": np.zeros((3, 5), np.float32), "a.to_k.weight": np.zeros((3, 5))}

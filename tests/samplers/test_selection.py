@@ -95,6 +95,16 @@ def test_infinite_rewards_are_ordered_and_nan_is_refused():
         tj.best_of_n(unweighted(x.at[0, 0].set(jnp.nan)), lambda x: x[0], 2)
 
 
+def test_a_group_without_an_allowed_candidate_is_refused():
+    """No winner violates a constraint silently."""
+    particles = unweighted(jnp.asarray([[-1.0], [-2.0], [-3.0], [4.0]]))
+    wall = lambda x: jnp.where(x[0] > 0, x[0], -jnp.inf)
+    assert tj.best_of_n(particles, wall, 4).x == 4
+    for select in (tj.best_of_n, lambda *args: tj.softmax_of_n(jax.random.key(0), *args, 1.0)):
+        with pytest.raises(FloatingPointError, match="in 1 of 2 groups every candidate has the re"):
+            select(particles, wall, 2)
+
+
 def test_softmax_never_chooses_what_is_forbidden():
     x = jax.random.normal(jax.random.key(0), (400, 1))
     particles = tj.Particles(x, jnp.zeros(400))

@@ -12,6 +12,7 @@ from helpers import contracts
 
 import theory
 import tiltjax as tj
+from tiltjax import interpolants
 
 KEY = jax.random.key(3)
 NUM = 20_000
@@ -36,13 +37,68 @@ def test_data_of_any_mean_and_width_is_sampled(mean, std):
     assert_gaussian(tj.sample(KEY, model(mean, std), num=NUM).x, mean, std)
 
 
-def test_narrow_data_is_sampled_on_an_interpolant_whose_flow_bends():
-    """Without steps before the data shows, the mean is off by the whole distance of one step."""
-    prior = contracts.gaussian([3.0], [[1e-6]])
-    vp = tj.Analytic(prior, tj.VP())
-    x = (np.asarray(tj.sample(KEY, vp, num=2000, steps=400).x) - 3.0) / 1e-3
+class Trigonometric(interpolants.Interpolant):
+    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
+
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t)
+
+    def sigma(self, t):
+        return jnp.sin(jnp.pi / 2 * (1 - t))
+
+    def time(self, snr):
+        return 1 - 2 / jnp.pi * jnp.arctan(jax.lax.rsqrt(snr))
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "std", "steps"),
+    [
+        (tj.VP(), 1e-2, 100),
+        (tj.VP(), 1e-3, 200),
+        (tj.VP(), 1e-5, 1000),
+        (Trigonometric(), 1e-2, 100),
+        (Trigonometric(), 1e-5, 100),
+    ],
+)
+def test_narrow_data_is_sampled_on_an_interpolant_whose_flow_bends(interpolant, std, steps):
+    """On VP, `sigma_t` falls by orders of magnitude in a last step of a grid with equal steps, and
+    the mean was off by 1.7 standard deviations."""
+    model = tj.Analytic(contracts.gaussian([3.0], [[std**2]]), interpolant)
+    x = (np.asarray(tj.sample(KEY, model, num=2000, steps=steps).x) - 3.0) / std
     assert abs(x.mean()) < 5 / np.sqrt(2000) + 0.02
-    assert x.std() == pytest.approx(1, abs=5 / np.sqrt(4000) + 0.04)
+    assert x.std() == pytest.approx(1, abs=5 / np.sqrt(4000) + 0.02)
+
+
+def test_two_narrow_modes_keep_their_masses_where_the_flow_bends():
+    std = 1e-3
+    mixture = tj.GaussianMixture([0.3, 0.7], [[3 - 3 * std], [3 + 3 * std]], [[[std**2]]] * 2)
+    x = np.asarray(tj.sample(KEY, tj.Analytic(mixture, tj.VP()), num=2000, steps=200).x) - 3
+    left = x[:, 0] < -np.log(0.7 / 0.3) * std / 6  # the modes are equally dense there
+    assert np.mean(left) == pytest.approx(0.3, abs=5 * np.sqrt(0.3 * 0.7 / 2000) + 0.01)
+    for mode, mean in ((x[left], -3 * std), (x[~left], 3 * std)):
+        z = (mode - mean) / std
+        assert abs(z.mean()) < 5 / np.sqrt(len(z)) + 0.02
+        assert z.std() == pytest.approx(1, abs=5 / np.sqrt(2 * len(z)) + 0.02)
+
+
+TABLE = tj.DiscreteVP(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "std", "solver", "spread"),
+    [
+        (tj.VP(), 1e-5, tj.Heun(), 0.8),
+        (tj.VP(), 1e-3, tj.Euler(), 1.2),
+        (TABLE, 1e-3, tj.Ancestral(), 0.023),
+    ],
+)
+def test_a_grid_too_coarse_for_narrow_data_is_refused(interpolant, std, solver, spread):
+    model = tj.Analytic(contracts.gaussian([3.0], [[std**2]]), interpolant)
+    with pytest.raises(ValueError, match=f"would be {spread} times as wide .* multiply the data"):
+        tj.sample(KEY, model, num=2, solver=solver)
+    # The times themselves are the caller's choice, and show that the number is right.
+    x = np.asarray(tj.sample(KEY, model, num=2000, solver=solver, times=model.grid(100)).x)
+    assert x.std() / std == pytest.approx(spread, rel=5 / np.sqrt(4000) + 0.03)
 
 
 @pytest.mark.parametrize("std", [1e-3, 1e3])

@@ -544,11 +544,12 @@ def test_a_last_step_that_undoes_the_twists_is_a_warning():
     assert str(warned[0].message).startswith("the last step changes log Z by -")
     assert "The twist promises" in str(warned[0].message)
     assert warned[0].filename == __file__
-    # A constant reward is promised truly, but counted at several steps.
+    # A reward is promised truly, but counted at several steps; a constant favors no particle.
     with pytest.warns(
         UserWarning, match=r"log Z by -.*Max\(\) counts the twist once for each step"
     ):
-        tj.fk_steering(jax.random.key(7), MODEL, lambda x: 10.0 + 0 * x[0], num=20, steps=STEPS)
+        tj.fk_steering(jax.random.key(7), MODEL, lambda x: 10.0 * x[0], num=20, steps=STEPS)
+    tj.fk_steering(jax.random.key(7), MODEL, lambda x: 10.0 + 0 * x[0], num=20, steps=STEPS)
 
 
 @pytest.mark.slow

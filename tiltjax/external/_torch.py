@@ -5,8 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from tiltjax import _checks
+from tiltjax import _checks, _repr
 from tiltjax.external._external import External, refuse_training_mode, without_gradient
+
+
+class _Torch(External):
+    """A function that prints as the call of `from_torch`."""
+
+    def _call(self, **given: Any) -> str:
+        text = super()._call(value_and_grad=None, vjp=None, **given)
+        return f"from_torch{text.removeprefix(type(self).__name__)}"
 
 
 def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> External:
@@ -95,7 +103,9 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
     def vjp(*args: np.ndarray) -> list[np.ndarray]:
         return differentiate(args[:-1], args[-1])[1]
 
-    return External(value, value_and_grad=value_and_grad, vjp=vjp, **settings)
+    number = sum(leaf.numel() for leaf in fn.parameters()) if dtype is not None else 0
+    value.__name__ = _repr.sized(getattr(fn, "__name__", type(fn).__name__), number)
+    return _Torch(value, value_and_grad=value_and_grad, vjp=vjp, **settings)
 
 
 _METHODS = "use a method that does not differentiate the network, such as Conjugate or best_of_n"

@@ -92,6 +92,15 @@ class Guidance(_repr.Printable):
 
     model: eqx.AbstractVar[Denoiser]
 
+    def __new__(cls, *args: Any, **kwargs: Any):
+        # Equinox finds out later, with an error that names only the field.
+        if "model" in cls.__abstractvars__:
+            raise TypeError(
+                f"{cls.__name__} has no field model, the model that it guides: declare "
+                "`model: tiltjax.Model` in the class, and assign it if the class has an __init__"
+            )
+        return super().__new__(cls)
+
     def __check_init__(self):
         _pytree.check_object(self)
 
@@ -121,7 +130,10 @@ class Guidance(_repr.Printable):
         return ()
 
     def __call__(self, key: Array, t: Array, x: Array, state: Any) -> tuple[Estimate, Any]:
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be called: define __call__(self, key, t, x, state), "
+            "which returns (Estimate, state)"
+        )
 
     def log_tilt(self, x1: Array) -> Array:
         """`scale * r(x1)`, exactly: the value of `log h` at t = 1."""

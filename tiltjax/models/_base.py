@@ -22,10 +22,11 @@ from jaxtyping import Array
 
 from tiltjax import _checks, _pytree, _repr, _sharding, grids
 from tiltjax.interpolants import Interpolant, start_of
-from tiltjax.solvers import Consistency, Solver
+from tiltjax.solvers import Consistency, Solver, Streams
 
 _ROUNDING = 1e-5  # the relative rounding of an snr
 _NOT_NOISE = 0.02  # the fraction of data from which on a state is not noise
+_MOST_LOST = 0.05  # the fraction of the standard deviation of narrow data that a grid may change
 
 
 class Denoiser(_repr.Printable):
@@ -131,6 +132,11 @@ class Denoiser(_repr.Printable):
     def check_times(self, times: Array) -> None:
         """Raise a `ValueError` for times at which the denoiser of the model is not known."""
 
+    def check_grid(self, solver: Solver, times: Array) -> None:
+        """Raise a `ValueError` if steps of `solver` on the default grid are too long for data of a
+        known width.
+        """
+
 
 class Model(Denoiser):
     """A denoiser of real-valued states, with an `interpolant`.
@@ -229,6 +235,29 @@ class Model(Denoiser):
             f"t = {latest:.2g} or earlier, or pass the states at that time as start="
         )
 
+    def check_grid(self, solver: Solver, times: Array) -> None:
+        """Raise a `ValueError` if Gaussian data of this width, much narrower than the noise, loses
+        or gains more than 5% of its standard deviation on the grid. Not checked are runs of one
+        step, a jump, and tilts of a network with a table of noise levels, whose last jump no
+        other grid shortens.
+        """
+        known = self.width is not None and _checks.concrete((self, solver, times))
+        interpolant, added = self.network_query()
+        levels = type(interpolant).snr_range is not Interpolant.snr_range
+        if not known or self.stretch >= 1 or len(times) == 2:
+            return
+        if levels and not (isinstance(added, float) and added == 0):
+            return
+        with jax.ensure_compile_time_eval():
+            spread = float(_spread(self, solver, times, jnp.asarray(self.width)))
+        if not abs(spread - 1) <= _MOST_LOST:
+            raise ValueError(
+                f"samples of data of standard deviation {self.width:.3g} would be {spread:.2g} "
+                f"times as wide as the data after {len(times) - 1} steps of "
+                f"{type(solver).__name__} on {type(self.interpolant).__name__}: multiply the data "
+                "by a constant, so that its standard deviation is about one, or take more steps"
+            )
+
     def check_guided_start(self, t: Array) -> None:
         """Raise a `ValueError` if `alpha_t = 0`, because a guidance moves the state by
         `sigma^2 / alpha` times a score.
@@ -292,8 +321,9 @@ class Model(Denoiser):
         with a jump to 1.
 
         If the `width` of the data is known and is not between 0.1 and 10 times
-        `interpolant.data_scale()`, the grid is that of data in this range, in terms of snr times
-        variance, and starts at 1e-3 or earlier (not for `VE`).
+        `interpolant.data_scale()`, the grid is made for it: that of data of 10 times this scale in
+        terms of snr times variance, or, for narrow data, short steps in `log sigma_t` until the
+        data shows. The grid of `VE` does not depend on the width.
         """
         times = grids.of_width(self.interpolant, self.width, steps, self.dtype)
         if not _checks.concrete(self) or self._trained_everywhere():
@@ -367,6 +397,34 @@ class Model(Denoiser):
             )
         sigma = self.interpolant.sigma(t)
         return jnp.sum(jax.scipy.stats.norm.logpdf(x / sigma) - jnp.log(sigma))
+
+
+@eqx.filter_jit
+def _spread(model: Model, solver: Solver, times: Array, width: Array) -> Array:
+    """The standard deviation of samples of `N(0, width^2)`, in units of `width`: of a deterministic
+    solver, the end of its run from one standard deviation of noise; of others, what a jump from the
+    last state but one leaves.
+    """
+    model, solver, times, width = _pytree.cast((model, solver, times, width), model.dtype)
+    interpolant, keys = model.interpolant, Streams(*jax.random.split(jax.random.key(0), 3))
+
+    def shown(t: Array) -> Array:
+        ratio = interpolant.snr(t) * width**2
+        return ratio / (1 + ratio)
+
+    def field(key: Array, t: Array, x: Array, state: Any) -> tuple[Array, Any]:
+        return shown(t) / interpolant.alpha(t) * x, state
+
+    if solver.stochastic:
+        return jnp.sqrt(shown(times[-2]))
+
+    def advance(x: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
+        t, u = ends
+        return solver.step(keys, interpolant, field, t, u, x, ())[0], None
+
+    start = interpolant.sigma(times[0])
+    end, _ = jax.lax.scan(advance, start, (times[:-1], times[1:]))
+    return end / width
 
 
 @eqx.filter_jit

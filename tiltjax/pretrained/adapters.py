@@ -61,6 +61,12 @@ _FACTORS = {
     "lora_linear_layer.up.weight": "up",
     "alpha": "alpha",
 }
+# The ends of names, or parts of them, of adapters of other kinds, which are not sums of B A.
+_OTHERS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "LoCon with a middle factor",
+}
 _SHOWN = 8
 
 
@@ -167,6 +173,12 @@ def _shifts(adapters: Mapping[str, Any], state_dict: Mapping[str, Any]) -> View:
             strange.append(key)
         else:
             found.setdefault(key.removesuffix(f".{suffix}"), {})[_FACTORS[suffix]] = key
+    for part, kind in _OTHERS.items():
+        if other := [key for key in strange if part in key.split(".")]:
+            raise ValueError(
+                f"these adapters are {kind}, as {other[0]} shows, which is not supported: merge "
+                "them into the weights with the program that trained them, and load the weights"
+            )
     strange += [
         keys
         for factors in found.values()

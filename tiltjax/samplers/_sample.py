@@ -74,7 +74,8 @@ def sample(
 
     **Returns:** `Particles` with equal weights and `log_norm=None`.
 
-    **Raises:** `ValueError` for times at which the network was not trained; `FloatingPointError`
+    **Raises:** `ValueError` for times at which the network was not trained, and for a default grid
+    that is too coarse for data of a known width much smaller than the noise; `FloatingPointError`
     that names the first step with a NaN and its cause, or says that the data is too wide for this
     start. Inside of `jit` no such error is raised: `particles.trace.failed` contains the failure.
     """
@@ -372,12 +373,13 @@ def resolve_times(
     """The times of a run: `times`, or the model's grid of `steps` steps. The default number of
     steps is that of the model, or else that of the solver.
 
-    **Raises:** `ValueError` for times at which the network was not trained, and for a first time at
-    which a run `from_noise` cannot start.
+    **Raises:** `ValueError` for times at which the network was not trained, for a first time at
+    which a run `from_noise` cannot start, and for steps too long for narrow data.
     """
     if times is None:
         usual = solver.steps if model.steps is None else model.steps
         times = model.grid(usual if steps is None else steps)
+        model.check_grid(solver, times)
     else:
         times = grids.time_grid(times, steps)
     if from_noise:

@@ -25,7 +25,8 @@ def best_of_n(particles: Particles, reward: Callable, n: int) -> Particles:
     """The particle of largest reward in each consecutive group of `n`; of equal rewards, the first.
 
     **Raises:** `ValueError` if n does not divide the number of particles, or if the particles are
-    weighted (`resample` weighted particles first); `FloatingPointError` for a reward that is NaN.
+    weighted (`resample` weighted particles first); `FloatingPointError` for a reward that is NaN,
+    or if a group has only rewards of -inf.
     """
     return _select(particles, reward, n, lambda values: jnp.argmax(values, axis=1))
 
@@ -36,18 +37,12 @@ def softmax_of_n(
     """One particle of each consecutive group of `n`, with probability proportional to
     `exp(scale * r)`.
 
-    **Raises:** as `best_of_n`; `FloatingPointError` if a group has only rewards of -inf, or one of
-    +inf.
+    **Raises:** as `best_of_n`; `FloatingPointError` if a group has a reward of +inf.
     """
     key, scale = _checks.key(key), _checks.nonnegative(scale, "scale")
 
     def choose(values: Array) -> Array:
         best = jnp.max(values, axis=1, keepdims=True)
-        if _checks.concrete(best) and (excluded := int(np.sum(np.asarray(best) == -np.inf))):
-            raise FloatingPointError(
-                f"in {excluded} groups every candidate has the reward -inf, so there is no winner: "
-                "use larger groups, or a reward that is finite more often"
-            )
         if _checks.concrete(best) and (infinite := int(np.sum(np.asarray(best) == np.inf))):
             raise FloatingPointError(
                 f"in {infinite} groups a candidate has the reward +inf, which has no softmax: "
@@ -91,6 +86,12 @@ def _select(
     if _checks.concrete(values) and (missing := int(np.isnan(np.asarray(values)).sum())):
         raise FloatingPointError(
             f"the reward is NaN for {missing} of {num} particles: check the reward"
+        )
+    best = jnp.max(values, axis=1)
+    if _checks.concrete(best) and (excluded := int(np.sum(np.asarray(best) == -np.inf))):
+        raise FloatingPointError(
+            f"in {excluded} of {num // n} groups every candidate has the reward -inf, so there is "
+            "no winner: use larger groups, or a reward that is finite more often"
         )
     winners = jnp.arange(num // n) * n + choose(values)
     trace = particles.trace

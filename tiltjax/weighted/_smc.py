@@ -74,7 +74,7 @@ from tiltjax.weighted.tempering import AdaptiveTempering, Tempering
 
 _FEW = 0.05  # the fraction of the particles below which an effective sample size is worth a warning
 _FAR = 3.0  # standard deviations of a step's noise, beyond which a move leaves few even weights
-_UNDONE = 10.0  # the change of log Z in the last step that is worth a warning
+_UNDONE = 10.0  # the change of log Z in the last step, beyond a constant, worth a warning
 
 
 class Particle(NamedTuple):
@@ -337,7 +337,7 @@ def smc(
 
 def simulate(key: Array, run: SMC, progress: bool) -> tuple[Particles, Array]:
     """The particles of a run, without a judgment of their weights, and the change of log Z in the
-    last step. **Raises:** the run's failure.
+    last step beyond that of a constant twist. **Raises:** the run's failure.
     """
     with _progress.bar("weighing", run.steps, enabled=progress) as bar:
         particles, change = _smc(key, run, bar)
@@ -393,16 +393,18 @@ def _smc(key: Array, run: SMC, bar: _progress.Ticker) -> tuple[Particles, Array]
     run = run._ready()
     keys = run.keys(key)
 
-    def advance(state: State, keys: Array) -> tuple[State, Info]:
+    def advance(state: State, keys: Array) -> tuple[State, tuple[Info, Array]]:
         bar.tick(state.number)
-        return _advance(keys, run, state)
+        state, info = _advance(keys, run, state)
+        return state, (info, jnp.mean(state.particles.log_h))
 
     # Steps that evaluate the noise and the start are part of the loop, so that the program contains
     # each guidance once.
     still = -run.first  # steps
     keys = jnp.concatenate([keys[:1]] * (still - 1) + [keys])
-    state, infos = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
+    state, (infos, twists) = jax.lax.scan(advance, _start(keys[0], run), keys[:-1])
     particles, last, change = _finish(keys[-1, 0], run, state)
+    change = change - _constant_change(run, infos.tempering[still:], twists[still:])
     infos = jax.tree.map(lambda leaves, leaf: jnp.append(leaves, leaf), infos, last)
     failed = infos.failed
     for _ in range(still):
@@ -688,6 +690,27 @@ def _finish(key: Array, run: SMC, state: State) -> tuple[Particles, Info, Array]
     return Particles(x, log_weights, log_norm), info, change
 
 
+def _constant_change(run: SMC, tempering: Array, twists: Array) -> Array:
+    """The change of log Z in the last step if the twist of all particles stayed at its mean at the
+    first step that weighs: what a constant in the reward contributes. `tempering` and `twists`, the
+    mean twist, are those of the steps with a kernel.
+    """
+    weighing = np.flatnonzero(run.weighs[:-1])
+    if not len(weighing):
+        return jnp.zeros((), run.log_dtype)
+    first = twists[weighing[0]]
+    first = jnp.where(jnp.isfinite(first), first, 0.0)
+
+    def apply(carry: tuple[Array, Any], factor: Array) -> tuple[tuple[Array, Any], None]:
+        applied, memory = run.potential(*carry, factor * first)
+        return (applied, jax.tree.map(lambda leaf: leaf.astype(run.log_dtype), memory)), None
+
+    memory = jax.tree.map(lambda leaf: leaf.astype(run.log_dtype), run.potential.init())
+    start = jnp.zeros((), run.log_dtype), memory
+    (applied, _), _ = jax.lax.scan(apply, start, tempering[weighing])
+    return first - applied
+
+
 def _traced(particles: Particles, times: Array, infos: Info, roots: Array) -> Particles:
     """The particles with a trace of the steps at `times`."""
     failed, ess, tempering, resampled = infos
@@ -788,8 +811,9 @@ def _warn(particles: Particles, change: Array, potential: Potential) -> None:
     resampled = bool(np.any(np.asarray(particles.trace.resampled)))
     if resampled and float(change) < -_UNDONE:
         _checks.warn(
-            f"the last step changes log Z by {float(change):.3g}, so particles were resampled by "
-            "weights far from the final ones. " + _overstated(potential)
+            f"the last step changes log Z by {float(change):.3g}, without what a constant reward "
+            "changes, so particles were resampled by weights far from the final ones. "
+            + _overstated(potential)
         )
     fraction = float(particles.ess) / len(particles)
     if fraction < _FEW:
