@@ -49,6 +49,7 @@ from theory.push_forward import (
     laplace_denoiser,
     plug_in_denoiser,
 )
+from theory.run_weights import WeightLaw, weight_law
 from theory.runs import (
     ConjugateFit,
     Deterministic,
@@ -133,6 +134,8 @@ __all__ = [
     "path_law",
     "path_limit",
     "PathLaw",
+    "weight_law",
+    "WeightLaw",
     # Distances.
     "w2_bounds",
     "W2Bounds",

@@ -290,26 +290,45 @@ def run_law(
     **Raises:** `ValueError` for a scale law that does not depend on time alone, and for a reward
     that the field does not take.
     """
-    check_mixture(prior, "prior")
-    _checks.instance(field, Field, "field", "such as PlugInDraws(k=1)")
-    law = scales.as_scale(scale)
-    if not isinstance(law, scales.Constant | scales.Damped):
-        raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
+    check_field(field)
+    law = time_law(scale)
     if isinstance(field, ConjugateFit) and not is_quadratic(rewards.as_reward(reward)):
         raise ValueError("ConjugateFit takes a quadratic reward: use another field, or simulate")
     dtype, interpolant = prior.means.dtype, or_linear(interpolant)
     problem = problem_of(prior, reward, interpolant)
-    if times is None:
-        times = grids.of_width(interpolant, prior.width, _checks.count(steps, "steps"), dtype)
-    times = grids.time_grid(times, None).astype(dtype)
+    times = run_times(prior, interpolant, steps, times)
     start = jnp.asarray(normal_points(_checks.count(num, "num"), prior.dim), dtype)
     key, law = jax.random.key(seed), _pytree.cast(law, dtype)
     ends = ends_of(problem, (field,), 0, law, times, len(times) - 1, start, key)
     return PointLaw(prior, ends)
 
 
+def check_field(field: Field) -> None:
+    """**Raises:** `TypeError` for anything else."""
+    _checks.instance(field, Field, "field", "such as PlugInDraws(k=1)")
+
+
+def time_law(scale: float | Array | scales.Scale) -> scales.Scale:
+    """The scale as a function of time. **Raises:** `ValueError` for one that needs a state."""
+    law = scales.as_scale(scale)
+    if not isinstance(law, scales.Constant | scales.Damped):
+        raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
+    return law
+
+
+def run_times(
+    prior: GaussianMixture, interpolant: Interpolant, steps: int | None, times: Array | None
+) -> Array:
+    """The times of a run, `(steps + 1,)`, as in `tiltjax.sample`."""
+    dtype = prior.means.dtype
+    if times is None:
+        times = grids.of_width(interpolant, prior.width, _checks.count(steps, "steps"), dtype)
+    return grids.time_grid(times, None).astype(dtype)
+
+
 def problem_of(prior: GaussianMixture, reward: Callable, interpolant: Interpolant) -> Problem:
     """The part of a law that does not depend on the field."""
+    check_mixture(prior, "prior")
     dtype = prior.means.dtype
     reward = _pytree.cast(rewards.as_reward(reward), dtype)
     form = quadratic_form(reward, prior.dim) if is_quadratic(reward) else None
@@ -389,7 +408,7 @@ def _step(
         key, s, strength = stage
 
         def move(x: Array, memory: Fit, _: Array) -> tuple[Array, Fit, Array]:
-            found = _evaluate(problem, fields, index, strength, key, s, x, memory)
+            found = evaluate(problem, fields, index, strength, key, s, x, memory)
             moved = x + (u - t) * problem.interpolant.velocity(s, x, found.denoised)
             return jnp.where(u < 1, moved, found.denoised), found.memory, found.start
 
@@ -402,7 +421,17 @@ def _step(
     return jax.tree.map(pick, (started, memory), (moved, after))
 
 
-def _evaluate(problem, fields, index, strength, key, t, x, memory) -> Guided:
+def evaluate(
+    problem: Problem,
+    fields: tuple[Field, ...],
+    index: int | Array,
+    strength: Array,
+    key: Array,
+    t: Array,
+    x: Array,
+    memory: Fit,
+) -> Guided:
+    """The field of this index at all states `(n, d)`, each with its own random numbers."""
     keys = jax.random.split(key, len(x))
 
     def all_states(field: Field) -> Callable:
@@ -428,18 +457,44 @@ def selected_law(
     about `2 M / n` independent draws. `num` is the number of points of the result in each set.
     """
     n, num = _checks.count(n, "n"), _checks.count(num, "num")
-    points = np.asarray(law.points)
     values = np.asarray(_values(rewards.as_reward(reward), law.points), np.float64)
-    rng, flat = np.random.default_rng(seed), values.reshape(-1)
+    rng = np.random.default_rng(seed)
     if scale is None:
-        weights = _best_of(flat, n)
+        weights = _best_of(values.reshape(-1), n)
     else:
-        tilts = float(_checks.nonnegative(scale, "scale")) * flat
-        repeats = max(1, _SORTED // len(flat))
-        weights = sum(_best_of(tilts + rng.gumbel(size=len(flat)), n) for _ in range(repeats))
+        tilts = float(_checks.nonnegative(scale, "scale")) * values
+        weights = _softmax_of(tilts.reshape(-1), n, rng)
+    return _thinned(law, weights, num, rng)
+
+
+def weighted_law(
+    law: PointLaw, log_weights: np.ndarray, n: int, *, num: int = POINTS, seed: int = 0
+) -> PointLaw:
+    """The law of one of n independent draws of `law`, chosen with probability proportional to its
+    weight; `log_weights` are those of its points, `(8, m)`.
+    """
+    rng, points = np.random.default_rng(seed), np.asarray(law.points)
+    # A run beyond the range of floating-point numbers has no weight.
+    finite = np.isfinite(log_weights) & np.all(np.isfinite(points), axis=-1)
+    log_weights = np.where(finite, np.asarray(log_weights, np.float64), -np.inf)
+    law = PointLaw(law.prior, jnp.asarray(np.where(finite[..., None], points, 0.0)))
+    return _thinned(law, _softmax_of(log_weights.reshape(-1), n, rng), num, rng)
+
+
+def _softmax_of(tilts: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """The probability of each point to be chosen among n draws of the points, in proportion to
+    `exp(tilts)`.
+    """
+    repeats = max(1, _SORTED // len(tilts))
+    return sum(_best_of(tilts + rng.gumbel(size=len(tilts)), n) for _ in range(repeats))
+
+
+def _thinned(law: PointLaw, weights: np.ndarray, num: int, rng: np.random.Generator) -> PointLaw:
+    """A law of `num` points in each set for weighted points."""
+    points = np.asarray(law.points)
     chosen = [
         x[_systematic(x, w, num, rng.random())]
-        for x, w in zip(points, np.reshape(weights, values.shape), strict=True)
+        for x, w in zip(points, np.reshape(weights, points.shape[:2]), strict=True)
     ]
     return PointLaw(law.prior, jnp.asarray(np.stack(chosen)))
 
