@@ -175,7 +175,7 @@ def recommend(
     or candidates. A method that cannot afford one step is left out. The function cannot be traced.
     It takes about 20 CPU-seconds for compilation the first time, and 2 from then on for states of
     the same size. For mixtures with as many components in the plane, the later calls take 3
-    CPU-seconds at 100 denoiser calls, and 7 at 1,000.
+    CPU-seconds at 100 denoiser calls, and 10 at 1,000.
 
     **Arguments:**
 
@@ -529,7 +529,7 @@ class _Points(NamedTuple):
             found = run_weights.trajectories(*arguments, times, eta, chain, start, keys[1])
             points.append(np.asarray(found.ends).reshape(*sets, prior.dim))
             log_weights.append(np.asarray(found.log_weights).reshape(sets))
-        law = PointLaw(prior, np.concatenate(points, axis=1))
+        law = PointLaw(prior, jnp.asarray(np.concatenate(points, axis=1)))
         return runs.weighted_law(law, np.concatenate(log_weights, axis=1), n)
 
     def option(
@@ -571,7 +571,7 @@ def _undamped(scale: Array) -> scales.Damped:
 def _problem(prior: GaussianMixture, form: QuadraticForm) -> Problem:
     # One structure for all rewards of one program; their constants do not matter.
     reward = rewards.Quadratic(form.center, form.matrix) + rewards.LinearReward(form.gradient)
-    return runs.problem_of(prior, reward, Linear())
+    return runs.problem_of(prior, reward, Linear())  # a matrix is not conjugate, even if isotropic
 
 
 def _options_of_points(task: _Task, conjugate: bool) -> Iterator[Option]:

@@ -1,4 +1,4 @@
-"""The tail of importance weights: the generalized Pareto law that is fitted to the largest of them."""
+"""The tail of importance weights, by a generalized Pareto law for the largest of them."""
 
 import numpy as np
 from jaxtyping import Array

@@ -41,10 +41,10 @@ import numpy as np
 from jaxtyping import Array
 
 from tiltjax import _callbacks, _checks, _pytree, _repr, _sharding
+from tiltjax._tails import RELIABLE, USABLE, pareto_shape
 from tiltjax.guidance import Guidance, check
 from tiltjax.models import Denoiser
 from tiltjax.particles import Particles, effective_numpy
-from tiltjax._tails import RELIABLE, USABLE, pareto_shape, tail_length
 from tiltjax.solvers import Ancestral, Solver
 from tiltjax.weighted._smc import SMC, simulate
 
