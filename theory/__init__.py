@@ -10,8 +10,8 @@ r"""theory: closed forms and quadrature for reward-tilted Gaussian mixtures.
 - `run_law`: the same on a mixture, as points, with the draws of the guidance; `selected_law`:
   selection among them.
 - `best_of_n`, `softmax_of_n`: the laws that selection produces.
-- `prior_ess`, `path_law`: the effective sample size of weighted samples, without guidance and of a
-  guided diffusion.
+- `prior_ess`, `path_law`, `weight_law`: the effective sample size of weighted samples, without
+  guidance, of a guided diffusion from one Gaussian, and of a guided chain on a mixture.
 - `token_tilt`: the tilt of a law of token sequences, by enumeration.
 - `w2_bounds`: bounds of the distance between two mixtures.
 - `thermodynamic_integral`, `thermodynamic_bracket`: `log Z` from computed or measured mean rewards.
@@ -49,6 +49,7 @@ from theory.push_forward import (
     laplace_denoiser,
     plug_in_denoiser,
 )
+from theory.run_weights import WeightLaw, weight_law
 from theory.runs import (
     ConjugateFit,
     Deterministic,
@@ -133,6 +134,8 @@ __all__ = [
     "path_law",
     "path_limit",
     "PathLaw",
+    "weight_law",
+    "WeightLaw",
     # Distances.
     "w2_bounds",
     "W2Bounds",

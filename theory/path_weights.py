@@ -143,6 +143,16 @@ def path_law(
     without finite mass.
     """
     _checks.instance(field, AffineField, "field", "such as plug_in_field(prior, reward, scale)")
+    solver = ancestral(solver)
+    dtype = field.prior.means.dtype
+    times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(dtype)
+    law, base_end = _path_law(field, times, solver.eta.astype(dtype))
+    tilts.check_mass(base_end, field.form, field.law.final)
+    return law
+
+
+def ancestral(solver: solvers.Ancestral | None) -> solvers.Ancestral:
+    """The solver of a weighted chain. **Raises:** `ValueError` for a solver without noise."""
     solver = solvers.Ancestral() if solver is None else solver
     if not isinstance(solver, solvers.Ancestral):
         raise ValueError(
@@ -154,11 +164,7 @@ def path_law(
             "at eta = 0 the chain has no noise, so it has no weights: use Ancestral(eta) with "
             "eta > 0"
         )
-    dtype = field.prior.means.dtype
-    times = grids.time_grid(_checks.finite(times, "times", 1), None).astype(dtype)
-    law, base_end = _path_law(field, times, solver.eta.astype(dtype))
-    tilts.check_mass(base_end, field.form, field.law.final)
-    return law
+    return solver
 
 
 @eqx.filter_jit

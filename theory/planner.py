@@ -13,7 +13,10 @@ calls):
 | `fmrg`, g inner steps | `2 g + 2` | `2 g + 1` | any reward |
 | `Laplace` | 1 | d | smooth rewards |
 | `best_of_n`, `softmax_of_n` | n samples | | any reward |
-| weighted trajectories of the damped diffusion | n of 25 steps, g each | as many | any reward |
+| n weighted trajectories of 25 steps | `25 n` evaluations | as many | any reward |
+
+The last row is for the damped diffusion with one draw, and on mixtures also for the diffusions of
+`dps`, `Laplace` and `Conjugate`. `Conjugate` then takes one call more, for the weight.
 
 **Error.** The error is W2 between the tilt and the law that is predicted for a method *at this
 number of steps*.
@@ -30,7 +33,8 @@ inside of modes and between them. W2 is exact transport between these points and
 It is a measurement of the law at these steps, not a law: `spread` is its error. The order of two
 methods whose W2 differ by less than this is not known. The 2,048 points do not contain what is
 rarer, such as a particle in ten thousand that long steps carry far away. Only plug-in with 1, 2 and
-8 draws and no weighted trajectories are among the options.
+8 draws are among the options. One of n weighted trajectories is chosen among points with the
+weights of their trajectories (`theory.run_weights`), for up to 64 trajectories.
 
 The column `basis` says which of these a number is.
 """
@@ -46,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import finite_steps, flow_laws, path_weights, runs, selection, tilts
+from theory import finite_steps, flow_laws, path_weights, run_weights, runs, selection, tilts
 from theory.distances import bures, w2_bounds
 from theory.finite_steps import AffineField
 from theory.many_draws import draws_moments
@@ -82,6 +86,7 @@ _SHIFTS = (
     finite_steps.shift_at_end,
 )
 _PATH_STEPS = 25  # of a weighted trajectory
+_MAX_PATHS = 64  # weighted trajectories on a mixture
 _MAX_STRENGTH = 1e4  # largest `scale h s^2` for which the law of many draws is computed
 _HEAD = ("method", "steps", "calls", "W2", "basis")  # of the table of a plan
 _COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -90,6 +95,7 @@ _DENOISERS = (doob_denoiser, dps_denoiser, laplace_denoiser)
 _FEW = 64  # points in each set that choose the number of candidates
 # Points in each set from which n candidates are selected, over n: to choose n, and to measure W2.
 _POOLS = 64, 256
+_SETS = 8  # of points
 
 
 class Option(NamedTuple):
@@ -169,7 +175,7 @@ def recommend(
     or candidates. A method that cannot afford one step is left out. The function cannot be traced.
     It takes about 20 CPU-seconds for compilation the first time, and 2 from then on for states of
     the same size. For mixtures with as many components in the plane, the later calls take 3
-    CPU-seconds at 100 denoiser calls, and 7 at 1,000.
+    CPU-seconds at 100 denoiser calls, and 10 at 1,000.
 
     **Arguments:**
 
@@ -480,10 +486,7 @@ class _Points(NamedTuple):
     ) -> PointLaw:
         """The law of a method after `steps` steps, with `num` points in each set."""
         task, dtype = self.task, self.task.prior.means.dtype
-        problem, scale = self.problem, _undamped(task.scale)
-        if damped:
-            form, scale, _ = task.damping()
-            problem = _problem(task.prior, form)
+        problem, scale = self.damping() if damped else (self.problem, _undamped(task.scale))
         fields, index = _branches(field, task.inner_steps)
         times = np.ones(_MAX_STEPS + 1)
         times[: steps + 1] = grids.of_width(Linear(), task.prior.width, steps, dtype)
@@ -502,6 +505,32 @@ class _Points(NamedTuple):
             for i, part in enumerate(parts)
         ]
         return PointLaw(task.prior, jnp.asarray(np.concatenate(ends, axis=1)))
+
+    def damping(self) -> tuple[Problem, scales.Scale]:
+        """The problem and the scale of one damped draw."""
+        form, scale, _ = self.task.damping()
+        return _problem(self.task.prior, form), scale
+
+    def weighted(self, field: Field, n: int, *, damped: bool = False) -> PointLaw:
+        """The law of one of n weighted trajectories."""
+        prior, dtype = self.task.prior, self.task.prior.means.dtype
+        problem, scale = self.damping() if damped else (self.problem, _undamped(self.task.scale))
+        times = jnp.asarray(grids.of_width(Linear(), prior.width, _PATH_STEPS, dtype), dtype)
+        # Draws, whose program is large, have one of their own, which only a large budget needs.
+        others = ConjugateFit(), *(Deterministic(denoiser) for denoiser in _DENOISERS)
+        fields = (field,) if isinstance(field, PlugInDraws) else others
+        index = fields.index(field)
+        chain, eta = jnp.asarray(run_weights.GUIDED), jnp.ones((), dtype)
+        arguments = problem, fields, jnp.asarray(index, jnp.int32), _pytree.cast(scale, dtype)
+        points, log_weights = [], []
+        for i in range(n):  # in parts, so that one program serves any n
+            keys, sets = jax.random.split(jax.random.key(i)), (_SETS, _POOLS[1])
+            start = jax.random.normal(keys[0], (sets[0] * sets[1], prior.dim), dtype)
+            found = run_weights.trajectories(*arguments, times, eta, chain, start, keys[1])
+            points.append(np.asarray(found.ends).reshape(*sets, prior.dim))
+            log_weights.append(np.asarray(found.log_weights).reshape(sets))
+        law = PointLaw(prior, jnp.asarray(np.concatenate(points, axis=1)))
+        return runs.weighted_law(law, np.concatenate(log_weights, axis=1), n)
 
     def option(
         self, method: str, cost: float, field: Field, *, damped: bool = False
@@ -542,7 +571,7 @@ def _undamped(scale: Array) -> scales.Damped:
 def _problem(prior: GaussianMixture, form: QuadraticForm) -> Problem:
     # One structure for all rewards of one program; their constants do not matter.
     reward = rewards.Quadratic(form.center, form.matrix) + rewards.LinearReward(form.gradient)
-    return runs.problem_of(prior, reward, Linear())
+    return runs.problem_of(prior, reward, Linear())  # a matrix is not conjugate, even if isotropic
 
 
 def _options_of_points(task: _Task, conjugate: bool) -> Iterator[Option]:
@@ -568,7 +597,29 @@ def _options_of_points(task: _Task, conjugate: bool) -> Iterator[Option]:
     if task.concave and task.curvature > 0:
         label, draw = task.damping()[2], PlugInDraws(1, task.inner_steps)
         yield from points.option(task.plug_in(label), task.draws_cost(1), draw, damped=True)
+    yield from _weighted_points(points)
     yield from _selected_points(points)
+
+
+def _weighted_points(points: _Points) -> Iterator[Option]:
+    """One of as many weighted trajectories as the budget allows."""
+    task, methods = points.task, []
+    if task.concave:
+        fit = Deterministic(doob_denoiser) if task.isotropic else ConjugateFit()
+        laplace = Deterministic(laplace_denoiser)
+        # The weight needs the denoiser without a tilt, too.
+        methods.append((task.call("Conjugate(model, "), 3, fit, False))
+        methods.append((task.call("Laplace(model, "), task.laplace_cost, laplace, False))
+    dps = Deterministic(dps_denoiser)
+    methods.append((task.call("dps(model, "), 1 + task.pullback, dps, False))
+    if task.concave and task.curvature > 0:
+        label, draw = task.plug_in(task.damping()[2]), PlugInDraws(1, task.inner_steps)
+        methods.append((label, task.draws_cost(1), draw, True))
+    for label, cost, field, damped in methods:
+        n = min(int(task.budget / (_PATH_STEPS * cost)), _MAX_PATHS)
+        if n > 1:
+            law, calls = points.weighted(field, n, damped=damped), n * _PATH_STEPS * cost
+            yield points.measured(f"one of {n} weighted paths, {label}", _PATH_STEPS, calls, law)
 
 
 def _selected_points(points: _Points) -> Iterator[Option]:

@@ -21,9 +21,11 @@ and covariances P_k. D and P are its mean and covariance, `H = -∇^2 r / 2`:
 In the plug-in denoiser
 `Cov(X_1, r(X_1) | x) = sum_k p_k (P_k E_k[∇r] + (m_k - D) E_k[r])`, where a quadratic reward has
 `E_k[∇r] = ∇r(m_k)` and `E_k[r] = r(m_k) - tr(H P_k)`. The second term moves mass between modes.
-`Conjugate` has Doob's denoiser for conjugate rewards. For any other reward its law is no
-push-forward of the state alone: where its fit has several solutions, the fit follows one of them
-from the start of the run, and the noise of a few draws moves mass between modes.
+`Conjugate` has Doob's denoiser for conjugate rewards (linear, isotropic quadratic, and their sums),
+so its law is the tilt. For any other reward its law is no push-forward of the state alone: where
+its fit has several solutions, the fit follows one of them from the start of the run, and the noise
+of a few draws moves mass between modes. Its law is then one of complete runs: `theory.run_law` with
+`ConjugateFit`.
 
 **Clock.** Let c be the prior's mean, s the root of the mean variance of its coordinates,
 `kappa s = sinh(tau)` and `y = (u - kappa c) / cosh(tau)`. Then y has about unit variance and moves
@@ -324,6 +326,12 @@ def flow_law(
     not take. `RuntimeError` from the solver where the flow is too stiff.
     """
     check_mixture(prior, "prior")
+    if isinstance(denoiser, eqx.Module):
+        raise TypeError(
+            f"flow_law takes a denoiser of the posterior alone, got {type(denoiser).__name__}: the "
+            "fields of run_law may have draws and a memory, and have a law after N steps only. Use "
+            "theory.run_law."
+        )
     _checks.function(denoiser, "denoiser")
     num = _checks.count(num, "num")
     if num < 4 or num & (num - 1):

@@ -45,7 +45,7 @@ from theory.push_forward import (
     normal_points,
 )
 from theory.tilts import is_quadratic, quadratic_form
-from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales
+from tiltjax import _checks, _pytree, grids, rewards, scales
 from tiltjax.interpolants import Interpolant, or_linear
 from tiltjax.mixtures import GaussianMixture, check_mixture
 
@@ -59,15 +59,17 @@ POINTS = 256  # in each set
 
 class Problem(NamedTuple):
     """The arguments that all fields share. `form` is the `QuadraticForm` of the reward or `None`,
-    `stiffest` its largest eigenvalue, and `log_variance` the logarithm of the mean squared error of
-    the denoiser at `_LEVELS` levels.
+    `conjugate` the `(a, c)` of its conjugate terms `<a, x> - c |x|^2 / 2`, `remainder` the sum of
+    its other terms or `None`, and `log_variance` the logarithm of the mean squared error of the
+    denoiser at `_LEVELS` levels.
     """
 
     prior: GaussianMixture
     reward: rewards.Reward
     interpolant: Interpolant
     form: Any
-    stiffest: Array
+    conjugate: tuple[Array, Array]
+    remainder: rewards.Reward | None
     log_variance: Array
 
     def denoise(self, t: Array, x: Array) -> Array:
@@ -93,19 +95,21 @@ class Problem(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The memory of `ConjugateFit`: a point z, the gradient there, and running sums whose ratio is
-    the curvature c. The fitted reward is `<gradient + c z, x> - c |x|^2 / 2`.
+    """The memory of `ConjugateFit`: a point z, the gradient there, running sums whose ratio is the
+    curvature c, and a unit vector that tends to the most concave direction. The fitted reward is
+    `<gradient + c z, x> - c |x|^2 / 2`.
     """
 
     point: Array
     slope: Array
     fitted: Array
     spread: Array
+    stiff: Array
 
     @classmethod
     def none(cls, x: Array) -> "Fit":
-        zero = jnp.zeros((), x.dtype)
-        return cls(jnp.zeros_like(x), jnp.zeros_like(x), zero, zero)
+        zero, nothing = jnp.zeros((), x.dtype), jnp.zeros_like(x)
+        return cls(nothing, nothing, zero, zero, _unit(x, jnp.ones_like(x) / len(x) ** 0.5))
 
     @property
     def precision(self) -> Array:
@@ -232,40 +236,72 @@ class FlowMapEnd(Field):
 
 
 class ConjugateFit(Field):
-    """Variational conjugate tilting with its default settings, for a quadratic reward, for which
-    the expectations of gradients are closed and only the curvature c depends on draws.
+    """Variational conjugate tilting with its default settings.
+
+    The fit of the last step is a part of the state, so the law is one of complete runs. In the
+    limit of small steps no law of one flow exists: where the fit has several solutions, a run
+    follows the solution that its start reached, until the noise of its four draws carries it to
+    another. The rate of such changes is per step, not per time.
     """
 
     def __call__(self, problem, strength, key, t, x, memory):
-        natural, snr = problem.natural(t, x), problem.interpolant.snr(t)
+        a, c = problem.conjugate
+        natural = problem.natural(t, x) + strength * a
+        snr = problem.interpolant.snr(t) + strength * c
         denoised = lambda fit: problem.denoise_natural(snr + fit.precision, natural + fit.natural)
-        fit = self.refine(problem, strength, key, snr, denoised(memory), memory)
+        fit = memory
+        if problem.remainder is not None:
+            gradient = jax.grad(lambda x, reward=problem.remainder: strength * reward(x))
+            fit = self.refine(problem, gradient, key, snr, denoised(memory), memory)
         moved = denoised(fit)
         return Guided(moved, moved, fit)
 
     def refine(
-        self, problem: Problem, strength: Array, key: Array, snr: Array, z: Array, fit: Fit
+        self, problem: Problem, slope_at: Callable, key: Array, snr: Array, z: Array, fit: Fit
     ) -> Fit:
-        """The fit after one iteration from the denoiser z of the last fit."""
-        form, dim = problem.form, len(z)
-        bend = 2 * strength * form.matrix
-        slope = strength * form.gradient - bend @ (z - form.center)
+        """The fit after one iteration from the denoiser z of the last fit, for a reward with the
+        gradient `slope_at`.
+        """
         c, variance = fit.precision, problem.variance(snr + fit.precision)
-        eps = jax.random.normal(key, (_DRAWS // 2, dim), z.dtype)
+        bent_along = lambda w: (slope_at(z - w) - slope_at(z + w)) / 2  # curvature times w
+        w = jnp.sqrt(variance) * jax.random.normal(key, (_DRAWS // 2, len(z)), z.dtype)
+        slope = jnp.mean(jax.vmap(lambda w: slope_at(z + w) + slope_at(z - w))(w), axis=0) / 2
+        bent = jax.vmap(bent_along)(w)
+        bent_stiff = bent_along(jnp.sqrt(variance) * fit.stiff) / jnp.sqrt(variance)
         mix = lambda old, new: _SMOOTHING * old + (1 - _SMOOTHING) * new
-        spread = mix(fit.spread, jnp.asarray(dim, z.dtype))
-        fitted = mix(fit.fitted, jnp.mean(jnp.sum(eps * (eps @ bend), axis=1)))
+        spread = mix(fit.spread, jnp.asarray(len(z), z.dtype))
+        fitted = mix(fit.fitted, jnp.sum(w * bent) / (variance * len(w)))
         fitted = jnp.maximum(fitted, (c - _LOST_PRECISION / variance) * spread)
         new = fit._replace(fitted=fitted, spread=spread)
         # As far as is stable, and as the draws reach.
-        excess = problem.variance(snr + new.precision) * (
-            2 * strength * problem.stiffest - new.precision
-        )
+        stiffness = jnp.maximum(fit.stiff @ bent_stiff, jnp.max(jax.vmap(_steepness)(w, bent)))
+        excess = problem.variance(snr + new.precision) * (stiffness - new.precision)
         stable = jnp.where(fit.spread > 0, 1 / (1 + jnp.maximum(excess, 0)), 1)
         shift = (slope - fit.natural + c * z) / (1 / variance + new.precision - c)
-        reach = _WIDTHS * jnp.sqrt(variance * dim) / jnp.maximum(jnp.linalg.norm(shift), 1e-30)
+        reach = _WIDTHS * jnp.sqrt(variance * len(z)) / jnp.maximum(_length(shift), 1e-30)
         toward = lambda old, ahead: old + jnp.minimum(stable, reach) * (ahead - old)
-        return new._replace(point=toward(fit.point, z), slope=toward(fit.slope, slope))
+        return new._replace(
+            point=toward(fit.point, z),
+            slope=toward(fit.slope, slope),
+            stiff=_unit(bent_stiff + _length(bent_stiff) * fit.stiff, fit.stiff),
+        )
+
+
+def _steepness(w: Array, bent: Array) -> Array:
+    """The curvature along w at most, `|C w| / |w|` for `bent = C w`; 0 in a convex direction."""
+    return jnp.where(w @ bent > 0, _length(bent) / _length(w), 0)
+
+
+def _length(x: Array) -> Array:
+    """`|x|`, with a gradient of zero at zero."""
+    square = x @ x
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _unit(x: Array, otherwise: Array) -> Array:
+    """`x / |x|`, or `otherwise` where x vanishes."""
+    length = _length(x)
+    return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), otherwise)
 
 
 def run_law(
@@ -283,46 +319,62 @@ def run_law(
     """The law of the samples of `tiltjax.sample` with Heun's method after N steps, as points.
 
     **Arguments:** `prior`, covariances may be singular; `reward`, differentiable, and quadratic for
-    `ConjugateFit` and for the denoisers that need it; `scale`, a number or `Damped`; `field`, the
+    the denoisers that need it; `scale`, a number or `Damped`; `field`, the
     guidance; `steps` or `times`, as in `tiltjax.sample`; `num`, a power of two, the number of
     points in each of the eight sets; `seed`, of the draws.
 
-    **Raises:** `ValueError` for a scale law that does not depend on time alone, and for a reward
-    that the field does not take.
+    **Raises:** `ValueError` for a scale law that does not depend on time alone.
     """
-    check_mixture(prior, "prior")
-    _checks.instance(field, Field, "field", "such as PlugInDraws(k=1)")
-    law = scales.as_scale(scale)
-    if not isinstance(law, scales.Constant | scales.Damped):
-        raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
-    if isinstance(field, ConjugateFit) and not is_quadratic(rewards.as_reward(reward)):
-        raise ValueError("ConjugateFit takes a quadratic reward: use another field, or simulate")
+    check_field(field)
+    law = time_law(scale)
     dtype, interpolant = prior.means.dtype, or_linear(interpolant)
     problem = problem_of(prior, reward, interpolant)
-    if times is None:
-        times = grids.of_width(interpolant, prior.width, _checks.count(steps, "steps"), dtype)
-    times = grids.time_grid(times, None).astype(dtype)
+    times = run_times(prior, interpolant, steps, times)
     start = jnp.asarray(normal_points(_checks.count(num, "num"), prior.dim), dtype)
     key, law = jax.random.key(seed), _pytree.cast(law, dtype)
     ends = ends_of(problem, (field,), 0, law, times, len(times) - 1, start, key)
     return PointLaw(prior, ends)
 
 
+def check_field(field: Field) -> None:
+    """**Raises:** `TypeError` for anything else."""
+    _checks.instance(field, Field, "field", "such as PlugInDraws(k=1)")
+
+
+def time_law(scale: float | Array | scales.Scale) -> scales.Scale:
+    """The scale as a function of time. **Raises:** `ValueError` for one that needs a state."""
+    law = scales.as_scale(scale)
+    if not isinstance(law, scales.Constant | scales.Damped):
+        raise ValueError(f"the scale must be a number or Damped, got {type(law).__name__}")
+    return law
+
+
+def run_times(
+    prior: GaussianMixture, interpolant: Interpolant, steps: int | None, times: Array | None
+) -> Array:
+    """The times of a run, `(steps + 1,)`, as in `tiltjax.sample`."""
+    dtype = prior.means.dtype
+    if times is None:
+        times = grids.of_width(interpolant, prior.width, _checks.count(steps, "steps"), dtype)
+    return grids.time_grid(times, None).astype(dtype)
+
+
 def problem_of(prior: GaussianMixture, reward: Callable, interpolant: Interpolant) -> Problem:
     """The part of a law that does not depend on the field."""
+    check_mixture(prior, "prior")
     dtype = prior.means.dtype
     reward = _pytree.cast(rewards.as_reward(reward), dtype)
     form = quadratic_form(reward, prior.dim) if is_quadratic(reward) else None
-    parts = _pytree.cast((prior, reward, interpolant, form), dtype)
+    nothing = jnp.zeros(prior.dim, dtype), jnp.zeros((), dtype)
+    a, c, remainder = rewards.split_conjugate(reward, nothing)
+    parts = _pytree.cast((prior, reward, interpolant, form, (a, c), remainder), dtype)
     noise = jnp.asarray(normal_points(32, 2 * prior.dim + 1)[..., prior.dim + 1 :], dtype)
-    return _problem_of(*parts, mixture_points(prior, 32), noise)
+    return Problem(*parts, _log_variance(parts[0], mixture_points(prior, 32), noise))
 
 
 @eqx.filter_jit
-def _problem_of(prior, reward, interpolant, form, data, noise) -> Problem:
+def _log_variance(prior: GaussianMixture, data: Array, noise: Array) -> Array:
     prior = prior.decomposed()
-    top = jnp.zeros((), prior.means.dtype)
-    top = top if form is None else jnp.max(_linalg.rotations(form.matrix)[0])
     data, noise = (points.reshape(-1, prior.dim) for points in (data, noise))
 
     def log_variance(log_snr: Array) -> Array:
@@ -332,7 +384,7 @@ def _problem_of(prior, reward, interpolant, form, data, noise) -> Problem:
         return jnp.log(jnp.mean(jnp.trace(covs, axis1=1, axis2=2)) / prior.dim)
 
     levels = jnp.asarray(_log_levels(), prior.means.dtype)
-    return Problem(prior, reward, interpolant, form, top, jax.lax.map(log_variance, levels))
+    return jax.lax.map(log_variance, levels)
 
 
 def _log_levels() -> np.ndarray:
@@ -389,7 +441,7 @@ def _step(
         key, s, strength = stage
 
         def move(x: Array, memory: Fit, _: Array) -> tuple[Array, Fit, Array]:
-            found = _evaluate(problem, fields, index, strength, key, s, x, memory)
+            found = evaluate(problem, fields, index, strength, key, s, x, memory)
             moved = problem.interpolant.advance(s, t, u, x, found.denoised)
             return jnp.where(u < 1, moved, found.denoised), found.memory, found.start
 
@@ -402,7 +454,17 @@ def _step(
     return jax.tree.map(pick, (started, memory), (moved, after))
 
 
-def _evaluate(problem, fields, index, strength, key, t, x, memory) -> Guided:
+def evaluate(
+    problem: Problem,
+    fields: tuple[Field, ...],
+    index: int | Array,
+    strength: Array,
+    key: Array,
+    t: Array,
+    x: Array,
+    memory: Fit,
+) -> Guided:
+    """The field of this index at all states `(n, d)`, each with its own random numbers."""
     keys = jax.random.split(key, len(x))
 
     def all_states(field: Field) -> Callable:
@@ -428,18 +490,45 @@ def selected_law(
     about `2 M / n` independent draws. `num` is the number of points of the result in each set.
     """
     n, num = _checks.count(n, "n"), _checks.count(num, "num")
-    points = np.asarray(law.points)
     values = np.asarray(_values(rewards.as_reward(reward), law.points), np.float64)
-    rng, flat = np.random.default_rng(seed), values.reshape(-1)
+    rng = np.random.default_rng(seed)
     if scale is None:
-        weights = _best_of(flat, n)
+        weights = _best_of(values.reshape(-1), n)
     else:
-        tilts = float(_checks.nonnegative(scale, "scale")) * flat
-        repeats = max(1, _SORTED // len(flat))
-        weights = sum(_best_of(tilts + rng.gumbel(size=len(flat)), n) for _ in range(repeats))
+        tilts = float(_checks.nonnegative(scale, "scale")) * values
+        weights = _softmax_of(tilts.reshape(-1), n, rng)
+    return _thinned(law, weights, num, rng)
+
+
+def weighted_law(
+    law: PointLaw, log_weights: np.ndarray, n: int, *, num: int = POINTS, seed: int = 0
+) -> PointLaw:
+    """The law of one of n independent draws of `law`, chosen with probability proportional to its
+    weight; `log_weights` are those of its points, `(8, m)`.
+    """
+    rng, points = np.random.default_rng(seed), np.asarray(law.points)
+    # A run beyond the range of floating-point numbers has no weight.
+    finite = np.isfinite(log_weights) & np.all(np.isfinite(points), axis=-1)
+    log_weights = np.where(finite, np.asarray(log_weights, np.float64), -np.inf)
+    law = PointLaw(law.prior, jnp.asarray(np.where(finite[..., None], points, 0.0)))
+    return _thinned(law, _softmax_of(log_weights.reshape(-1), n, rng), num, rng)
+
+
+def _softmax_of(tilts: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """The probability of each point to be chosen among n draws of the points, in proportion to
+    `exp(tilts)`.
+    """
+    repeats = max(1, _SORTED // len(tilts))
+    noise = (rng.gumbel(size=len(tilts)) for _ in range(repeats))
+    return np.sum([_best_of(tilts + gumbel, n) for gumbel in noise], axis=0)
+
+
+def _thinned(law: PointLaw, weights: np.ndarray, num: int, rng: np.random.Generator) -> PointLaw:
+    """A law of `num` points in each set for weighted points."""
+    points = np.asarray(law.points)
     chosen = [
         x[_systematic(x, w, num, rng.random())]
-        for x, w in zip(points, np.reshape(weights, values.shape), strict=True)
+        for x, w in zip(points, np.reshape(weights, points.shape[:2]), strict=True)
     ]
     return PointLaw(law.prior, jnp.asarray(np.stack(chosen)))
 

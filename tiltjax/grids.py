@@ -17,6 +17,7 @@ References: Karras et al. (arXiv 2206.00364, eq. 5); Lin et al. (arXiv 2305.0889
 spacings.
 """
 
+import math
 from typing import Any
 
 import jax

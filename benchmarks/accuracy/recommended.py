@@ -13,7 +13,9 @@ with 49 steps as published.
 
 import argparse
 import itertools
+import re
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,13 +112,21 @@ def run(case: Case, option: theory.Option) -> Callable[[jax.Array, int], jax.Arr
     """The samples of an option as a function of a key and their number."""
     model, steps = tj.Analytic(case.prior), option.steps
     names: dict[str, Any] = {**vars(tj), "model": model, "reward": case.reward}
-    call = lambda **given: eval(option.method, names | given)
+    one_of = re.match(r"one of (\d+) weighted paths, ", option.method)
+    method = option.method[one_of.end() :] if one_of else option.method
+    call = lambda **given: eval(method, names | given)
 
     def samples(key: jax.Array, num: int) -> jax.Array:
         if option.method == "no guidance":
             return tj.sample(key, model, num=num, steps=steps).x
         if option.method.startswith("Tilted"):
             return tj.sample(key, call(), num=num, steps=steps).x
+        if one_of:
+            n, keys = int(one_of[1]), jax.random.split(key)
+            with warnings.catch_warnings(action="ignore"):  # about a low effective sample size
+                found = tj.smc(keys[0], model, call(), num=num * n, steps=steps, ess_threshold=0)
+            chosen = jax.random.categorical(keys[1], found.log_weights.reshape(num, n))
+            return found.x.reshape(num, n, -1)[jnp.arange(num), chosen]
         if "particles" not in option.method:
             return tj.sample(key, model, call(), num=num, steps=steps).x
         n = round(option.cost / (2 * steps - 1))

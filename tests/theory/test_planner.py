@@ -178,8 +178,34 @@ def test_mixtures_and_anisotropic_rewards():
     methods = [option.method for option in plan.options]
     assert sum("PlugIn" in method for method in methods) == 3  # k = 1, damped or not, and k = 2
     assert "±" in str(plan).splitlines()[1]
+    assert not any("weighted" in method for method in methods)  # fewer than two
     one_call = theory.recommend(problem.prior, reward, 1.0, 1, inner_steps=5)
     assert [option.method for option in one_call.options] == ["no guidance"]
+
+
+@pytest.mark.slow
+def test_weighted_paths_on_a_mixture():
+    """One of n is chosen by weight: the law is that of weighted runs in groups of n."""
+    problem = tj.problems.get("quadratic")
+    plan = theory.recommend(problem.prior, problem.reward, 0.3, 260, inner_steps=5)
+    options = {o.method: o for o in plan.options if o.method.startswith("one of")}
+    assert set(options) == {
+        "one of 3 weighted paths, Conjugate(model, reward, 0.3)",
+        "one of 2 weighted paths, Laplace(model, reward, 0.3)",
+        "one of 3 weighted paths, dps(model, reward, 0.3)",
+    }
+    model = tj.Analytic(problem.prior)
+    particles = tj.smc(
+        jax.random.key(0), model, tj.dps(model, problem.reward, 0.3), num=30_000, steps=25,
+        ess_threshold=0,
+    )  # fmt: skip
+    chosen = jax.random.categorical(jax.random.key(1), particles.log_weights.reshape(-1, 3))
+    x = particles.x.reshape(-1, 3, 2)[jnp.arange(len(chosen)), chosen]
+    option = options["one of 3 weighted paths, dps(model, reward, 0.3)"]
+    law, error = option.law, np.asarray(option.law.error()[0])
+    error = np.hypot(error, np.std(x, axis=0) / len(x) ** 0.5)
+    assert np.all(np.abs(law.mean() - np.mean(x, axis=0)) < 5 * error)
+    assert option.cost == 3 * 25 * 3
 
 
 @pytest.mark.nightly

@@ -46,6 +46,20 @@ def test_a_denoiser_is_that_of_the_guidance(denoiser):
     np.testing.assert_allclose(*both(x), rtol=1e-9)
 
 
+def test_the_denoiser_of_a_conjugate_reward_is_doobs():
+    case = CASES["three"]
+    model, reward = tj.Analytic(case.prior), tj.rewards.Quadratic([0.5, -1.0], 0.7)
+    reward, t, x = reward + tj.rewards.LinearReward([0.3, 0.0]), jnp.asarray(0.45), jnp.ones(2)
+    guidance, scale = tj.Conjugate(model, reward, 0.8), jnp.asarray(0.8)
+
+    @jax.jit
+    def both(x):
+        estimate, _ = guidance(jax.random.key(0), t, x, guidance.init(x))
+        return theory.doob_denoiser(model.posterior(t, x), reward, scale), estimate.tilted
+
+    np.testing.assert_allclose(*both(x), rtol=1e-9)
+
+
 @pytest.mark.parametrize("denoiser", [theory.plug_in_denoiser, theory.doob_denoiser])
 def test_quadrature_agrees_with_the_closed_form(denoiser):
     case = CASES["flat"]
@@ -218,6 +232,8 @@ def test_refusals_say_why_and_what_to_use():
         theory.flow_law(p.prior, tj.rewards.Bump([0.0, 1.0]), 1.0, denoiser=theory.laplace_denoiser)
     with pytest.raises(ValueError, match="StepReward has gradient zero"):
         theory.flow_law(p.prior, tj.rewards.StepReward(1.0, [1.0, 0.0]), 1.0)
+    with pytest.raises(TypeError, match=r"got ConjugateFit.*Use theory\.run_law"):
+        theory.flow_law(p.prior, p.reward, 1.0, denoiser=theory.ConjugateFit())
     with pytest.raises(ValueError, match="the prior is one point"):
         theory.flow_law(tj.GaussianMixture([1.0], [[0.0]], [[[0.0]]]), p.reward, 1.0)
     with pytest.raises(ValueError, match="must be a number or Damped, got SelfDamped"):

@@ -62,22 +62,51 @@ def test_the_end_of_a_flow_map_is_that_of_fmrg():
     np.testing.assert_allclose(found.start, model.denoise(jnp.asarray(T), jnp.asarray(X)))
 
 
-def test_a_conjugate_fit_is_that_of_the_guidance():
-    """Over several times: the fit is carried. The stiffest direction is known here, but the
-    guidance finds it by the power method.
-    """
-    guidance, x = tj.Conjugate(tj.Analytic(CASE.prior), CASE.reward, CASE.scale), jnp.asarray(X)
-    state, fit, shared = guidance.init(x), runs.Fit.none(x), problem()
+NEAR = tj.rewards.Bump([1.0, 1.0], 1.5)
+FITTED = {
+    "anisotropic": (CASE.reward, CASE.scale),
+    "not quadratic": (3 * NEAR, 1.0),
+    "partly conjugate": (NEAR + tj.rewards.Quadratic([0.5, 0.0], 0.1), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_conjugate_fit_is_that_of_the_guidance(name):
+    """Over several times: the fit is carried."""
+    (reward, scale), x = FITTED[name], jnp.asarray(X)
+    shared = runs.problem_of(CASE.prior, reward, tj.Linear())
+    variance = lambda snr: shared.variance(snr)
+    guidance = tj.Conjugate(tj.Analytic(CASE.prior), reward, scale, variance=variance)
+    state, fit = guidance.init(x), runs.Fit.none(x)
     of_guidance = jax.jit(lambda *state: guidance(*state))
-    of_field = jax.jit(lambda *state: runs.ConjugateFit()(shared, jnp.asarray(CASE.scale), *state))
+    of_field = jax.jit(lambda *state: runs.ConjugateFit()(shared, jnp.asarray(scale), *state))
     for i in range(6):
         key, t = jax.random.key(i), jnp.asarray(T + i * 0.05)
         estimate, state = of_guidance(key, t, x, state)
         draws = jax.random.split(jax.random.split(key, 1)[0])[0]
         found = of_field(draws, t, x, fit)
         fit = found.memory
-        np.testing.assert_allclose(found.denoised, estimate.tilted, rtol=0.02)
-        np.testing.assert_allclose(fit.precision, state.precision, rtol=1e-6)
+        np.testing.assert_allclose(found.denoised, estimate.tilted, rtol=1e-9)
+        np.testing.assert_allclose(fit.precision, state.precision, rtol=1e-9)
+        np.testing.assert_allclose(fit.stiff, state.stiff, rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_a_conjugate_run_of_any_reward_is_that_of_the_sampler():
+    prior, steps = tj.problems.get("quadratic").prior, 20
+    reward = 4 * NEAR
+    law = theory.run_law(prior, reward, 1.0, theory.ConjugateFit(), steps=steps, num=2048)
+    model = tj.Analytic(prior)
+    guidance = tj.Conjugate(model, reward, 1.0)
+    x = tj.sample(jax.random.key(0), model, guidance, num=100_000, steps=steps).x
+    statistics = lambda x: jnp.concatenate([x, x**2, (x[:1] > 0)], dtype=x.dtype)
+    expected = np.asarray(jax.vmap(statistics)(x))
+    found = law.estimate(lambda x: jnp.mean(jax.vmap(statistics)(x), axis=0))
+    error = np.hypot(found.error, expected.std(0) / len(expected) ** 0.5)
+    assert np.all(np.abs(found.value - expected.mean(0)) < 5 * error)
+    # Far from the prior, and not the tilt.
+    assert expected[:, -1].mean() > 0.6
 
 
 @pytest.mark.parametrize(
@@ -155,8 +184,9 @@ def test_refusals_say_why():
         )
     with pytest.raises(TypeError, match="PlugInDraws"):
         theory.run_law(CASE.prior, CASE.reward, 1.0, theory.dps_denoiser, steps=2)
-    with pytest.raises(ValueError, match="quadratic"):
-        theory.run_law(CASE.prior, lambda x: x[0], 1.0, theory.ConjugateFit(), steps=2)
+    field = theory.Deterministic(theory.laplace_denoiser)
+    with pytest.raises(ValueError, match="no closed form"):
+        theory.run_law(CASE.prior, lambda x: x[0], 1.0, field, steps=2)
 
 
 @pytest.mark.slow

@@ -299,7 +299,7 @@ class Conjugate(Guidance):
         self.smoothing = _checks.in_range(smoothing, "smoothing", 0, 1, closed="left")
         self.anisotropic = _checks.flag(anisotropic, "anisotropic")
         zero = jnp.zeros((), model.dtype)
-        self.natural, self.precision, self.remainder = _split(
+        self.natural, self.precision, self.remainder = rewards.split_conjugate(
             self.reward, (jnp.zeros(model.shape, model.dtype), zero)
         )
         _check_concave(self.precision, self.scale)
@@ -527,40 +527,6 @@ def _check_concave(precision: Array, scale: Array) -> None:
             "tilt does not exist near t = 0: use PlugIn, or evaluate Tilted at times with "
             "snr_t + c > 0"
         )
-
-
-def _split(
-    reward: rewards.Reward, zero: tuple[Array, Array]
-) -> tuple[Array, Array, rewards.Reward | None]:
-    """`(a, c)` of the conjugate terms of a reward, and the sum of its other terms (`None` if there
-    are no others).
-    """
-    (natural, precision), rest = zero, None
-    for term in _terms(reward):
-        try:
-            a, c = term.conjugate()
-        except ValueError:  # not conjugate
-            rest = term if rest is None else rest + term
-            continue
-        if a.shape != natural.shape:
-            raise ValueError(
-                f"the reward takes states of shape {a.shape}, but the states of the model have "
-                f"shape {natural.shape}"
-            )
-        natural, precision = (
-            natural + a.astype(natural.dtype),
-            precision + c.astype(precision.dtype),
-        )
-    return natural, precision, rest
-
-
-def _terms(reward: rewards.Reward) -> list[rewards.Reward]:
-    """The terms of a sum, or of a multiple of a sum."""
-    if isinstance(reward, rewards.Sum):
-        return [part for term in reward.terms for part in _terms(term)]
-    if isinstance(reward, rewards.Scaled):
-        return [rewards.Scaled(part, reward.factor) for part in _terms(reward.reward)]
-    return [reward]
 
 
 class Toward(Guidance):

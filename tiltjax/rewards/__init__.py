@@ -10,7 +10,17 @@ r"""Rewards `r(x_1)`, to be maximized. Any function of one sample is a reward.
 """
 
 from tiltjax.rewards import objectives
-from tiltjax.rewards._base import Custom, Reward, Scaled, Sum, ValueOnly, as_reward, value, values
+from tiltjax.rewards._base import (
+    Custom,
+    Reward,
+    Scaled,
+    Sum,
+    ValueOnly,
+    as_reward,
+    split_conjugate,
+    value,
+    values,
+)
 from tiltjax.rewards._closed_form import Bump, DoubleWell, LinearReward, Quadratic, StepReward
 
 __all__ = [

@@ -145,6 +145,40 @@ def as_reward(reward: Callable, name: str = "reward") -> Reward:
     return reward if isinstance(reward, Reward) else Custom(_pytree.Function(reward, name))
 
 
+def split_conjugate(
+    reward: Reward, zero: tuple[Array, Array]
+) -> tuple[Array, Array, Reward | None]:
+    """`(a, c)` of the conjugate terms of a reward, and the sum of its other terms (`None` if there
+    are no others). `zero` is `(a, c)` of no terms.
+    """
+    (natural, precision), rest = zero, None
+    for term in _terms(reward):
+        try:
+            a, c = term.conjugate()
+        except ValueError:  # not conjugate
+            rest = term if rest is None else rest + term
+            continue
+        if a.shape != natural.shape:
+            raise ValueError(
+                f"the reward takes states of shape {a.shape}, but the states of the model have "
+                f"shape {natural.shape}"
+            )
+        natural, precision = (
+            natural + a.astype(natural.dtype),
+            precision + c.astype(precision.dtype),
+        )
+    return natural, precision, rest
+
+
+def _terms(reward: Reward) -> list[Reward]:
+    """The terms of a sum, or of a multiple of a sum."""
+    if isinstance(reward, Sum):
+        return [part for term in reward.terms for part in _terms(term)]
+    if isinstance(reward, Scaled):
+        return [Scaled(part, reward.factor) for part in _terms(reward.reward)]
+    return [reward]
+
+
 def value(reward: Reward, x: Array) -> Array:
     """`reward(x)`. **Raises:** `ValueError` if the value is not one scalar."""
     try:

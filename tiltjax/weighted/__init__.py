@@ -6,8 +6,9 @@ r"""Weighted particles: sequential Monte Carlo, the published methods, and audit
 `SMC`, `init`, `step` and `finish` you can write the loop of `smc` yourself.
 """
 
+from tiltjax._tails import pareto_shape, tail_length
 from tiltjax.weighted import potentials, proposals, tempering
-from tiltjax.weighted._audit import Audit, Estimated, audit, pareto_shape, report, tail_length
+from tiltjax.weighted._audit import Audit, Estimated, audit, report
 from tiltjax.weighted._methods import das, fk_steering, svdd, tds
 from tiltjax.weighted._smc import SMC, Info, State, finish, init, smc, step
 
