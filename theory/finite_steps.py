@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from theory.tilts import QuadraticForm, quadratic_form
 from tiltjax import _checks, _linalg, _pytree, grids, rewards, scales, solvers
-from tiltjax.interpolants import Interpolant, or_linear
+from tiltjax.interpolants import Interpolant, or_linear, start_of
 from tiltjax.mixtures import GaussianMixture, check_mixture
+
+_FLOOR = 1e-3  # of a flow map before its jump
 
 
 class Affine(NamedTuple):
@@ -54,7 +57,8 @@ class AffineField(eqx.Module):
     `z ~ N(0, I)`.
 
     `plug_in_field`, `dps_field`, `doob_field` and `fmrg_field` build it, for one Gaussian and a
-    quadratic reward with any H.
+    quadratic reward with any H. `guides_start` says from which denoiser a run starts, from the
+    guided or the unguided one, as in `tiltjax.guidance.Guidance`.
     """
 
     prior: GaussianMixture
@@ -62,6 +66,7 @@ class AffineField(eqx.Module):
     law: scales.Scale
     interpolant: Interpolant
     shift: Callable = eqx.field(static=True)
+    guides_start: bool = eqx.field(static=True, default=True)
 
     def unguided(self) -> "AffineField":
         """The field without guidance."""
@@ -134,13 +139,32 @@ def fmrg_field(
     reward: rewards.Reward,
     scale: float | Array,
     interpolant: Interpolant | None = None,
+    *,
+    inner_steps: int | None = 20,
 ) -> AffineField:
-    """The field of flow-map reward guidance with the exact flow map
-    `mu + S^(1/2) C^(-1/2) (x - alpha mu)`.
+    """The field of flow-map reward guidance,
+    `D~ = D + (2 sigma^2 / (alpha g^2)) scale ∇ r(X_{t,1})`.
+
+    **Arguments:** `inner_steps` of the inner flow, which is that of `fmrg`, also in its default.
+    With None the flow map is exact, `mu + S^(1/2) C^(-1/2) (x - alpha mu)`, as in `fmrg_law`.
 
     **Raises:** as `plug_in_field`.
     """
-    return _affine(prior, reward, scale, interpolant, shift_at_end)
+    steps = None if inner_steps is None else _checks.count(inner_steps, "inner_steps")
+    field = _affine(prior, reward, scale, interpolant, ShiftAtEnd(steps))
+    shift = ShiftAtEnd(steps, _floor_of(field.prior, field.interpolant))
+    # The shift is no estimate of the tilt's mean, so runs start unguided.
+    return AffineField(field.prior, field.form, field.law, field.interpolant, shift, False)
+
+
+def _floor_of(prior: GaussianMixture, interpolant: Interpolant) -> float:
+    """The ratio of noise to data, over that of the start, at which `FlowMap` jumps to the denoiser:
+    1e-3, and less for narrow data.
+    """
+    if not _checks.concrete((prior, interpolant)):
+        return _FLOOR
+    noise = start_of(interpolant, np.zeros(()), prior.means.dtype)[2]
+    return _FLOOR * min(grids.beyond(prior.width, noise), 1.0)
 
 
 def _affine(prior, reward, scale, interpolant, shift) -> AffineField:
@@ -192,17 +216,57 @@ def exact_shift(interpolant, t, form, strength, mean, cov, gain, offset, draw):
     return damping @ matrix, damping @ constant, noise
 
 
-def shift_at_end(interpolant, t, form, strength, mean, cov, gain, offset, draw):
-    """The shift by the reward's gradient at the end of the flow map."""
-    alpha, sigma = interpolant.alpha(t), interpolant.sigma(t)
+class ShiftAtEnd(NamedTuple):
+    """The shift by the reward's gradient at the end of the flow map: the exact flow map, or the one
+    with `inner_steps` steps down to `floor` times the noise at the start.
+    """
+
+    inner_steps: int | None = None
+    floor: float = _FLOOR
+
+    def __call__(self, interpolant, t, form, strength, mean, cov, gain, offset, draw):
+        alpha = interpolant.alpha(t)
+        if self.inner_steps is None:
+            flow = _flow_map(cov, alpha, interpolant.sigma(t))
+        else:
+            flow = _flow_map_in_steps(cov, interpolant, t, self.inner_steps, self.floor)
+        slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
+        # The drift is b + strength * flow^T ∇r; as a shift of the denoiser, that is
+        # tweedie * 2 / g^2.
+        factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
+        return factor * flow.T @ slope, factor * flow.T @ constant, jnp.zeros_like(draw)
+
+
+def _flow_map(cov: Array, alpha: Array, sigma: Array) -> Array:
+    """The matrix F of the exact flow map, `X_{t,1}(x) = mu + F (x - alpha mu)`."""
     # First S C^-1, by a solve. Its root is then a function of one matrix, differentiable where
     # eigenvalues coincide.
-    ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(mean), dtype=mean.dtype), cov)
-    flow = _linalg.spectral(_linalg.root, (ratio + ratio.T) / 2)
-    slope, constant = _gradient(form, flow, mean - alpha * flow @ mean)
-    # The drift is b + strength * flow^T ∇r; as a shift of the denoiser, that is tweedie * 2 / g^2.
-    factor = strength * interpolant.tweedie(t) * 2 / interpolant.diffusion(t)
-    return factor * flow @ slope, factor * flow @ constant, jnp.zeros_like(draw)
+    ratio = jnp.linalg.solve(alpha**2 * cov + sigma**2 * jnp.eye(len(cov), dtype=cov.dtype), cov)
+    return _linalg.spectral(_linalg.root, (ratio + ratio.T) / 2)
+
+
+def _flow_map_in_steps(
+    cov: Array, interpolant: Interpolant, t: Array, steps: int, floor: float
+) -> Array:
+    """The matrix F of the flow map by Heun steps and a jump to the denoiser, as in
+    `tiltjax.FlowMap`. With `u = (x - alpha mu) / sigma` and `kappa = alpha / sigma`, the flow is
+    `du/dkappa = W u`, where `W u`, `W = kappa S (kappa^2 S + I)^-1`, is the denoiser minus mu.
+    """
+    eye = jnp.eye(len(cov), dtype=cov.dtype)
+    kappa_of = lambda t: interpolant.alpha(t) / interpolant.sigma(t)
+    denoiser = lambda kappa: kappa * jnp.linalg.solve(kappa**2 * cov + eye, cov).T
+    last = kappa_of(interpolant.time((floor * interpolant.sigma(jnp.zeros_like(t))) ** -2))
+    kappa = kappa_of(t)
+    kappas = kappa * jnp.maximum(last / kappa, 1) ** (jnp.arange(steps + 1, dtype=t.dtype) / steps)
+    denoisers = jax.vmap(denoiser)(kappas)
+
+    def step(flow: Array, interval: tuple[Array, ...]) -> tuple[Array, None]:
+        length, at_start, at_end = interval
+        first = at_start @ flow
+        return flow + length / 2 * (first + at_end @ (flow + length * first)), None
+
+    flow, _ = jax.lax.scan(step, eye, (jnp.diff(kappas), denoisers[:-1], denoisers[1:]))
+    return denoisers[-1] @ flow / interpolant.sigma(t)
 
 
 def ancestral_step(
@@ -269,8 +333,7 @@ def _start(field: AffineField, t: Array) -> Moments:
         jnp.zeros(field.prior.dim, dtype),
         field.interpolant.sigma(t) ** 2 * jnp.eye(field.prior.dim, dtype=dtype),
     )
-    # Flow-map guidance is no estimate of the tilt's mean, so its runs start unguided.
-    return noise.after(start_step(field.unguided() if field.shift is shift_at_end else field, t))
+    return noise.after(start_step(field if field.guides_start else field.unguided(), t))
 
 
 def start_step(field: AffineField, t: Array) -> Affine:

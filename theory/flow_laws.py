@@ -196,9 +196,10 @@ def fmrg_law(
     deviation is `s exp(-q)`. The exponent q is `pi scale h s / c_0` for `Linear(c_0)`. For any
     other interpolant, q is computed by quadrature.
 
-    The flow map is exact. With the 20 inner steps that `fmrg` takes by default, the standard
-    deviation of samples is larger by 1.5% at q = .8 and by 6% at q = 2.6, for any number of outer
-    steps; with 80 inner steps it is right to .3% at q = .8.
+    The law is the limit of small steps, with the exact flow map. With the 20 inner steps that
+    `fmrg` takes by default, the standard deviation of samples is larger by 1.5% at q = .8 and by 6%
+    at q = 2.6, for any number of outer steps. `discrete_law(fmrg_field(...))` is the law at any
+    numbers of outer and inner steps.
 
     A run starts from the unguided `alpha_0 D(x) + x`, `x ~ N(0, sigma_0^2 I)`, as in
     `tiltjax.sample`. For `alpha_0 > 0` (`VP`, `DiscreteVP`) this is not exactly the law of `X_0`.

@@ -83,7 +83,6 @@ _SHIFTS = (
     finite_steps.shift_at_mean,
     finite_steps.shift_at_draw,
     finite_steps.exact_shift,
-    finite_steps.shift_at_end,
 )
 _PATH_STEPS = 25  # of a weighted trajectory
 _MAX_PATHS = 64  # weighted trajectories on a mixture
@@ -336,7 +335,10 @@ def _dps(task: _Task) -> Iterator[Option]:
 
 
 def _fmrg(task: _Task) -> Iterator[Option]:
-    return task.flow(task.fmrg_call, task.fmrg_cost, task.guided(finite_steps.shift_at_end))
+    field = finite_steps.fmrg_field(
+        task.prior, task.reward, task.scale, inner_steps=task.inner_steps
+    )
+    return task.flow(task.fmrg_call, task.fmrg_cost, field)
 
 
 def _damped(task: _Task) -> Iterator[Option]:
@@ -372,24 +374,26 @@ def _grid(field: AffineField, steps: int) -> Array:
 def _run(field: AffineField, steps: int) -> GaussianMixture:
     """The law after `steps` steps of Heun's method."""
     # Steps of zero length come first, so that one program serves any number of steps and, at a
-    # constant scale, any guidance.
+    # constant scale, most guidances.
     grid = np.asarray(_grid(field, steps))
     times = jnp.asarray(np.concatenate([np.full(_MAX_STEPS - steps, grid[0]), grid]))
-    shifts = _SHIFTS if isinstance(field.law, scales.Constant) else (field.shift,)
+    shared = field.shift in _SHIFTS and isinstance(field.law, scales.Constant)
+    shifts = _SHIFTS if shared else (field.shift,)
     index = np.asarray(shifts.index(field.shift), np.int32)
-    return _run_shift(shifts, index, (field.prior, field.form, field.law, field.interpolant), times)
+    parts = field.prior, field.form, field.law, field.interpolant
+    return _run_shift(shifts, index, parts, field.guides_start, times)
 
 
 @eqx.filter_jit
 def _run_shift(
-    shifts: tuple[Callable, ...], index: np.ndarray, parts: tuple, times: Array
+    shifts: tuple[Callable, ...], index: np.ndarray, parts: tuple, guides_start: bool, times: Array
 ) -> GaussianMixture:
     def shift(interpolant: Any, *arguments: Any) -> tuple[Array, Array, Array]:
         branches = [functools.partial(branch, interpolant) for branch in shifts]
         return jax.lax.switch(index, branches, *arguments)
 
     prior, form, law, interpolant = parts
-    field = AffineField(prior, form, law, interpolant, shift)
+    field = AffineField(prior, form, law, interpolant, shift, guides_start)
     return finite_steps.discrete_law(field, times=times)
 
 

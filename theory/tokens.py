@@ -6,14 +6,15 @@ finite sum over `vocab^length` sequences:
     tilt         P(x) exp(scale r(x)) / Z,          Z = sum_x P(x) exp(scale r(x)),
     h-function   log h(x) = log E[exp(scale r(X)) | X agrees with the visible tokens of x],
 
-The law of the hidden tokens given visible tokens follows with the argument `observed`.
+A prompt, tokens that are visible from the start, makes all of this conditional on the prompt. By
+default it is the chain's own prompt, so that the law is that of the runs of the chain.
 `independent` is the product of a law's marginals, the law of a step that draws all tokens at once
 and independently; `Unmask` with few steps is close to it. For rewards that are sums over positions
 and neighbors, `pair_log_norm` computes Z at any length, by transfer matrices.
 
 A chain is any object with `log_initial` `(vocab,)`, `log_transition` `(vocab, vocab)` and `length`,
-such as `tiltjax.tokens.MarkovChain`. A hidden token is the integer `vocab`. The chain's prompt is
-ignored: pass the prompt as `observed`.
+such as `tiltjax.tokens.MarkovChain`, with or without a `prompt` `(length,)`. A hidden token is the
+integer `vocab`.
 """
 
 from collections.abc import Callable
@@ -100,21 +101,26 @@ def _log_prob(log_initial: Array, log_transition: Array, x: Array) -> Array:
 
 
 def token_tilt(
-    chain: Chain, reward: Callable, scale: float | Array = 1.0, observed: Any = None
+    chain: Chain, reward: Callable, scale: float | Array = 1.0, *, prompt: Any = None
 ) -> TokenLaw:
-    """The tilt of a chain by `exp(scale * r)`, by enumeration.
+    """The tilt of a chain by `exp(scale * r)`, given its prompt, by enumeration.
 
     **Arguments:** `chain`; `reward(x) -> scalar` of integers `(length,)`, which may be `-inf`;
-    `scale`; `observed` `(length,)`, the visible tokens, and `vocab` at hidden positions. With
-    `observed` the law is conditional on the visible tokens, and `log_norm` is `log h` at
-    `observed`.
+    `scale`; `prompt` `(length,)`, the visible tokens, and `vocab` at hidden positions, by default
+    that of the chain. The law is conditional on the prompt, and `log_norm` is `log h` at the
+    prompt.
 
     **Raises:** `ValueError` for too many sequences, for visible tokens of probability zero, and for
     a reward that is `-inf` everywhere.
     """
-    states, law, values = _tilted(chain, reward, scale, observed, "observed")
+    states, law, values = _tilted(chain, reward, scale, _prompt(chain, prompt), "prompt")
     log_norm = _log_norm(law, values)
     return TokenLaw(states, jnp.exp(law + values - log_norm), log_norm)
+
+
+def _prompt(chain: Chain, prompt: Any) -> Any:
+    """The prompt, by default that of the chain, and None if the chain has none."""
+    return getattr(chain, "prompt", None) if prompt is None else prompt
 
 
 def _log_norm(law: Array, values: Array) -> Array:
@@ -161,15 +167,20 @@ def independent(law: TokenLaw, vocab: int) -> TokenLaw:
 
 
 def pair_log_norm(
-    chain: Chain, single: Array, pair: Array | None = None, scale: float | Array = 1.0
+    chain: Chain,
+    single: Array,
+    pair: Array | None = None,
+    scale: float | Array = 1.0,
+    *,
+    prompt: Any = None,
 ) -> Array:
-    """`log E[exp(scale r)]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`, at any
-    length.
+    """`log E[exp(scale r) | prompt]` for `r(x) = sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}]`,
+    at any length.
 
     **Arguments:** `chain`; `single` `(length, vocab)`; `pair` `(vocab, vocab)`, zero by default;
-    `scale`.
+    `scale`; `prompt` as in `token_tilt`.
 
-    **Raises:** `ValueError` for other shapes.
+    **Raises:** `ValueError` for other shapes, and for a prompt of probability zero.
     """
     _check_chain(chain)
     dtype, vocab = chain.log_initial.dtype, len(chain.log_initial)
@@ -182,17 +193,48 @@ def pair_log_norm(
     )
     _checks.shape(single, (chain.length, vocab), "single")
     _checks.shape(pair, (vocab, vocab), "pair")
-    step = chain.log_transition + scale * pair
+    allowed = jnp.zeros_like(single)
+    if (prompt := _prompt(chain, prompt)) is not None:
+        prompt = _as_visible(prompt, chain, "prompt")[:, None]
+        agrees = (prompt == vocab) | (prompt == jnp.arange(vocab, dtype=prompt.dtype)[None])
+        allowed = jnp.where(agrees, 0.0, -jnp.inf).astype(dtype)
+    mass = _log_total(chain, allowed, jnp.zeros_like(pair))
+    _check_possible(mass, prompt, "prompt")
+    return _log_total(chain, allowed + scale * single, scale * pair) - mass
+
+
+def _log_total(chain: Chain, single: Array, pair: Array) -> Array:
+    """`log sum_x P(x) exp(sum_i single[i, x_i] + sum_i pair[x_i, x_{i+1}])`, by messages."""
+    step = chain.log_transition + pair
 
     def advance(message: Array, values: Array) -> tuple[Array, None]:
-        return jax.nn.logsumexp(message[:, None] + step, axis=0) + scale * values, None
+        return jax.nn.logsumexp(message[:, None] + step, axis=0) + values, None
 
-    message, _ = jax.lax.scan(advance, chain.log_initial + scale * single[0], single[1:])
+    message, _ = jax.lax.scan(advance, chain.log_initial + single[0], single[1:])
     return jax.nn.logsumexp(message)
 
 
+def _as_visible(tokens: Any, chain: Chain, name: str) -> Array:
+    """Visible tokens, `(length,)`. **Raises:** `ValueError` for another shape or dtype."""
+    vocab = len(chain.log_initial)
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    if tokens.shape != (chain.length,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got "
+            f"shape {tokens.shape} of {tokens.dtype}"
+        )
+    return jnp.asarray(tokens).astype(jnp.int32)
+
+
+def _check_possible(log_mass: Array, tokens: Any, name: str) -> None:
+    if _checks.concrete(log_mass) and not np.isfinite(log_mass):
+        raise ValueError(
+            f"{name} has probability zero under the chain: {np.ravel(tokens).tolist()}"
+        )
+
+
 def _tilted(
-    chain: Chain, reward: Callable, scale: float | Array, observed: Any, name: str
+    chain: Chain, reward: Callable, scale: float | Array, visible: Any, name: str
 ) -> tuple[Array, Array, Array]:
     """All states, the log-probabilities before the tilt, and `scale * r`."""
     _check_chain(chain)
@@ -200,21 +242,12 @@ def _tilted(
     states, dtype = token_states(vocab, chain.length), chain.log_initial.dtype
     scale, fn = _checks.finite(scale, "scale", 0).astype(dtype), rewards.as_reward(reward)
     log_law = jax.vmap(lambda x: token_log_prob(chain, x))(states)
-    if observed is not None:
-        observed = observed if isinstance(observed, jax.Array) else np.asarray(observed)
-        if observed.shape != (chain.length,) or not jnp.issubdtype(observed.dtype, jnp.integer):
-            raise ValueError(
-                f"{name} must hold {chain.length} integers, {vocab} where a token is hidden, got "
-                f"shape {observed.shape} of {observed.dtype}"
-            )
-        observed = jnp.asarray(observed).astype(states.dtype)
-        agrees = jnp.all((states == observed[None]) | (observed[None] == vocab), axis=1)
+    if visible is not None:
+        visible = _as_visible(visible, chain, name)
+        agrees = jnp.all((states == visible[None]) | (visible[None] == vocab), axis=1)
         log_law = jnp.where(agrees, log_law, -jnp.inf)
         mass = jax.nn.logsumexp(log_law)
-        if _checks.concrete(mass) and not np.isfinite(mass):
-            raise ValueError(
-                f"{name} has probability zero under the chain: {np.asarray(observed).tolist()}"
-            )
+        _check_possible(mass, visible, name)
         log_law = log_law - mass
     values = rewards.values(fn, states).astype(dtype)
     # At scale 0 a reward of -inf excludes nothing.

@@ -118,36 +118,62 @@ def test_a_guided_sampler_has_its_discrete_law(method, solver, interpolant):
     )
 
 
+class Trigonometric(tj.interpolants.Interpolant):
+    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
+
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t)
+
+    def sigma(self, t):
+        return jnp.cos(jnp.pi / 2 * t)
+
+    def time(self, snr):
+        return jnp.arctan(jnp.sqrt(snr)) * 2 / jnp.pi
+
+
+FLOWS = {"wide": WIDE, "VP": tj.interpolants.VP(), "trigonometric": Trigonometric()}
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "inner_steps", "size"),
+    [
+        ("wide", tj.Ancestral(0.0), 20, 1.0),
+        ("VP", tj.Euler(), 20, 1.0),
+        ("VP", tj.Heun(), 7, 1e-3),
+        ("trigonometric", tj.Heun(), 7, 1.0),
+    ],
+)
+def test_a_run_of_fmrg_is_the_affine_map_of_its_discrete_law(name, solver, inner_steps, size):
+    """Exact: three points of the noise show the map, at any numbers of outer and inner steps."""
+    (one, reward), interpolant = general(), FLOWS[name]
+    prior = tj.GaussianMixture([1.0], size * one.means, size**2 * one.covs)
+    model, scale = tj.Analytic(prior, interpolant), 1.5
+    guidance = tj.fmrg(model, reward, scale, inner_steps=inner_steps)
+    times = model.grid(16)
+    noise = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2)])
+    start = model.start(times[0], noise, model.denoise_batch(times[0], noise))
+    ends = tj.sample(
+        jax.random.key(1), model, guidance, num=3, times=times, solver=solver, start=start
+    ).x
+    matrix = interpolant.sigma(times[0]) * (ends[1:] - ends[:1]).T
+    field = theory.fmrg_field(prior, reward, scale, interpolant, inner_steps=inner_steps)
+    law = theory.discrete_law(field, times=times, solver=solver)
+    np.testing.assert_allclose(law.means[0], ends[0], rtol=1e-9, atol=1e-10 * size)
+    np.testing.assert_allclose(law.covs[0], matrix @ matrix.T, rtol=1e-8, atol=1e-10 * size**2)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [tj.Euler(), tj.Heun(), tj.Ancestral(0.4)])
-def test_fmrg_has_its_discrete_law(solver):
+@pytest.mark.parametrize(
+    ("name", "steps"), [("wide", 50), ("VP", 16), ("VP", 100), ("trigonometric", 16)]
+)
+def test_samples_of_fmrg_have_their_discrete_law(name, steps):
     prior, reward = general()
-    model, scale, times = tj.Analytic(prior, WIDE), 1.5, jnp.linspace(1e-3, 1, 13)
-    law = theory.discrete_law(
-        theory.fmrg_field(prior, reward, scale, WIDE), times=times, solver=solver
-    )
-
-    def ends(steps, start):
-        guidance = tj.fmrg(model, reward, scale, inner_steps=steps)
-        return tj.sample(
-            jax.random.key(1),
-            model,
-            guidance,
-            num=len(start),
-            times=times,
-            solver=solver,
-            start=start,
-        ).x
-
-    # What the steps of the inner flow leave, of second order: the run is an affine map of its
-    # start, which three points show.
-    corners = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2)])
-    coarse, fine = ends(12, corners), ends(24, corners)
-    inner = np.abs(coarse - fine).max() / 3 * 1.5
-    assert inner < 0.02
-    x = ends(24, WIDE.sigma(times[0]) * jax.random.normal(jax.random.key(2), (100_000, 2)))
-    spread = np.sqrt(np.asarray(law.covs[0]).max())
-    assert_moments(x, law, inner, 2 * inner * spread * np.sqrt(2) * WIDE.base_scale)
+    model, scale = tj.Analytic(single(prior), FLOWS[name]), 0.5
+    x = tj.sample(
+        jax.random.key(5), model, tj.fmrg(model, reward, scale), num=100_000, steps=steps
+    ).x
+    field = theory.fmrg_field(prior, reward, scale, FLOWS[name])
+    assert_moments(x, theory.discrete_law(field, times=model.grid(steps)))
 
 
 @pytest.mark.parametrize("end", [0.8, 0.999])
@@ -201,34 +227,6 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
             jax.random.key(4), model, tj.PlugIn(posterior, reward, law), num=10_000, times=times
         ).x
         assert_moments(x, tilt, *slack)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("s2", "scale"), [(0.5, 0.3), (16.0, 0.1)])
-def test_fmrg_has_its_law(s2, scale):
-    prior, reward = (
-        tj.GaussianMixture([1.0], [[0.4, -0.2]], [s2 * np.eye(2)]),
-        tj.rewards.Quadratic([2.5, 0.0]),
-    )
-    times = jnp.linspace(1e-3, 1, 101)
-    law = theory.fmrg_law(prior, reward, scale)
-    slack_mean, slack_cov = step_size_term(theory.fmrg_field(prior, reward, scale), times)
-    model = tj.Analytic(prior)
-    x = tj.sample(
-        jax.random.key(5),
-        model,
-        tj.fmrg(model, reward, scale, inner_steps=40),
-        num=2000,
-        times=times,
-    ).x
-    # The inner flow map's own error, to first order in its Jacobian, by Richardson over its steps.
-    t, y = jnp.asarray(0.01), jnp.array([1.0, 0.5])
-    ends = [tj.FlowMap(model, n).draw(jax.random.key(0), t, y) for n in (40, 80)]
-    inner = float(jnp.max(jnp.abs(ends[0] - ends[1]))) * 4 / 3
-    assert inner < 0.02 * s2**0.5
-    assert_moments(
-        x, law, inner + slack_mean, slack_cov + 2 * inner * np.sqrt(np.asarray(law.covs[0]).max())
-    )
 
 
 @pytest.mark.slow

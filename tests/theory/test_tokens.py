@@ -20,8 +20,8 @@ TRANSITION = np.asarray([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.0, 0.7]])
 SCALE = 0.7
 
 
-def chain(length=4):
-    return tj.tokens.MarkovChain(INITIAL, TRANSITION, length)
+def chain(length=4, prompt=None):
+    return tj.tokens.MarkovChain(INITIAL, TRANSITION, length, prompt=prompt)
 
 
 def reward(x):
@@ -75,6 +75,25 @@ def test_log_h_is_the_conditional_mean_written_out(x):
     )
 
 
+@pytest.mark.parametrize("prompt", [(3, 3, 3, 3), (1, 3, 3, 0), (3, 2, 3, 3), (0, 1, 2, 0)])
+def test_the_tilt_given_a_prompt_is_the_sum_written_out(prompt):
+    mass = np.asarray(
+        [
+            p * np.exp(SCALE * r) * all(a in (b, 3) for a, b in zip(prompt, x, strict=True))
+            for x, (p, r) in written_out().items()
+        ]
+    )
+    log_h = theory.token_log_h(chain(), reward, SCALE, jnp.asarray(prompt))
+    for law in (
+        theory.token_tilt(chain(), reward, SCALE, prompt=list(prompt)),
+        theory.token_tilt(chain(prompt=prompt), reward, SCALE),  # the chain's own
+    ):
+        np.testing.assert_allclose(law.probs, mass / mass.sum(), atol=1e-12)
+        np.testing.assert_allclose(law.log_norm, log_h, atol=1e-12)
+    other = theory.token_tilt(chain(prompt=[3, 0, 3, 3]), reward, SCALE, prompt=prompt)
+    np.testing.assert_allclose(other.probs, law.probs, atol=1e-12)
+
+
 def test_log_h_is_a_martingale():
     """`h(x) = sum_v D(x)[i, v] h(x with v shown at i)`: what weights rest on."""
     model, x = chain(), jnp.asarray([3, 1, 3, 3])
@@ -114,6 +133,13 @@ def test_transfer_matrices_agree_with_enumeration():
         theory.token_tilt(chain(5), alone).log_norm,
         atol=1e-12,
     )
+    prompt = [3, 1, 3, 3, 2]
+    for model, given in ((chain(5), prompt), (chain(5, prompt), None)):
+        np.testing.assert_allclose(
+            theory.pair_log_norm(model, single, pair, 0.7, prompt=given),
+            theory.token_tilt(model, total, 0.7, prompt=given).log_norm,
+            atol=1e-12,
+        )
     # A reward that is the same everywhere moves nothing, at a length nobody could list.
     np.testing.assert_allclose(
         theory.pair_log_norm(chain(1000), np.full((1000, 3), 0.01)), 10, atol=1e-9
@@ -133,6 +159,14 @@ def test_bad_input_says_what_to_do():
         theory.token_tilt(chain(14), reward)
     with pytest.raises(ValueError, match="probability zero"):
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3, 3]))
+    for tilted in (
+        theory.token_tilt,
+        lambda *args, **given: theory.pair_log_norm(chain(), np.zeros((4, 3)), **given),
+    ):
+        with pytest.raises(ValueError, match=r"prompt has probability zero .* \[2, 1, 3, 3\]"):
+            tilted(chain(), reward, prompt=[2, 1, 3, 3])
+        with pytest.raises(ValueError, match="prompt must hold 4 integers, 3 where"):
+            tilted(chain(), reward, prompt=[2.0, 1.0, 3.0, 3.0])
     with pytest.raises(ValueError, match="x must hold 4 integers, 3 where"):
         theory.token_log_h(chain(), reward, 1.0, jnp.asarray([2, 1, 3]))
     with pytest.raises(ValueError, match="no finite mass"):

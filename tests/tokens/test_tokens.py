@@ -163,7 +163,7 @@ def test_prompts_are_kept_and_conditioned_on():
     model = tj.tokens.MarkovChain(INITIAL, TRANSITION, LENGTH, prompt=prompt)
     x = tj.sample(jax.random.key(4), model, num=20_000).x
     assert np.all(np.asarray(x)[:, 1] == 2)
-    law = theory.token_tilt(model, reward, 0.0, observed=prompt)
+    law = theory.token_tilt(model, reward, 0.0)  # given the prompt of the model
     assert chi_square(x, law) > LEVEL
     # As an argument of a compiled program.
     run = jax.jit(
@@ -267,7 +267,7 @@ def test_completions_know_h_on_average():
     x = jnp.asarray([0, 1, VOCAB, 0], jnp.int32)
     estimate, _ = guidance(jax.random.key(0), jnp.asarray(0.5), x, ())
     assert abs(float(estimate.log_h - theory.token_log_h(MODEL, reward, SCALE, x))) < 0.1
-    law = theory.token_tilt(MODEL, reward, SCALE, observed=x)
+    law = theory.token_tilt(MODEL, reward, SCALE, prompt=x)
     tilted = np.asarray(tokens.token_marginals(law, VOCAB))
     mixture = 0.75 * np.asarray(estimate.denoised) + 0.25 * tilted
     np.testing.assert_allclose(estimate.tilted, mixture, atol=0.25 * 5 * 0.5 / math.sqrt(1000))

@@ -8,7 +8,8 @@ keeps Q close to P:
     maximize  E_Q[r(x_1)] - KL(Q | P) / scale,
         KL(Q | P) = E_Q sum over steps of |gain (D' - D)|^2 / (2 std^2).
 
-The maximum is `log Z / scale`, reached only by `dP exp(scale r) / Z`. At eta = 1 the end of a
+The maximum over all Q is `log Z / scale`, reached only by `dP exp(scale r) / Z`. A chain of N
+steps with the kernels' own variance comes to it as N grows. At eta = 1 the end of a
 trajectory does not depend on the noise at its start, and the ends have the law
 `rho exp(scale r) / Z`, where rho is the law of the ends of the base chain with its N steps, and Z
 its normalizing constant Z_N. The maximum of the continuous flow is another: in one example 1.3125,
@@ -273,7 +274,7 @@ def finetune(
       arrays.
 
     **Returns:** `Fit(network, average, curve)`. The curve's loss is minus the objective, at least
-    `-log Z / scale` up to the noise of the batch.
+    `-log Z_N / scale` up to the noise of the batch, with the Z_N of the base chain on `times`.
 
     **Raises:** `ValueError` for models that do not fit together, token models, times that do not
     end at 1, a reward without a gradient if the objective needs one, and then also for a reward of
