@@ -134,7 +134,7 @@ def path_law(
 
     Both chains start from the unguided `alpha D(x) + x`, `x ~ N(0, sigma^2 I)`, at `times[0]`.
     `plug_in_field` takes a fresh draw at every step, and the weight accounts for the draw. The
-    field's `law.final` is the scale of the target.
+    target is the tilt at the scale `field.law.final`.
 
     **Arguments:** `field`, from `plug_in_field`, `dps_field`, `doob_field` or `fmrg_field`;
     `times`, increasing; `solver`, with eta > 0 (default `Ancestral()`).

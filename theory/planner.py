@@ -105,9 +105,9 @@ class Option(NamedTuple):
     - `cost`: of one sample, in denoiser calls.
     - `error`: the predicted W2 to the tilt.
     - `basis`: the basis of the prediction.
-    - `law`: the predicted law: of one Gaussian a Gaussian with the right moments, of a mixture its
-      points. `None` for weighted trajectories.
-    - `spread`: the error of `error`, which is 0 unless `error` is measured on points.
+    - `law`: the predicted law. For one Gaussian, it is a Gaussian with the right moments. For a
+      mixture, it is a set of points. It is `None` for weighted trajectories.
+    - `spread`: the standard error of `error`. It is 0 unless `error` is measured on points.
     """
 
     method: str

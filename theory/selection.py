@@ -213,7 +213,7 @@ def matching_n(
 
     The search covers every n up to 32 and a geometric grid above, and then refines the best
     interval of the grid down to a single n. It assumes that the divergence has one minimum in that
-    interval. The result is a Python int for `tiltjax.best_of_n`, so nothing here may be traced.
+    interval. The result is a Python int for `tiltjax.best_of_n`, so no argument may be traced.
 
     **Raises:** `ValueError` if the best n is `maximum`, and for traced arguments.
     """

@@ -311,8 +311,8 @@ def _check_resolution(prior: GaussianMixture, reward: rewards.Reward, scale: Arr
 def marginal(
     mixture: GaussianMixture, t: float | Array, interpolant: Interpolant | None = None
 ) -> GaussianMixture:
-    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`. For a tilt this is the
-    tilted marginal `p_t h_t / Z`.
+    """The law of `alpha_t X_1 + sigma_t X_0` for `X_1` from `mixture`. If `mixture` is a tilt,
+    the law is the tilted marginal `p_t h_t / Z`.
 
     **Raises:** `ValueError` for a t outside [0, 1].
     """

@@ -140,7 +140,8 @@ def token_log_h(chain: Chain, reward: Callable, scale: float | Array, x: Array) 
     **Arguments:** `chain`, `reward` and `scale` as in `token_tilt`; `x` `(length,)`, integers,
     `vocab` where a token is hidden.
 
-    **Raises:** `TypeError` for None; `ValueError` for another shape or dtype, and as `token_tilt`.
+    **Raises:** `TypeError` if `x` is None; `ValueError` if `x` has another shape or dtype, and as
+    `token_tilt`.
     """
     if x is None:
         raise TypeError(
