@@ -30,7 +30,7 @@ class Reveal(NamedTuple):
     even: bool
 
     @property
-    def gain(self) -> float:
+    def response(self) -> float:
         return 1.0
 
     @property
