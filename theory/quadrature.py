@@ -52,7 +52,9 @@ class GridTilt(_repr.Report):
 
     def mean(self) -> Array:
         """`E[X]`, shape `(d,)`."""
-        return self.expect(lambda x: x)
+        # Relative to one center, so that a mean far from the origin has the rounding of one number.
+        center = self.centers[jnp.argmax(self.log_masses)]
+        return center + self.expect(lambda x: x - center)
 
     def cov(self) -> Array:
         """`Cov(X)`, shape `(d, d)`."""
@@ -63,7 +65,9 @@ class GridTilt(_repr.Report):
         """`num` draws, `(num, d)`: a cell by its mass, then a uniform point in the cell."""
         key_cell, key_inside = jax.random.split(_checks.key(key))
         num = _checks.count(num, "num")
-        cumulative = jnp.cumsum(jnp.exp(self.log_masses))
+        masses = jnp.exp(self.log_masses)
+        # The rounding of a sum must not give a mass to a cell that has none.
+        cumulative = jax.lax.cummax(jnp.where(masses > 0, jnp.cumsum(masses), 0))
         level = jax.random.uniform(key_cell, (num,), cumulative.dtype) * cumulative[-1]
         index = jnp.minimum(jnp.searchsorted(cumulative, level, side="right"), len(cumulative) - 1)
         inside = jax.random.uniform(key_inside, (num, len(self.cell)), self.cell.dtype, -0.5, 0.5)

@@ -39,6 +39,26 @@ def test_quadrature_refuses_a_reward_that_is_no_number(method):
         method(prior, lambda x: x, 1.0)
 
 
+@pytest.mark.slow
+def test_in_single_precision_a_grid_draws_no_cell_without_mass():
+    """The rounding of a cumulative sum gave 4e-6 of the mass to cells of reward -inf."""
+    single = lambda array: jnp.asarray(array, jnp.float32)
+    prior = tj.GaussianMixture(single([1.0]), single(np.zeros((1, 2))), single(np.eye(2)[None]))
+    wall = lambda x: jnp.where(x[1] < 0, 0.0, -jnp.inf).astype(x.dtype)
+    grid = theory.quadrature.tilt(prior, wall, single(1.0))
+    x = grid.sample(jax.random.key(0), 4_000_000)
+    assert float(jnp.max(x[:, 1])) < float(grid.cell[1])
+
+
+def test_in_single_precision_a_mean_far_from_the_origin_has_the_rounding_of_one_number():
+    single = lambda array: jnp.asarray(array, jnp.float32)
+    mean, std = 466.0, 0.0015
+    prior = tj.GaussianMixture(single([1.0]), single([[mean]]), single([[[std**2]]]))
+    found = theory.quadrature.tilt(prior, lambda x: 0 * x[0], single(1.0))
+    assert abs(float(found.mean()[0]) - mean) <= np.spacing(np.float32(mean))
+    assert float(found.cov()[0, 0]) == pytest.approx(std**2, rel=0.01)
+
+
 def test_quadrature_of_one_node_is_refused():
     prior = tj.GaussianMixture([1.0], [[0.0]], [[[1.0]]])
     with pytest.raises(ValueError, match="nodes must be at least 2"):
