@@ -120,6 +120,21 @@ def predicted_plans(r: dict, budget: str = "1000") -> list[str]:
     )
 
 
+def fmrg_or_plug_in(r: dict) -> list[str]:
+    def cell(pair: Sequence[float]) -> str:
+        texts = [f"{w2:.3f}" for w2 in pair]
+        closer = pair.index(min(pair))
+        if texts[0] != texts[1]:
+            texts[closer] = f"**{texts[closer]}**"
+        return " / ".join(texts)
+
+    rows = r["rows"]
+    scales = list(next(iter(rows.values()))["w2"])
+    header = ["width", *(f"scale {float(scale):g}" for scale in scales), "equal at scale"]
+    cells = lambda row: [*(cell(row["w2"][scale]) for scale in scales), f"{row['equal']:.3g}"]
+    return markdown(header, ([f"{float(w):g}", *cells(row)] for w, row in rows.items()))
+
+
 def between_modes_named(r: dict) -> list[str]:
     cell = lambda c: value((c["w2"], c["error"]))
     rows = ([name, cell(row["plain"]), cell(row["damped"])] for name, row in r["named"].items())
@@ -716,6 +731,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "predicted_draws": ("predictions", predicted_draws),
     "predicted_widths": ("predictions", predicted_widths),
     "predicted_plans": ("predictions", predicted_plans),
+    "fmrg_or_plug_in": ("fmrg_or_plug_in", fmrg_or_plug_in),
     "between_modes_named": ("between_modes", between_modes_named),
     "between_modes": ("between_modes", between_modes),
     "recommended": ("recommended", recommended),
