@@ -120,19 +120,29 @@ def predicted_plans(r: dict, budget: str = "1000") -> list[str]:
     )
 
 
-def fmrg_or_plug_in(r: dict) -> list[str]:
-    def cell(pair: Sequence[float]) -> str:
-        texts = [f"{w2:.3f}" for w2 in pair]
-        closer = pair.index(min(pair))
-        if texts[0] != texts[1]:
-            texts[closer] = f"**{texts[closer]}**"
-        return " / ".join(texts)
+def closer_in_bold(pair: Sequence[float]) -> str:
+    """Two distances, with the smaller one in bold if they differ in the table."""
+    texts = [f"{w2:.3f}" for w2 in pair]
+    closer = pair.index(min(pair))
+    if texts[0] != texts[1]:
+        texts[closer] = f"**{texts[closer]}**"
+    return " / ".join(texts)
 
+
+def fmrg_or_plug_in(r: dict) -> list[str]:
     rows = r["rows"]
     scales = list(next(iter(rows.values()))["w2"])
     header = ["width", *(f"scale {float(scale):g}" for scale in scales), "equal at scale"]
-    cells = lambda row: [*(cell(row["w2"][scale]) for scale in scales), f"{row['equal']:.3g}"]
+    cells = lambda row: [*map(closer_in_bold, row["w2"].values()), f"{row['equal']:.3g}"]
     return markdown(header, ([f"{float(w):g}", *cells(row)] for w, row in rows.items()))
+
+
+def fmrg_or_plug_in_runs(r: dict) -> list[str]:
+    steps = r["runs"][0]["w2"]
+    header = ["width", "scale", *(f"{int(n):,} steps" for n in steps), "limit"]
+    cells = lambda row: map(closer_in_bold, [*row["w2"].values(), row["limit"]])
+    rows = ([f"{row['width']:g}", f"{row['scale']:g}", *cells(row)] for row in r["runs"])
+    return markdown(header, rows)
 
 
 def between_modes_named(r: dict) -> list[str]:
@@ -732,6 +742,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "predicted_widths": ("predictions", predicted_widths),
     "predicted_plans": ("predictions", predicted_plans),
     "fmrg_or_plug_in": ("fmrg_or_plug_in", fmrg_or_plug_in),
+    "fmrg_or_plug_in_runs": ("fmrg_or_plug_in", fmrg_or_plug_in_runs),
     "between_modes_named": ("between_modes", between_modes_named),
     "between_modes": ("between_modes", between_modes),
     "recommended": ("recommended", recommended),

@@ -230,9 +230,17 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scale", "closer"), [(0.5, 1.0, "plug-in"), (16.0, 0.1, "fmrg")])
-def test_samples_of_fmrg_and_plug_in_cross_as_predicted(width, scale, closer):
-    """Two entries of the table of docs/evidence/accuracy.md."""
+@pytest.mark.parametrize(
+    ("width", "scale", "closer", "in_the_limit"),
+    [
+        (0.5, 1.0, "plug-in", "plug-in"),
+        (4.0, 0.1, "fmrg", "fmrg"),
+        # The fresh draws widen the samples of plug-in by O(1 / N).
+        (16.0, 0.1, "plug-in", "fmrg"),
+    ],
+)
+def test_samples_of_fmrg_and_plug_in_cross_as_predicted(width, scale, closer, in_the_limit):
+    """Entries of the tables of docs/evidence/accuracy.md."""
     prior = tj.GaussianMixture([1.0], [[0.0, 0.0]], [width**2 * np.eye(2)])
     reward, steps = tj.rewards.Quadratic([0.0, 2.5]), 100
     tilt, model = theory.tilt(prior, reward, scale).mixture, tj.Analytic(prior)
@@ -249,7 +257,8 @@ def test_samples_of_fmrg_and_plug_in_cross_as_predicted(width, scale, closer):
         measured[name] = far(jnp.mean(x, axis=0), jnp.cov(x.T))
         law = limits[name](prior, reward, scale)
         predicted[name] = far(law.means[0], law.covs[0])
-    assert min(measured, key=measured.get) == min(predicted, key=predicted.get) == closer
+    assert min(measured, key=measured.get) == closer
+    assert min(predicted, key=predicted.get) == in_the_limit
 
 
 @pytest.mark.slow
