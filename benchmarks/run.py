@@ -96,6 +96,13 @@ def _predictions(r: dict) -> str:
     )
 
 
+def _fmrg_or_plug_in(r: dict) -> str:
+    equal = [
+        f"{float(width):g}: {r['rows'][width]['equal']:.2g}" for width in ("0.5", "2.0", "16.0")
+    ]
+    return f"the scale from which FMRG is closer, by width: {', '.join(equal)}"
+
+
 def _between_modes(r: dict) -> str:
     laws = [law for row in r["runs"].values() for law in row.values()]
     worst = lambda part: max(law[str(r["steps"][-1])][part] for law in laws)
@@ -336,6 +343,7 @@ HEADLINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "any_reward": _any_reward,
     "learned": _learned,
     "predictions": _predictions,
+    "fmrg_or_plug_in": _fmrg_or_plug_in,
     "between_modes": _between_modes,
     "recommended": _recommended,
     "weighted": _weighted,

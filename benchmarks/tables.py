@@ -120,6 +120,31 @@ def predicted_plans(r: dict, budget: str = "1000") -> list[str]:
     )
 
 
+def closer_in_bold(pair: Sequence[float]) -> str:
+    """Two distances, with the smaller one in bold if they differ in the table."""
+    texts = [f"{w2:.3f}" for w2 in pair]
+    closer = pair.index(min(pair))
+    if texts[0] != texts[1]:
+        texts[closer] = f"**{texts[closer]}**"
+    return " / ".join(texts)
+
+
+def fmrg_or_plug_in(r: dict) -> list[str]:
+    rows = r["rows"]
+    scales = list(next(iter(rows.values()))["w2"])
+    header = ["width", *(f"scale {float(scale):g}" for scale in scales), "equal at scale"]
+    cells = lambda row: [*map(closer_in_bold, row["w2"].values()), f"{row['equal']:.3g}"]
+    return markdown(header, ([f"{float(w):g}", *cells(row)] for w, row in rows.items()))
+
+
+def fmrg_or_plug_in_runs(r: dict) -> list[str]:
+    steps = r["runs"][0]["w2"]
+    header = ["width", "scale", *(f"{int(n):,} steps" for n in steps), "limit"]
+    cells = lambda row: map(closer_in_bold, [*row["w2"].values(), row["limit"]])
+    rows = ([f"{row['width']:g}", f"{row['scale']:g}", *cells(row)] for row in r["runs"])
+    return markdown(header, rows)
+
+
 def between_modes_named(r: dict) -> list[str]:
     cell = lambda c: value((c["w2"], c["error"]))
     rows = ([name, cell(row["plain"]), cell(row["damped"])] for name, row in r["named"].items())
@@ -716,6 +741,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "predicted_draws": ("predictions", predicted_draws),
     "predicted_widths": ("predictions", predicted_widths),
     "predicted_plans": ("predictions", predicted_plans),
+    "fmrg_or_plug_in": ("fmrg_or_plug_in", fmrg_or_plug_in),
+    "fmrg_or_plug_in_runs": ("fmrg_or_plug_in", fmrg_or_plug_in_runs),
     "between_modes_named": ("between_modes", between_modes_named),
     "between_modes": ("between_modes", between_modes),
     "recommended": ("recommended", recommended),

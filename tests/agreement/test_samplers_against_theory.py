@@ -231,6 +231,38 @@ def test_damping_samples_the_tilt_of_a_gaussian(s2, scale, y, mean):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("width", "scale", "closer", "in_the_limit"),
+    [
+        (0.5, 1.0, "plug-in", "plug-in"),
+        (4.0, 0.1, "fmrg", "fmrg"),
+        # The fresh draws widen the samples of plug-in by O(1 / N).
+        (16.0, 0.1, "plug-in", "fmrg"),
+    ],
+)
+def test_samples_of_fmrg_and_plug_in_cross_as_predicted(width, scale, closer, in_the_limit):
+    """Entries of the tables of docs/evidence/accuracy.md."""
+    prior = tj.GaussianMixture([1.0], [[0.0, 0.0]], [width**2 * np.eye(2)])
+    reward, steps = tj.rewards.Quadratic([0.0, 2.5]), 100
+    tilt, model = theory.tilt(prior, reward, scale).mixture, tj.Analytic(prior)
+    far = lambda mean, cov: float(theory.bures(mean, cov, tilt.means[0], tilt.covs[0])) ** 0.5
+    methods = {
+        "plug-in": (tj.PlugIn(tj.Exact(model), reward, scale), theory.plug_in_field),
+        "fmrg": (tj.fmrg(model, reward, scale), theory.fmrg_field),
+    }
+    limits = {"plug-in": theory.plug_in_law, "fmrg": theory.fmrg_law}
+    measured, predicted = {}, {}
+    for name, (guidance, field) in methods.items():
+        x = tj.sample(jax.random.key(6), model, guidance, num=20_000, steps=steps).x
+        assert_moments(x, theory.discrete_law(field(prior, reward, scale), times=model.grid(steps)))
+        measured[name] = far(jnp.mean(x, axis=0), jnp.cov(x.T))
+        law = limits[name](prior, reward, scale)
+        predicted[name] = far(law.means[0], law.covs[0])
+    assert min(measured, key=measured.get) == closer
+    assert min(predicted, key=predicted.get) == in_the_limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("name", "interpolant"),
     [(name, tj.Linear()) for name in ("gaussian", "quadratic", "noniso", "unequal", "uncentered")]
     + [("noniso", WIDE)],
