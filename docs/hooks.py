@@ -72,14 +72,20 @@ def converted(notebook, stem):
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
+        printed = None  # the part that further lines of the same output continue
         for output in cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{stem}_{len(figures) + 1}.png"
                 figures[name] = base64.b64decode(data["image/png"])
                 parts.append(f"![]({name})")
+                printed = None
+            elif output.output_type == "stream" and printed is None:
+                printed = output.text
+                parts.append(f"```text\n{printed.rstrip()}\n```")
             elif output.output_type == "stream":
-                parts.append(f"```text\n{output.text.rstrip()}\n```")
+                printed += output.text
+                parts[-1] = f"```text\n{printed.rstrip()}\n```"
             else:
                 raise ValueError(
                     f"{stem}: In [{cell.execution_count}] left "

@@ -1,4 +1,4 @@
-"""Can a FLUX.1 of a ten-thousandth of the size be trained on two cores within an hour, and do its
+"""Can a FLUX.1 of a five-thousandth of the size be trained on two cores within an hour, and do its
 images match their captions?
 
     python -m benchmarks.images.train_tiny_flux [--output FOLDER] [--quick]
