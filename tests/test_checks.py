@@ -201,7 +201,7 @@ WRONG_TYPES = {
     ),
     "PyTorch network": (
         lambda: tj.from_velocity(TORCH, shape=(2,)),
-        r"cannot trace a PyTorch module, got Linear.*in JAX",
+        r"cannot trace a PyTorch module, got Linear.*from_torch\(module\.eval\(\)\), with batched=True",
     ),
     "PyTorch in a network": (
         lambda: run(KEY, tj.from_velocity(lambda t, x: TORCH(x), shape=(2,))),
@@ -215,11 +215,11 @@ WRONG_TYPES = {
     "method of a PyTorch reward": (lambda: tj.dps(MODEL, TORCH.forward), r"from_torch\(module"),
     "PyTorch in a reward": (
         lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: TORCH(x).sum())),
-        r"JAX cannot trace the reward.*External\(fn\) for NumPy.*from_torch\(fn\) for PyTorch",
+        r"JAX cannot trace the reward.*from_numpy\(fn\) for NumPy.*from_torch\(fn\) for PyTorch",
     ),
     "NumPy reward": (
         lambda: tj.best_of_n(POINTS, lambda x: np.linalg.norm(x), 2),
-        r"JAX cannot trace the reward \(TracerArray.*External\(fn\)",
+        r"JAX cannot trace the reward \(TracerArray.*from_numpy\(fn\)",
     ),
     "reward of Python numbers": (
         lambda: run(KEY, MODEL, tj.dps(MODEL, lambda x: float(x[0]))),

@@ -77,8 +77,9 @@ def plug_in_denoiser(
     """`D + scale Cov(X_1, r(X_1) | x)`, the mean of plug-in guidance with one fresh draw, `(d,)`.
 
     The covariance has a closed form for quadratic rewards. For other rewards it is computed by
-    quadrature, with `nodes` nodes in each standard deviation of each component. **Raises:**
-    `ValueError` for other rewards in more than two dimensions.
+    quadrature, with `nodes` nodes in each standard deviation of each component.
+
+    **Raises:** `ValueError` for other rewards in more than two dimensions.
     """
     if not is_quadratic(reward):
         x, mass = _quadrature(posterior, nodes)

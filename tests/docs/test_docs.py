@@ -76,17 +76,8 @@ NOT_CALLED = {
     *("Potential", "Proposal", "Reveal", "Reward", "Rollout", "Schedule", "Search", "Selected"),
     *("State", "Tempering", "Tilt", "TokenLaw", "Variance", "W2Bounds", "AffineField", "DrawsLaw"),
     *("MeanDriftLaw", "Logits", "Posterior", "Scale", "Solver", "Interpolant", "Particles"),
-    *(
-        "Problem",
-        "Surrogate",
-        "External",
-        "Composed",
-        "ConsistencyNetwork",
-        "FlowMapNetwork",
-        "FlowLaw",
-        "PointLaw",
-        "Measured",
-    ),
+    *("Problem", "Surrogate", "External", "WeightLaw", "Composed", "ConsistencyNetwork"),
+    *("FlowMapNetwork", "FlowLaw", "PointLaw", "Measured"),
     *("ClipScore", "Aesthetic", "image_reward", "yes_or_no"),  # weights of gigabytes
 }
 
