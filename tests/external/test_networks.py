@@ -84,7 +84,11 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize("guidance", GUIDED)
+SLOW = ("plug-in", "fmrg")
+RUNS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in GUIDED]
+
+
+@pytest.mark.parametrize("guidance", RUNS)
 def test_a_run_is_that_of_the_native_model(denoiser, guidance):
     run = lambda model: tj.sample(KEY, model, GUIDED[guidance](model), num=5, steps=4).x
     close(run(as_model(denoiser)), run(as_model(_native)), 1e-10)

@@ -57,6 +57,15 @@ def test_the_end_of_the_flow_is_one_call(name):
     end = flow_map(interpolant)(t, jnp.asarray(1.0), x)
     for one in (model, consistency(interpolant)):
         np.testing.assert_allclose(tj.FlowMap(one).draw(KEY, t, x), end, rtol=0, atol=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_the_end_of_the_flow_is_that_of_many_steps(name):
+    interpolant = INTERPOLANTS[name]
+    model = tj.models.from_flow_map(flow_map(interpolant), shape=(2,), interpolant=interpolant)
+    t, x = jnp.asarray(0.3), jnp.array([0.5, -1.0])
+    end = flow_map(interpolant)(t, jnp.asarray(1.0), x)
     many = tj.FlowMap(gaussian(interpolant), inner_steps=400).draw(KEY, t, x)
     np.testing.assert_allclose(many, end, rtol=0, atol=1e-4)
     guided = lambda model, steps: tj.PlugIn(tj.FlowMap(model, steps, floor=1e-5), REWARD, SCALE)
@@ -95,6 +104,7 @@ def transfer(interpolant, times, reward_mean, scale):
     return np.sum(-scale * off**2 / total - np.log(total) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", [tj.weighted.proposals.Base(), tj.weighted.proposals.Guided()])
 @pytest.mark.parametrize("name", INTERPOLANTS)
 def test_log_z_is_unbiased(name, proposal):
