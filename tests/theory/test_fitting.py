@@ -76,7 +76,7 @@ def test_more_components_than_clusters_warn_or_fit():
     np.testing.assert_allclose(fit.mean(), [0.5, 1.0], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_plan_for_samples_is_the_plan_for_their_law():
     prior, reward = contracts.gaussian([0.5, -1.0], [[1.0, 0.3], [0.3, 0.5]]), [1.0, 1.0]
     fit = theory.fit_mixture(prior.sample(KEY, 50_000), 1)

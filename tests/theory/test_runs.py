@@ -191,7 +191,13 @@ def test_refusals_say_why():
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", ["four modes, one singular", "four modes, anisotropic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("four modes, one singular", marks=pytest.mark.nightly),
+        "four modes, anisotropic",
+    ],
+)
 def test_the_order_of_a_plan_is_that_of_samples(name):
     found = recommended.compare(recommended.cases()[name], budget=100, num=500, sets=2)
     assert found["pairs"] > 20
