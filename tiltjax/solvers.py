@@ -153,7 +153,7 @@ class Heun(Solver):
 
 class Stochastic(Solver):
     """A step that is a draw from a kernel, which a weighted run can shift and weigh. Subclasses
-    define `kernel` and `finish`.
+    define `kernel`, and `finish` if the last step is not a jump to the denoiser.
     """
 
     stochastic = True
@@ -164,8 +164,10 @@ class Stochastic(Solver):
         raise NotImplementedError
 
     def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The state after the last step of a weighted run, to t = 1, from the unguided denoiser."""
-        raise NotImplementedError
+        """The state after the last step of a weighted run, to t = 1, from the unguided denoiser: by
+        default the denoiser, without noise.
+        """
+        return denoised
 
     def step(self, keys, interpolant, field, t, u, x, state):
         denoised, state = field(keys.guidance, t, x, state)
@@ -193,10 +195,6 @@ class Ancestral(Stochastic):
         gain = interpolant.alpha(u) - keep * interpolant.alpha(t)
         return Kernel(keep, gain, std, interpolant.tweedie(t), self.eta, response=gain)
 
-    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The state after the last step: the denoiser, without noise."""
-        return denoised
-
 
 class Consistency(Stochastic):
     """The kernel `N(alpha_u f(x), sigma_u^2 I)`: to the end of the trajectory, and back by fresh
@@ -214,10 +212,6 @@ class Consistency(Stochastic):
         # from a tilted Gaussian, by its variance times ∇ log h.
         response = std**2 / tweedie
         return Kernel(0 * one, interpolant.alpha(u), std, tweedie, one, response)
-
-    def finish(self, key: Array, x: Array, denoised: Array) -> Array:
-        """The state after the last step: the end of the trajectory, without noise."""
-        return denoised
 
 
 class Adaptive(Solver):

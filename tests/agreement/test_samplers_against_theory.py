@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import contracts
 
 import theory
 import tiltjax as tj
@@ -118,20 +119,7 @@ def test_a_guided_sampler_has_its_discrete_law(method, solver, interpolant):
     )
 
 
-class Trigonometric(tj.interpolants.Interpolant):
-    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
-
-    def alpha(self, t):
-        return jnp.sin(jnp.pi / 2 * t)
-
-    def sigma(self, t):
-        return jnp.cos(jnp.pi / 2 * t)
-
-    def time(self, snr):
-        return jnp.arctan(jnp.sqrt(snr)) * 2 / jnp.pi
-
-
-FLOWS = {"wide": WIDE, "VP": tj.interpolants.VP(), "trigonometric": Trigonometric()}
+FLOWS = {"wide": WIDE, "VP": tj.interpolants.VP(), "trigonometric": contracts.Trigonometric()}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from helpers import contracts
 
 import theory
 import tiltjax as tj
-from tiltjax import interpolants
 
 KEY = jax.random.key(3)
 NUM = 20_000
@@ -37,27 +36,14 @@ def test_data_of_any_mean_and_width_is_sampled(mean, std):
     assert_gaussian(tj.sample(KEY, model(mean, std), num=NUM).x, mean, std)
 
 
-class Trigonometric(interpolants.Interpolant):
-    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
-
-    def alpha(self, t):
-        return jnp.sin(jnp.pi / 2 * t)
-
-    def sigma(self, t):
-        return jnp.sin(jnp.pi / 2 * (1 - t))
-
-    def time(self, snr):
-        return 1 - 2 / jnp.pi * jnp.arctan(jax.lax.rsqrt(snr))
-
-
 @pytest.mark.parametrize(
     ("interpolant", "std", "steps"),
     [
         (tj.VP(), 1e-2, 100),
         (tj.VP(), 1e-3, 200),
         (tj.VP(), 1e-5, 1000),
-        (Trigonometric(), 1e-2, 100),
-        (Trigonometric(), 1e-5, 100),
+        (contracts.Trigonometric(), 1e-2, 100),
+        (contracts.Trigonometric(), 1e-5, 100),
     ],
 )
 def test_narrow_data_is_sampled_on_an_interpolant_whose_flow_bends(interpolant, std, steps):

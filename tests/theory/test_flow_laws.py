@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from helpers import contracts
 
 import theory
 import tiltjax as tj
@@ -95,21 +96,8 @@ def test_plug_in_law_solves_the_flow_for_any_damping_width_and_base(scale, c0):
     np.testing.assert_allclose(np.sqrt(law.covs[0, 0, 0]), std, atol=2e-6)
 
 
-class Trigonometric(tj.interpolants.Interpolant):
-    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
-
-    def alpha(self, t):
-        return jnp.sin(jnp.pi / 2 * t)
-
-    def sigma(self, t):
-        return jnp.cos(jnp.pi / 2 * t)
-
-    def time(self, snr):
-        return jnp.arctan(jnp.sqrt(snr)) * 2 / jnp.pi
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("interpolant", [tj.Linear(), tj.Linear(1.7), Trigonometric()])
+@pytest.mark.parametrize("interpolant", [tj.Linear(), tj.Linear(1.7), contracts.Trigonometric()])
 def test_fmrg_law_solves_the_flow(interpolant):
     prior, reward = (
         line(0.5, 0.3),

@@ -158,7 +158,7 @@ class External(rewards.Reward):
 
     def values(self, *args: np.ndarray) -> tuple[np.ndarray, ...]:
         """`(values,)` of a batch."""
-        state = _state(args)
+        state = state_of(args)
         sample = _shape_of_output(self, [arg.shape[1:] for arg in args])
         kind = "values" if sample == () else "an output"
         check = lambda result, rows: (self._checked(result, kind, sample, rows, state),)
@@ -190,7 +190,7 @@ class External(rewards.Reward):
         `vjp` does not return.
         """
         *inputs, _ = args
-        state = _state(inputs)
+        state = state_of(inputs)
         floating = [i for i, arg in enumerate(inputs) if arg.dtype.kind == "f"]
 
         def check(result: Any, rows: tuple) -> tuple[np.ndarray, ...]:
@@ -248,7 +248,7 @@ class External(rewards.Reward):
             ) from None
 
     def _add_notes(self, error: BaseException, rows: tuple[np.ndarray, ...]) -> None:
-        shape = _state(rows).shape
+        shape = state_of(rows).shape
         error.add_note(f"Raised by the {self._what(rows)} for a batch of shape {shape}.")
         if self.record is not None and self.record.path is not None:
             self.record.save()
@@ -258,7 +258,7 @@ class External(rewards.Reward):
         self, part: Any, kind: str, sample: tuple[int, ...], rows: tuple, like: np.ndarray
     ) -> np.ndarray:
         """`part` as an array `(n, *sample)` of the dtype of `like`, if that is what it is."""
-        array, state = np.asarray(part), _state(rows)
+        array, state = np.asarray(part), state_of(rows)
         returned = f"the {self._what(rows)} returned {kind}"
         if array.dtype.kind not in "fiu":
             raise TypeError(f"{returned} of dtype {array.dtype}, expected real numbers")
@@ -291,7 +291,7 @@ class External(rewards.Reward):
         return array
 
 
-def _state(args: Any) -> Any:
+def state_of(args: Any) -> Any:
     """The state among the arguments `(x,)` or `(t, x, ...)`."""
     return args[min(1, len(args) - 1)]
 
@@ -353,7 +353,7 @@ def _value_and_grad_jvp(primals: tuple, tangents: tuple) -> tuple:
 @jax.custom_vjp
 def _network(function: External, *args: Array) -> Array:
     shape = _shape_of_output(function, [arg.shape for arg in args])
-    return _call(function, "values", args, (shape, _result_dtype(_state(args))))[0]
+    return _call(function, "values", args, (shape, _result_dtype(state_of(args))))[0]
 
 
 def _network_forward(function: External, *args: Array) -> tuple[Array, Any]:

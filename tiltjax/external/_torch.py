@@ -1,12 +1,18 @@
 """Functions in PyTorch, with derivatives by `torch.autograd`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tiltjax import _checks, _repr
-from tiltjax.external._external import External, refuse_training_mode, without_gradient
+from tiltjax.external._external import (
+    External,
+    refuse_training_mode,
+    state_of,
+    without_gradient,
+)
 
 
 class _Torch(External):
@@ -65,36 +71,17 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
         moved = [leaf.to(device, dtype if leaf.is_floating_point() else None) for leaf in leaves]
         output = fn(*moved)
         if not isinstance(output, torch.Tensor):
-            kind = "reward" if len(leaves) == 1 else "network"
-            raise TypeError(f"a PyTorch {kind} must return a tensor, got {type(output).__name__}")
-        state = leaves[min(1, len(leaves) - 1)]
+            raise TypeError(
+                f"a PyTorch {_kind(leaves)} must return a tensor, got {type(output).__name__}"
+            )
+        state = state_of(leaves)
         return output.to("cpu", state.dtype if state.is_floating_point() else torch.float64)
 
     def value(*args: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return forward([torch.from_numpy(arg) for arg in args]).numpy()
 
-    def differentiate(args: tuple, cotangent: np.ndarray | None) -> tuple[np.ndarray, list]:
-        """The output, and the gradients with respect to the arguments."""
-        with torch.enable_grad():
-            leaves = [torch.from_numpy(arg) for arg in args]
-            floating = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
-            output, found = forward(leaves), {}
-            if output.requires_grad:
-                weights = (
-                    torch.ones_like(output) if cotangent is None else torch.from_numpy(cotangent)
-                )
-                gradients = torch.autograd.grad(output, floating, weights, allow_unused=True)
-                found = dict(zip(map(id, floating), gradients, strict=True))
-        gradients = [found.get(id(leaf)) for leaf in leaves]
-        if gradients[min(1, len(args) - 1)] is None:
-            kind, how = ("reward", without_gradient()) if len(args) == 1 else ("network", _METHODS)
-            raise ValueError(
-                f"the PyTorch {kind} {settings['name']!r} has no gradient, as a step has none, or "
-                f"a {kind} under torch.no_grad() or .detach(): {how}"
-            )
-        zero = lambda arg, gradient: np.zeros_like(arg) if gradient is None else gradient.numpy()
-        return output.detach().numpy(), [*map(zero, args, gradients)]
+    differentiate = functools.partial(_differentiate, torch, forward, settings["name"])
 
     def value_and_grad(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, gradients = differentiate((x,), None)
@@ -106,6 +93,37 @@ def from_torch(fn: Callable, *, device: str = "cpu", **settings: Any) -> Externa
     number = sum(leaf.numel() for leaf in fn.parameters()) if dtype is not None else 0
     value.__name__ = _repr.sized(getattr(fn, "__name__", type(fn).__name__), number)
     return _Torch(value, value_and_grad=value_and_grad, vjp=vjp, **settings)
+
+
+def _kind(args: Any) -> str:
+    return "reward" if len(args) == 1 else "network"
+
+
+def _differentiate(
+    torch: Any, forward: Callable, name: str, args: tuple, cotangent: np.ndarray | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The output `forward(args)`, and the gradients with respect to the arguments of the sum of the
+    output, or of its product with the cotangent.
+    """
+    with torch.enable_grad():
+        leaves = [torch.from_numpy(arg) for arg in args]
+        floating = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]
+        output, found = forward(leaves), {}
+        if output.requires_grad:
+            ones = cotangent is None
+            weights = torch.ones_like(output) if ones else torch.from_numpy(cotangent)
+            gradients = torch.autograd.grad(output, floating, weights, allow_unused=True)
+            found = dict(zip(map(id, floating), gradients, strict=True))
+    gradients = [found.get(id(leaf)) for leaf in leaves]
+    if state_of(gradients) is None:
+        kind = _kind(args)
+        raise ValueError(
+            f"the PyTorch {kind} {name!r} has no gradient, as a step has none, or a {kind} under "
+            f"torch.no_grad() or .detach(): "
+            + (without_gradient() if kind == "reward" else _METHODS)
+        )
+    zero = lambda arg, gradient: np.zeros_like(arg) if gradient is None else gradient.numpy()
+    return output.detach().numpy(), [*map(zero, args, gradients)]
 
 
 _METHODS = "use a method that does not differentiate the network, such as Conjugate or best_of_n"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from tiltjax import _pytree, _repr
+from tiltjax import _pytree
 from tiltjax.interpolants import Interpolant
 from tiltjax.models._network import DENOISER, VELOCITY, Network, build, call_network
 from tiltjax.solvers import Consistency, Solver
@@ -28,9 +28,6 @@ class ConsistencyNetwork(Network):
 
     is_mean: ClassVar[bool] = False
     steps: ClassVar[int | None] = 4
-
-    def _call(self, **given: Any) -> str:
-        return _repr.call(self, from_consistency, **{"fn": self.net, "shape": None} | given)
 
     def default_solver(self, usual: Solver) -> Solver:
         return Consistency()
@@ -53,9 +50,6 @@ class ConsistencyNetwork(Network):
 
 class FlowMapNetwork(Network):
     """A flow map as a model; built by `from_flow_map`."""
-
-    def _call(self, **given: Any) -> str:
-        return _repr.call(self, from_flow_map, **{"fn": self.net.fn, "shape": None} | given)
 
     def denoise(self, t: Array, x: Array) -> Array:
         t = jnp.asarray(t, x.dtype)
@@ -88,7 +82,8 @@ def from_consistency(
 
     Source: Song, Dhariwal, Chen and Sutskever (arXiv 2303.01469).
     """
-    return build(fn, params, DENOISER, shape, batched, interpolant, dtype, ConsistencyNetwork)
+    kind = DENOISER._replace(maker=from_consistency)
+    return build(fn, params, kind, shape, batched, interpolant, dtype, ConsistencyNetwork)
 
 
 def from_flow_map(
@@ -110,7 +105,8 @@ def from_flow_map(
     **Raises:** as `from_velocity`. Source: Boffi, Albergo and Vanden-Eijnden (arXiv 2406.07507).
     """
     call = jax.tree_util.Partial(_of_pair, _pytree.Function(fn))
-    return build(call, None, VELOCITY, shape, False, interpolant, dtype, FlowMapNetwork)
+    kind = VELOCITY._replace(maker=from_flow_map)
+    return build(call, None, kind, shape, False, interpolant, dtype, FlowMapNetwork)
 
 
 def _of_pair(fn: Callable, times: Array, x: Array) -> Array:
